@@ -1,0 +1,265 @@
+"""`ChannelLossAccumulator`: sums per channel over micro-batches; ratios are taken once, at the end.
+
+    >>> import torch
+    >>> acc = ChannelLossAccumulator(["bbu", "rru"])
+    >>> _ = acc.update(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), channels=["bbu", "rru"])
+    >>> acc.compute()["bbu_loss"], acc.compute()["rru_loss"]
+    (2.0, 6.0)
+
+An accumulator is a commutative monoid: a new one is the identity, `merge_state` adds, and any
+split of the data into updates, in any order, gives the same sums.
+
+Letters: B rows, S row length, T = num_tokens, N = num_sequences, C channels, K columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from channel_metrics.boundaries import check_cu_seqlens, check_cu_seqlens_type
+from channel_metrics.channels import UNLABELED, ChannelTable, metric_key
+from channel_metrics.errors import ChannelError, ChannelMetricsError
+from channel_metrics.metrics import DEFAULT_METRICS, channel_values, check_metrics
+from channel_metrics.statistics import (
+    COLUMNS,
+    NUM_COLUMNS,
+    TokenValues,
+    group_sums,
+    sequence_sums,
+    token_group_sums,
+)
+from channel_metrics.validation import token_values
+
+__all__ = ["ChannelLossAccumulator"]
+
+_STATE_VERSION = 1
+
+
+class ChannelLossAccumulator:
+    """Exact sums of token statistics per channel.
+
+    channels: a `ChannelTable`, or names for a new one. A table that is shared grows for all.
+    metrics: what `compute` returns, see `channel_metrics.metrics`.
+    device: where the sums live; updates are expected there.
+    dtype: float64, or float32 for devices without float64 (MPS). In float32 the sums of one
+        update carry float32 rounding; the running sums keep the lost bits in a second tensor
+        (Knuth's two-sum), so counters do not stop at 2**24.
+    """
+
+    def __init__(
+        self,
+        channels: ChannelTable | Iterable[str] = (),
+        *,
+        metrics: Sequence[str] = DEFAULT_METRICS,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        device = torch.device(device)
+        self.table = channels if isinstance(channels, ChannelTable) else ChannelTable(channels)
+        self.metrics = check_metrics(metrics)
+        self.dtype = dtype or (torch.float32 if device.type == "mps" else torch.float64)
+        # Names that all ranks of a group are known to share; kept by `sync`.
+        self.agreed_names: tuple[str, ...] = ()
+        self._sums = torch.zeros(self._capacity(), NUM_COLUMNS, dtype=self.dtype, device=device)
+        self._lost = torch.zeros_like(self._sums)
+        self._mismatch = torch.zeros((), dtype=self.dtype, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums live."""
+        return self._sums.device
+
+    def update(
+        self,
+        token_losses: Tensor,
+        *,
+        channels: Tensor | Sequence[str | None],
+        cu_seqlens: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        correct: Tensor | None = None,
+        weights: Tensor | None = None,
+        reported_sum: Tensor | None = None,
+    ) -> ChannelLossAccumulator:
+        """Add one micro-batch.
+
+        token_losses: [T] or [B, S], raw nll in nats of the token at each position.
+        channels: ids (int64 [N]) or names, one per sequence in the order of the boundaries; or
+            ids of the shape of token_losses, one per token, for sharded layouts.
+        cu_seqlens: int32 [N + 1] over the flattened token axis. Without it, [B, S] means one
+            sequence per row and [T] means one sequence.
+        labels: the token that each loss is about; -100 is not supervised. loss_mask: 0 where
+            not supervised. Both may be given. Losses of an unshifted causal model are moved
+            first, see `boundaries.to_target_frame`.
+        correct: bool, whether the target was predicted. weights: per token, for weighted_loss.
+            All of the shape of token_losses.
+        reported_sum: the sum of nll that the trainer itself computed on these tokens; the
+            largest relative difference to the sums here is kept as `mismatch`.
+
+        With ids, nothing is read back from the device. Raises `ChannelError` and
+        `BoundaryError`, naming the argument, what was expected, and what came.
+        """
+        values = token_values(token_losses, labels, loss_mask, correct, weights)
+        ids = self._channel_ids(channels, token_losses.device)
+        if cu_seqlens is None and ids.shape == token_losses.shape and ids.numel() != 1:
+            added = token_group_sums(values, ids, self._rows(), self.dtype)
+        else:
+            self._check_layout(values.losses, ids, cu_seqlens)
+            sums = sequence_sums(values, cu_seqlens, self.dtype)
+            added = group_sums(sums, ids, self._rows())
+        self._add(added)
+        if reported_sum is not None:
+            self._compare(added, reported_sum)
+        return self
+
+    def merge_state(self, others: Iterable[ChannelLossAccumulator]) -> ChannelLossAccumulator:
+        """Add the sums of `others`, whose channels are matched by name."""
+        for other in others:
+            self._load_rows(other.table.names, other.sums())
+            self._mismatch = torch.maximum(self._mismatch, other._mismatch.to(self._mismatch))
+        return self
+
+    def compute(self) -> dict[str, float]:
+        """The metrics of all channels that have tokens, under their log keys."""
+        return {
+            metric_key(self.table.key_format, channel, metric): value
+            for channel, values in self.compute_by_channel().items()
+            for metric, value in values.items()
+        }
+
+    def compute_by_channel(self) -> dict[str, dict[str, float]]:
+        """{channel: {metric: value}} for the channels that have tokens, `unlabeled` last."""
+        rows = self.sums().tolist()
+        total = sum(row[0] for row in rows)
+        named = [*zip(self.table.names, rows[1:], strict=True), (UNLABELED, rows[0])]
+        return {
+            name: channel_values(dict(zip(COLUMNS, row, strict=True)), total, self.metrics)
+            for name, row in named
+            if row[0] > 0
+        }
+
+    def mismatch(self) -> float:
+        """The largest relative difference to a `reported_sum` since the last reset."""
+        return float(self._mismatch)
+
+    def sums(self) -> Tensor:
+        """float64 [C + 1, K] on the host: row 0 unlabeled, row i + 1 channel i. One sync."""
+        rows = len(self.table) + 1
+        exact = self._sums.to("cpu", torch.float64) + self._lost.to("cpu", torch.float64)
+        known = exact[:rows]
+        return torch.nn.functional.pad(known, (0, 0, 0, rows - known.shape[0]))
+
+    def reset(self) -> ChannelLossAccumulator:
+        """Forget the sums, keep the names."""
+        for state in (self._sums, self._lost, self._mismatch):
+            state.zero_()
+        return self
+
+    def to(self, device: torch.device | str) -> ChannelLossAccumulator:
+        """Move the sums to `device`."""
+        self._sums, self._lost = self._sums.to(device), self._lost.to(device)
+        self._mismatch = self._mismatch.to(device)
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Names and sums as plain values and one host tensor; survives a change of ids."""
+        return {
+            "version": _STATE_VERSION,
+            "columns": list(COLUMNS),
+            "names": list(self.table.names),
+            "sums": self.sums(),
+            "mismatch": self.mismatch(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> ChannelLossAccumulator:
+        """Replace the sums by those of `state_dict()`; channels are matched by name."""
+        if state.get("version") != _STATE_VERSION or state.get("columns") != list(COLUMNS):
+            raise ChannelMetricsError(
+                f"the state must have version {_STATE_VERSION} and columns {list(COLUMNS)}, but "
+                f"has version {state.get('version')!r} and columns {state.get('columns')}; it "
+                "was written by another version of channel_metrics."
+            )
+        self.reset()
+        self._load_rows(state["names"], state["sums"])
+        self._mismatch.fill_(state["mismatch"])
+        return self
+
+    def _capacity(self) -> int:
+        # Powers of two: a growing table changes shapes, and so recompiles, rarely.
+        return max(8, 1 << len(self.table).bit_length())
+
+    def _rows(self) -> int:
+        missing = len(self.table) + 1 - self._sums.shape[0]
+        if missing > 0:
+            grow = (0, 0, 0, self._capacity() - self._sums.shape[0])
+            self._sums = torch.nn.functional.pad(self._sums, grow)
+            self._lost = torch.nn.functional.pad(self._lost, grow)
+        return self._sums.shape[0]
+
+    def _add(self, added: Tensor) -> None:
+        if self.dtype == torch.float64:
+            self._sums += added
+            return
+        total = self._sums + added
+        other = total - self._sums
+        self._lost += (self._sums - (total - other)) + (added - other)
+        self._sums = total
+
+    def _compare(self, added: Tensor, reported_sum: Tensor) -> None:
+        nll, nonfinite = (added[:, COLUMNS.index(name)].sum() for name in ("nll", "nonfinite"))
+        reported = reported_sum.detach().to(nll)
+        off = (nll - reported).abs() / reported.abs().clamp(min=torch.finfo(self.dtype).tiny)
+        # With non-finite tokens the trainer's own sum is not finite: nothing to compare with.
+        comparable = (nonfinite == 0) & torch.isfinite(off)
+        self._mismatch = torch.maximum(self._mismatch, off.where(comparable, off.new_zeros(())))
+
+    def _load_rows(self, names: Sequence[str], sums: Tensor) -> None:
+        rows = [0, *(self.table.add(name) + 1 for name in names)]
+        size = self._rows()
+        index = torch.tensor(rows, device=self.device)
+        moved = sums.to(self._sums)
+        self._add(moved.new_zeros(size, NUM_COLUMNS).index_add_(0, index, moved))
+
+    def _channel_ids(self, channels: Tensor | Sequence[str | None], device: torch.device) -> Tensor:
+        if not isinstance(channels, Tensor):
+            if isinstance(channels, str):
+                raise ChannelError(
+                    f"channels must be one name per sequence, but is the string {channels!r}; "
+                    "pass a list."
+                )
+            return torch.tensor(self.table.ids(channels), dtype=torch.int64, device=device)
+        if channels.dtype not in (torch.int64, torch.int32):
+            raise ChannelError(
+                f"channels must be int64 ids or a list of names, but is {channels.dtype}."
+            )
+        if channels.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_ids(channels)
+        return channels
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.numel() and (int(ids.max()) >= len(self.table) or int(ids.min()) < -1):
+            raise ChannelError(
+                f"channel ids must be -1 (unlabeled) or 0 to {len(self.table) - 1}, but range "
+                f"from {int(ids.min())} to {int(ids.max())}; ids and table are out of step."
+            )
+
+    def _check_layout(self, losses: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> None:
+        if cu_seqlens is not None:
+            check_cu_seqlens_type(cu_seqlens)
+            if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+                check_cu_seqlens(cu_seqlens, losses.numel())
+            held = cu_seqlens.numel() - 1
+            source = f"cu_seqlens has {held + 1} bounds"
+        else:
+            held = losses.shape[0] if losses.dim() == 2 else 1
+            source = f"token_losses has shape {list(losses.shape)} and cu_seqlens is not given"
+        if ids.dim() != 1 or ids.numel() != held:
+            came = f"{ids.numel()} entries" if ids.dim() == 1 else f"shape {list(ids.shape)}"
+            raise ChannelError(
+                f"channels has {came} but the batch holds {held} sequences ({source}); pass one "
+                "channel per sequence."
+            )

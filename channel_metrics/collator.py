@@ -1,0 +1,151 @@
+"""`ChannelCollator`: any collator, plus the `channels` and `cu_seqlens` of the batch.
+
+    >>> from channel_metrics.collator import ChannelCollator
+    >>> collate = ChannelCollator(lambda fs: {"input_ids": torch.tensor([f["ids"] for f in fs])})
+    >>> batch = collate([{"ids": [1, 2], "channel": "bbu"}, {"ids": [3, 4], "channel": "rru"}])
+    >>> batch["channels"], batch["cu_seqlens"].tolist()
+    (['bbu', 'rru'], [0, 2, 4])
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from channel_metrics.boundaries import Boundaries, boundaries_from_batch
+from channel_metrics.channels import DEFAULT_FIELDS, ChannelTable, channels_of, field_roots
+from channel_metrics.errors import ChannelError
+from channel_metrics.validation import IGNORE_INDEX
+
+__all__ = ["ChannelCollator"]
+
+logger = logging.getLogger("channel_metrics")
+
+
+class ChannelCollator:
+    """Wraps `base`; its batch is unchanged but for the added keys.
+
+    fields: dotted record fields that may hold the channel.
+    table: with it, `channels` is an int64 tensor [num_sequences] of its ids; without it, and
+        for names that it does not know and may not refuse, a list of names. Collators run in
+        worker processes: a table that grew there would be lost.
+    strip: record keys that `base` must not see; None takes the roots of `fields`, which most
+        collators drop or choke on.
+    bounds_key: the batch key for the boundaries, int32 [num_sequences + 1].
+    row_bounds: whether the boundaries are added even if every row is one sequence.
+
+    Raises `ChannelError` if records and sequences do not fit each other.
+    """
+
+    def __init__(
+        self,
+        base: Callable[[list[Any]], Any],
+        *,
+        fields: Sequence[str] = DEFAULT_FIELDS,
+        table: ChannelTable | None = None,
+        strip: Sequence[str] | None = None,
+        bounds_key: str = "cu_seqlens",
+        row_bounds: bool = True,
+    ) -> None:
+        self.base = base
+        self.fields = tuple(fields)
+        self.table = table
+        self.strip = frozenset(field_roots(fields) if strip is None else strip)
+        self.bounds_key = bounds_key
+        self.row_bounds = row_bounds
+        self._warned: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        # Trainers look at attributes of their collator (`tokenizer`, `padding_free`, ...).
+        if name.startswith("__") or name == "base":
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    def __call__(self, features: Sequence[Any]) -> Any:
+        """Collate `features` with `base`, and add the channels of their sequences."""
+        records = [feature if isinstance(feature, Mapping) else vars(feature) for feature in features]
+        channels = [channels_of(record, self.fields) for record in records]
+        batch = self.base([self._without_fields(feature) for feature in features])
+        if not isinstance(batch, MutableMapping):
+            raise ChannelError(
+                f"the wrapped collator must return a dict, but returned {type(batch).__name__}; "
+                "channels need a batch that they can ride in."
+            )
+        if "channels" in batch:
+            raise ChannelError(
+                "the wrapped collator already returned the key 'channels'; rename that column, "
+                "or leave the annotation to one of the two."
+            )
+        boundaries = boundaries_from_batch(batch)
+        self._check_labels(batch.get("labels"), boundaries)
+        names = _names_per_sequence(channels, boundaries, batch)
+        known = self.table is not None and self.table.knows_all(names)
+        batch["channels"] = (
+            torch.tensor(self.table.ids(names), dtype=torch.int64)
+            if self.table is not None and known
+            else names
+        )
+        if self.row_bounds or boundaries.num_sequences != _num_rows(batch):
+            batch[self.bounds_key] = boundaries.cu_seqlens
+        return batch
+
+    def _without_fields(self, feature: Any) -> Any:
+        if not isinstance(feature, Mapping) or not self.strip.intersection(feature):
+            return feature
+        return {key: value for key, value in feature.items() if key not in self.strip}
+
+    def _check_labels(self, labels: Any, boundaries: Boundaries) -> None:
+        if not isinstance(labels, Tensor) or labels.dim() not in (1, 2):
+            return
+        supervised = labels.flatten() != IGNORE_INDEX
+        if boundaries.keep is not None:
+            self._warn_once(
+                int((supervised & ~boundaries.keep).sum()),
+                "%d labels stand on padding and are not -100: the loss trains on them, so they "
+                "are counted; set the labels of pad positions to -100.",
+            )
+        starts = boundaries.cu_seqlens[1:-1].long()
+        inner = starts[(starts % labels.shape[-1] != 0) & (starts < supervised.numel())]
+        self._warn_once(
+            int(supervised[inner].sum()),
+            "%d sequences start with a label that is not -100: a causal loss predicts it from "
+            "the sequence before; it is counted for its own channel. Set the first label of "
+            "each packed sequence to -100.",
+        )
+
+    def _warn_once(self, count: int, message: str) -> None:
+        if count and message not in self._warned:
+            self._warned.add(message)
+            logger.warning("first such batch: " + message, count)
+
+
+def _names_per_sequence(
+    channels: list[list[str | None]], boundaries: Boundaries, batch: Mapping[str, Any]
+) -> list[str | None]:
+    names = [name for of_record in channels for name in of_record]
+    held = boundaries.num_sequences
+    if len(names) == held:
+        return names
+    if all(name is None for name in names):
+        return [None] * held
+    if len(channels) == _num_rows(batch) and len(names) == len(channels):
+        # Each record is one row that holds several sequences: its channel is theirs.
+        row_length = int(boundaries.cu_seqlens[-1]) // len(channels)
+        return [names[start // row_length] for start in boundaries.cu_seqlens[:-1].tolist()]
+    raise ChannelError(
+        f"the records name {len(names)} channels but the batch holds {held} sequences "
+        f"(boundaries {boundaries.cu_seqlens[:8].tolist()}{'...' if held > 7 else ''}); a packer "
+        "must keep one channel per sequence, in order."
+    )
+
+
+def _num_rows(batch: Mapping[str, Any]) -> int:
+    for key in ("labels", "input_ids"):
+        value = batch.get(key)
+        if isinstance(value, Tensor):
+            return value.shape[0] if value.dim() > 1 else 1
+    return 0

@@ -1,0 +1,65 @@
+"""The configuration that every adapter takes: which field, which channels, which metrics, which keys."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from channel_metrics.channels import DEFAULT_FIELDS, ChannelTable, Unknown
+from channel_metrics.errors import ConfigError
+from channel_metrics.metrics import DEFAULT_METRICS, check_metrics
+
+__all__ = ["MetricsConfig", "refuse_unknown_keys"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """How channels are found and what is logged for them."""
+
+    fields: tuple[str, ...] = DEFAULT_FIELDS
+    """Dotted record fields that may hold the channel; the first that is there wins."""
+
+    channels: tuple[str, ...] = ()
+    """Declared channels. Empty: found in the data (scanned from a column, or met on the way)."""
+
+    unknown: Unknown = "add"
+    """What a channel outside the declared ones does: "add", "unlabeled" or "error"."""
+
+    metrics: tuple[str, ...] = DEFAULT_METRICS
+    """What is logged per channel, see `channel_metrics.metrics`."""
+
+    key_format: str = "{channel}_{metric}"
+    """The log key. `{metric}_{channel}` gives ms-swift's names, `{metric}/{channel}` folders."""
+
+    def __post_init__(self) -> None:
+        for name in ("fields", "channels", "metrics"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+                raise ConfigError(f"{name} must be a list of strings, but is {value!r}.")
+            object.__setattr__(self, name, tuple(value))
+        if not self.fields:
+            raise ConfigError("fields must name at least one record field, but is empty.")
+        check_metrics(self.metrics)
+        self.new_table()
+
+    def new_table(self) -> ChannelTable:
+        """A table of the declared channels; raises for names that cannot stand side by side."""
+        return ChannelTable(self.channels, unknown=self.unknown, key_format=self.key_format)
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> MetricsConfig:
+        """From plain values (YAML); an unknown key is a `ConfigError` with the nearest right one."""
+        refuse_unknown_keys(mapping, [field.name for field in fields(cls)], "metrics config")
+        return cls(**mapping)
+
+
+def refuse_unknown_keys(mapping: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Raise `ConfigError` for the first key that is not in `known`, naming the nearest."""
+    known = list(known)
+    for key in mapping:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+            raise ConfigError(f"unknown key {key!r} in {where}; {hint}")

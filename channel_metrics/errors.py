@@ -1,0 +1,34 @@
+"""The errors that a user of this library can meet.
+
+Every message follows one pattern: what was expected, what came, what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BoundaryError",
+    "ChannelError",
+    "ChannelMetricsError",
+    "ConfigError",
+    "UnsupportedVersionError",
+]
+
+
+class ChannelMetricsError(ValueError):
+    """Base of all errors raised by this library."""
+
+
+class BoundaryError(ChannelMetricsError):
+    """Sequence boundaries that are malformed, or that do not fit the tokens."""
+
+
+class ChannelError(ChannelMetricsError):
+    """Channel names or ids that are missing, unknown, ambiguous, or out of step with the batch."""
+
+
+class ConfigError(ChannelMetricsError):
+    """A configuration that cannot be meant: unknown keys, wrong values, colliding names."""
+
+
+class UnsupportedVersionError(ChannelMetricsError):
+    """A framework version, or a use of it, that an adapter cannot observe correctly."""

@@ -1,0 +1,80 @@
+"""Token-level loss and correctness out of a model's own cross entropy.
+
+Letters: T tokens, V vocabulary.
+
+`torch.nn.functional.cross_entropy` is `log_softmax` followed by `nll_loss`. Doing these two
+steps where a model does one gives the same loss and gradients bit for bit (a test checks it),
+and the token losses are then a gather away: there is no second softmax, and nothing of size
+T x V that the step did not have already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from channel_metrics.validation import IGNORE_INDEX
+
+__all__ = ["TokenLosses", "cross_entropy", "token_losses_of_logits"]
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """What a cross entropy knows about its tokens; all [T], detached.
+
+    nll: in nats, 0 where the target is ignored. correct: bool, the target has the largest logit
+    (a tie counts); None where not asked for. target: the target ids as the loss saw them.
+    reported_sum: 0-d, the sum of nll that the loss was reduced from.
+    """
+
+    nll: Tensor
+    correct: Tensor | None
+    target: Tensor
+    reported_sum: Tensor
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    reduction: str,
+    ignore_index: int = IGNORE_INDEX,
+    with_correct: bool = True,
+) -> tuple[Tensor, TokenLosses]:
+    """`F.cross_entropy(logits [T, V], target [T])` and the losses of its tokens.
+
+    reduction: "sum" or "mean". The returned loss, and its gradient, are bit for bit those of
+    `F.cross_entropy` with the same arguments.
+    """
+    log_probs = F.log_softmax(logits, dim=-1)
+    loss = F.nll_loss(log_probs, target, ignore_index=ignore_index, reduction=reduction)
+    with torch.no_grad():
+        nll = F.nll_loss(log_probs, target, ignore_index=ignore_index, reduction="none")
+        correct = _is_correct(logits, target) if with_correct else None
+        reported = loss.detach().double()
+        if reduction == "mean":
+            reported = reported * (target != ignore_index).sum()
+    return loss, TokenLosses(nll, correct, target, reported)
+
+
+def token_losses_of_logits(
+    logits: Tensor, target: Tensor, *, ignore_index: int = IGNORE_INDEX, with_correct: bool = True
+) -> TokenLosses:
+    """Token losses [T] from logits [T, V] that some other loss has used: a second softmax.
+
+    For losses that do not pass through `cross_entropy` (label smoothing, a loss function of the
+    user's). The nll is the plain one, whatever that loss was.
+    """
+    with torch.no_grad():
+        nll = F.cross_entropy(logits.float(), target, ignore_index=ignore_index, reduction="none")
+        correct = _is_correct(logits, target) if with_correct else None
+    return TokenLosses(nll, correct, target, nll.sum(dtype=torch.float64))
+
+
+def _is_correct(logits: Tensor, target: Tensor) -> Tensor:
+    # A row maximum is several times cheaper than an argmax and says the same but for ties.
+    chosen = logits.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return chosen == logits.amax(-1)

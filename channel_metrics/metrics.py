@@ -1,0 +1,74 @@
+"""What the metrics are: sums of one channel over a window -> values. Pure Python floats.
+
+| name | value |
+|---|---|
+| loss | nll / tokens, in nats; raw: before weights, label smoothing, loss scaling |
+| weighted_loss | weighted nll / weight; only where tokens are weighted |
+| token_acc | correct / tokens; a target that ties for the maximum counts as correct |
+| ppl | exp(loss) |
+| tokens, samples | supervised tokens, sequences in the window |
+| share | tokens / tokens of all channels, `unlabeled` among them |
+| nonfinite | tokens whose loss is NaN or infinite; present when there are any |
+
+Tokens with a non-finite loss count in `tokens` and `share`, and take no part in the loss.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+
+from channel_metrics.errors import ConfigError
+
+__all__ = ["ALL_METRICS", "DEFAULT_METRICS", "channel_values", "check_metrics"]
+
+ALL_METRICS = ("loss", "weighted_loss", "token_acc", "ppl", "tokens", "samples", "share")
+DEFAULT_METRICS = ("loss", "token_acc", "tokens", "share")
+
+
+def check_metrics(metrics: Iterable[str]) -> tuple[str, ...]:
+    """The metrics, each once; raises `ConfigError` for an unknown one."""
+    chosen = tuple(dict.fromkeys(metrics))
+    for name in chosen:
+        if name not in ALL_METRICS:
+            near = difflib.get_close_matches(name, ALL_METRICS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(f"unknown metric {name!r}; {hint}Known: {', '.join(ALL_METRICS)}.")
+    return chosen
+
+
+def channel_values(
+    sums: Mapping[str, float], all_tokens: float, metrics: Iterable[str]
+) -> dict[str, float]:
+    """The values of one channel from its sums, by column name (see `statistics.COLUMNS`).
+
+    A value without a denominator (accuracy that nobody measured) is absent. `all_tokens` are
+    the supervised tokens of all channels in the window.
+    """
+    finite = sums["tokens"] - sums["nonfinite"]
+    loss = sums["nll"] / finite if finite else None
+    values = {
+        "loss": loss,
+        "weighted_loss": _ratio(sums["weighted_nll"], sums["weight"]),
+        "token_acc": _ratio(sums["correct"], sums["judged"]),
+        "ppl": None if loss is None else _exp(loss),
+        "tokens": sums["tokens"],
+        "samples": sums["samples"],
+        "share": _ratio(sums["tokens"], all_tokens),
+    }
+    chosen = {name: values[name] for name in metrics}
+    if sums["nonfinite"]:
+        chosen["nonfinite"] = sums["nonfinite"]
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator else None
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,95 @@
+"""An accumulator and a process group -> the sums of all ranks, with one all-reduce.
+
+All ranks of the group call `sync` at the same log points. In the steady state that is one
+all-reduce of a vector whose length depends only on what the ranks agreed on before:
+
+    [ sums of the agreed names, in the agreed order | ranks with new names | mismatch ]
+
+A rank that met a name which is not agreed on yet says so in that same vector. Only then do all
+ranks gather the new names, agree on the sorted union behind the old order, and reduce the rows
+of these names: two more collectives, once per new name. No rank needs to have seen a channel,
+or any batch at all, to take part.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from channel_metrics.accumulator import ChannelLossAccumulator
+from channel_metrics.channels import ChannelTable
+from channel_metrics.statistics import NUM_COLUMNS
+
+__all__ = ["MISMATCH_TOLERANCE", "sync"]
+
+# A relative difference to the trainer's own loss from which on it is reported.
+MISMATCH_TOLERANCE = 1e-4
+
+
+def sync(
+    accumulator: ChannelLossAccumulator, group: dist.ProcessGroup | None = None
+) -> ChannelLossAccumulator:
+    """A new accumulator on the host with the sums over all ranks of `group`.
+
+    group: the ranks that each counted tokens nobody else counted; None is the default group.
+        Without torch.distributed initialised, there is one rank.
+
+    The given accumulator keeps its sums (reset it to open the next window). `mismatch` of the
+    result is 0 if no rank exceeds MISMATCH_TOLERANCE, else the sum over the ranks that do: an
+    upper bound of the largest, since one all-reduce can only add.
+    """
+    mismatch = accumulator.mismatch()
+    local = dict(zip(accumulator.table.names, accumulator.sums()[1:], strict=True))
+    unlabeled = accumulator.sums()[0]
+    if dist.is_available() and dist.is_initialized():
+        agreed = accumulator.agreed_names
+        new = sorted(set(local) - set(agreed))
+        over = mismatch if mismatch > MISMATCH_TOLERANCE else 0.0
+        header = torch.tensor([float(bool(new)), over], dtype=torch.float64)
+        flat = torch.cat([unlabeled, _rows(local, agreed).flatten(), header])
+        flat = _all_reduce(flat, accumulator.device, group)
+        unlabeled, rows = flat[:NUM_COLUMNS], flat[NUM_COLUMNS:-2].view(-1, NUM_COLUMNS)
+        mismatch = float(flat[-1])
+        if flat[-2]:
+            joined = _gather_names(new, group)
+            added = _all_reduce(_rows(local, joined), accumulator.device, group)
+            agreed, rows = (*agreed, *joined), torch.cat([rows, added])
+            accumulator.agreed_names = agreed
+        local = dict(zip(agreed, rows, strict=True))
+    return _result(accumulator, local, unlabeled, mismatch)
+
+
+def _rows(local: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
+    absent = torch.zeros(NUM_COLUMNS, dtype=torch.float64)
+    return torch.stack([local.get(name, absent) for name in names] or [absent])[: len(names)]
+
+
+def _all_reduce(
+    values: Tensor, device: torch.device, group: dist.ProcessGroup | None
+) -> Tensor:
+    # The sums are wanted on the host in any case; only NCCL-like backends need them elsewhere.
+    on_host = "gloo" in dist.get_backend(group)
+    moved = values if on_host else values.to(device)
+    dist.all_reduce(moved, op=dist.ReduceOp.SUM, group=group)
+    return moved.to("cpu")
+
+
+def _gather_names(new: list[str], group: dist.ProcessGroup | None) -> tuple[str, ...]:
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(gathered, new, group=group)
+    return tuple(sorted(set().union(*gathered)))
+
+
+def _result(
+    accumulator: ChannelLossAccumulator,
+    rows: dict[str, Tensor],
+    unlabeled: Tensor,
+    mismatch: float,
+) -> ChannelLossAccumulator:
+    table = ChannelTable(rows, key_format=accumulator.table.key_format)
+    result = ChannelLossAccumulator(table, metrics=accumulator.metrics)
+    state = result.state_dict()
+    state["sums"] = torch.stack([unlabeled, *rows.values()])
+    state["mismatch"] = mismatch
+    return result.load_state_dict(state)
