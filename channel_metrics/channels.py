@@ -10,10 +10,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from channel_metrics.errors import ChannelError, ConfigError
+from channel_metrics.metrics import ALL_METRICS
 
 __all__ = [
     "DEFAULT_FIELDS",
@@ -88,6 +89,8 @@ class ChannelTable:
     unknown: what a name outside the table does: "add" grows the table, "unlabeled" counts its
         tokens as unlabeled, "error" raises `ChannelError`.
     key_format: checked here because two names must not end up under one key.
+    reserved: log keys that belong to the trainer; a channel whose key would overwrite one is a
+        `ConfigError`.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class ChannelTable:
         *,
         unknown: Unknown = "add",
         key_format: str = "{channel}_{metric}",
+        reserved: Collection[str] = (),
     ) -> None:
         if unknown not in ("add", "unlabeled", "error"):
             raise ConfigError(
@@ -104,6 +108,7 @@ class ChannelTable:
         check_key_format(key_format)
         self.unknown: Unknown = unknown
         self.key_format = key_format
+        self.reserved = frozenset(reserved)
         self._ids: dict[str, int] = {}
         self._by_key: dict[str, str] = {sanitize(UNLABELED): UNLABELED}
         for name in names:
@@ -140,6 +145,7 @@ class ChannelTable:
                 f"channels {other!r} and {name!r} would both be logged as {sanitize(name)!r}; "
                 "rename one of them."
             )
+        self._check_reserved(name)
         return self._ids.setdefault(name, len(self._ids))
 
     def ids(self, names: Iterable[str | None]) -> list[int]:
@@ -151,6 +157,16 @@ class ChannelTable:
         return self.unknown != "add" or all(
             n is None or n == UNLABELED or n in self._ids for n in names
         )
+
+    def _check_reserved(self, name: str) -> None:
+        taken = self.reserved.intersection(
+            metric_key(self.key_format, name, metric) for metric in ALL_METRICS
+        )
+        if taken:
+            raise ConfigError(
+                f"channel {name!r} would be logged as {min(taken)!r}, which is the trainer's own "
+                "key; rename the channel or choose another key_format."
+            )
 
     def _id(self, name: str) -> int:
         if name in self._ids or name == UNLABELED or self.unknown == "add":

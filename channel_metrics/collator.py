@@ -59,6 +59,22 @@ class ChannelCollator:
         self.row_bounds = row_bounds
         self._warned: set[str] = set()
 
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """The record keys that this collator reads the channel from."""
+        return field_roots(self.fields)
+
+    def around(self, base: Callable[[list[Any]], Any]) -> ChannelCollator:
+        """The same collator around another `base`."""
+        return ChannelCollator(
+            base,
+            fields=self.fields,
+            table=self.table,
+            strip=tuple(self.strip),
+            bounds_key=self.bounds_key,
+            row_bounds=self.row_bounds,
+        )
+
     def __getattr__(self, name: str) -> Any:
         # Trainers look at attributes of their collator (`tokenizer`, `padding_free`, ...).
         if name.startswith("__") or name == "base":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -44,9 +44,11 @@ class MetricsConfig:
         check_metrics(self.metrics)
         self.new_table()
 
-    def new_table(self) -> ChannelTable:
+    def new_table(self, reserved: Collection[str] = ()) -> ChannelTable:
         """A table of the declared channels; raises for names that cannot stand side by side."""
-        return ChannelTable(self.channels, unknown=self.unknown, key_format=self.key_format)
+        return ChannelTable(
+            self.channels, unknown=self.unknown, key_format=self.key_format, reserved=reserved
+        )
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> MetricsConfig:

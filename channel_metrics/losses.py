@@ -61,17 +61,29 @@ def cross_entropy(
 
 
 def token_losses_of_logits(
-    logits: Tensor, target: Tensor, *, ignore_index: int = IGNORE_INDEX, with_correct: bool = True
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    with_correct: bool = True,
+    chunk_size: int = 1024,
 ) -> TokenLosses:
     """Token losses [T] from logits [T, V] that some other loss has used: a second softmax.
 
     For losses that do not pass through `cross_entropy` (label smoothing, a loss function of the
-    user's). The nll is the plain one, whatever that loss was.
+    user's). The nll is the plain one, whatever that loss was. Works on `chunk_size` rows at a
+    time, so that the added memory is chunk_size x V.
     """
+    nll, correct = [], []
     with torch.no_grad():
-        nll = F.cross_entropy(logits.float(), target, ignore_index=ignore_index, reduction="none")
-        correct = _is_correct(logits, target) if with_correct else None
-    return TokenLosses(nll, correct, target, nll.sum(dtype=torch.float64))
+        for rows, wanted in zip(logits.split(chunk_size), target.split(chunk_size), strict=True):
+            exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            nll.append(F.cross_entropy(exact, wanted, ignore_index=ignore_index, reduction="none"))
+            if with_correct:
+                correct.append(_is_correct(rows, wanted))
+        all_nll = torch.cat(nll)
+        all_correct = torch.cat(correct) if with_correct else None
+    return TokenLosses(all_nll, all_correct, target, all_nll.sum(dtype=torch.float64))
 
 
 def _is_correct(logits: Tensor, target: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Adapters: one module per training framework, each importing only its own."""

@@ -1,0 +1,200 @@
+"""Token losses out of a transformers model while the trainer computes its loss.
+
+transformers' losses for language models end in `loss_utils.fixed_cross_entropy`. For the time
+of one `compute_loss`, that name points to a function which does the same in the two steps that
+cross entropy is made of, and so sees every token (see `channel_metrics.losses`). What does not
+pass there (label smoothing, `compute_loss_func`, a model with a loss of its own) is measured on
+the logits the model returned, with a second softmax. What returns no logits either is refused.
+
+Letters: B rows, S row length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.loss import loss_utils
+
+from channel_metrics.errors import UnsupportedVersionError
+from channel_metrics.losses import TokenLosses, cross_entropy, token_losses_of_logits
+
+__all__ = [
+    "Observation",
+    "check_loss_hook",
+    "observe_loss",
+    "shifted_labels",
+    "token_losses_from_outputs",
+]
+
+logger = logging.getLogger("channel_metrics")
+
+_PARAMETERS = ("source", "target", "num_items_in_batch", "ignore_index")
+_original = loss_utils.fixed_cross_entropy
+
+
+@dataclass
+class Observation:
+    """What one `compute_loss` let us see."""
+
+    with_correct: bool
+    thread: int = field(default_factory=threading.get_ident)
+    losses: list[TokenLosses] = field(default_factory=list)
+    outputs: Any = None
+
+    def matching(self, num_tokens: int) -> list[TokenLosses]:
+        """The cross entropies over exactly `num_tokens` positions."""
+        return [found for found in self.losses if found.target.numel() == num_tokens]
+
+    def logits(self) -> Tensor | None:
+        """The logits that the model returned, if it did."""
+        outputs = self.outputs
+        found = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        return found if isinstance(found, Tensor) else None
+
+    def loss(self) -> Tensor | None:
+        """The loss that the model itself returned, if it did."""
+        found = self.outputs.get("loss") if isinstance(self.outputs, Mapping) else None
+        return found if isinstance(found, Tensor) else None
+
+
+_active: Observation | None = None
+
+
+def check_loss_hook() -> None:
+    """Raise `UnsupportedVersionError` if this transformers has another `fixed_cross_entropy`."""
+    parameters = tuple(inspect.signature(_original).parameters)
+    if parameters[: len(_PARAMETERS)] != _PARAMETERS:
+        import transformers
+
+        raise UnsupportedVersionError(
+            f"transformers {transformers.__version__} has a fixed_cross_entropy with parameters "
+            f"{parameters}, but {_PARAMETERS} were expected; use a tested version (see README)."
+        )
+
+
+@contextmanager
+def observe_loss(model: torch.nn.Module, *, with_correct: bool) -> Iterator[Observation]:
+    """Observe the cross entropies and the outputs of `model` inside the block."""
+    global _active
+    observation = Observation(with_correct)
+    outer, _active = _active, observation
+    before = loss_utils.fixed_cross_entropy
+    loss_utils.fixed_cross_entropy = _observing_cross_entropy
+
+    def keep_outputs(_model: Any, _args: Any, outputs: Any) -> None:
+        # Logits are large: held only if the token losses cannot be had without them.
+        if not observation.losses:
+            observation.outputs = outputs
+
+    handle = model.register_forward_hook(keep_outputs)
+    try:
+        yield observation
+    finally:
+        handle.remove()
+        loss_utils.fixed_cross_entropy = before
+        _active = outer
+
+
+def _observing_cross_entropy(
+    source: Tensor,
+    target: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    **kwargs: Any,
+) -> Tensor:
+    # Compiled graphs must not hold our state; their token losses come from the logits.
+    if torch.compiler.is_compiling():
+        return _original(source, target, num_items_in_batch, ignore_index, **kwargs)
+    observation = _active
+    if (
+        observation is None
+        or observation.thread != threading.get_ident()
+        or not _same_as_original(source, target, num_items_in_batch, ignore_index, kwargs)
+    ):
+        return _original(source, target, num_items_in_batch, ignore_index, **kwargs)
+    loss, token_losses = _two_steps(
+        source, target, num_items_in_batch, ignore_index, observation.with_correct
+    )
+    observation.losses.append(token_losses)
+    return loss
+
+
+def _two_steps(
+    source: Tensor,
+    target: Tensor,
+    num_items_in_batch: Tensor | int | None,
+    ignore_index: int,
+    with_correct: bool,
+) -> tuple[Tensor, TokenLosses]:
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss, token_losses = cross_entropy(
+        source, target, reduction=reduction, ignore_index=ignore_index, with_correct=with_correct
+    )
+    if num_items_in_batch is not None:
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        loss = loss / num_items_in_batch
+    return loss, token_losses
+
+
+_verified: dict[str, bool] = {}
+
+
+def _same_as_original(
+    source: Tensor, target: Tensor, num_items: Tensor | int | None, ignore_index: int, kwargs: Any
+) -> bool:
+    """Whether the two steps give this transformers' own value, tried once on a few rows."""
+    reduction = "mean" if num_items is None else "sum"
+    if reduction not in _verified:
+        with torch.no_grad():
+            few = source[:8].detach()
+            targets = torch.arange(len(few), device=target.device) % source.shape[-1]
+            ours, _ = _two_steps(few, targets, num_items, ignore_index, False)
+            theirs = _original(few, targets, num_items, ignore_index, **kwargs)
+        _verified[reduction] = torch.equal(ours, theirs)
+        if not _verified[reduction]:
+            logger.warning(
+                "transformers' fixed_cross_entropy is not plain cross entropy here: token losses "
+                "are measured on the logits, with a second softmax."
+            )
+    return _verified[reduction]
+
+
+def shifted_labels(labels: Tensor) -> Tensor:
+    """[..., S] labels as a causal loss sees them: position t holds the label of t + 1."""
+    return torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+
+
+def token_losses_from_outputs(
+    observation: Observation, targets: Tensor
+) -> TokenLosses:
+    """Token losses [B * S] on the logits [B, S, V] that the model returned.
+
+    Raises `UnsupportedVersionError` where there are none: a fused loss was used, or the model
+    returned a part of them only.
+    """
+    logits = observation.logits()
+    if logits is None:
+        raise UnsupportedVersionError(
+            "the loss of this model cannot be seen per token: it did not pass transformers' "
+            "cross entropy, and the model returned no logits (a fused loss such as "
+            "use_liger_kernel=True does that); switch the fused loss off, or detach the metrics."
+        )
+    if logits.shape[:-1] != targets.shape:
+        raise UnsupportedVersionError(
+            f"expected logits for all labels {list(targets.shape)}, but the model returned "
+            f"{list(logits.shape)}; leave logits_to_keep unset while metrics are on."
+        )
+    return token_losses_of_logits(
+        logits.detach().flatten(0, -2),
+        targets.reshape(-1).to(logits.device),
+        with_correct=observation.with_correct,
+    )
