@@ -1,0 +1,48 @@
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help env env-latest demo test test-latest lint bench clean
+
+BIN := .venv/bin
+BIN_LATEST := .venv-latest/bin
+# Two test processes: the multi-process tests start more of their own.
+PYTEST := -m pytest -n 2
+# Tests run on the CPU, offline, with one thread per process.
+TEST_ENV := DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+# Options for pytest: make test ARGS="-k boundaries"
+ARGS ?=
+
+help: ## This list
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
+
+env: .venv/.stamp ## Create .venv (Python 3.11), at exact versions
+env-latest: .venv-latest/.stamp ## Create .venv-latest (newest releases), at exact versions
+
+.venv/.stamp: pyproject.toml scripts/make_env constraints/main.in constraints/main.txt
+	@scripts/make_env main
+
+.venv-latest/.stamp: pyproject.toml scripts/make_env constraints/latest.in constraints/latest.txt
+	@scripts/make_env latest
+
+demo: env ## Train a tiny model on four channels and show their losses
+	$(BIN)/channel-metrics train configs/fused_data/debug.yaml
+
+test: env ## Run the tests in .venv
+	$(TEST_ENV) $(BIN)/python $(PYTEST) $(ARGS)
+
+test-latest: env-latest ## Run the tests in .venv-latest
+	$(TEST_ENV) $(BIN_LATEST)/python $(PYTEST) $(ARGS)
+
+lint: env ## ruff, mypy, import-linter
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: env ## Measure what an update costs; writes benchmarks/results/
+	$(BIN)/python -m benchmarks.update
+
+clean: ## Remove environments, caches and build products
+	rm -rf .venv .venv-latest build dist *.egg-info .hypothesis .import_linter_cache
+	rm -rf .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
