@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import transformers
 from torch import Tensor
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from channel_metrics.collator import ChannelCollator
 from channel_metrics.config import MetricsConfig
@@ -189,16 +192,20 @@ class ChannelMetricsMixin(_Base):
             )
         with observe_loss(model, with_correct=state.with_correct) as observation:
             result = super().compute_loss(model, inputs, *args, **kwargs)
-        state.record(batch, labels, observation, self._is_causal())
+        causal = None if state.captured is not None else self._is_causal()
+        state.record(batch, labels, observation, causal)
         return result
 
-    def _is_causal(self) -> bool:
-        known = getattr(self, "_loss_shifts_labels", None)
-        if known is not None:
-            return bool(known)
+    def _is_causal(self) -> bool | None:
+        """Whether the model predicts the next token, by its kind; None if that is not known."""
         model = self.accelerator.unwrap_model(self.model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        kinds = {parent.__name__ for parent in type(model).__mro__}
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            return False
+        if kinds.intersection(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+            return True
+        return False if kinds.intersection(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()) else None
 
     # ---- windows --------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ class ChannelState:
         return "token_acc" in self.config.metrics
 
     def record(
-        self, batch: BatchChannels, labels: Tensor, observation: Observation, causal: bool
+        self, batch: BatchChannels, labels: Tensor, observation: Observation, causal: bool | None
     ) -> None:
         """Add the tokens of one micro-batch to the open window."""
         found = self._captured_losses(observation, labels)
@@ -136,7 +136,7 @@ class ChannelState:
         return candidates[0]
 
     def _fallback_losses(
-        self, observation: Observation, labels: Tensor, causal: bool
+        self, observation: Observation, labels: Tensor, causal: bool | None
     ) -> TokenLosses:
         if self.captured is None:
             self.shifts = self._fallback_shift(observation, labels, causal)
@@ -148,24 +148,38 @@ class ChannelState:
         targets = shifted_labels(labels) if self.shifts else labels
         return token_losses_from_outputs(observation, targets)
 
-    def _fallback_shift(self, observation: Observation, labels: Tensor, causal: bool) -> bool:
+    def _fallback_shift(
+        self, observation: Observation, labels: Tensor, causal: bool | None
+    ) -> bool:
         """Whether the labels are shifted: by the model's kind, checked against its own loss."""
         model_loss = observation.loss()
-        if model_loss is None:
-            return causal
-        means = {}
-        for shift in (causal, not causal):
-            targets = shifted_labels(labels) if shift else labels
-            found = token_losses_from_outputs(observation, targets)
-            means[shift] = float(found.reported_sum / (targets != -100).sum().clamp(min=1))
-            if abs(means[shift] - float(model_loss)) <= 1e-2 * abs(means[shift]):
-                return shift
-        self.warn_once(
-            f"the model's own loss ({float(model_loss):.4f}) is not the mean cross entropy of "
-            f"its logits ({means[causal]:.4f}): it adds or weights something. Channel losses "
-            "are the plain cross entropy."
-        )
+        if model_loss is not None:
+            reported = float(model_loss.detach())
+            means = {shift: _mean_nll(observation, labels, shift) for shift in (True, False)}
+            off = {shift: abs(mean - reported) / abs(reported) for shift, mean in means.items()}
+            near = min(off, key=off.__getitem__)
+            # A loss in bfloat16 has three digits; the other way is clearly worse or unknown.
+            if off[near] < 1e-2 and off[near] * 10 < off[not near]:
+                return near
+            if causal is not None and off[causal] >= 1e-2:
+                self.warn_once(
+                    f"the model's own loss ({reported:.4f}) is not the mean cross entropy of its "
+                    f"logits ({means[causal]:.4f}): it adds or weights something. Channel losses "
+                    f"are the plain cross entropy, labels {'shifted' if causal else 'as they are'}."
+                )
+        if causal is None:
+            raise UnsupportedVersionError(
+                "whether the loss of this model shifts its labels cannot be told: its class is "
+                "none of transformers' language models, and its loss is not the mean cross "
+                "entropy of its logits, shifted or not. Detach the metrics for this model."
+            )
         return causal
+
+
+def _mean_nll(observation: Observation, labels: Tensor, shift: bool) -> float:
+    targets = shifted_labels(labels) if shift else labels
+    total = token_losses_from_outputs(observation, targets).reported_sum
+    return float(total / (targets != -100).sum().clamp(min=1))
 
 
 def _find_shift(target: Tensor, labels: Tensor) -> bool:

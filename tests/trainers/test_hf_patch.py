@@ -1,0 +1,174 @@
+"""`channel_metrics.patches.hf_trainer` and `channel-metrics run`: unmodified scripts, real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hf_tools import channel_logs, train
+from transformers import Trainer
+
+from channel_metrics.run_script import available_patches
+from channel_metrics.trainers.hf import ChannelMetricsMixin, attach
+
+ROOT = Path(__file__).parents[2]
+
+# What a user has: knows nothing of channel metrics.
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from hf_tools import make_records, train
+if __name__ == "__main__":
+    trainer = train(Path(sys.argv[1]), records=make_records(16), dataloader_num_workers=1)
+    log = {"argv": sys.argv, "path": sys.path[0], "log": trainer.state.log_history}
+    Path(sys.argv[1], "log.json").write_text(json.dumps(log))
+    sys.exit(7)
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "elsewhere" / "train.py"
+    path.parent.mkdir()
+    path.write_text(SCRIPT)
+    return path
+
+
+def run_python(
+    *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests" / "trainers")} | (env or {}),
+        cwd=cwd or ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_apply_is_idempotent_and_reversible(tmp_path: Path, capfd) -> None:
+    original = Trainer.__init__
+    import channel_metrics.patches.hf_trainer as patch
+
+    try:
+        patched = Trainer.__init__
+        assert patch.is_applied() and patched is not original
+        patch.apply()
+        assert Trainer.__init__ is patched
+        trainer = train(tmp_path)
+        assert channel_logs(trainer) == channel_logs(train(tmp_path, prepare=attach))
+        patch.revert()
+        assert Trainer.__init__ is original and not patch.is_applied()
+        patch.revert()
+        assert Trainer.__init__ is original
+        assert not channel_logs(train(tmp_path))
+        patch.apply()
+        assert patch.is_applied()
+    finally:
+        patch.revert()
+    assert "patched transformers.Trainer.__init__" in capfd.readouterr().err
+
+
+def test_a_mixin_class_keeps_its_own_config(tmp_path: Path) -> None:
+    import channel_metrics.patches.hf_trainer as patch
+
+    class Mixed(ChannelMetricsMixin, Trainer):
+        pass
+
+    patch.apply()
+    try:
+        trainer = train(tmp_path, trainer_class=Mixed)
+    finally:
+        patch.revert()
+    assert type(trainer) is Mixed and channel_logs(trainer)
+
+
+def test_run_leaves_the_script_unmodified(tmp_path: Path, script: Path) -> None:
+    """Arguments, sys.path, worker processes and the exit code are the script's own."""
+    plain = run_python(str(script), str(tmp_path), "--patch", "mine")
+    assert plain.returncode == 7, plain.stderr
+    without = json.loads((tmp_path / "log.json").read_text())
+    command = ("-m", "channel_metrics", "run", "--patch", "hf_trainer")
+    result = run_python(*command, str(script), str(tmp_path), "--patch", "mine")
+    assert result.returncode == 7, result.stderr
+    with_metrics = json.loads((tmp_path / "log.json").read_text())
+    assert with_metrics["argv"] == without["argv"] == [str(script), str(tmp_path), "--patch", "mine"]
+    assert with_metrics["path"] == without["path"] == str(script.parent)
+    assert with_metrics["log"][0]["bbu_tokens"] > 0
+    assert with_metrics["log"][0]["loss"] == without["log"][0]["loss"]
+    assert result.stderr.count("channel metrics: patched") == 1
+
+
+def test_run_reads_the_metrics_config(tmp_path: Path, script: Path) -> None:
+    config = tmp_path / "metrics.yaml"
+    config.write_text('metrics: [loss]\nkey_format: "{metric}_{channel}"\n')
+    command = ("-m", "channel_metrics", "run", "--patch", "hf_trainer", "--config", str(config))
+    result = run_python(*command, str(script), str(tmp_path))
+    assert result.returncode == 7, result.stderr
+    entry = json.loads((tmp_path / "log.json").read_text())["log"][0]
+    assert "loss_bbu" in entry and "tokens_bbu" not in entry
+
+
+def test_run_says_what_is_wrong_before_anything_runs(tmp_path: Path, script: Path) -> None:
+    unknown = run_python("-m", "channel_metrics", "run", "--patch", "hf", str(script))
+    assert unknown.returncode == 2
+    assert f"unknown patch 'hf'; there are {', '.join(available_patches())}" in unknown.stderr
+    missing = run_python("-m", "channel_metrics", "run", "--patch", "hf_trainer", "nowhere.py")
+    assert missing.returncode == 2 and "'nowhere.py' does not exist" in missing.stderr
+    assert "Traceback" not in unknown.stderr + missing.stderr
+
+
+def test_a_failing_script_keeps_its_traceback(tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text("from channel_metrics import ChannelError\nraise ChannelError('of the script')")
+    result = run_python("-m", "channel_metrics", "run", "--patch", "hf_trainer", str(script))
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr and "of the script" in result.stderr
+
+
+def test_signals_reach_the_script(tmp_path: Path) -> None:
+    script = tmp_path / "waits.py"
+    script.write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "channel_metrics", "run", "--patch", "hf_trainer", str(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 42
+    assert time.monotonic() - started < 30
+
+
+def test_under_torchrun(tmp_path: Path, script: Path) -> None:
+    """`torchrun ... -m channel_metrics run ...`: two ranks, one set of metrics, for all tokens."""
+    script.write_text(SCRIPT.replace("sys.exit(7)", "").replace(
+        "dataloader_num_workers=1", "max_steps=2, ddp_backend='gloo'"
+    ))
+    launched = run_python(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "channel_metrics", "run", "--patch", "hf_trainer", str(script), str(tmp_path)),
+        env={"OMP_NUM_THREADS": "1"},
+    )
+    assert launched.returncode == 0, launched.stderr
+    log = json.loads((tmp_path / "log.json").read_text())["log"]
+    from hf_tools import make_records
+
+    supervised = sum(label != -100 for r in make_records(16) for label in r["labels"][1:])
+    tokens = sum(v for entry in log for k, v in entry.items() if k.endswith("_tokens"))
+    assert tokens == supervised
+    assert launched.stderr.count("channel metrics: patched") == 1
