@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,15 +66,14 @@ def variants(case: Case) -> dict[str, Call]:
     ids = torch.randint(case.num_channels, (case.num_sequences,), generator=generator)
     accumulator = ChannelLossAccumulator([f"channel{i}" for i in range(case.num_channels)])
 
-    def update(correct: Tensor | None) -> object:
-        return accumulator.update(
-            losses, channels=ids, cu_seqlens=bounds, loss_mask=mask, correct=correct
-        )
+    def masked_sum() -> Tensor:
+        return (losses * mask).sum()
 
+    update = partial(accumulator.update, losses, channels=ids, cu_seqlens=bounds, loss_mask=mask)
     return {
-        "masked sum": lambda: (losses * mask).sum(),
-        "update": lambda: update(None),
-        "update with correctness": lambda: update(correct),
+        "masked sum": masked_sum,
+        "update": update,
+        "update with correctness": partial(update, correct=correct),
     }
 
 

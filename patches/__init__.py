@@ -78,7 +78,8 @@ def _load_from_here() -> ModuleType:
     spec = importlib.util.spec_from_file_location(
         _NAME, __file__, submodule_search_locations=[os.path.dirname(__file__)]
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     package = importlib.util.module_from_spec(spec)
     sys.modules[_NAME] = package
     spec.loader.exec_module(package)

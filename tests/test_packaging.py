@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = """
 import sys
 from setuptools import build_meta
-print(build_meta.build_wheel(sys.argv[1]))
-print(build_meta.build_sdist(sys.argv[1]))
+target = sys.argv[1]  # the build replaces sys.argv
+build_meta.build_wheel(target)
+build_meta.build_sdist(target)
 """
 
 
@@ -33,8 +34,10 @@ def run(*command: str, cwd: Path) -> str:
 def build(tree: Path, target: Path) -> tuple[Path, Path]:
     """(wheel, sdist) of the tree; the build backend is called as pip would call it."""
     target.mkdir()
-    wheel, sdist = run(sys.executable, "-c", BUILD, str(target), cwd=tree).splitlines()[-2:]
-    return target / wheel, target / sdist
+    run(sys.executable, "-c", BUILD, str(target), cwd=tree)
+    (wheel,) = target.glob("*.whl")
+    (sdist,) = target.glob("*.tar.gz")
+    return wheel, sdist
 
 
 @pytest.fixture(scope="session")
