@@ -118,8 +118,8 @@ def boundaries_from_packed_seq_params(params: Any, num_tokens: int) -> Boundarie
     `cu_seqlens_q_padded` says where the tokens sit; `cu_seqlens_q` says how long the sequences
     are. Their difference is padding, which lies at the end of each sequence.
     """
-    lengths = getattr(params, "cu_seqlens_q", None)
-    padded = getattr(params, "cu_seqlens_q_padded", None)
+    lengths: Any = getattr(params, "cu_seqlens_q", None)
+    padded: Any = getattr(params, "cu_seqlens_q_padded", None)
     if lengths is None and padded is None:
         raise BoundaryError(
             "packed_seq_params has neither cu_seqlens_q nor cu_seqlens_q_padded; without them "
@@ -229,12 +229,12 @@ def boundaries_from_batch(batch: Mapping[str, Any]) -> Boundaries:
     if batch.get("packed_seq_params") is not None:
         return boundaries_from_packed_seq_params(batch["packed_seq_params"], num_tokens)
     found = _implicit_boundaries(batch, shape)
-    if found.keep is not None and found.keep.numel() != num_tokens:
+    covered = int(found.cu_seqlens[-1])
+    if covered != num_tokens:
         raise BoundaryError(
-            f"the attention mask covers {found.keep.numel()} positions but the batch holds "
+            f"the attention mask (or seq_idx) covers {covered} positions but the batch holds "
             f"{num_tokens} tokens; they must describe the same tokens."
         )
-    check_cu_seqlens(found.cu_seqlens, num_tokens)
     return found
 
 
@@ -289,11 +289,16 @@ def _implicit_boundaries(batch: Mapping[str, Any], shape: torch.Size) -> Boundar
     if mask is not None and (mask.dim() == 4 or (mask.numel() and int(mask.max()) > 1)):
         return boundaries_from_attention_mask(mask)
     position_ids = batch.get("position_ids")
-    if position_ids is not None and position_ids.shape in (shape, rows):
+    # Other shapes (several axes, one row for all) do not say where sequences begin.
+    if isinstance(position_ids, Tensor) and position_ids.shape in (shape, rows, _flat(rows)):
         return boundaries_from_position_ids(position_ids.view(rows), mask)
     if mask is not None:
         return boundaries_from_attention_mask(mask)
     return Boundaries(rows_as_sequences(*rows))
+
+
+def _flat(rows: torch.Size) -> torch.Size:
+    return rows[1:] if rows[0] == 1 else rows
 
 
 def _own_mask(batch: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
@@ -302,7 +307,9 @@ def _own_mask(batch: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
     if not isinstance(mask, Tensor):
         return None
     inputs = batch.get("input_ids")
-    encoder = isinstance(inputs, Tensor) and inputs.shape != shape
+    if not isinstance(inputs, Tensor):
+        return mask.unsqueeze(0) if mask.dim() == 1 else mask
+    encoder = inputs.shape != shape or batch.get("decoder_input_ids") is not None
     if encoder and mask.shape[0] == shape[0] and mask.shape[-1] == inputs.shape[-1]:
         return None
     return mask.unsqueeze(0) if mask.dim() == 1 else mask
@@ -317,8 +324,9 @@ def _from_starts(starts: Tensor, keep: Tensor) -> Boundaries:
     num_rows, row_length = starts.shape
     starts = starts | (keep & (keep.cumsum(1) == 1))
     opens = starts & (starts.cumsum(1) > 1)
-    if row_length:
-        opens[:, 0] = True
+    if row_length == 0:
+        return Boundaries(rows_as_sequences(num_rows, 0))
+    opens[:, 0] = True
     bounds = opens.flatten().nonzero().flatten()
     end = bounds.new_tensor([num_rows * row_length])
     keep = keep.flatten()
@@ -336,11 +344,15 @@ def _from_segment_numbers(numbers: Tensor) -> Boundaries:
             f"row {row} of the segment numbers holds padding only, so its sequences cannot be "
             "counted; drop the row or pass cu_seqlens."
         )
-    # The number of the last kept position before each one: pads inside a row open nothing.
-    index = torch.where(keep, torch.arange(numbers.shape[1]).expand_as(numbers), -1)
-    before = torch.nn.functional.pad(index.cummax(1).values[:, :-1], (1, 0), value=-1)
+    before = _kept_before(keep)
     previous = torch.where(before >= 0, numbers.gather(1, before.clamp(min=0)), 0)
     return _from_starts(keep & (numbers != previous), keep)
+
+
+def _kept_before(keep: Tensor) -> Tensor:
+    """[B, S]: the last kept position before each one, else -1: pads in a row open nothing."""
+    index = torch.where(keep, torch.arange(keep.shape[1]).expand_as(keep), -1)
+    return torch.nn.functional.pad(index.cummax(1).values, (1, 0), value=-1)[:, :-1]
 
 
 def _from_block_diagonal(mask: Tensor) -> Boundaries:
@@ -349,16 +361,23 @@ def _from_block_diagonal(mask: Tensor) -> Boundaries:
             "a 4-D attention_mask must be [B, 1, S, S] to give boundaries, but has shape "
             f"{list(mask.shape)}; pass cu_seqlens."
         )
+    if mask.is_floating_point() and mask.numel() and float(mask.max()) > 0:
+        raise BoundaryError(
+            "a 4-D float attention_mask must be additive (0 where attention is allowed, negative "
+            f"elsewhere), but holds {float(mask.max())}; pass 0/1 masks as bool."
+        )
     # Additive masks hold 0 where attention is allowed and a large negative number elsewhere.
-    allowed = (mask[:, 0] >= 0 if mask.is_floating_point() else mask[:, 0].bool()).clone()
+    allowed = mask[:, 0] >= 0 if mask.is_floating_point() else mask[:, 0].bool()
     keep = allowed.diagonal(dim1=1, dim2=2)
-    previous = torch.nn.functional.pad(allowed.diagonal(offset=-1, dim1=1, dim2=2), (1, 0))
-    boundaries = _from_starts(keep & ~previous, keep)
+    before = _kept_before(keep)
+    joined = allowed.gather(2, before.clamp(min=0).unsqueeze(2)).squeeze(2) & (before >= 0)
+    boundaries = _from_starts(keep & ~joined, keep)
     size = mask.shape[-1]
     owner = sequence_index(boundaries.cu_seqlens, keep.numel()).view(keep.shape)
     same = (owner[:, :, None] == owner[:, None, :]) & keep[:, :, None] & keep[:, None, :]
     causal = same & torch.ones(size, size, dtype=torch.bool).tril()
-    allowed &= keep[:, :, None]
+    # What pad positions attend to says nothing.
+    allowed = allowed & keep[:, :, None]
     if not (torch.equal(allowed, causal) or torch.equal(allowed, same)):
         raise BoundaryError(
             "a 4-D attention_mask must be block-diagonal (causal or full inside each block) to "
