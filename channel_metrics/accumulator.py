@@ -64,9 +64,12 @@ class ChannelLossAccumulator:
         self.dtype = dtype or (torch.float32 if device.type == "mps" else torch.float64)
         # Names that all ranks of a group are known to share; kept by `sync`.
         self.agreed_names: tuple[str, ...] = ()
-        self._sums = torch.zeros(self._capacity(), NUM_COLUMNS, dtype=self.dtype, device=device)
-        self._lost = torch.zeros_like(self._sums)
-        self._mismatch = torch.zeros((), dtype=self.dtype, device=device)
+        # Tensors made in inference mode could not be added to outside of it.
+        with torch.inference_mode(False):
+            size = (len(self.table) + 1, NUM_COLUMNS)
+            self._sums = torch.zeros(size, dtype=self.dtype, device=device)
+            self._lost = torch.zeros_like(self._sums)
+            self._mismatch = torch.zeros((), dtype=self.dtype, device=device)
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +108,9 @@ class ChannelLossAccumulator:
         """
         values = token_values(token_losses, labels, loss_mask, correct, weights)
         ids = self._channel_ids(channels, token_losses.device)
-        if cu_seqlens is None and ids.shape == token_losses.shape and ids.numel() != 1:
+        # One id for one token of shape [1] is the id of a sequence: without bounds, [T] is one.
+        per_token = ids.shape == token_losses.shape and ids.shape != (1,)
+        if cu_seqlens is None and per_token:
             added = token_group_sums(values, ids, self._rows(), self.dtype)
         else:
             self._check_layout(values.losses, ids, cu_seqlens)
@@ -120,7 +125,8 @@ class ChannelLossAccumulator:
         """Add the sums of `others`, whose channels are matched by name."""
         for other in others:
             self._load_rows(other.table.names, other.sums())
-            self._mismatch = torch.maximum(self._mismatch, other._mismatch.to(self._mismatch))
+            worst = torch.maximum(self._mismatch, other._mismatch.to(self._mismatch))
+            self._mismatch.copy_(worst)
         return self
 
     def compute(self) -> dict[str, float]:
@@ -149,9 +155,8 @@ class ChannelLossAccumulator:
     def sums(self) -> Tensor:
         """float64 [C + 1, K] on the host: row 0 unlabeled, row i + 1 channel i. One sync."""
         rows = len(self.table) + 1
-        exact = self._sums.to("cpu", torch.float64) + self._lost.to("cpu", torch.float64)
-        known = exact[:rows]
-        return torch.nn.functional.pad(known, (0, 0, 0, rows - known.shape[0]))
+        exact = self._sums.cpu().double() + self._lost.cpu().double()
+        return torch.nn.functional.pad(exact, (0, 0, 0, rows - exact.shape[0]))
 
     def reset(self) -> ChannelLossAccumulator:
         """Forget the sums, keep the names."""
@@ -188,16 +193,12 @@ class ChannelLossAccumulator:
         self._mismatch.fill_(state["mismatch"])
         return self
 
-    def _capacity(self) -> int:
-        # Powers of two: a growing table changes shapes, and so recompiles, rarely.
-        return max(8, 1 << len(self.table).bit_length())
-
     def _rows(self) -> int:
         missing = len(self.table) + 1 - self._sums.shape[0]
         if missing > 0:
-            grow = (0, 0, 0, self._capacity() - self._sums.shape[0])
-            self._sums = torch.nn.functional.pad(self._sums, grow)
-            self._lost = torch.nn.functional.pad(self._lost, grow)
+            with torch.inference_mode(False):
+                self._sums = torch.nn.functional.pad(self._sums, (0, 0, 0, missing))
+                self._lost = torch.nn.functional.pad(self._lost, (0, 0, 0, missing))
         return self._sums.shape[0]
 
     def _add(self, added: Tensor) -> None:
@@ -207,22 +208,27 @@ class ChannelLossAccumulator:
         total = self._sums + added
         other = total - self._sums
         self._lost += (self._sums - (total - other)) + (added - other)
-        self._sums = total
+        self._sums.copy_(total)
 
     def _compare(self, added: Tensor, reported_sum: Tensor) -> None:
         nll, nonfinite = (added[:, COLUMNS.index(name)].sum() for name in ("nll", "nonfinite"))
         reported = reported_sum.detach().to(nll)
-        off = (nll - reported).abs() / reported.abs().clamp(min=torch.finfo(self.dtype).tiny)
-        # With non-finite tokens the trainer's own sum is not finite: nothing to compare with.
-        comparable = (nonfinite == 0) & torch.isfinite(off)
-        self._mismatch = torch.maximum(self._mismatch, off.where(comparable, off.new_zeros(())))
+        scale = torch.maximum(nll.abs(), reported.abs()).clamp(min=torch.finfo(self.dtype).tiny)
+        off = (nll - reported).abs() / scale
+        # With non-finite tokens, or a mean over none, the trainer's own sum is not finite.
+        comparable = (nonfinite == 0) & torch.isfinite(reported)
+        worst = torch.maximum(self._mismatch, off.where(comparable, off.new_zeros(())))
+        self._mismatch.copy_(worst)
 
     def _load_rows(self, names: Sequence[str], sums: Tensor) -> None:
         rows = [0, *(self.table.add(name) + 1 for name in names)]
         size = self._rows()
         index = torch.tensor(rows, device=self.device)
-        moved = sums.to(self._sums)
-        self._add(moved.new_zeros(size, NUM_COLUMNS).index_add_(0, index, moved))
+        rounded = sums.to(self.dtype)
+        # What float32 cannot hold in one number, it holds in two.
+        for part in (rounded, sums - rounded):
+            moved = part.to(self._sums)
+            self._add(moved.new_zeros(size, NUM_COLUMNS).index_add_(0, index, moved))
 
     def _channel_ids(self, channels: Tensor | Sequence[str | None], device: torch.device) -> Tensor:
         if not isinstance(channels, Tensor):

@@ -40,13 +40,13 @@ def sync(
     upper bound of the largest, since one all-reduce can only add.
     """
     mismatch = accumulator.mismatch()
-    local = dict(zip(accumulator.table.names, accumulator.sums()[1:], strict=True))
-    unlabeled = accumulator.sums()[0]
+    mismatch = mismatch if mismatch > MISMATCH_TOLERANCE else 0.0
+    unlabeled, *known = accumulator.sums().unbind()
+    local = dict(zip(accumulator.table.names, known, strict=True))
     if dist.is_available() and dist.is_initialized():
         agreed = accumulator.agreed_names
         new = sorted(set(local) - set(agreed))
-        over = mismatch if mismatch > MISMATCH_TOLERANCE else 0.0
-        header = torch.tensor([float(bool(new)), over], dtype=torch.float64)
+        header = torch.tensor([float(bool(new)), mismatch], dtype=torch.float64)
         flat = torch.cat([unlabeled, _rows(local, agreed).flatten(), header])
         flat = _all_reduce(flat, accumulator.device, group)
         unlabeled, rows = flat[:NUM_COLUMNS], flat[NUM_COLUMNS:-2].view(-1, NUM_COLUMNS)
