@@ -183,7 +183,7 @@ def check_key_format(key_format: str) -> None:
     """Raise `ConfigError` unless `key_format` has exactly `{channel}` and `{metric}`."""
     try:
         probe = key_format.format(channel="\0", metric="\1")
-    except (KeyError, IndexError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ConfigError(
             f"key_format must be built from {{channel}} and {{metric}}, but {key_format!r} is "
             f"not a format string of these two ({error!r})."
@@ -207,10 +207,10 @@ def _lookup(record: Mapping[str, Any], field: str) -> Any:
 
 
 def _as_name(value: Any, field: str) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()
+    if value is None or isinstance(value, str):
+        return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     raise ChannelError(
