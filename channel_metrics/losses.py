@@ -54,7 +54,8 @@ def cross_entropy(
     with torch.no_grad():
         nll = F.nll_loss(log_probs, target, ignore_index=ignore_index, reduction="none")
         correct = _is_correct(logits, target) if with_correct else None
-        reported = loss.detach().double()
+        # Not double(): some devices have no float64.
+        reported = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
         if reduction == "mean":
             reported = reported * (target != ignore_index).sum()
     return loss, TokenLosses(nll, correct, target, reported)
@@ -83,7 +84,7 @@ def token_losses_of_logits(
                 correct.append(_is_correct(rows, wanted))
         all_nll = torch.cat(nll)
         all_correct = torch.cat(correct) if with_correct else None
-    return TokenLosses(all_nll, all_correct, target, all_nll.sum(dtype=torch.float64))
+    return TokenLosses(all_nll, all_correct, target, all_nll.sum())
 
 
 def _is_correct(logits: Tensor, target: Tensor) -> Tensor:
