@@ -83,7 +83,7 @@ class ChannelCollator:
 
     def __call__(self, features: Sequence[Any]) -> Any:
         """Collate `features` with `base`, and add the channels of their sequences."""
-        records = [feature if isinstance(feature, Mapping) else vars(feature) for feature in features]
+        records = [_as_record(feature) for feature in features]
         channels = [channels_of(record, self.fields) for record in records]
         batch = self.base([self._without_fields(feature) for feature in features])
         if not isinstance(batch, MutableMapping):
@@ -105,7 +105,7 @@ class ChannelCollator:
             if self.table is not None and known
             else names
         )
-        if self.row_bounds or boundaries.num_sequences != _num_rows(batch):
+        if self.row_bounds or boundaries.num_sequences != _rows(batch)[0]:
             batch[self.bounds_key] = boundaries.cu_seqlens
         return batch
 
@@ -124,8 +124,10 @@ class ChannelCollator:
                 "%d labels stand on padding and are not -100: the loss trains on them, so they "
                 "are counted; set the labels of pad positions to -100.",
             )
-        starts = boundaries.cu_seqlens[1:-1].long()
-        inner = starts[(starts % labels.shape[-1] != 0) & (starts < supervised.numel())]
+        bounds = boundaries.cu_seqlens.long()
+        starts = bounds[1:-1][bounds.diff()[1:] > 0]
+        row_starts = starts % max(labels.shape[-1], 1) == 0
+        inner = starts[~row_starts & (starts < supervised.numel())]
         self._warn_once(
             int(supervised[inner].sum()),
             "%d sequences start with a label that is not -100: a causal loss predicts it from "
@@ -144,24 +146,52 @@ def _names_per_sequence(
 ) -> list[str | None]:
     names = [name for of_record in channels for name in of_record]
     held = boundaries.num_sequences
-    if len(names) == held:
+    counts = _sequences_per_row(boundaries, batch)
+    by_row = len(channels) == len(counts)
+    if by_row:
+        # Each record is one row: its one channel is that of all its sequences, or it lists them.
+        rows = [c * n if len(c) == 1 else c for c, n in zip(channels, counts, strict=True)]
+        if [len(row) for row in rows] == counts:
+            return [name for row in rows for name in row]
+    # Which row a sequence of no tokens is in cannot be seen where two rows meet.
+    certain = by_row and bool((boundaries.cu_seqlens.diff() > 0).all())
+    if len(names) == held and not certain:
         return names
     if all(name is None for name in names):
         return [None] * held
-    if len(channels) == _num_rows(batch) and len(names) == len(channels):
-        # Each record is one row that holds several sequences: its channel is theirs.
-        row_length = int(boundaries.cu_seqlens[-1]) // len(channels)
-        return [names[start // row_length] for start in boundaries.cu_seqlens[:-1].tolist()]
+    per_row = f"{[len(c) for c in channels]} against {counts} per row, " if by_row else ""
     raise ChannelError(
         f"the records name {len(names)} channels but the batch holds {held} sequences "
-        f"(boundaries {boundaries.cu_seqlens[:8].tolist()}{'...' if held > 7 else ''}); a packer "
+        f"({per_row}boundaries {boundaries.cu_seqlens[:8].tolist()}{'...' if held > 7 else ''}); a packer "
         "must keep one channel per sequence, in order."
     )
 
 
-def _num_rows(batch: Mapping[str, Any]) -> int:
+def _as_record(feature: Any) -> Mapping[str, Any]:
+    if isinstance(feature, Mapping):
+        return feature
+    if not hasattr(feature, "__dict__"):
+        raise ChannelError(
+            "a record must be a mapping or an object with attributes to have a channel, but is "
+            f"{type(feature).__name__}; return a dict from the dataset."
+        )
+    record: Mapping[str, Any] = vars(feature)
+    return record
+
+
+def _sequences_per_row(boundaries: Boundaries, batch: Mapping[str, Any]) -> list[int]:
+    num_rows, row_length = _rows(batch)
+    if not num_rows:
+        return []
+    rows = (boundaries.cu_seqlens[:-1].long() // max(row_length, 1)).clamp(max=num_rows - 1)
+    counts: list[int] = torch.bincount(rows, minlength=num_rows).tolist()
+    return counts
+
+
+def _rows(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """The number of rows and their length; (0, 0) where no token tensor shows them."""
     for key in ("labels", "input_ids"):
         value = batch.get(key)
-        if isinstance(value, Tensor):
-            return value.shape[0] if value.dim() > 1 else 1
-    return 0
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return (value.shape[0], value.shape[1]) if value.dim() > 1 else (1, value.shape[0])
+    return 0, 0
