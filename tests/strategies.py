@@ -1,0 +1,96 @@
+"""Hypothesis strategies: micro-batches of every layout, as lists for the oracle and as tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from reference import IGNORED, Batch
+
+from channel_metrics import ChannelLossAccumulator, ChannelTable
+
+NAMES = ("a", "b", "c")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch and how it is handed over: as tensors of `shape`, with or without its bounds."""
+
+    batch: Batch
+    shape: tuple[int, ...]
+    pass_bounds: bool
+
+    def in_dtype(self, dtype: torch.dtype) -> Case:
+        """The case whose losses are what `dtype` makes of them."""
+        losses = torch.tensor(self.batch.losses, dtype=torch.float64).to(dtype)
+        return replace(self, batch=replace(self.batch, losses=losses.double().tolist()))
+
+    def tensors(self, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+        """The arguments of `update`, with channels as names."""
+        batch = self.batch
+        given = {
+            "token_losses": torch.tensor(batch.losses, dtype=dtype),
+            "labels": _optional(batch.labels, torch.int64),
+            "loss_mask": _optional(batch.loss_mask, torch.float32),
+            "correct": _optional(batch.correct, torch.bool),
+            "weights": _optional(batch.weights, torch.float32),
+        }
+        shaped = {k: v.view(self.shape) for k, v in given.items() if v is not None}
+        bounds = torch.tensor(batch.bounds, dtype=torch.int32) if self.pass_bounds else None
+        return {**shaped, "channels": list(batch.channels), "cu_seqlens": bounds}
+
+
+def _optional(values: Any, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if values is None else torch.tensor(values, dtype=dtype)
+
+
+def accumulate(cases: list[Case], table: ChannelTable | None = None) -> ChannelLossAccumulator:
+    """All cases in one new accumulator, channels by name."""
+    accumulator = ChannelLossAccumulator(NAMES if table is None else table)
+    for case in cases:
+        accumulator.update(**case.tensors())
+    return accumulator
+
+
+@st.composite
+def cases(draw: st.DrawFn, finite: bool = False) -> Case:
+    """A padded batch (left or right), or a packed one with or without a tail past its bounds."""
+    lengths = draw(st.lists(st.integers(0, 4), max_size=4))
+    channels = [draw(st.sampled_from([*NAMES, None])) for _ in lengths]
+    if draw(st.booleans()):
+        size = max(lengths, default=0) + draw(st.integers(0, 1))
+        left = draw(st.booleans())
+        pads = [size - length for length in lengths]
+        mask = [float(pad <= i if left else i < size - pad) for pad in pads for i in range(size)]
+        batch = Batch(_losses(draw, len(mask), finite), channels, _bounds([size] * len(lengths)))
+        case = Case(replace(batch, loss_mask=mask), (len(lengths), size), draw(st.booleans()))
+    else:
+        num_tokens = sum(lengths) + draw(st.integers(0, 2))
+        batch = Batch(_losses(draw, num_tokens, finite), channels, _bounds(lengths))
+        shape = (1, num_tokens) if draw(st.booleans()) else (num_tokens,)
+        case = Case(batch, shape, True)
+    num_tokens = len(case.batch.losses)
+    optional = {
+        "labels": st.sampled_from([IGNORED, 0, 1]),
+        "correct": st.booleans(),
+        "weights": st.floats(0, 4, width=16),
+    }
+    drawn = {
+        key: draw(st.none() | st.lists(values, min_size=num_tokens, max_size=num_tokens))
+        for key, values in optional.items()
+    }
+    return replace(case, batch=replace(case.batch, **drawn))
+
+
+def _losses(draw: st.DrawFn, num_tokens: int, finite: bool) -> list[float]:
+    values = st.floats(0, 100, width=32)
+    if not finite:
+        odd = st.sampled_from([float("nan"), float("inf"), float("-inf")])
+        values = st.integers(0, 7).flatmap(lambda i: odd if i == 0 else st.floats(0, 100, width=32))
+    return draw(st.lists(values, min_size=num_tokens, max_size=num_tokens))
+
+
+def _bounds(lengths: list[int]) -> list[int]:
+    return [sum(lengths[:i]) for i in range(len(lengths) + 1)]
