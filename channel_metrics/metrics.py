@@ -8,6 +8,7 @@
 | ppl | exp(loss) |
 | tokens, samples | supervised tokens, sequences in the window |
 | share | tokens / tokens of all channels, `unlabeled` among them |
+| tokens_total, samples_total | the same since the run began, across checkpoints; by trainers only |
 | nonfinite | tokens whose loss is NaN or infinite; present when there are any |
 
 Tokens with a non-finite loss count in `tokens` and `share`, and take no part in the loss.
@@ -17,24 +18,35 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from channel_metrics.errors import ConfigError
 
-__all__ = ["ALL_METRICS", "DEFAULT_METRICS", "channel_values", "check_metrics"]
+__all__ = [
+    "ALL_METRICS",
+    "DEFAULT_METRICS",
+    "RUN_METRICS",
+    "WINDOW_METRICS",
+    "channel_values",
+    "check_metrics",
+]
 
-ALL_METRICS = ("loss", "weighted_loss", "token_acc", "ppl", "tokens", "samples", "share")
+WINDOW_METRICS = ("loss", "weighted_loss", "token_acc", "ppl", "tokens", "samples", "share")
+RUN_METRICS = ("tokens_total", "samples_total")
+ALL_METRICS = (*WINDOW_METRICS, *RUN_METRICS)
 DEFAULT_METRICS = ("loss", "token_acc", "tokens", "share")
 
 
-def check_metrics(metrics: Iterable[str]) -> tuple[str, ...]:
-    """The metrics, each once; raises `ConfigError` for an unknown one."""
+def check_metrics(
+    metrics: Iterable[str], known: Sequence[str] = WINDOW_METRICS
+) -> tuple[str, ...]:
+    """The metrics, each once; raises `ConfigError` for one that is not `known`."""
     chosen = tuple(dict.fromkeys(metrics))
     for name in chosen:
-        if name not in ALL_METRICS:
-            near = difflib.get_close_matches(name, ALL_METRICS, n=1)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(f"unknown metric {name!r}; {hint}Known: {', '.join(ALL_METRICS)}.")
+            raise ConfigError(f"unknown metric {name!r}; {hint}Known: {', '.join(known)}.")
     return chosen
 
 

@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -23,13 +24,15 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from channel_metrics.collator import ChannelCollator
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
-from channel_metrics.trainers.hf_data import BOUNDS_KEY, declare_channels, wrap_collator
+from channel_metrics.trainers.hf_batch import BatchChannels, take_channels
+from channel_metrics.trainers.hf_data import declare_channels, wrap_collator
 from channel_metrics.trainers.hf_loss import check_loss_hook, observe_loss
-from channel_metrics.trainers.hf_state import BatchChannels, ChannelState
+from channel_metrics.trainers.hf_state import TOTALS_FILE, ChannelState
 
 __all__ = ["ChannelMetricsMixin", "attach", "check_trainer", "detach"]
 
@@ -39,6 +42,7 @@ _HOOKS = (
     "_maybe_log_save_evaluate",
     "_prepare_inputs",
     "_remove_unused_columns",
+    "_save_checkpoint",
     "_set_signature_columns_if_needed",
     "compute_loss",
     "evaluation_loop",
@@ -170,14 +174,14 @@ class ChannelMetricsMixin(_Base):
     def _prepare_inputs(self, inputs: Any) -> Any:
         prepared = super()._prepare_inputs(inputs)
         if self.channel_metrics is not None:
-            self.channel_metrics.pending = _take_channels(prepared)
+            self.channel_metrics.pending = take_channels(prepared)
         return prepared
 
     def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         state = self.channel_metrics
         if state is None or not (model.training or state.evaluating):
             return super().compute_loss(model, inputs, *args, **kwargs)
-        batch, state.pending = _take_channels(inputs) or state.pending, None
+        batch, state.pending = take_channels(inputs) or state.pending, None
         if batch is None:
             raise ChannelError(
                 "expected `channels` in the batch, but it holds "
@@ -193,8 +197,24 @@ class ChannelMetricsMixin(_Base):
         with observe_loss(model, with_correct=state.with_correct) as observation:
             result = super().compute_loss(model, inputs, *args, **kwargs)
         causal = None if state.captured is not None else self._is_causal()
-        state.record(batch, labels, observation, causal)
+        state.record(
+            batch, labels, observation, causal=causal, num_real=self._num_real_sequences(batch)
+        )
         return result
+
+    def _num_real_sequences(self, batch: BatchChannels) -> int | None:
+        """How many sequences of an evaluation batch are no repetitions; None means all.
+
+        accelerate repeats the first samples so that all ranks get even batches, and drops the
+        repetitions of the last step again when it gathers for metrics, by this same count. In
+        training they are kept: the model is trained on them.
+        """
+        loader = self.accelerator.gradient_state
+        evaluating = self.channel_metrics is not None and self.channel_metrics.evaluating
+        if not evaluating or not loader.end_of_dataloader or loader.remainder <= 0:
+            return None
+        before = self.accelerator.process_index * batch.num_sequences
+        return min(max(loader.remainder - before, 0), batch.num_sequences)
 
     def _is_causal(self) -> bool | None:
         """Whether the model predicts the next token, by its kind; None if that is not known."""
@@ -210,10 +230,22 @@ class ChannelMetricsMixin(_Base):
     # ---- windows --------------------------------------------------------------------------
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        loop = super()._inner_training_loop
         if self.channel_metrics is not None:
-            # A run that broke off may have left a window open.
-            self.channel_metrics.train.reset()
-        return super()._inner_training_loop(*args, **kwargs)
+            called = inspect.signature(loop).bind(*args, **kwargs).arguments
+            self.channel_metrics.start_run(called.get("resume_from_checkpoint") or None)
+        return loop(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        if self.channel_metrics is not None:
+            totals = self.channel_metrics.totals_now()
+            called = inspect.signature(super()._save_checkpoint).bind(*args, **kwargs).arguments
+            # Written first: a checkpoint that is complete has its totals.
+            if self.args.should_save:
+                run = Path(self._get_output_dir(trial=called.get("trial")))
+                name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                totals.save(run / name / TOTALS_FILE)
+        return super()._save_checkpoint(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
         state = self.channel_metrics
@@ -232,7 +264,7 @@ class ChannelMetricsMixin(_Base):
         regular = state is not None and state.in_training_loop and "loss" in logs
         final = "train_loss" in logs and "train_runtime" in logs
         if state is not None and (regular or final):
-            state.close(state.train, logs)
+            state.close_train(logs)
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -247,8 +279,7 @@ class ChannelMetricsMixin(_Base):
             output = super().evaluation_loop(*args, **kwargs)
         finally:
             state.evaluating = False
-        prefix = called.arguments["metric_key_prefix"]
-        state.close(state.evaluation, output.metrics, f"{prefix}_")
+        state.close_evaluation(output.metrics, f"{called.arguments['metric_key_prefix']}_")
         return output
 
 
@@ -262,8 +293,3 @@ def _with_mixin(trainer_class: type) -> type:
         "_channel_metrics_original": trainer_class,
     }
     return type(trainer_class.__name__, (ChannelMetricsMixin, trainer_class), body)
-
-
-def _take_channels(inputs: Any) -> BatchChannels | None:
-    channels, cu_seqlens = inputs.pop("channels", None), inputs.pop(BOUNDS_KEY, None)
-    return None if channels is None else BatchChannels(channels, cu_seqlens)

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from channel_metrics.accumulator import ChannelLossAccumulator
-from channel_metrics.channels import UNLABELED
+from channel_metrics.channels import UNLABELED, metric_key
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ChannelMetricsError, ConfigError, UnsupportedVersionError
 from channel_metrics.losses import TokenLosses
 from channel_metrics.statistics import TokenValues
 from channel_metrics.sync import MISMATCH_TOLERANCE, sync
+from channel_metrics.totals import RunTotals
+from channel_metrics.trainers.hf_batch import BatchChannels, first_sequences
 from channel_metrics.trainers.hf_loss import (
     Observation,
     shifted_labels,
     token_losses_from_outputs,
 )
+from channel_metrics.validation import IGNORE_INDEX
 
-__all__ = ["RESERVED_KEYS", "BatchChannels", "ChannelState"]
+__all__ = ["RESERVED_KEYS", "TOTALS_FILE", "ChannelState"]
 
 logger = logging.getLogger("channel_metrics")
 
@@ -30,14 +34,7 @@ logger = logging.getLogger("channel_metrics")
 RESERVED_KEYS = frozenset(
     {"train_loss", "eval_loss", "test_loss", "num_tokens", "mean_token_accuracy", "loss"}
 )
-
-
-@dataclass(frozen=True)
-class BatchChannels:
-    """The part of a batch that is ours: channels per sequence, and boundaries if not rows."""
-
-    channels: Tensor | list[str | None]
-    cu_seqlens: Tensor | None
+TOTALS_FILE = "channel_metrics.json"
 
 
 @dataclass
@@ -52,33 +49,49 @@ class ChannelState:
     shifts: bool | None = None
     captured: bool | None = None
     warned: set[str] = field(default_factory=set)
+    totals: RunTotals = field(default_factory=RunTotals)
 
     def __post_init__(self) -> None:
         self.table = self.config.new_table(RESERVED_KEYS)
-        self.train = ChannelLossAccumulator(self.table, metrics=self.config.metrics)
-        self.evaluation = ChannelLossAccumulator(self.table, metrics=self.config.metrics)
+        metrics = self.config.window_metrics
+        self.train = ChannelLossAccumulator(self.table, metrics=metrics)
+        self.evaluation = ChannelLossAccumulator(self.table, metrics=metrics)
 
     @property
     def with_correct(self) -> bool:
+        """Whether token accuracy is asked for."""
         return "token_acc" in self.config.metrics
 
+    # ---- one micro-batch ------------------------------------------------------------------
+
     def record(
-        self, batch: BatchChannels, labels: Tensor, observation: Observation, causal: bool | None
+        self,
+        batch: BatchChannels,
+        labels: Tensor,
+        observation: Observation,
+        *,
+        causal: bool | None,
+        num_real: int | None = None,
     ) -> None:
-        """Add the tokens of one micro-batch to the open window."""
+        """Add the tokens of one micro-batch to the open window.
+
+        causal: whether the model predicts the next token, None if unknown. num_real: the number
+        of sequences that are no repetitions for the sake of even batches; None means all.
+        """
         found = self._captured_losses(observation, labels)
-        reported: Tensor | None
-        if found is not None:
-            reported = found.reported_sum
-        else:
-            found, reported = self._fallback_losses(observation, labels, causal), None
+        reported = None if found is None else found.reported_sum
+        if found is None:
+            found = self._fallback_losses(observation, labels, causal)
         values = TokenValues(
             found.nll.view(labels.shape),
-            (found.target != -100).view(labels.shape),
+            (found.target != IGNORE_INDEX).view(labels.shape),
             None if found.correct is None else found.correct.view(labels.shape),
         )
         if self.shifts:
             values = values.in_target_frame()
+        if num_real is not None and num_real < batch.num_sequences:
+            batch, values = first_sequences(batch, values, num_real)
+            reported = None
         window = self.evaluation if self.evaluating else self.train
         if window.device != values.losses.device:
             window.to(values.losses.device)
@@ -91,17 +104,48 @@ class ChannelState:
             reported_sum=reported,
         )
 
-    def close(self, window: ChannelLossAccumulator, taken: dict[str, Any], prefix: str = "") -> None:
-        """Sum `window` over all ranks, write its metrics into `taken`, and open the next one."""
+    # ---- windows --------------------------------------------------------------------------
+
+    def close_train(self, logs: dict[str, Any]) -> None:
+        """Sum the train window over all ranks, write its metrics into `logs`, open the next."""
+        total = self._close(self.train)
+        self.totals.add(total)
+        values = total.compute_by_channel()
+        for channel, of_channel in values.items():
+            of_run = self.totals.of(channel)
+            of_channel.update({name: of_run[name] for name in self.config.run_metrics})
+        self._write(values, logs, "")
+
+    def close_evaluation(self, metrics: dict[str, Any], prefix: str) -> None:
+        """The same for the evaluation window, for the channels that evaluation logs."""
+        values = self._close(self.evaluation).compute_by_channel()
+        chosen = self.config.eval_channels or tuple(values)
+        self._write({name: values[name] for name in values if name in chosen}, metrics, prefix)
+
+    def totals_now(self) -> RunTotals:
+        """The totals with the open window, over all ranks; the window stays open."""
+        return self.totals.copy().add(sync(self.train))
+
+    def start_run(self, checkpoint: str | None) -> None:
+        """Open the first window; totals go on from `checkpoint`, or start at zero."""
+        self.train.reset()
+        self.totals = RunTotals()
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / TOTALS_FILE
+        if path.exists():
+            self.totals = RunTotals.load(path)
+        else:
+            logger.warning(
+                "%s has no %s: it was written without channel metrics, so tokens_total and "
+                "samples_total count from here.",
+                checkpoint,
+                TOTALS_FILE,
+            )
+
+    def _close(self, window: ChannelLossAccumulator) -> ChannelLossAccumulator:
         total = sync(window)
         window.reset()
-        for key, value in total.compute().items():
-            if prefix + key in taken:
-                raise ConfigError(
-                    f"the metric key {prefix + key!r} is already logged by the trainer; choose "
-                    "another key_format, or rename the channel."
-                )
-            taken[prefix + key] = value
         mismatch = total.mismatch()
         if mismatch > MISMATCH_TOLERANCE:
             self.warn_once(
@@ -113,6 +157,20 @@ class ChannelState:
                 "no record of this window had a channel (looked for "
                 f"{', '.join(self.config.fields)}); all tokens count as 'unlabeled'."
             )
+        return total
+
+    def _write(
+        self, values: dict[str, dict[str, float]], taken: dict[str, Any], prefix: str
+    ) -> None:
+        for channel, of_channel in values.items():
+            for metric, value in of_channel.items():
+                key = prefix + metric_key(self.config.key_format, channel, metric)
+                if key in taken:
+                    raise ConfigError(
+                        f"the metric key {key!r} is already logged by the trainer; choose "
+                        "another key_format, or rename the channel."
+                    )
+                taken[key] = value
 
     def warn_once(self, message: str) -> None:
         """Log a warning the first time it comes up."""
@@ -179,7 +237,7 @@ class ChannelState:
 def _mean_nll(observation: Observation, labels: Tensor, shift: bool) -> float:
     targets = shifted_labels(labels) if shift else labels
     total = token_losses_from_outputs(observation, targets).reported_sum
-    return float(total / (targets != -100).sum().clamp(min=1))
+    return float(total / (targets != IGNORE_INDEX).sum().clamp(min=1))
 
 
 def _find_shift(target: Tensor, labels: Tensor) -> bool:
@@ -192,6 +250,6 @@ def _find_shift(target: Tensor, labels: Tensor) -> bool:
     raise ChannelMetricsError(
         "the model's loss must see the labels of the batch, shifted by one or as they are, but "
         f"it saw others (shape {list(labels.shape)}, "
-        f"{int((flat != -100).sum())} supervised against {int((labels != -100).sum())} in the "
+        f"{int((flat != IGNORE_INDEX).sum())} supervised against {int((labels != IGNORE_INDEX).sum())} in the "
         "batch); tokens cannot be matched to their channels. Detach the metrics for this model."
     )
