@@ -9,7 +9,13 @@ from typing import Any
 
 from channel_metrics.channels import DEFAULT_FIELDS, ChannelTable, Unknown
 from channel_metrics.errors import ConfigError
-from channel_metrics.metrics import DEFAULT_METRICS, check_metrics
+from channel_metrics.metrics import (
+    ALL_METRICS,
+    DEFAULT_METRICS,
+    RUN_METRICS,
+    WINDOW_METRICS,
+    check_metrics,
+)
 
 __all__ = ["MetricsConfig", "refuse_unknown_keys"]
 
@@ -30,11 +36,14 @@ class MetricsConfig:
     metrics: tuple[str, ...] = DEFAULT_METRICS
     """What is logged per channel, see `channel_metrics.metrics`."""
 
+    eval_channels: tuple[str, ...] = ()
+    """The channels that evaluation logs; empty means all of them."""
+
     key_format: str = "{channel}_{metric}"
     """The log key. `{metric}_{channel}` gives ms-swift's names, `{metric}/{channel}` folders."""
 
     def __post_init__(self) -> None:
-        for name in ("fields", "channels", "metrics"):
+        for name in ("fields", "channels", "metrics", "eval_channels"):
             value = getattr(self, name)
             listed = isinstance(value, (list, tuple))
             if not listed or not all(isinstance(item, str) for item in value):
@@ -42,8 +51,18 @@ class MetricsConfig:
             object.__setattr__(self, name, tuple(value))
         if not self.fields:
             raise ConfigError("fields must name at least one record field, but is empty.")
-        check_metrics(self.metrics)
+        check_metrics(self.metrics, ALL_METRICS)
         self.new_table()
+
+    @property
+    def window_metrics(self) -> tuple[str, ...]:
+        """Those of `metrics` that are about one window."""
+        return tuple(name for name in self.metrics if name in WINDOW_METRICS)
+
+    @property
+    def run_metrics(self) -> tuple[str, ...]:
+        """Those of `metrics` that are about the whole run."""
+        return tuple(name for name in self.metrics if name in RUN_METRICS)
 
     def new_table(self, reserved: Collection[str] = ()) -> ChannelTable:
         """A table of the declared channels; raises for names that cannot stand side by side."""
