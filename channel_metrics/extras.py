@@ -1,0 +1,24 @@
+"""Optional packages: imported when they are needed, with a remedy where they are missing."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from channel_metrics.errors import ChannelMetricsError
+
+__all__ = ["need"]
+
+
+def need(module: str, *, extra: str) -> Any:
+    """The module; a `ChannelMetricsError` that names the extra to install where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # A package that is there and lacks a part of its own is another problem: shown as it is.
+        if error.name != module:
+            raise
+        raise ChannelMetricsError(
+            f"this needs the package {module!r}, which is not installed; run: "
+            f"pip install 'channel_metrics[{extra}]'"
+        ) from None
