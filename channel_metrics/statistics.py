@@ -72,7 +72,7 @@ def sequence_sums(
         shape = values.losses.shape
         rows = shape[0] if len(shape) == 2 else 1
         sums = {n: c.reshape(rows, shape[-1]).sum(-1) for n, c in columns.items()}
-        sums["samples"] = torch.full_like(sums["tokens"], float(shape[-1] > 0))
+        sums["samples"] = torch.full_like(sums["tokens"], 1.0 if shape[-1] > 0 else 0.0)
         return torch.nn.functional.pad(_assemble(sums), (0, 0, 0, 1))
     end = cu_seqlens.new_full((1,), values.losses.numel())
     lengths = torch.cat([cu_seqlens, end]).diff().long()

@@ -31,11 +31,17 @@ class NoSync(TorchDispatchMode):
             raise HostSyncError(f"{func} reads values")
         if func is torch.ops.aten.segment_reduce.default and not kwargs.get("unsafe"):
             raise HostSyncError(f"{func} checks the lengths; pass unsafe=True")
-        result = func(*args, **kwargs)
-        on_host = isinstance(result, torch.Tensor) and result.device.type == "cpu"
-        if on_host and any(tensor.device.type != "cpu" for tensor in inputs):
+        if _destination(func, args, kwargs) == "cpu" != inputs[-1].device.type:
             raise HostSyncError(f"{func} copies to the host")
-        return result
+        return func(*args, **kwargs)
+
+
+def _destination(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    if func is torch.ops.aten.copy_.default:
+        return str(args[0].device.type)
+    if func is torch.ops.aten._to_copy.default and kwargs.get("device") is not None:
+        return torch.device(kwargs["device"]).type
+    return None
 
 
 def _has_static_shape(func: Any, inputs: list[torch.Tensor]) -> bool:
