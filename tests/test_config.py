@@ -39,15 +39,22 @@ def test_from_plain_values() -> None:
     assert hash(config) == hash(dataclasses.replace(config))
 
 
+def test_metrics_of_the_window_and_of_the_run() -> None:
+    config = MetricsConfig(metrics=("tokens_total", "loss", "samples_total", "share"))
+    assert config.window_metrics == ("loss", "share")
+    assert config.run_metrics == ("tokens_total", "samples_total")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"channel": ["bbu"]}, "unknown key 'channel' in metrics config; did you mean 'channels'?"),
-        ({"zzzz": 1}, "known are fields, channels, unknown, metrics, key_format."),
+        ({"zzzz": 1}, "known are fields, channels, unknown, metrics, eval_channels, key_format."),
         ({3: 1}, "unknown key 3 in metrics config"),
         ({"channels": "bbu"}, "channels must be a list of strings, but is 'bbu'."),
         ({"channels": None}, "channels must be a list of strings, but is None."),
         ({"channels": {"bbu": 1}}, "channels must be a list of strings, but is {'bbu': 1}."),
+        ({"eval_channels": "bbu"}, "eval_channels must be a list of strings, but is 'bbu'."),
         ({"metrics": 3}, "metrics must be a list of strings, but is 3."),
         ({"fields": [1]}, "fields must be a list of strings, but is [1]."),
         ({"fields": []}, "fields must name at least one record field, but is empty."),

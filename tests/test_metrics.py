@@ -7,7 +7,7 @@ import math
 import pytest
 
 from channel_metrics import ConfigError
-from channel_metrics.metrics import ALL_METRICS, channel_values, check_metrics
+from channel_metrics.metrics import ALL_METRICS, WINDOW_METRICS, channel_values, check_metrics
 from channel_metrics.statistics import COLUMNS
 
 
@@ -17,7 +17,7 @@ def sums(**given: float) -> dict[str, float]:
 
 def test_values() -> None:
     channel = sums(tokens=4, samples=2, nll=6, correct=3, judged=4, weighted_nll=5, weight=2.5)
-    assert channel_values(channel, 16, ALL_METRICS) == {
+    assert channel_values(channel, 16, WINDOW_METRICS) == {
         "loss": 1.5,
         "weighted_loss": 2.0,
         "token_acc": 0.75,
@@ -29,7 +29,7 @@ def test_values() -> None:
 
 
 def test_what_was_not_measured_is_absent() -> None:
-    assert channel_values(sums(tokens=2, nll=1), 2, ALL_METRICS) == {
+    assert channel_values(sums(tokens=2, nll=1), 2, WINDOW_METRICS) == {
         "loss": 0.5,
         "ppl": math.exp(0.5),
         "tokens": 2,
@@ -60,6 +60,9 @@ def test_accuracy_is_of_the_tokens_that_were_judged() -> None:
 def test_metric_names() -> None:
     assert check_metrics(["tokens", "loss", "tokens"]) == ("tokens", "loss")
     assert check_metrics([]) == ()
+    assert check_metrics(["tokens_total"], ALL_METRICS) == ("tokens_total",)
+    with pytest.raises(ConfigError, match="unknown metric 'tokens_total'; did you mean 'tokens'"):
+        check_metrics(["tokens_total"])
     with pytest.raises(ConfigError, match="unknown metric 'los'; did you mean 'loss'"):
         check_metrics(["los"])
     with pytest.raises(ConfigError, match="unknown metric 'zzz'; Known: loss, weighted_loss"):
