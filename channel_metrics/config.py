@@ -42,6 +42,9 @@ class MetricsConfig:
     key_format: str = "{channel}_{metric}"
     """The log key. `{metric}_{channel}` gives ms-swift's names, `{metric}/{channel}` folders."""
 
+    live_table: bool = True
+    """Whether a terminal or a notebook shows the channels while the run goes on."""
+
     def __post_init__(self) -> None:
         for name in ("fields", "channels", "metrics", "eval_channels"):
             value = getattr(self, name)

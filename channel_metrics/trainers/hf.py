@@ -31,6 +31,7 @@ from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.trainers.hf_batch import BatchChannels, take_channels
 from channel_metrics.trainers.hf_data import declare_channels, wrap_collator
+from channel_metrics.trainers.hf_live import LiveTable, wants_live_table
 from channel_metrics.trainers.hf_loss import check_loss_hook, observe_loss
 from channel_metrics.trainers.hf_state import TOTALS_FILE, ChannelState
 
@@ -69,7 +70,7 @@ def attach(trainer: TrainerT, config: MetricsConfig | None = None) -> TrainerT:
     check_trainer(type(trainer))
     if not isinstance(trainer, ChannelMetricsMixin):
         trainer.__class__ = _with_mixin(type(trainer))
-    trainer.channel_metrics = ChannelState(config or MetricsConfig())  # type: ignore[attr-defined]
+    ChannelMetricsMixin.start_channel_metrics(trainer, config or MetricsConfig())
     return trainer
 
 
@@ -80,6 +81,7 @@ def detach(trainer: TrainerT) -> TrainerT:
         trainer.__class__ = original
     if hasattr(trainer, "channel_metrics"):
         del trainer.channel_metrics
+    trainer.pop_callback(LiveTable)
     return trainer
 
 
@@ -108,7 +110,16 @@ class ChannelMetricsMixin(_Base):
     ) -> None:
         check_trainer(type(self))
         super().__init__(*args, **kwargs)
-        self.channel_metrics = ChannelState(channel_metrics or MetricsConfig())
+        self.start_channel_metrics(channel_metrics or MetricsConfig())
+
+    def start_channel_metrics(self, config: MetricsConfig) -> None:
+        """Open the windows, for a trainer that has been made; a second call replaces them."""
+        state = ChannelState(config)
+        self.channel_metrics = state
+        self.pop_callback(LiveTable)
+        if config.live_table and wants_live_table(self):
+            callbacks = self.callback_handler.callbacks
+            self.add_callback(LiveTable(state.take_closed_window, callbacks))
 
     # ---- data: the collator learns the channels -------------------------------------------
 

@@ -50,6 +50,8 @@ class ChannelState:
     captured: bool | None = None
     warned: set[str] = field(default_factory=set)
     totals: RunTotals = field(default_factory=RunTotals)
+    # The values of the window that the current log has closed, for those who show it.
+    closed_window: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.table = self.config.new_table(RESERVED_KEYS)
@@ -114,17 +116,26 @@ class ChannelState:
         for channel, of_channel in values.items():
             of_run = self.totals.of(channel)
             of_channel.update({name: of_run[name] for name in self.config.run_metrics})
+        self.closed_window = values
         self._write(values, logs, "")
 
     def close_evaluation(self, metrics: dict[str, Any], prefix: str) -> None:
         """The same for the evaluation window, for the channels that evaluation logs."""
         values = self._close(self.evaluation).compute_by_channel()
         chosen = self.config.eval_channels or tuple(values)
+        # transformers' notebook takes the last `..._loss` for the loss of the whole set.
+        own_loss = {key: metrics.pop(key) for key in (f"{prefix}loss",) if key in metrics}
         self._write({name: values[name] for name in values if name in chosen}, metrics, prefix)
+        metrics.update(own_loss)
 
     def totals_now(self) -> RunTotals:
         """The totals with the open window, over all ranks; the window stays open."""
         return self.totals.copy().add(sync(self.train))
+
+    def take_closed_window(self) -> dict[str, dict[str, float]]:
+        """The values of the window that was closed since the last call; empty if none was."""
+        values, self.closed_window = self.closed_window, {}
+        return values
 
     def start_run(self, checkpoint: str | None) -> None:
         """Open the first window; totals go on from `checkpoint`, or start at zero."""
