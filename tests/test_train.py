@@ -1,0 +1,95 @@
+"""A short run, in this process."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from channel_metrics.config import MetricsConfig
+from channel_metrics.errors import ConfigError
+from channel_metrics.tiny import TinyModel
+from channel_metrics.train import train
+from channel_metrics.train_config import ModelConfig, TrainConfig, load_config
+
+DEBUG = Path(__file__).parent.parent / "configs" / "fused_data" / "debug.yaml"
+CHANNELS = ["bbu", "rru", "lvis", "lang_chat"]
+
+
+def small(**training: Any) -> TrainConfig:
+    config = load_config(DEBUG)
+    size = TinyModel(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16)
+    steps = {"max_steps": 6, "logging_steps": 2, "eval_steps": 4, "report_to": "none"}
+    return replace(
+        config,
+        model=ModelConfig(tiny=size),
+        max_length=192,
+        training=config.training | steps | training,
+    )
+
+
+def test_a_run_logs_every_channel_and_sums_it_up(tmp_path: Path) -> None:
+    summary = train(small(), output_dir=tmp_path)
+    keys = {key for log in summary.log_history for key in log}
+    for name in CHANNELS:
+        assert {f"{name}_loss", f"{name}_token_acc", f"{name}_tokens"} <= keys
+        assert f"eval_{name}_loss" in keys
+    assert [row.channel for row in summary.rows] == CHANNELS
+    for row in summary.rows:
+        assert row.first_loss is not None
+        assert row.last_loss is not None
+        assert row.eval_loss is not None
+        assert all(math.isfinite(x) for x in (row.first_loss, row.last_loss, row.eval_loss))
+    assert sum(row.share or 0 for row in summary.rows) == pytest.approx(1)
+    assert summary.log_history[-1]["step"] == 6
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["log_history"] == summary.log_history
+
+
+def test_the_final_weights_are_evaluated_once(tmp_path: Path) -> None:
+    logs = train(small(eval_steps=2), output_dir=tmp_path, max_steps=4).log_history
+    assert [log["step"] for log in logs if "eval_loss" in log] == [2, 4]
+
+
+def test_the_same_config_gives_the_same_losses(tmp_path: Path) -> None:
+    one, two = (train(small(), output_dir=tmp_path / name, max_steps=2) for name in "ab")
+    assert one.rows == two.rows
+
+
+def test_channels_of_another_field(tmp_path: Path) -> None:
+    config = replace(small(), metrics=MetricsConfig(fields=("metadata._fusion_domain",)))
+    rows = train(config, output_dir=tmp_path, max_steps=2).rows
+    assert [row.channel for row in rows] == ["source", "target"]
+
+
+def test_tensorboard_and_checkpoint_in_the_run_folder(tmp_path: Path) -> None:
+    train(
+        small(report_to="tensorboard", save_strategy="steps", save_steps=2),
+        output_dir=tmp_path,
+        max_steps=2,
+    )
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+    assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"eval_strategy": "sometimes"}}, "transformers refuses"),
+        ({"metrics": MetricsConfig(fields=("channel",))}, "a field in metadata"),
+    ],
+)
+def test_configs_that_cannot_run(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(replace(small(), **changes), output_dir=tmp_path)
+
+
+def test_evaluation_without_records(tmp_path: Path) -> None:
+    config = small()
+    sources = tuple(replace(source, val_path=None) for source in config.sources)
+    with pytest.raises(ConfigError, match="val_path or val_samples"):
+        train(replace(config, sources=sources), output_dir=tmp_path)
