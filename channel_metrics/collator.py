@@ -1,10 +1,10 @@
 """`ChannelCollator`: any collator, plus the `channels` and `cu_seqlens` of the batch.
 
-    >>> from channel_metrics.collator import ChannelCollator
-    >>> collate = ChannelCollator(lambda fs: {"input_ids": torch.tensor([f["ids"] for f in fs])})
-    >>> batch = collate([{"ids": [1, 2], "channel": "bbu"}, {"ids": [3, 4], "channel": "rru"}])
-    >>> batch["channels"], batch["cu_seqlens"].tolist()
-    (['bbu', 'rru'], [0, 2, 4])
+>>> from channel_metrics.collator import ChannelCollator
+>>> collate = ChannelCollator(lambda fs: {"input_ids": torch.tensor([f["ids"] for f in fs])})
+>>> batch = collate([{"ids": [1, 2], "channel": "bbu"}, {"ids": [3, 4], "channel": "rru"}])
+>>> batch["channels"], batch["cu_seqlens"].tolist()
+(['bbu', 'rru'], [0, 2, 4])
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class ChannelCollator:
                 "the wrapped collator already returned the key 'channels'; rename that column, "
                 "or leave the annotation to one of the two."
             )
-        boundaries = boundaries_from_batch(batch)
+        num_names = sum(len(of_record) for of_record in channels)
+        boundaries = _without_pad_tail(boundaries_from_batch(batch), num_names, batch)
         self._check_labels(batch.get("labels"), boundaries)
         names = _names_per_sequence(channels, boundaries, batch)
         known = self.table is not None and self.table.knows_all(names)
@@ -141,6 +142,23 @@ class ChannelCollator:
             logger.warning("first such batch: " + message, count)
 
 
+def _without_pad_tail(
+    boundaries: Boundaries, num_names: int, batch: Mapping[str, Any]
+) -> Boundaries:
+    """Padding-free rows that are padded to a multiple end in pads that look like sequences.
+
+    TRL gives all of them position 0, and labels of -100: nothing there is counted.
+    """
+    labels = batch.get("labels")
+    if boundaries.num_sequences <= num_names or not isinstance(labels, Tensor):
+        return boundaries
+    tail = boundaries.cu_seqlens[num_names:]
+    pads = labels.flatten()[int(tail[0]) : int(tail[-1])]
+    if _rows(batch)[0] != 1 or bool((tail.diff() != 1).any() | (pads != IGNORE_INDEX).any()):
+        return boundaries
+    return Boundaries(boundaries.cu_seqlens[: num_names + 1], boundaries.keep)
+
+
 def _names_per_sequence(
     channels: list[list[str | None]], boundaries: Boundaries, batch: Mapping[str, Any]
 ) -> list[str | None]:
@@ -162,8 +180,8 @@ def _names_per_sequence(
     per_row = f"{[len(c) for c in channels]} against {counts} per row, " if by_row else ""
     raise ChannelError(
         f"the records name {len(names)} channels but the batch holds {held} sequences "
-        f"({per_row}boundaries {boundaries.cu_seqlens[:8].tolist()}{'...' if held > 7 else ''}); a packer "
-        "must keep one channel per sequence, in order."
+        f"({per_row}boundaries {boundaries.cu_seqlens[:8].tolist()}{'...' if held > 7 else ''}); "
+        "a packer must keep one channel per sequence, in order."
     )
 
 
@@ -181,9 +199,9 @@ def _as_record(feature: Any) -> Mapping[str, Any]:
 
 def _sequences_per_row(boundaries: Boundaries, batch: Mapping[str, Any]) -> list[int]:
     num_rows, row_length = _rows(batch)
-    if not num_rows:
+    if not num_rows or not row_length:
         return []
-    rows = (boundaries.cu_seqlens[:-1].long() // max(row_length, 1)).clamp(max=num_rows - 1)
+    rows = (boundaries.cu_seqlens[:-1].long() // row_length).clamp(max=num_rows - 1)
     counts: list[int] = torch.bincount(rows, minlength=num_rows).tolist()
     return counts
 
