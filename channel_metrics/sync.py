@@ -13,18 +13,37 @@ or any batch at all, to take part.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from channel_metrics.accumulator import ChannelLossAccumulator
 from channel_metrics.channels import ChannelTable
-from channel_metrics.statistics import NUM_COLUMNS
 
-__all__ = ["MISMATCH_TOLERANCE", "sync"]
+__all__ = ["MISMATCH_TOLERANCE", "Summable", "sum_over_ranks", "sync"]
 
 # A relative difference to the trainer's own loss from which on it is reported.
 MISMATCH_TOLERANCE = 1e-4
+
+
+class Summable(Protocol):
+    """Sums per channel that `sum_over_ranks` can add up: rows by name, `unlabeled` first."""
+
+    table: ChannelTable
+    # Names that all ranks of a group are known to share.
+    agreed_names: tuple[str, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums live."""
+
+    def sums(self) -> Tensor:
+        """float64 [C + 1, K] on the host: row 0 unlabeled, row i + 1 channel i."""
+
+    def mismatch(self) -> float:
+        """The largest relative difference to what the trainer itself computed."""
 
 
 def sync(
@@ -39,35 +58,41 @@ def sync(
     result is 0 if no rank exceeds MISMATCH_TOLERANCE, else the sum over the ranks that do: an
     upper bound of the largest, since one all-reduce can only add.
     """
-    mismatch = accumulator.mismatch()
+    return _result(accumulator, *sum_over_ranks(accumulator, group))
+
+
+def sum_over_ranks(
+    window: Summable, group: dist.ProcessGroup | None = None
+) -> tuple[dict[str, Tensor], Tensor, float]:
+    """The sums of all ranks: {channel: [K]}, those of `unlabeled` [K], and the mismatch."""
+    mismatch = window.mismatch()
     mismatch = mismatch if mismatch > MISMATCH_TOLERANCE else 0.0
-    unlabeled, *known = accumulator.sums().unbind()
-    local = dict(zip(accumulator.table.names, known, strict=True))
+    unlabeled, *known = window.sums().unbind()
+    width = unlabeled.numel()
+    local = dict(zip(window.table.names, known, strict=True))
     if dist.is_available() and dist.is_initialized():
-        agreed = accumulator.agreed_names
+        agreed = window.agreed_names
         new = sorted(set(local) - set(agreed))
         header = torch.tensor([float(bool(new)), mismatch], dtype=torch.float64)
-        flat = torch.cat([unlabeled, _rows(local, agreed).flatten(), header])
-        flat = _all_reduce(flat, accumulator.device, group)
-        unlabeled, rows = flat[:NUM_COLUMNS], flat[NUM_COLUMNS:-2].view(-1, NUM_COLUMNS)
+        flat = torch.cat([unlabeled, _rows(local, agreed, width).flatten(), header])
+        flat = _all_reduce(flat, window.device, group)
+        unlabeled, rows = flat[:width], flat[width:-2].view(-1, width)
         mismatch = float(flat[-1])
         if flat[-2]:
             joined = _gather_names(new, group)
-            added = _all_reduce(_rows(local, joined), accumulator.device, group)
+            added = _all_reduce(_rows(local, joined, width), window.device, group)
             agreed, rows = (*agreed, *joined), torch.cat([rows, added])
-            accumulator.agreed_names = agreed
+            window.agreed_names = agreed
         local = dict(zip(agreed, rows, strict=True))
-    return _result(accumulator, local, unlabeled, mismatch)
+    return local, unlabeled, mismatch
 
 
-def _rows(local: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
-    absent = torch.zeros(NUM_COLUMNS, dtype=torch.float64)
+def _rows(local: dict[str, Tensor], names: tuple[str, ...], width: int) -> Tensor:
+    absent = torch.zeros(width, dtype=torch.float64)
     return torch.stack([local.get(name, absent) for name in names] or [absent])[: len(names)]
 
 
-def _all_reduce(
-    values: Tensor, device: torch.device, group: dist.ProcessGroup | None
-) -> Tensor:
+def _all_reduce(values: Tensor, device: torch.device, group: dist.ProcessGroup | None) -> Tensor:
     # The sums are wanted on the host in any case; only NCCL-like backends need them elsewhere.
     on_host = "gloo" in dist.get_backend(group)
     moved = values if on_host else values.to(device)
