@@ -1,12 +1,12 @@
 """Exact per-dataset ("channel") training metrics: `bbu_loss`, `lvis_token_acc`, tokens, share.
 
-    >>> import torch
-    >>> from channel_metrics import ChannelLossAccumulator
-    >>> acc = ChannelLossAccumulator(["bbu", "rru"], metrics=["loss", "tokens"])
-    >>> losses = torch.tensor([1.0, 3.0, 5.0])
-    >>> bounds = torch.tensor([0, 2, 3], dtype=torch.int32)
-    >>> acc.update(losses, channels=["bbu", "rru"], cu_seqlens=bounds).compute()
-    {'bbu_loss': 2.0, 'bbu_tokens': 2.0, 'rru_loss': 5.0, 'rru_tokens': 1.0}
+>>> import torch
+>>> from channel_metrics import ChannelLossAccumulator
+>>> acc = ChannelLossAccumulator(["bbu", "rru"], metrics=["loss", "tokens"])
+>>> losses = torch.tensor([1.0, 3.0, 5.0])
+>>> bounds = torch.tensor([0, 2, 3], dtype=torch.int32)
+>>> acc.update(losses, channels=["bbu", "rru"], cu_seqlens=bounds).compute()
+{'bbu_loss': 2.0, 'bbu_tokens': 2.0, 'rru_loss': 5.0, 'rru_tokens': 1.0}
 """
 
 from channel_metrics.accumulator import ChannelLossAccumulator

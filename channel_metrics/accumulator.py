@@ -27,7 +27,6 @@ from channel_metrics.metrics import DEFAULT_METRICS, channel_values, check_metri
 from channel_metrics.statistics import (
     COLUMNS,
     NUM_COLUMNS,
-    TokenValues,
     group_sums,
     sequence_sums,
     token_group_sums,

@@ -170,9 +170,7 @@ def boundaries_from_attention_mask(attention_mask: Tensor) -> Boundaries:
         return _from_segment_numbers(numbers)
     num_rows, row_length = attention_mask.shape
     keep = numbers.bool().flatten()
-    return Boundaries(
-        rows_as_sequences(num_rows, row_length), None if bool(keep.all()) else keep
-    )
+    return Boundaries(rows_as_sequences(num_rows, row_length), None if bool(keep.all()) else keep)
 
 
 def boundaries_from_position_ids(
@@ -330,9 +328,7 @@ def _from_starts(starts: Tensor, keep: Tensor) -> Boundaries:
     bounds = opens.flatten().nonzero().flatten()
     end = bounds.new_tensor([num_rows * row_length])
     keep = keep.flatten()
-    return Boundaries(
-        torch.cat([bounds, end]).to(torch.int32), None if bool(keep.all()) else keep
-    )
+    return Boundaries(torch.cat([bounds, end]).to(torch.int32), None if bool(keep.all()) else keep)
 
 
 def _from_segment_numbers(numbers: Tensor) -> Boundaries:

@@ -1,10 +1,10 @@
 """Names of channels: how a record carries one, how names become ids, how they become log keys.
 
-    >>> table = ChannelTable(["bbu", "rru"])
-    >>> table.ids(["rru", "bbu", None])
-    [1, 0, -1]
-    >>> metric_key("{channel}_{metric}", "bbu", "loss")
-    'bbu_loss'
+>>> table = ChannelTable(["bbu", "rru"])
+>>> table.ids(["rru", "bbu", None])
+[1, 0, -1]
+>>> metric_key("{channel}_{metric}", "bbu", "loss")
+'bbu_loss'
 """
 
 from __future__ import annotations
@@ -102,9 +102,7 @@ class ChannelTable:
         reserved: Collection[str] = (),
     ) -> None:
         if unknown not in ("add", "unlabeled", "error"):
-            raise ConfigError(
-                f'unknown must be "add", "unlabeled" or "error", but is {unknown!r}.'
-            )
+            raise ConfigError(f'unknown must be "add", "unlabeled" or "error", but is {unknown!r}.')
         check_key_format(key_format)
         self.unknown: Unknown = unknown
         self.key_format = key_format

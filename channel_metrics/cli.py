@@ -116,23 +116,26 @@ def run_command(
     patch: Annotated[
         list[str] | None, typer.Option(help="What to patch, e.g. hf_trainer (repeatable).")
     ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML of the metrics: fields, channels, metrics, keys.")
+    ] = None,
 ) -> None:
     """Run an unmodified training script with channel metrics.
 
     Options of ours come before SCRIPT. Output, exit code and signals are those of the script.
     """
-    start = partial(_run_script, script, list(args or []), list(patch or []))
+    start = partial(_run_script, script, list(args or []), list(patch or []), config)
     if isinstance(context.obj, list):
         context.obj.append(start)
     else:
         start()
 
 
-def _run_script(script: str, args: list[str], patches: list[str]) -> None:
+def _run_script(script: str, args: list[str], patches: list[str], config: Path | None) -> None:
     from channel_metrics.run_script import run_script
 
     try:
-        run_script(script, args, patches)
+        run_script(script, args, patches, config)
     except ChannelMetricsError as error:
         frames = traceback.walk_tb(error.__traceback__)
         if any(frame.f_globals.get("__name__") == "runpy" for frame, _ in frames):

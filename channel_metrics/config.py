@@ -1,4 +1,4 @@
-"""The configuration that every adapter takes: which field, which channels, which metrics, which keys."""
+"""The configuration that every adapter takes: fields, channels, metrics, keys."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class MetricsConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> MetricsConfig:
-        """From plain values (YAML); an unknown key is a `ConfigError` with the nearest right one."""
+        """From plain values (YAML); an unknown key is refused with the nearest right one."""
         refuse_unknown_keys(mapping, [field.name for field in fields(cls)], "metrics config")
         return cls(**mapping)
 

@@ -77,7 +77,9 @@ def token_losses_of_logits(
     """
     nll, correct = [], []
     with torch.no_grad():
-        for rows, wanted in zip(logits.split(chunk_size), target.split(chunk_size), strict=True):
+        for rows, wanted in zip(
+            torch.split(logits, chunk_size), torch.split(target, chunk_size), strict=True
+        ):
             exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
             nll.append(F.cross_entropy(exact, wanted, ignore_index=ignore_index, reduction="none"))
             if with_correct:

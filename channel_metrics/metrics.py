@@ -37,9 +37,7 @@ ALL_METRICS = (*WINDOW_METRICS, *RUN_METRICS)
 DEFAULT_METRICS = ("loss", "token_acc", "tokens", "share")
 
 
-def check_metrics(
-    metrics: Iterable[str], known: Sequence[str] = WINDOW_METRICS
-) -> tuple[str, ...]:
+def check_metrics(metrics: Iterable[str], known: Sequence[str] = WINDOW_METRICS) -> tuple[str, ...]:
     """The metrics, each once; raises `ConfigError` for one that is not `known`."""
     chosen = tuple(dict.fromkeys(metrics))
     for name in chosen:

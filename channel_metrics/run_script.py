@@ -13,8 +13,10 @@ import pkgutil
 import runpy
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from channel_metrics.errors import ConfigError
+from channel_metrics.yaml_files import CONFIG_VARIABLE, load_metrics_config
 
 __all__ = ["available_patches", "run_script"]
 
@@ -26,8 +28,13 @@ def available_patches() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(channel_metrics.patches.__path__))
 
 
-def run_script(script: str, args: Sequence[str], patches: Sequence[str]) -> None:
+def run_script(
+    script: str, args: Sequence[str], patches: Sequence[str], config: Path | None = None
+) -> None:
     """Apply `patches` in order, then run `script` as the main program with `args`.
+
+    config: a YAML file with a `MetricsConfig`, for the patches of this process and, by the
+    environment, of the processes that it starts.
 
     Raises `ConfigError` for an unknown patch or a missing script, before anything runs.
     """
@@ -40,6 +47,9 @@ def run_script(script: str, args: Sequence[str], patches: Sequence[str]) -> None
             f"the script {script!r} does not exist; options of ours come before it, its own "
             "arguments after it."
         )
+    if config is not None:
+        load_metrics_config(config)
+        os.environ[CONFIG_VARIABLE] = str(config.resolve())
     for name in patches:
         importlib.import_module(f"channel_metrics.patches.{name}")
     sys.argv = [script, *args]

@@ -21,6 +21,7 @@ from channel_metrics.config import MetricsConfig, refuse_unknown_keys
 from channel_metrics.errors import ConfigError
 from channel_metrics.extras import need
 from channel_metrics.tiny import TinyModel
+from channel_metrics.yaml_files import load_yaml, mapping
 
 __all__ = ["ModelConfig", "Source", "TrainConfig", "load_config"]
 
@@ -135,32 +136,15 @@ def load_config(path: Path) -> TrainConfig:
 
     Raises `ConfigError` for a file that is missing or no plain YAML, unknown keys, wrong values.
     """
-    raw = _mapping(_load_yaml(path), str(path))
+    raw = mapping(load_yaml(path), str(path))
     _refuse(raw, TrainConfig, path)
     raw["sources"] = [_source(item, path) for item in _source_items(raw.get("sources"), path)]
     raw["model"] = _model(raw.get("model"), path)
-    raw["metrics"] = _mapping(raw.get("metrics") or {}, f"{path}, metrics")
+    raw["metrics"] = mapping(raw.get("metrics") or {}, f"{path}, metrics")
     _refuse(raw["metrics"], MetricsConfig, path, "metrics")
-    raw["training"] = _mapping(raw.get("training") or {}, f"{path}, training")
+    raw["training"] = mapping(raw.get("training") or {}, f"{path}, training")
     _refuse_training_keys(raw["training"], f"{path}, training")
     return _absolute(_validate(raw, path), path.parent)
-
-
-def _load_yaml(path: Path) -> Any:
-    yaml = need("yaml", extra="cli")
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"expected a config file, but {path}: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected UTF-8 text, but {error}.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(
-            f"{where}: expected plain YAML, but {getattr(error, 'problem', None) or error}; "
-            "objects cannot be constructed in a config."
-        ) from None
 
 
 def _validate(raw: dict[str, Any], path: Path) -> TrainConfig:
@@ -177,7 +161,7 @@ def _validate(raw: dict[str, Any], path: Path) -> TrainConfig:
 
 def _source_items(raw: Any, path: Path) -> list[Any]:
     if isinstance(raw, Mapping):
-        items = {name: _mapping(item, f"{path}, sources.{name}") for name, item in raw.items()}
+        items = {name: mapping(item, f"{path}, sources.{name}") for name, item in raw.items()}
         return [{"name": str(name)} | item for name, item in items.items()]
     if isinstance(raw, list):
         return raw
@@ -185,18 +169,18 @@ def _source_items(raw: Any, path: Path) -> list[Any]:
 
 
 def _source(raw: Any, path: Path) -> dict[str, Any]:
-    item = _mapping(raw, f"{path}, sources")
+    item = mapping(raw, f"{path}, sources")
     _refuse(item, Source, path, f"source {item.get('name', '?')!r}")
     return item
 
 
 def _model(raw: Any, path: Path) -> dict[str, Any]:
     model: dict[str, Any] = (
-        {"name": raw} if isinstance(raw, str) else _mapping(raw, f"{path}, model")
+        {"name": raw} if isinstance(raw, str) else mapping(raw, f"{path}, model")
     )
     _refuse(model, ModelConfig, path, "model")
     if "tiny" in model:
-        tiny = _mapping(model["tiny"] or {}, f"{path}, model.tiny")
+        tiny = mapping(model["tiny"] or {}, f"{path}, model.tiny")
         _refuse(tiny, TinyModel, path, "model.tiny")
         model["tiny"] = tiny
     return model
@@ -211,12 +195,6 @@ def _refuse_training_keys(raw: dict[str, Any], where: str) -> None:
     if raw:
         arguments = need("transformers", extra="hf").TrainingArguments
         refuse_unknown_keys(raw, [item.name for item in fields(arguments)], where)
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: expected keys and values, but is {type(value).__name__}.")
-    return dict(value)
 
 
 def _absolute(config: TrainConfig, folder: Path) -> TrainConfig:

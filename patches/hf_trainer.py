@@ -11,20 +11,21 @@ later; importing or applying twice patches once.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from typing import Any
 
 import transformers
+from channel_metrics.patches import announce
 
 from channel_metrics.config import MetricsConfig
-from channel_metrics.patches import announce
 from channel_metrics.trainers.hf import ChannelMetricsMixin, attach, check_trainer
+from channel_metrics.yaml_files import CONFIG_VARIABLE, load_metrics_config
 
-__all__ = ["CONFIG_VARIABLE", "apply", "is_applied", "revert"]
+__all__ = ["apply", "is_applied", "revert"]
 
-CONFIG_VARIABLE = "CHANNEL_METRICS_CONFIG"
 _MARK = "_channel_metrics_original_init"
+# Not typed: to mypy a method of a class is no variable.
+_trainer_class: Any = transformers.Trainer
 
 
 def apply(config: MetricsConfig | None = None) -> None:
@@ -37,7 +38,7 @@ def apply(config: MetricsConfig | None = None) -> None:
         return
     check_trainer(transformers.Trainer)
     chosen = config or _config_from_environment()
-    original = transformers.Trainer.__init__
+    original = _trainer_class.__init__
 
     @functools.wraps(original)
     def init_with_metrics(self: transformers.Trainer, *args: Any, **kwargs: Any) -> None:
@@ -47,7 +48,7 @@ def apply(config: MetricsConfig | None = None) -> None:
             attach(self, chosen)
 
     setattr(init_with_metrics, _MARK, original)
-    transformers.Trainer.__init__ = init_with_metrics
+    _trainer_class.__init__ = init_with_metrics
     announce(
         f"channel metrics: patched transformers.Trainer.__init__ "
         f"(transformers {transformers.__version__})"
@@ -56,24 +57,19 @@ def apply(config: MetricsConfig | None = None) -> None:
 
 def revert() -> None:
     """Put the original `Trainer.__init__` back; trainers made before keep their metrics."""
-    original = getattr(transformers.Trainer.__init__, _MARK, None)
+    original = getattr(_trainer_class.__init__, _MARK, None)
     if original is not None:
-        transformers.Trainer.__init__ = original
+        _trainer_class.__init__ = original
 
 
 def is_applied() -> bool:
     """Whether `Trainer.__init__` is patched now."""
-    return hasattr(transformers.Trainer.__init__, _MARK)
+    return hasattr(_trainer_class.__init__, _MARK)
 
 
 def _config_from_environment() -> MetricsConfig:
     path = os.environ.get(CONFIG_VARIABLE)
-    if not path:
-        return MetricsConfig()
-    # Only here: the core, and a patch without a config file, need no YAML.
-    from channel_metrics.yaml_files import load_metrics_config
-
-    return load_metrics_config(path)
+    return load_metrics_config(path) if path else MetricsConfig()
 
 
 apply()

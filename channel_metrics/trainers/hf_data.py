@@ -28,6 +28,7 @@ def wrap_collator(
     table: ChannelTable | None,
     signature_columns: Sequence[str],
     remove_unused_columns: bool,
+    kind: type[ChannelCollator] = ChannelCollator,
 ) -> ChannelCollator:
     """`base` with channels, seeing exactly the columns that it would see without us.
 
@@ -40,7 +41,7 @@ def wrap_collator(
     )
     drop = remove_unused_columns or theirs
     strip = [root for root in field_roots(fields) if drop and root not in signature_columns]
-    return ChannelCollator(
+    return kind(
         base, fields=fields, table=table, strip=strip, bounds_key=BOUNDS_KEY, row_bounds=False
     )
 
@@ -94,7 +95,9 @@ def count_channels(dataset: Any, fields: Sequence[str]) -> Counter[str | None] |
         return None
     if not hasattr(dataset, "__len__"):
         return None
-    return Counter(name for record in _records(dataset, fields) for name in channels_of(record, fields))
+    return Counter(
+        name for record in _records(dataset, fields) for name in channels_of(record, fields)
+    )
 
 
 def _records(dataset: Any, fields: Sequence[str]) -> Iterator[dict[str, Any]]:

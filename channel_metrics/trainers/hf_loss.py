@@ -65,7 +65,8 @@ class Observation:
         return found if isinstance(found, Tensor) else None
 
 
-_active: Observation | None = None
+# The innermost observation comes last.
+_active: list[Observation] = []
 
 
 def check_loss_hook() -> None:
@@ -83,9 +84,8 @@ def check_loss_hook() -> None:
 @contextmanager
 def observe_loss(model: torch.nn.Module, *, with_correct: bool) -> Iterator[Observation]:
     """Observe the cross entropies and the outputs of `model` inside the block."""
-    global _active
     observation = Observation(with_correct)
-    outer, _active = _active, observation
+    _active.append(observation)
     before = loss_utils.fixed_cross_entropy
     loss_utils.fixed_cross_entropy = _observing_cross_entropy
 
@@ -100,20 +100,20 @@ def observe_loss(model: torch.nn.Module, *, with_correct: bool) -> Iterator[Obse
     finally:
         handle.remove()
         loss_utils.fixed_cross_entropy = before
-        _active = outer
+        _active.pop()
 
 
 def _observing_cross_entropy(
     source: Tensor,
     target: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
+    num_items_in_batch: Any = None,
     ignore_index: int = -100,
     **kwargs: Any,
 ) -> Tensor:
     # Compiled graphs must not hold our state; their token losses come from the logits.
     if torch.compiler.is_compiling():
         return _original(source, target, num_items_in_batch, ignore_index, **kwargs)
-    observation = _active
+    observation = _active[-1] if _active else None
     if (
         observation is None
         or observation.thread != threading.get_ident()
@@ -149,7 +149,7 @@ _verified: dict[str, bool] = {}
 
 
 def _same_as_original(
-    source: Tensor, target: Tensor, num_items: Tensor | int | None, ignore_index: int, kwargs: Any
+    source: Tensor, target: Tensor, num_items: Any, ignore_index: int, kwargs: Any
 ) -> bool:
     """Whether the two steps give this transformers' own value, tried once on a few rows."""
     reduction = "mean" if num_items is None else "sum"
@@ -173,9 +173,7 @@ def shifted_labels(labels: Tensor) -> Tensor:
     return torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
 
 
-def token_losses_from_outputs(
-    observation: Observation, targets: Tensor
-) -> TokenLosses:
+def token_losses_from_outputs(observation: Observation, targets: Tensor) -> TokenLosses:
     """Token losses [B * S] on the logits [B, S, V] that the model returned.
 
     Raises `UnsupportedVersionError` where there are none: a fused loss was used, or the model

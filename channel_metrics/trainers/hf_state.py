@@ -18,7 +18,7 @@ from channel_metrics.losses import TokenLosses
 from channel_metrics.statistics import TokenValues
 from channel_metrics.sync import MISMATCH_TOLERANCE, sync
 from channel_metrics.totals import RunTotals
-from channel_metrics.trainers.hf_batch import BatchChannels, first_sequences
+from channel_metrics.trainers.hf_batch import BatchChannels, first_records
 from channel_metrics.trainers.hf_loss import (
     Observation,
     shifted_labels,
@@ -73,17 +73,17 @@ class ChannelState:
         observation: Observation,
         *,
         causal: bool | None,
-        num_real: int | None = None,
+        real: tuple[int, int] | None = None,
     ) -> None:
         """Add the tokens of one micro-batch to the open window.
 
-        causal: whether the model predicts the next token, None if unknown. num_real: the number
-        of sequences that are no repetitions for the sake of even batches; None means all.
+        causal: whether the model predicts the next token, None if unknown. real: how many of
+        how many records are no repetitions, see `real_records`; None means all.
         """
-        found = self._captured_losses(observation, labels)
+        found = self._captured_losses(observation, labels, batch.per_token)
         reported = None if found is None else found.reported_sum
         if found is None:
-            found = self._fallback_losses(observation, labels, causal)
+            found = self._fallback_losses(observation, labels, False if batch.per_token else causal)
         values = TokenValues(
             found.nll.view(labels.shape),
             (found.target != IGNORE_INDEX).view(labels.shape),
@@ -91,8 +91,8 @@ class ChannelState:
         )
         if self.shifts:
             values = values.in_target_frame()
-        if num_real is not None and num_real < batch.num_sequences:
-            batch, values = first_sequences(batch, values, num_real)
+        if real is not None and real[0] < real[1]:
+            batch, values = self._without_repetitions(batch, values, real)
             reported = None
         window = self.evaluation if self.evaluating else self.train
         if window.device != values.losses.device:
@@ -105,6 +105,18 @@ class ChannelState:
             correct=values.correct,
             reported_sum=reported,
         )
+
+    def _without_repetitions(
+        self, batch: BatchChannels, values: TokenValues, real: tuple[int, int]
+    ) -> tuple[BatchChannels, TokenValues]:
+        kept = first_records(batch, values, *real)
+        if kept is None:
+            self.warn_once(
+                f"the last evaluation batch repeats {real[1] - real[0]} of its {real[1]} records "
+                f"so that all ranks get even batches, but it holds {batch.num_sequences} "
+                "sequences: which of them are repeated cannot be told, so they are counted twice."
+            )
+        return kept or (batch, values)
 
     # ---- windows --------------------------------------------------------------------------
 
@@ -189,7 +201,9 @@ class ChannelState:
             self.warned.add(message)
             logger.warning(message)
 
-    def _captured_losses(self, observation: Observation, labels: Tensor) -> TokenLosses | None:
+    def _captured_losses(
+        self, observation: Observation, labels: Tensor, per_token: bool
+    ) -> TokenLosses | None:
         candidates = observation.matching(labels.numel())
         if len(candidates) > 1:
             raise UnsupportedVersionError(
@@ -200,7 +214,7 @@ class ChannelState:
         if not candidates:
             return None
         if not self.captured:
-            self.shifts = _find_shift(candidates[0].target, labels)
+            self.shifts = _find_shift(candidates[0].target, labels, may_shift=not per_token)
             self.captured = True
         return candidates[0]
 
@@ -251,16 +265,16 @@ def _mean_nll(observation: Observation, labels: Tensor, shift: bool) -> float:
     return float(total / (targets != IGNORE_INDEX).sum().clamp(min=1))
 
 
-def _find_shift(target: Tensor, labels: Tensor) -> bool:
+def _find_shift(target: Tensor, labels: Tensor, *, may_shift: bool) -> bool:
     """Whether the loss saw shifted labels; one look at the first batch."""
     flat = target.to(labels.device)
-    if torch.equal(flat, shifted_labels(labels).reshape(-1)):
+    if may_shift and torch.equal(flat, shifted_labels(labels).reshape(-1)):
         return True
     if torch.equal(flat, labels.reshape(-1)):
         return False
+    seen, given = (int((ids != IGNORE_INDEX).sum()) for ids in (flat, labels))
     raise ChannelMetricsError(
         "the model's loss must see the labels of the batch, shifted by one or as they are, but "
-        f"it saw others (shape {list(labels.shape)}, "
-        f"{int((flat != IGNORE_INDEX).sum())} supervised against {int((labels != IGNORE_INDEX).sum())} in the "
+        f"it saw others (shape {list(labels.shape)}, {seen} supervised against {given} in the "
         "batch); tokens cannot be matched to their channels. Detach the metrics for this model."
     )

@@ -88,7 +88,9 @@ def test_windows_equal_the_oracle(tmp_path: Path, left: bool, accumulation: int)
     edges = [0, 3 * accumulation, 6 * accumulation, 7 * accumulation]
     # An epoch has 24 batches: no step is cut short by its end.
     for entry, start, end in zip(logs, edges[:-1], edges[1:], strict=True):
-        assert entry == pytest.approx(expected_metrics(table, collator.batches[start:end]), rel=1e-5)
+        assert entry == pytest.approx(
+            expected_metrics(table, collator.batches[start:end]), rel=1e-5
+        )
     assert "train_loss" in trainer.state.log_history[-1] and logs[-1].keys() <= (
         trainer.state.log_history[-1].keys()
     )
@@ -171,9 +173,7 @@ def test_mixin_equals_attach(tmp_path: Path) -> None:
     config = MetricsConfig(metrics=("loss", "ppl", "samples"), key_format="{metric}/{channel}")
     runs = [
         train(tmp_path, prepare=lambda trainer: attach(trainer, config)),
-        train(
-            tmp_path, trainer_class=MixedTrainer, trainer_arguments={"channel_metrics": config}
-        ),
+        train(tmp_path, trainer_class=MixedTrainer, trainer_arguments={"channel_metrics": config}),
     ]
     logs = [[e for e in run.state.log_history if "loss" in e] for run in runs]
     assert logs[0] == logs[1]

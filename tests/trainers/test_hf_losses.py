@@ -19,8 +19,14 @@ from hf_tools import (
     token_table,
     train,
 )
-from transformers import BertConfig, BertForMaskedLM, Qwen2ForCausalLM, T5Config
-from transformers import T5ForConditionalGeneration, Trainer
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+)
 from transformers.loss import loss_utils
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -179,9 +185,7 @@ def unshifted_nll(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tor
     """[B] summed nll per row where the logit at a position is about its own label."""
     with torch.no_grad():
         logits = model.eval()(**batch).logits.double()
-    nll = F.cross_entropy(
-        logits.flatten(0, 1), batch["labels"].flatten(), reduction="none"
-    )
+    nll = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
     return nll.view(batch["labels"].shape).sum(1)
 
 

@@ -1,0 +1,104 @@
+"""The data side of the Trainer mixin: its collator learns the channels.
+
+The collator is only wrapped while a data loader is made: what the user sees as
+`trainer.data_collator` stays theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from channel_metrics.collator import ChannelCollator
+from channel_metrics.trainers.hf_data import declare_channels, wrap_collator
+from channel_metrics.trainers.hf_state import ChannelState
+
+__all__ = ["ChannelLoadersMixin", "TrainerBase"]
+
+if TYPE_CHECKING:
+    import transformers
+
+    class TrainerBase(transformers.Trainer):
+        """What the mixins stand before, as far as types go."""
+
+        train_dataset: Any
+        eval_dataset: Any
+        _signature_columns: Any
+else:
+    TrainerBase = object
+
+
+class ChannelLoadersMixin(TrainerBase):
+    """Makes data loaders whose batches carry `channels`."""
+
+    channel_metrics: ChannelState | None = None
+
+    def get_train_dataloader(self) -> Any:
+        with self._channel_collator(self.train_dataset, "train"):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        with self._channel_collator(dataset, "eval"):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        with self._channel_collator(test_dataset, "test"):
+            return super().get_test_dataloader(test_dataset)
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        if not isinstance(self.data_collator, ChannelCollator):
+            return super()._remove_unused_columns(dataset, description=description)
+        self._set_signature_columns_if_needed()
+        before = self._signature_columns
+        self._signature_columns = [*before, *self.data_collator.roots]
+        try:
+            return super()._remove_unused_columns(dataset, description=description)
+        finally:
+            self._signature_columns = before
+
+    def _get_collator_with_removed_columns(
+        self, data_collator: Callable[..., Any], description: str | None = None
+    ) -> Callable[..., Any]:
+        remove = super()._get_collator_with_removed_columns
+        if not isinstance(data_collator, ChannelCollator):
+            return remove(data_collator, description=description)
+        # Ours must be the outer one: it needs the columns that the other one removes.
+        return data_collator.around(remove(data_collator.base, description=description))
+
+    def _collator_kind(self, dataset: Any, description: str) -> type[ChannelCollator]:
+        """What the way of the batches to the ranks asks of their channels."""
+        dispatched = self.accelerator.dispatch_batches
+        if dispatched is None:
+            dispatched = isinstance(dataset, torch.utils.data.IterableDataset)
+        dispatched = dispatched and self.accelerator.num_processes > 1
+        cut = self._rank_layout().shards_rows
+        if (dispatched or cut) and not (table_is_known):
+            pass
+        return TargetIdCollator if cut else RowCollator if dispatched else ChannelCollator
+
+    @contextmanager
+    def _channel_collator(self, dataset: Any, description: str) -> Iterator[None]:
+        state = self.channel_metrics
+        if state is None or isinstance(self.data_collator, ChannelCollator):
+            yield
+            return
+        fields, table = state.config.fields, state.table
+        scanned = declare_channels(dataset, fields=fields, table=table, description=description)
+        self._set_signature_columns_if_needed()
+        before = self.data_collator
+        self.data_collator = wrap_collator(
+            before,
+            fields=fields,
+            table=table if scanned or state.config.channels else None,
+            signature_columns=self._signature_columns,
+            remove_unused_columns=self.args.remove_unused_columns,
+            kind=self._collator_kind(dataset, description),
+        )
+        try:
+            yield
+        finally:
+            self.data_collator = before

@@ -1,0 +1,53 @@
+"""Plain YAML files, read safely."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from channel_metrics.config import MetricsConfig
+from channel_metrics.errors import ConfigError
+from channel_metrics.extras import need
+
+__all__ = ["CONFIG_VARIABLE", "load_metrics_config", "load_yaml", "mapping"]
+
+# Names the YAML file of a MetricsConfig, for patches and for the processes a script starts.
+CONFIG_VARIABLE = "CHANNEL_METRICS_CONFIG"
+
+
+def load_yaml(path: Path) -> Any:
+    """The plain values in `path`.
+
+    Raises `ConfigError` with file and line for what is no YAML, or tries to construct objects.
+    """
+    yaml = need("yaml", extra="cli")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"expected a config file, but {path}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8 text, but {error}.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(
+            f"{where}: expected plain YAML, but {getattr(error, 'problem', None) or error}; "
+            "objects cannot be constructed in a config."
+        ) from None
+
+
+def load_metrics_config(path: str | Path) -> MetricsConfig:
+    """The `MetricsConfig` in a YAML file; unknown keys are refused with the nearest right one."""
+    raw = load_yaml(Path(path))
+    try:
+        return MetricsConfig.from_mapping(mapping(raw if raw is not None else {}, str(path)))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def mapping(value: Any, where: str) -> dict[str, Any]:
+    """`value` as a dict; raises `ConfigError` naming `where` if it is none."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: expected keys and values, but is {type(value).__name__}.")
+    return dict(value)
