@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -66,14 +67,9 @@ class ChannelCollator:
 
     def around(self, base: Callable[[list[Any]], Any]) -> ChannelCollator:
         """The same collator around another `base`."""
-        return ChannelCollator(
-            base,
-            fields=self.fields,
-            table=self.table,
-            strip=tuple(self.strip),
-            bounds_key=self.bounds_key,
-            row_bounds=self.row_bounds,
-        )
+        other = copy.copy(self)
+        other.base, other._warned = base, set()
+        return other
 
     def __getattr__(self, name: str) -> Any:
         # Trainers look at attributes of their collator (`tokenizer`, `padding_free`, ...).

@@ -10,8 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from channel_metrics.collator import ChannelCollator
+from channel_metrics.errors import ConfigError
 from channel_metrics.trainers.hf_data import declare_channels, wrap_collator
+from channel_metrics.trainers.hf_parallel import (
+    RankLayout,
+    RowCollator,
+    TargetIdCollator,
+    layout_of,
+)
 from channel_metrics.trainers.hf_state import ChannelState
 
 __all__ = ["ChannelLoadersMixin", "TrainerBase"]
@@ -69,15 +78,32 @@ class ChannelLoadersMixin(TrainerBase):
         # Ours must be the outer one: it needs the columns that the other one removes.
         return data_collator.around(remove(data_collator.base, description=description))
 
-    def _collator_kind(self, dataset: Any, description: str) -> type[ChannelCollator]:
+    def _rank_layout(self) -> RankLayout:
+        """How the ranks of this run divide the batches."""
+        found = getattr(self, "get_tp_size", lambda: 1)()
+        return layout_of(self.accelerator, tp_size=found)
+
+    def _collator_kind(self, dataset: Any, description: str, known: bool) -> type[ChannelCollator]:
         """What the way of the batches to the ranks asks of their channels."""
         dispatched = self.accelerator.dispatch_batches
         if dispatched is None:
             dispatched = isinstance(dataset, torch.utils.data.IterableDataset)
         dispatched = dispatched and self.accelerator.num_processes > 1
         cut = self._rank_layout().shards_rows
-        if (dispatched or cut) and not (table_is_known):
-            pass
+        if (dispatched or cut) and not known:
+            reason, remedy = (
+                ("rows are cut along the sequence (cp_size or sp_size > 1)", "")
+                if cut
+                else (
+                    "one process sends the batches of a stream to the others (dispatch_batches)",
+                    ', or set accelerator_config={"dispatch_batches": False}',
+                )
+            )
+            raise ConfigError(
+                f"{reason}, so channels must be ids, but the {description} set cannot be scanned "
+                f"for names ({type(dataset).__name__}); declare `channels` in the metrics config"
+                f"{remedy}."
+            )
         return TargetIdCollator if cut else RowCollator if dispatched else ChannelCollator
 
     @contextmanager
@@ -88,15 +114,16 @@ class ChannelLoadersMixin(TrainerBase):
             return
         fields, table = state.config.fields, state.table
         scanned = declare_channels(dataset, fields=fields, table=table, description=description)
+        known = scanned or bool(state.config.channels)
         self._set_signature_columns_if_needed()
         before = self.data_collator
         self.data_collator = wrap_collator(
             before,
             fields=fields,
-            table=table if scanned or state.config.channels else None,
+            table=table if known else None,
             signature_columns=self._signature_columns,
             remove_unused_columns=self.args.remove_unused_columns,
-            kind=self._collator_kind(dataset, description),
+            kind=self._collator_kind(dataset, description, known),
         )
         try:
             yield

@@ -48,6 +48,8 @@ class ChannelState:
     # How the model's loss sees the labels; found out at the first batch.
     shifts: bool | None = None
     captured: bool | None = None
+    # Ids per token stand beside labels that are shifted already.
+    per_token: bool = False
     warned: set[str] = field(default_factory=set)
     totals: RunTotals = field(default_factory=RunTotals)
     # The values of the window that the current log has closed, for those who show it.
@@ -80,10 +82,11 @@ class ChannelState:
         causal: whether the model predicts the next token, None if unknown. real: how many of
         how many records are no repetitions, see `real_records`; None means all.
         """
-        found = self._captured_losses(observation, labels, batch.per_token)
+        self.per_token = batch.per_token
+        found = self._captured_losses(observation, labels)
         reported = None if found is None else found.reported_sum
         if found is None:
-            found = self._fallback_losses(observation, labels, False if batch.per_token else causal)
+            found = self._fallback_losses(observation, labels, causal)
         values = TokenValues(
             found.nll.view(labels.shape),
             (found.target != IGNORE_INDEX).view(labels.shape),
@@ -201,9 +204,7 @@ class ChannelState:
             self.warned.add(message)
             logger.warning(message)
 
-    def _captured_losses(
-        self, observation: Observation, labels: Tensor, per_token: bool
-    ) -> TokenLosses | None:
+    def _captured_losses(self, observation: Observation, labels: Tensor) -> TokenLosses | None:
         candidates = observation.matching(labels.numel())
         if len(candidates) > 1:
             raise UnsupportedVersionError(
@@ -214,7 +215,7 @@ class ChannelState:
         if not candidates:
             return None
         if not self.captured:
-            self.shifts = _find_shift(candidates[0].target, labels, may_shift=not per_token)
+            self.shifts = _find_shift(candidates[0].target, labels, may_shift=not self.per_token)
             self.captured = True
         return candidates[0]
 
@@ -222,7 +223,7 @@ class ChannelState:
         self, observation: Observation, labels: Tensor, causal: bool | None
     ) -> TokenLosses:
         if self.captured is None:
-            self.shifts = self._fallback_shift(observation, labels, causal)
+            self.shifts = not self.per_token and self._fallback_shift(observation, labels, causal)
             logger.info(
                 "the loss does not pass transformers' cross entropy: token losses are measured "
                 "on the logits, with a second softmax."
