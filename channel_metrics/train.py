@@ -85,13 +85,15 @@ def _check_fields(config: TrainConfig) -> None:
 
 def _arguments(config: TrainConfig, output_dir: Path, quiet: bool) -> TrainingArguments:
     transformers = need("transformers", extra="hf")
-    torch = need("torch", extra="hf")
+    has_accelerator = need("torch", extra="hf").accelerator.is_available()
     defaults = {
         "seed": config.seed,
         "report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
         "disable_tqdm": quiet,
         # Pinning warns where there is no accelerator to pin for.
-        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "dataloader_pin_memory": has_accelerator,
+        # Without it, several processes on CPUs would each train a model of their own.
+        "use_cpu": not has_accelerator,
     }
     values = defaults | config.training | {"output_dir": str(output_dir)}
     try:
