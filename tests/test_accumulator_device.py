@@ -36,6 +36,7 @@ def test_counts_beyond_what_float32_holds(dtype: torch.dtype) -> None:
     accumulator.update(torch.ones(1), channels=torch.tensor([0]))
     again = ChannelLossAccumulator(["b", "a"], metrics=["tokens"], dtype=dtype)
     assert tokens(again.load_state_dict(accumulator.state_dict())) == {"a": 2 * LIMIT + 9}
+    assert not again.reset().sums().any()
 
 
 def test_one_update_beyond_what_float32_holds() -> None:
@@ -99,6 +100,19 @@ def test_to_moves_the_sums_and_keeps_them() -> None:
 
 
 @pytest.mark.parametrize(
+    ("shape", "id_shape", "samples"),
+    [((1,), (1,), 1), ((1, 1), (1,), 1), ((1, 1), (1, 1), 0), ((2,), (2,), 0), ((2, 2), (2,), 2)],
+)
+def test_one_id_per_sequence_or_per_token(
+    shape: tuple[int, ...], id_shape: tuple[int, ...], samples: int
+) -> None:
+    accumulator = ChannelLossAccumulator(["a"], metrics=["samples", "tokens"])
+    ids = torch.zeros(id_shape, dtype=torch.int64)
+    accumulator.update(torch.ones(shape), channels=ids)
+    assert accumulator.compute() == {"a_samples": samples, "a_tokens": torch.Size(shape).numel()}
+
+
+@pytest.mark.parametrize(
     ("reported", "mismatch"),
     [(6.0, 0.0), (6.06, 0.06 / 6.06), (3.0, 0.5), (0.0, 1.0), (-6.0, 2.0), (float("nan"), 0.0)],
 )
@@ -112,6 +126,8 @@ def test_mismatch(reported: float, mismatch: float, dtype: torch.dtype) -> None:
     assert accumulator.mismatch() == pytest.approx(mismatch, rel=1e-5)
     accumulator.update(losses.view(2, 2), **given, reported_sum=torch.tensor(6.0))
     assert accumulator.mismatch() == pytest.approx(mismatch, rel=1e-5)  # the largest stays
+    merged = ChannelLossAccumulator(dtype=dtype).merge_state([accumulator])
+    assert merged.merge_state([ChannelLossAccumulator()]).mismatch() == accumulator.mismatch()
 
 
 def test_mismatch_of_nothing_and_of_nonfinite_tokens() -> None:
