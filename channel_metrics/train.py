@@ -85,7 +85,9 @@ def _check_fields(config: TrainConfig) -> None:
 
 def _arguments(config: TrainConfig, output_dir: Path, quiet: bool) -> TrainingArguments:
     transformers = need("transformers", extra="hf")
-    has_accelerator = need("torch", extra="hf").accelerator.is_available()
+    torch = need("torch", extra="hf")
+    # torch.accelerator came with torch 2.6.
+    has_accelerator = getattr(torch, "accelerator", torch.cuda).is_available()
     defaults = {
         "seed": config.seed,
         "report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
