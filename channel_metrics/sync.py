@@ -47,22 +47,26 @@ class Summable(Protocol):
 
 
 def sync(
-    accumulator: ChannelLossAccumulator, group: dist.ProcessGroup | None = None
+    accumulator: ChannelLossAccumulator,
+    group: dist.ProcessGroup | None = None,
+    *,
+    alone: bool = False,
 ) -> ChannelLossAccumulator:
     """A new accumulator on the host with the sums over all ranks of `group`.
 
     group: the ranks that each counted tokens nobody else counted; None is the default group.
         Without torch.distributed initialised, there is one rank.
+    alone: this rank trains by itself, whatever process group there is; nothing is sent.
 
     The given accumulator keeps its sums (reset it to open the next window). `mismatch` of the
     result is 0 if no rank exceeds MISMATCH_TOLERANCE, else the sum over the ranks that do: an
     upper bound of the largest, since one all-reduce can only add.
     """
-    return _result(accumulator, *sum_over_ranks(accumulator, group))
+    return _result(accumulator, *sum_over_ranks(accumulator, group, alone=alone))
 
 
 def sum_over_ranks(
-    window: Summable, group: dist.ProcessGroup | None = None
+    window: Summable, group: dist.ProcessGroup | None = None, *, alone: bool = False
 ) -> tuple[dict[str, Tensor], Tensor, float]:
     """The sums of all ranks: {channel: [K]}, those of `unlabeled` [K], and the mismatch."""
     mismatch = window.mismatch()
@@ -70,7 +74,7 @@ def sum_over_ranks(
     unlabeled, *known = window.sums().unbind()
     width = unlabeled.numel()
     local = dict(zip(window.table.names, known, strict=True))
-    if dist.is_available() and dist.is_initialized():
+    if not alone and dist.is_available() and dist.is_initialized():
         agreed = window.agreed_names
         new = sorted(set(local) - set(agreed))
         header = torch.tensor([float(bool(new)), mismatch], dtype=torch.float64)

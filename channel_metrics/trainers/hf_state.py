@@ -42,6 +42,8 @@ class ChannelState:
     """Windows of one trainer; `train` runs from log to log, `evaluation` per evaluation loop."""
 
     config: MetricsConfig
+    # transformers may make a process group and yet train each process by itself.
+    alone: bool = False
     evaluating: bool = False
     in_training_loop: bool = False
     pending: BatchChannels | None = None
@@ -145,7 +147,7 @@ class ChannelState:
 
     def totals_now(self) -> RunTotals:
         """The totals with the open window, over all ranks; the window stays open."""
-        return self.totals.copy().add(sync(self.train))
+        return self.totals.copy().add(sync(self.train, alone=self.alone))
 
     def take_closed_window(self) -> dict[str, dict[str, float]]:
         """The values of the window that was closed since the last call; empty if none was."""
@@ -170,7 +172,7 @@ class ChannelState:
             )
 
     def _close(self, window: ChannelLossAccumulator) -> ChannelLossAccumulator:
-        total = sync(window)
+        total = sync(window, alone=self.alone)
         window.reset()
         mismatch = total.mismatch()
         if mismatch > MISMATCH_TOLERANCE:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hf_tools import channel_logs, train
+from hf_tools import channel_logs, make_records, train
 from transformers import Trainer
 
 from channel_metrics.run_script import available_patches
@@ -157,23 +157,39 @@ def test_signals_reach_the_script(tmp_path: Path) -> None:
         assert process.wait(timeout=30) == 42
 
 
+TORCHRUN_SCRIPT = """
+import json, os, sys
+from pathlib import Path
+from accelerate.state import AcceleratorState, PartialState
+from hf_tools import make_records, train
+folder = Path(sys.argv[1])
+# Without use_cpu, on a machine without an accelerator, transformers makes a process group and
+# yet each process trains by itself, on all records.
+alone, ddp = {"use_cpu": False, "max_steps": 4}, {"ddp_backend": "gloo", "max_steps": 2}
+for name, settings in (("alone", alone), ("ddp", ddp)):
+    trainer = train(folder, records=make_records(16), **settings)
+    ranks = trainer.accelerator.num_processes
+    log = {"ranks": ranks, "log": trainer.state.log_history}
+    (folder / f"{name}{os.environ['RANK']}.json").write_text(json.dumps(log))
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+"""
+
+
 def test_under_torchrun(tmp_path: Path, script: Path) -> None:
-    """`torchrun ... -m channel_metrics run ...`: two ranks, one set of metrics, for all tokens."""
-    script.write_text(
-        SCRIPT.replace("sys.exit(7)", "").replace(
-            "dataloader_num_workers=1", "max_steps=2, ddp_backend='gloo'"
-        )
-    )
+    """`torchrun ... -m channel_metrics run ...`: every token once, on all ranks."""
+    script.write_text(TORCHRUN_SCRIPT)
     launched = run_python(
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("-m", "channel_metrics", "run", "--patch", "hf_trainer", str(script), str(tmp_path)),
         env={"OMP_NUM_THREADS": "1"},
     )
     assert launched.returncode == 0, launched.stderr
-    log = json.loads((tmp_path / "log.json").read_text())["log"]
-    from hf_tools import make_records
-
-    supervised = sum(label != -100 for r in make_records(16) for label in r["labels"][1:])
-    tokens = sum(v for entry in log for k, v in entry.items() if k.endswith("_tokens"))
-    assert tokens == supervised
     assert launched.stderr.count("channel metrics: patched") == 1
+    supervised = sum(label != -100 for r in make_records(16) for label in r["labels"][1:])
+    for name, ranks in (("alone", 1), ("ddp", 2)):
+        for rank in (0, 1):
+            run = json.loads((tmp_path / f"{name}{rank}.json").read_text())
+            assert run["ranks"] == ranks
+            tokens = sum(v for entry in run["log"] for k, v in entry.items() if "_tokens" in k)
+            assert tokens == supervised, (name, rank)
