@@ -35,7 +35,8 @@ def attach(trainer: TrainerT, config: MetricsConfig | None = None) -> TrainerT:
     changed: Any = trainer
     original: Any = type(trainer)
     if not isinstance(trainer, ChannelMetricsMixin):
-        changed.__class__ = _with_mixin(original)
+        mixin: Any = _mixin_for(original)
+        changed.__class__ = _with_mixin(original, mixin)
     changed.start_channel_metrics(config or MetricsConfig())
     return trainer
 
@@ -51,8 +52,17 @@ def detach(trainer: TrainerT) -> TrainerT:
     return trainer
 
 
+def _mixin_for(trainer_class: Any) -> type[ChannelMetricsMixin]:
+    if all(parent.__module__.split(".")[0] != "trl" for parent in trainer_class.__mro__):
+        return ChannelMetricsMixin
+    # Only here: somebody who has no trl needs none.
+    from channel_metrics.trainers.trl import mixin_for
+
+    return mixin_for(trainer_class)
+
+
 @cache
-def _with_mixin(trainer_class: Any) -> Any:
+def _with_mixin(trainer_class: Any, mixin: Any) -> Any:
     """The class with the mixin before it, under the same name: logs and cards show it."""
     body = {
         "__module__": trainer_class.__module__,
@@ -60,4 +70,4 @@ def _with_mixin(trainer_class: Any) -> Any:
         "__doc__": trainer_class.__doc__,
         "_channel_metrics_original": trainer_class,
     }
-    return type(trainer_class.__name__, (ChannelMetricsMixin, trainer_class), body)
+    return type(trainer_class.__name__, (mixin, trainer_class), body)

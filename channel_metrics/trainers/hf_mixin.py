@@ -49,6 +49,8 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
     channel_metrics: the config, as keyword of the constructor; None takes the defaults.
     """
 
+    state_class: type[ChannelState] = ChannelState
+
     def __init__(
         self, *args: Any, channel_metrics: MetricsConfig | None = None, **kwargs: Any
     ) -> None:
@@ -58,7 +60,8 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
 
     def start_channel_metrics(self, config: MetricsConfig) -> None:
         """Open the windows, for a trainer that has been made; a second call replaces them."""
-        state = ChannelState(config)
+        state = self.state_class(config)
+        state.alone = self.accelerator.num_processes == 1
         self.channel_metrics = state
         self.pop_callback(LiveTable)
         if config.live_table and wants_live_table(self):

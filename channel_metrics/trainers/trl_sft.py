@@ -1,0 +1,171 @@
+"""Channel metrics in TRL's SFTTrainer: packs, and losses that never become logits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from channel_metrics.channels import field_roots
+from channel_metrics.collator import ChannelCollator
+from channel_metrics.config import MetricsConfig
+from channel_metrics.errors import ChannelError, ConfigError, UnsupportedVersionError
+from channel_metrics.losses import TokenLosses
+from channel_metrics.trainers.hf_batch import BatchChannels
+from channel_metrics.trainers.hf_loss import Observation, shifted_labels
+from channel_metrics.trainers.hf_mixin import ChannelMetricsMixin
+from channel_metrics.trainers.hf_state import ChannelState
+from channel_metrics.trainers.trl_collator import TOKEN_FIELD, PackCollator
+from channel_metrics.trainers.trl_packing import column_names, pack_with_channels
+
+__all__ = ["SFTChannelMetricsMixin", "prepare_dataset"]
+
+# The names that the packs of a trainer were numbered with; set on the trainer itself, because
+# it packs before it has a state.
+_NAMES_ATTRIBUTE = "_channel_metrics_packed_names"
+
+
+class SFTState(ChannelState):
+    """Knows the fused LM head of newer TRL, whose forward returns log probs and no logits."""
+
+    # What the model returned in this micro-batch, if it has a fused head.
+    fused: Any = None
+
+    def record(self, batch: BatchChannels, *args: Any, **kwargs: Any) -> None:
+        """Add one micro-batch; packs without bounds and others may take turns."""
+        if batch.per_token != self.per_token:
+            self.captured = self.shifts = None
+        super().record(batch, *args, **kwargs)
+
+    def _captured_losses(self, observation: Observation, labels: Tensor) -> TokenLosses | None:
+        fused, self.fused = self.fused, None
+        if fused is None:
+            return super()._captured_losses(observation, labels)
+        self.captured, self.shifts = True, not self.per_token
+        targets = labels if self.per_token else shifted_labels(labels)
+        if fused.log_probs.shape != targets[..., 1:].shape:
+            raise UnsupportedVersionError(
+                f"the log probs of the model must have shape {list(targets[..., 1:].shape)}, one "
+                f"less than the labels, but have {list(fused.log_probs.shape)} (prompt tuning, or "
+                "a sharded sequence); detach the metrics for this model."
+            )
+        pad = torch.nn.functional.pad
+        nll = pad(-fused.log_probs.detach().float(), (0, 1))
+        correct = fused.is_top1 if self.with_correct else None
+        return TokenLosses(
+            nll=nll.flatten(),
+            correct=None if correct is None else pad(correct, (0, 1)).flatten(),
+            target=targets.to(nll.device).flatten(),
+            reported_sum=nll.sum(),
+        )
+
+
+class SFTChannelMetricsMixin(ChannelMetricsMixin):
+    """Put before SFTTrainer: `class MySFT(SFTChannelMetricsMixin, SFTTrainer)`.
+
+    With packing this, or the patch, is the only way: the packing is done in the constructor.
+    """
+
+    state_class = SFTState
+    args: Any
+
+    def __init__(
+        self, *args: Any, channel_metrics: MetricsConfig | None = None, **kwargs: Any
+    ) -> None:
+        self._packing_config = channel_metrics or MetricsConfig()
+        super().__init__(*args, channel_metrics=channel_metrics, **kwargs)
+
+    def start_channel_metrics(self, config: MetricsConfig) -> None:
+        """Open the windows; raises `ChannelError` if the data was packed without channels."""
+        for description, dataset, packing in self._datasets():
+            if packing:
+                _check_packed(dataset, config, description)
+        super().start_channel_metrics(config)
+
+    def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's own loss; the first outputs with log probs are those that it is made of."""
+        state: Any = self.channel_metrics
+
+        def keep_fused(_model: Any, _args: Any, outputs: Any) -> None:
+            if state.fused is None and getattr(outputs, "log_probs", None) is not None:
+                state.fused = outputs
+
+        if state is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        handle = model.register_forward_hook(keep_fused)
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            handle.remove()
+            state.fused = None
+
+    def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.channel_metrics
+        config = self._packing_config if state is None else state.config
+        prepare = super()._prepare_dataset  # type: ignore[misc]
+        return prepare_dataset(self, prepare, config, *args, **kwargs)
+
+    def _datasets(self) -> Iterator[tuple[str, Any, bool]]:
+        """(name, dataset, whether TRL has packed it)"""
+        if (self.args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            return
+        packing = self.args.packing
+        yield "train", self.train_dataset, packing
+        eval_packing = packing if self.args.eval_packing is None else self.args.eval_packing
+        held = self.eval_dataset
+        for name, dataset in (held if isinstance(held, dict) else {"eval": held}).items():
+            yield name, dataset, eval_packing
+
+    @contextmanager
+    def _channel_collator(self, dataset: Any, description: str) -> Iterator[None]:
+        state, names = self.channel_metrics, getattr(self, _NAMES_ATTRIBUTE, ())
+        if state is None or not names or TOKEN_FIELD not in column_names(dataset):
+            with super()._channel_collator(dataset, description):
+                yield
+            return
+        if state.table.unknown == "add":
+            for name in names:
+                state.table.add(name)
+        if self._collator_kind(dataset, description, True) is not ChannelCollator:
+            raise ConfigError(
+                "packs are cut along the sequence (cp_size, sp_size), or sent by one process to "
+                "the others (dispatch_batches): their channels would be lost. Set both off, or "
+                "packing=False."
+            )
+        before = self.data_collator
+        self.data_collator = PackCollator(before, names=names, table=state.table)
+        try:
+            yield
+        finally:
+            self.data_collator = before
+
+
+def prepare_dataset(
+    trainer: Any, prepare: Callable[..., Any], config: MetricsConfig, *args: Any, **kwargs: Any
+) -> Any:
+    """TRL's `_prepare_dataset`; where it would pack, the channels are packed along."""
+    arguments = inspect.signature(prepare).bind(*args, **kwargs).arguments
+    if not arguments.get("packing"):
+        return prepare(*args, **kwargs)
+    known = getattr(trainer, _NAMES_ATTRIBUTE, ())
+    packed, names = pack_with_channels(trainer, prepare, dict(arguments), config, known)
+    setattr(trainer, _NAMES_ATTRIBUTE, names)
+    return packed
+
+
+def _check_packed(dataset: Any, config: MetricsConfig, description: str) -> None:
+    if dataset is None:
+        return
+    columns = column_names(dataset)
+    if TOKEN_FIELD in columns or set(columns) & {*config.fields, *field_roots(config.fields)}:
+        return
+    raise ChannelError(
+        f"the {description} set was packed by SFTTrainer's constructor and has no channels left "
+        f"(columns {', '.join(columns)}); attach comes too late with packing=True. Use `class "
+        "MySFT(SFTChannelMetricsMixin, SFTTrainer)` from channel_metrics.trainers.trl, or "
+        "`import channel_metrics.patches.trl` before the trainer is made."
+    )
