@@ -195,6 +195,8 @@ def test_attributes_of_the_base_show_through() -> None:
     collate = ChannelCollator(base, fields=["meta.origin", "channel"], table=ChannelTable(["a"]))
     assert (collate.pad_token_id, collate.padding_free) == (3, True)
     assert not hasattr(collate, "no_such_attribute")
+    # Copying and unpickling look at attributes before there is a base.
+    assert not hasattr(ChannelCollator.__new__(ChannelCollator), "tokenizer")
     assert collate.roots == ("meta", "channel")
     other = collate.around(user_function)
     assert other.base is user_function
