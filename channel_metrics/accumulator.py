@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from channel_metrics.boundaries import check_cu_seqlens, check_cu_seqlens_type
 from channel_metrics.channels import UNLABELED, ChannelTable, metric_key
+from channel_metrics.cu_seqlens import check_cu_seqlens, check_cu_seqlens_type
 from channel_metrics.errors import ChannelError, ChannelMetricsError
 from channel_metrics.metrics import DEFAULT_METRICS, channel_values, check_metrics
 from channel_metrics.statistics import (

@@ -24,6 +24,7 @@ __all__ = [
     "Unknown",
     "channel_of",
     "channels_of",
+    "check_key_format",
     "field_roots",
     "metric_key",
     "sanitize",
@@ -109,6 +110,7 @@ class ChannelTable:
         self.reserved = frozenset(reserved)
         self._ids: dict[str, int] = {}
         self._by_key: dict[str, str] = {sanitize(UNLABELED): UNLABELED}
+        self._rivals = _rival_metrics(key_format)
         for name in names:
             self.add(name)
 
@@ -143,7 +145,7 @@ class ChannelTable:
                 f"channels {other!r} and {name!r} would both be logged as {sanitize(name)!r}; "
                 "rename one of them."
             )
-        self._check_reserved(name)
+        self._check_keys(name)
         return self._ids.setdefault(name, len(self._ids))
 
     def ids(self, names: Iterable[str | None]) -> list[int]:
@@ -156,15 +158,23 @@ class ChannelTable:
             n is None or n == UNLABELED or n in self._ids for n in names
         )
 
-    def _check_reserved(self, name: str) -> None:
-        taken = self.reserved.intersection(
-            metric_key(self.key_format, name, metric) for metric in ALL_METRICS
-        )
-        if taken:
-            raise ConfigError(
-                f"channel {name!r} would be logged as {min(taken)!r}, which is the trainer's own "
-                "key; rename the channel or choose another key_format."
-            )
+    def _check_keys(self, name: str) -> None:
+        """Refuse a name with a key that is the trainer's, or that of another channel's metric."""
+        for metric in ALL_METRICS if self.reserved else ():
+            key = metric_key(self.key_format, name, metric)
+            if key in self.reserved:
+                raise ConfigError(
+                    f"channel {name!r} would be logged as {key!r}, which is the trainer's own "
+                    "key; rename the channel or choose another key_format."
+                )
+        for metric, head, tail in self._rivals:
+            key = metric_key(self.key_format, name, metric)
+            other = self._by_key.get(key[len(head) : len(key) - len(tail)], name)
+            if key.startswith(head) and key.endswith(tail) and other != name:
+                raise ChannelError(
+                    f"channels {other!r} and {name!r} would both be logged as {key!r}, of "
+                    "different metrics; rename one of them or choose another key_format."
+                )
 
     def _id(self, name: str) -> int:
         if name in self._ids or name == UNLABELED or self.unknown == "add":
@@ -191,6 +201,25 @@ def check_key_format(key_format: str) -> None:
             f"key_format must hold both {{channel}} and {{metric}}, but is {key_format!r}; "
             "without both, several values would share one key."
         )
+
+
+def _rival_metrics(key_format: str) -> list[tuple[str, str, str]]:
+    """(metric, head, tail): a key of `metric` may also read head + another channel + tail.
+
+    `bbu_weighted` + `_loss` is `bbu` + `_weighted_loss`: one tail ends with the other.
+    """
+    ends = {
+        metric: key_format.format(channel="\0", metric=metric).split("\0", 1)
+        for metric in ALL_METRICS
+    }
+    return [
+        (metric, *other_ends)
+        for metric, (head, tail) in ends.items()
+        for other, other_ends in ends.items()
+        if metric != other
+        and (tail.endswith(other_ends[1]) or other_ends[1].endswith(tail))
+        and (head.startswith(other_ends[0]) or other_ends[0].startswith(head))
+    ]
 
 
 def _lookup(record: Mapping[str, Any], field: str) -> Any:

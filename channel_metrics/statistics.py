@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from channel_metrics.boundaries import to_target_frame
+from channel_metrics.cu_seqlens import to_target_frame
 
 __all__ = [
     "COLUMNS",

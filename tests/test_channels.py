@@ -133,3 +133,19 @@ def test_keys() -> None:
     assert metric_key("{metric}_{channel}", "bbu", "loss") == "loss_bbu"
     assert metric_key("{metric}/{channel}", "a b", "loss") == "loss/a_b"
     assert sanitize("web/en v1.5-x (new): é") == "web/en_v1.5-x_new_é"
+
+
+@pytest.mark.parametrize(
+    ("key_format", "names"),
+    [
+        ("{channel}_{metric}", ("bbu", "bbu_weighted")),
+        ("{channel}_{metric}", ("bbu_weighted", "bbu")),
+        # `tokens_total` + `x` and `tokens` + `total_x`.
+        ("{metric}_{channel}", ("x", "total_x")),
+    ],
+)
+def test_keys_of_different_metrics(key_format: str, names: tuple[str, str]) -> None:
+    """`bbu_weighted` + `loss` reads like `bbu` + `weighted_loss`."""
+    with pytest.raises(ChannelError, match="of different metrics; rename one of them"):
+        ChannelTable(names, key_format=key_format)
+    assert len(ChannelTable(names, key_format="{channel}/{metric}")) == 2

@@ -19,26 +19,27 @@ from channel_metrics.trainers.hf_parallel import (
     RankLayout,
     RowCollator,
     TargetIdCollator,
+    check_keeps_rows,
     layout_of,
 )
 from channel_metrics.trainers.hf_state import ChannelState
 
-__all__ = ["ChannelLoadersMixin", "TrainerBase"]
+__all__ = ["ChannelLoadersMixin"]
 
 if TYPE_CHECKING:
     import transformers
 
-    class TrainerBase(transformers.Trainer):
+    class _TrainerBase(transformers.Trainer):
         """What the mixins stand before, as far as types go."""
 
         train_dataset: Any
         eval_dataset: Any
         _signature_columns: Any
 else:
-    TrainerBase = object
+    _TrainerBase = object
 
 
-class ChannelLoadersMixin(TrainerBase):
+class ChannelLoadersMixin(_TrainerBase):
     """Makes data loaders whose batches carry `channels`."""
 
     channel_metrics: ChannelState | None = None
@@ -104,6 +105,8 @@ class ChannelLoadersMixin(TrainerBase):
                 f"for names ({type(dataset).__name__}); declare `channels` in the metrics config"
                 f"{remedy}."
             )
+        if dispatched:
+            check_keeps_rows(self.data_collator)
         return TargetIdCollator if cut else RowCollator if dispatched else ChannelCollator
 
     @contextmanager

@@ -1,0 +1,162 @@
+"""`cu_seqlens`: the boundaries of sequences in a flattened token axis, checked and put to use.
+
+Letters: T = num_tokens of the flattened token axis (B * S for a padded batch),
+N = num_sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from channel_metrics.errors import BoundaryError
+
+__all__ = [
+    "Boundaries",
+    "boundaries_from_cu_seqlens",
+    "boundaries_from_packed_seq_params",
+    "check_cu_seqlens",
+    "check_cu_seqlens_type",
+    "rows_as_sequences",
+    "sequence_index",
+    "to_target_frame",
+    "token_channel_ids",
+]
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """The sequences of one micro-batch.
+
+    cu_seqlens: int32 [N + 1], bounds in the flattened token axis [T]; padding lies inside them.
+    keep: bool [T], False at pad positions; None when there are none.
+    """
+
+    cu_seqlens: Tensor
+    keep: Tensor | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    def unpadded_cu_seqlens(self) -> Tensor:
+        """int32 [N + 1]: cumulative true lengths, as if the pad positions were cut out."""
+        if self.keep is None:
+            return self.cu_seqlens
+        kept_before = torch.nn.functional.pad(self.keep.to(torch.int64).cumsum(0), (1, 0))
+        return kept_before[self.cu_seqlens.long()].to(torch.int32)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Raise `BoundaryError` unless `cu_seqlens` [N + 1] rises from 0 to at most `num_tokens`.
+
+    Reads the values: call it for tensors on the host only.
+    """
+    check_cu_seqlens_type(cu_seqlens)
+    bounds = cu_seqlens.long()
+    if int(bounds[0]) != 0:
+        raise BoundaryError(
+            f"cu_seqlens must start at 0, but starts at {int(bounds[0])}; it holds cumulative "
+            "sequence lengths, the first bound is the start of the first sequence."
+        )
+    steps = bounds.diff()
+    if bool((steps < 0).any()):
+        at = int((steps < 0).nonzero()[0])
+        raise BoundaryError(
+            f"cu_seqlens must not decrease, but goes from {int(bounds[at])} to "
+            f"{int(bounds[at + 1])} at entry {at + 1}; pass cumulative lengths, not lengths."
+        )
+    if int(bounds[-1]) > num_tokens:
+        raise BoundaryError(
+            f"cu_seqlens ends at {int(bounds[-1])}, but the batch holds {num_tokens} tokens; "
+            "take the boundaries from the same micro-batch as the tokens."
+        )
+
+
+def check_cu_seqlens_type(cu_seqlens: Tensor) -> None:
+    """Raise `BoundaryError` unless `cu_seqlens` is a 1-D int32 or int64 tensor with an entry."""
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise BoundaryError(
+            f"cu_seqlens must be int32 or int64, but is {cu_seqlens.dtype}; convert it with "
+            ".to(torch.int32)."
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        raise BoundaryError(
+            f"cu_seqlens must have shape [num_sequences + 1], but has {list(cu_seqlens.shape)}; "
+            "pass one flat list of bounds that starts at 0."
+        )
+
+
+def rows_as_sequences(num_rows: int, row_length: int) -> Tensor:
+    """int32 [B + 1]: every row of a [B, S] batch is one sequence, padding included."""
+    return torch.arange(num_rows + 1, dtype=torch.int32) * row_length
+
+
+def boundaries_from_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> Boundaries:
+    """Explicit boundaries (`cu_seqlens`, `cu_seq_lens_q`), checked against `num_tokens`."""
+    check_cu_seqlens(cu_seqlens, num_tokens)
+    return Boundaries(cu_seqlens.to(torch.int32))
+
+
+def boundaries_from_packed_seq_params(params: Any, num_tokens: int) -> Boundaries:
+    """Megatron's `PackedSeqParams`: the padded bounds where given, else the plain ones.
+
+    `cu_seqlens_q_padded` says where the tokens sit; `cu_seqlens_q` says how long the sequences
+    are. Their difference is padding, which lies at the end of each sequence.
+    """
+    lengths: Any = getattr(params, "cu_seqlens_q", None)
+    padded: Any = getattr(params, "cu_seqlens_q_padded", None)
+    if lengths is None and padded is None:
+        raise BoundaryError(
+            "packed_seq_params has neither cu_seqlens_q nor cu_seqlens_q_padded; without them "
+            "the sequences of a packed batch cannot be told apart."
+        )
+    if padded is None:
+        return boundaries_from_cu_seqlens(lengths, num_tokens)
+    check_cu_seqlens(padded, num_tokens)
+    if lengths is None or torch.equal(lengths, padded):
+        return Boundaries(padded.to(torch.int32))
+    check_cu_seqlens(lengths, num_tokens)
+    if lengths.shape != padded.shape or bool((lengths.diff() > padded.diff()).any()):
+        raise BoundaryError(
+            "packed_seq_params.cu_seqlens_q must give a length of at most the padded one for "
+            f"each sequence, but it is {lengths.tolist()} against {padded.tolist()}."
+        )
+    owner = sequence_index(padded, num_tokens)
+    inside = owner < lengths.numel() - 1
+    safe = owner.clamp(max=lengths.numel() - 2)
+    offset = torch.arange(num_tokens) - padded.long()[safe]
+    return Boundaries(padded.to(torch.int32), inside & (offset < lengths.diff().long()[safe]))
+
+
+def sequence_index(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """int64 [T]: the sequence that owns each position; N for positions past the last bound.
+
+    Static shapes and no host sync: usable on the device and under `torch.compile`.
+    """
+    positions = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.bucketize(positions, cu_seqlens[1:].contiguous(), right=True)
+
+
+def token_channel_ids(channels: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """int64 [T]: the channel id of each position, -1 past the last bound.
+
+    For layouts that `cu_seqlens` cannot describe after sharding: cut these ids exactly as the
+    labels are cut. `channels` is int64 [N].
+    """
+    padded = torch.cat([channels.long(), channels.new_full((1,), -1, dtype=torch.int64)])
+    return padded[sequence_index(cu_seqlens, num_tokens)]
+
+
+def to_target_frame(values: Tensor) -> Tensor:
+    """Move [..., S] values from the position that predicts to the position that is predicted.
+
+    A causal loss at position t is about token t + 1. After this, position t holds what was
+    said about token t, so boundaries and labels apply unshifted and a target that crosses a
+    boundary is counted for its own sequence. What the last position predicts lies outside the
+    row; it lands at position 0, which no position of the row predicts, and must be masked.
+    """
+    return values.roll(1, dims=-1)
