@@ -68,6 +68,10 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
         """TRL's own: the rewards have been seen when the completions were made."""
         return super(ChannelMetricsMixin, self).compute_loss(model, inputs, *args, **kwargs)
 
+    def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> Any:
+        # Here the inputs are still a list of prompts.
+        return super(ChannelMetricsMixin, self)._prepare_context_parallel_inputs(model, inputs)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
         state: Any = self.channel_metrics
         if state is None:

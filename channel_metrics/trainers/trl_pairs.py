@@ -28,7 +28,8 @@ class PairChannelMetricsMixin(ChannelMetricsMixin):
         state: Any = self.channel_metrics
         if state is None or not (model.training or state.evaluating):
             return compute(model, inputs, *args, **kwargs)
-        if not self._rank_layout().counts(training=not state.evaluating):
+        # Tensor parallel ranks hold the same pairs; the first one counts them.
+        if self._rank_layout().tp_rank != 0:
             return compute(model, inputs, *args, **kwargs)
         batch, state.pending = take_channels(inputs) or state.pending, None
         if batch is None:

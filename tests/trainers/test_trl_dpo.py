@@ -1,0 +1,232 @@
+"""DPOTrainer: rewards, margins, accuracies and losses per channel, against each pair alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+from trl_tools import (
+    CHANNELS,
+    arguments,
+    logs,
+    pair_records,
+    run,
+    tiny_model,
+    weights,
+    windows,
+)
+
+from channel_metrics import MetricsConfig, UnsupportedVersionError
+from channel_metrics.trainers.hf import attach, detach
+
+# trl 1.16 reads a property that transformers 5.23 has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
+
+BETA = 0.3
+EVERYTHING = MetricsConfig(metrics=("loss", "samples", "share", "samples_total"))
+
+
+class Batches:
+    """The token rows of each batch, chosen before rejected, as the trainer's loss gets them."""
+
+    def __init__(self) -> None:
+        self.seen: dict[bool, list[list[tuple[int, ...]]]] = {True: [], False: []}
+
+    def __call__(self, trainer: Any) -> None:
+        inner = trainer._compute_loss
+
+        def keep(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            masks = inputs["attention_mask"].bool()
+            rows = [tuple(r[m].tolist()) for r, m in zip(inputs["input_ids"], masks, strict=True)]
+            self.seen[model.training].append(rows)
+            return inner(model, inputs, *args, **kwargs)
+
+        trainer._compute_loss = keep
+
+
+def dpo(folder: Path, records: Any = None, trainer_class: Any = DPOTrainer, **options: Any) -> Any:
+    names = ("prepare", "before", "eval_dataset", "model")
+    keywords = {name: options.pop(name) for name in names if name in options}
+    keywords.setdefault("model", tiny_model())
+    config = DPOConfig(**arguments(folder, **{"beta": BETA, "max_length": 64, **options}))
+    records = pair_records(64) if records is None else records
+    # Another reference than the model, or all rewards would be 0 at the start.
+    keywords["ref_model"] = tiny_model(seed=7)
+    return run(trainer_class, config, records, **keywords)
+
+
+def log_prob(model: Any, prompt: list[int], answer: list[int]) -> float:
+    with torch.no_grad():
+        log_probs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    return sum(log_probs[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))
+
+
+def pair_table(records: list[dict[str, Any]]) -> dict[Any, tuple[str, float, float]]:
+    """{the tokens of both answers: (channel, reward of chosen, of rejected)}, each pair alone."""
+    model, reference = (m.double().eval() for m in (tiny_model(), tiny_model(seed=7)))
+    table = {}
+    for record in records:
+        prompt = list(record["prompt"].encode())
+        rewards, rows = [], []
+        for side in ("chosen", "rejected"):
+            answer = [*record[side].encode(), 257]
+            rewards.append(
+                BETA * (log_prob(model, prompt, answer) - log_prob(reference, prompt, answer))
+            )
+            rows.append((*prompt, *answer))
+        table[tuple(rows)] = (record["channel"], *rewards)
+    return table
+
+
+def pairs_of(batches: Any) -> list[Any]:
+    found = []
+    for rows in batches:
+        half = len(rows) // 2
+        found += list(zip(rows[:half], rows[half:], strict=True))
+    return found
+
+
+def expected(table: Any, pairs: Any, prefix: str = "") -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name in CHANNELS:
+        mine = [table[pair][1:] for pair in pairs if table[pair][0] == name]
+        if not mine:
+            continue
+        n = len(mine)
+        values = {
+            "rewards/chosen": sum(c for c, _ in mine) / n,
+            "rewards/rejected": sum(r for _, r in mine) / n,
+            "rewards/margins": sum(c - r for c, r in mine) / n,
+            "rewards/accuracies": sum(c > r for c, r in mine) / n,
+            "loss": sum(math.log1p(math.exp(r - c)) for c, r in mine) / n,
+            "samples": n,
+            "share": n / len(pairs),
+        }
+        found |= {f"{prefix}{name}_{key}": value for key, value in values.items()}
+    return found
+
+
+def test_windows_are_means_over_the_pairs_of_a_channel(tmp_path: Path) -> None:
+    """Over two micro-batches of two steps each; TRL's own values are those of all channels."""
+    records, batches = pair_records(64), Batches()
+    held_out = pair_records(11, seed=3)
+    table = pair_table([*records, *held_out])
+    trainer = dpo(
+        tmp_path,
+        records,
+        prepare=lambda trainer: attach(trainer, EVERYTHING),
+        before=batches,
+        learning_rate=0.0,
+        eval_dataset=Dataset.from_list(held_out),
+        eval_strategy="steps",
+        eval_steps=4,
+    )
+    found = logs(trainer)
+    assert len(found) == 2
+    totals: dict[str, float] = {}
+    entries = [e for e in trainer.state.log_history if "loss" in e]
+    for entry, whole, window in zip(found, entries, windows(batches.seen[True], 4), strict=True):
+        pairs = pairs_of(window)
+        want = expected(table, pairs)
+        for name in CHANNELS:
+            if f"{name}_samples" in want:
+                totals[name] = totals.get(name, 0) + want[f"{name}_samples"]
+                want[f"{name}_samples_total"] = totals[name]
+        assert entry == pytest.approx(want, rel=1e-4, abs=1e-6)
+        for key in (
+            "loss",
+            *(f"rewards/{k}" for k in ("chosen", "rejected", "margins", "accuracies")),
+        ):
+            together = sum(
+                entry[f"{name}_{key}"] * entry[f"{name}_samples"]
+                for name in CHANNELS
+                if f"{name}_samples" in entry
+            )
+            assert together / len(pairs) == pytest.approx(float(whole[key]), rel=1e-5, abs=1e-6)
+    evaluated = logs(trainer, "eval_")
+    assert len(evaluated) == 1
+    assert evaluated[0] == pytest.approx(
+        expected(table, pairs_of(batches.seen[False]), "eval_"), rel=1e-4, abs=1e-6
+    )
+    assert sum(v for k, v in evaluated[0].items() if k.endswith("_samples")) == len(held_out)
+
+
+def test_training_is_the_same_with_and_without(tmp_path: Path) -> None:
+    runs = [
+        dpo(tmp_path, prepare=prepare, model=tiny_model(attention_dropout=0.1))
+        for prepare in (None, attach)
+    ]
+    assert not logs(runs[0]) and logs(runs[1])
+    assert torch.equal(weights(runs[0]), weights(runs[1]))
+    for plain, ours in zip(*(r.state.log_history for r in runs), strict=True):
+        kept = {k: v for k, v in plain.items() if "runtime" not in k and "per_second" not in k}
+        assert kept == {k: ours[k] for k in kept}
+    # Nothing of ours is left where it was hooked in.
+    assert "gather" not in vars(runs[1].accelerator)
+    assert type(runs[1].loss_types) is list
+    assert type(detach(runs[1])) is DPOTrainer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": ["hinge"]},
+        {"loss_type": ["ipo"]},
+        {"loss_type": ["robust"], "label_smoothing": 0.1},
+        {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.3]},
+        {"loss_type": ["discopop"]},
+        {"loss_type": ["sigmoid"], "use_weighting": True},
+        {"loss_type": ["apo_down"], "precompute_ref_log_probs": True},
+    ],
+    ids=lambda options: "-".join(options["loss_type"]),
+)
+def test_losses_add_up_to_the_trainers_own(tmp_path: Path, options: dict[str, Any]) -> None:
+    config = MetricsConfig(metrics=("loss", "samples"))
+    trainer = dpo(tmp_path, prepare=lambda t: attach(t, config), max_steps=2, **options)
+    entry = next(e for e in trainer.state.log_history if "loss" in e)
+    pairs = sum(entry.get(f"{name}_samples", 0) for name in CHANNELS)
+    together = sum(
+        entry.get(f"{name}_loss", 0) * entry.get(f"{name}_samples", 0) for name in CHANNELS
+    )
+    assert pairs == 16
+    assert together / pairs == pytest.approx(float(entry["loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["aot", "sft"])
+def test_a_loss_of_the_batch_is_not_shared_out(tmp_path: Path, loss_type: str, caplog: Any) -> None:
+    trainer = dpo(tmp_path, prepare=attach, loss_type=["sigmoid", loss_type], max_steps=2)
+    (entry,) = logs(trainer)
+    assert "bbu_rewards/margins" in entry
+    assert not any(key.endswith("_loss") for key in entry)
+    assert f"the DPO loss {loss_type} is computed over the batch, not per pair" in caplog.text
+
+
+def test_other_gathers_are_refused(tmp_path: Path) -> None:
+    def shuffle(trainer: Any) -> None:
+        gather = trainer._compute_loss
+
+        def first(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            trainer.accelerator.gather(torch.ones(len(inputs["input_ids"]) // 2))
+            return gather(model, inputs, *args, **kwargs)
+
+        trainer._compute_loss = first
+
+    with pytest.raises(UnsupportedVersionError, match="in this order"):
+        dpo(tmp_path, prepare=attach, before=shuffle)
+
+
+def test_an_error_in_the_loss_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Unknown loss type"):
+        dpo(
+            tmp_path,
+            prepare=attach,
+            before=lambda t: setattr(t, "loss_types", ["nonsense"]),
+        )
+    from torch.overrides import _get_current_function_mode_stack
+
+    assert not _get_current_function_mode_stack()
