@@ -7,14 +7,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate.data_loader import DataLoaderDispatcher
+from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 from torch import Tensor
 
 from channel_metrics.statistics import TokenValues
 from channel_metrics.trainers.hf_data import BOUNDS_KEY
 from channel_metrics.trainers.hf_loss import shifted_labels
 
-__all__ = ["BatchChannels", "first_records", "labels_of", "real_records", "take_channels"]
+__all__ = [
+    "BatchChannels",
+    "first_records",
+    "labels_of",
+    "real_records",
+    "repeats_unseen",
+    "take_channels",
+]
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,12 @@ def real_records(accelerator: Any, data_rank: int, data_size: int) -> tuple[int,
     else:
         return None
     return min(max(remainder - data_rank * per_rank, 0), per_rank), per_rank
+
+
+def repeats_unseen(loader: Any, accelerator: Any) -> bool:
+    """Whether accelerate may repeat records of a stream whose length nobody knows."""
+    stream = isinstance(getattr(loader, "dataset", None), IterableDatasetShard)
+    return stream and accelerator.num_processes > 1
 
 
 def first_records(

@@ -14,6 +14,7 @@ import torch
 
 from channel_metrics.collator import ChannelCollator
 from channel_metrics.errors import ConfigError
+from channel_metrics.trainers.hf_batch import repeats_unseen
 from channel_metrics.trainers.hf_data import declare_channels, wrap_collator
 from channel_metrics.trainers.hf_parallel import (
     RankLayout,
@@ -53,7 +54,14 @@ class ChannelLoadersMixin(_TrainerBase):
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
         with self._channel_collator(dataset, "eval"):
-            return super().get_eval_dataloader(eval_dataset)
+            loader = super().get_eval_dataloader(eval_dataset)
+        if self.channel_metrics is not None and repeats_unseen(loader, self.accelerator):
+            self.channel_metrics.warn_once(
+                "every rank reads the evaluation stream itself (dispatch_batches=False): if its "
+                "records do not fill the last batch of all ranks, accelerate repeats the first "
+                "ones, which cannot be told from others here, and they are counted twice."
+            )
+        return loader
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         with self._channel_collator(test_dataset, "test"):

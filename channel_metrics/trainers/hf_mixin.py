@@ -88,7 +88,7 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
                 "collate_fn with channel_metrics.ChannelCollator."
             )
         layout = self._rank_layout()
-        if not layout.counts(training=not state.evaluating):
+        if not layout.counts(cut=state.cut):
             return super().compute_loss(model, inputs, *args, **kwargs)
         labels = labels_of(batch, inputs)
         if not isinstance(labels, Tensor):
@@ -107,7 +107,13 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
 
     def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> Any:
         context, prepared = super()._prepare_context_parallel_inputs(model, inputs)
-        return shard_with_labels(context, prepared), prepared
+        state = self.channel_metrics
+        if state is not None:
+            # In evaluation, the channels have been taken out of the batch before.
+            given = state.pending.channels if state.pending else prepared.get("channels")
+            cut = shard_with_labels(context, given)
+            state.cut, context = cut is not context, cut
+        return context, prepared
 
     def _is_causal(self) -> bool | None:
         """Whether the model predicts the next token, by its kind; None if that is not known."""

@@ -1,14 +1,14 @@
 """Ranks that share a batch, and batches that are cut along the sequence: who counts what.
 
-| mode | what a rank sees in training | who counts |
+| mode | what a rank sees | who counts |
 |---|---|---|
 | data parallel, ZeRO, FSDP | its own rows | every rank |
-| tensor parallel | the batch of its group | the first rank of the group |
-| context parallel (torch) | a part of each row | every rank, its part |
-| sequence parallel (DeepSpeed Ulysses) | a part of each row | every rank, its part |
+| tensor parallel | the rows of its group | the first rank of the group |
+| context parallel (torch) | a part of each row of its group | every rank, its part |
+| sequence parallel (DeepSpeed Ulysses) | in training a part of each row | every rank, its part |
 
-In evaluation, context parallel ranks hold whole rows, all the same: the first one counts.
-Ulysses is off in evaluation, and each rank has rows of its own.
+Ulysses is off in evaluation, and each rank has rows of its own. Where transformers does not cut
+the rows of an evaluation for context parallelism, its ranks hold the same: the first one counts.
 
 Parts of rows cannot be described by boundaries. There the batch holds one id per token, of the
 shape of the labels, and the position of an id is that of the token which predicts its target:
@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DataCollatorWithFlattening
 
 from channel_metrics.boundaries import rows_as_sequences, token_channel_ids
 from channel_metrics.collator import ChannelCollator
@@ -37,6 +38,7 @@ __all__ = [
     "RankLayout",
     "RowCollator",
     "TargetIdCollator",
+    "check_keeps_rows",
     "layout_of",
     "shard_with_labels",
     "target_ids",
@@ -61,9 +63,12 @@ class RankLayout:
         """Whether a rank trains on a part of each row."""
         return self.cp_size > 1 or self.sp_size > 1
 
-    def counts(self, *, training: bool) -> bool:
-        """Whether this rank counts its tokens: no token may be counted by two."""
-        return self.tp_rank == 0 and (training or self.cp_rank == 0)
+    def counts(self, *, cut: bool) -> bool:
+        """Whether this rank counts its tokens: no token may be counted by two.
+
+        cut: whether the rows of the batch are cut between the context parallel ranks.
+        """
+        return self.tp_rank == 0 and (cut or self.cp_rank == 0)
 
 
 def layout_of(accelerator: Any, *, tp_size: int = 1) -> RankLayout:
@@ -100,19 +105,25 @@ def layout_of(accelerator: Any, *, tp_size: int = 1) -> RankLayout:
 
 
 def _check_ulysses(sizes: Any) -> None:
+    """Raise `UnsupportedVersionError` unless rows are cut by a DeepSpeed that we know."""
     if sizes.sp_backend != "deepspeed":
         raise UnsupportedVersionError(
             f"sequence parallelism was expected from DeepSpeed, but sp_backend is "
             f"{sizes.sp_backend!r}; channel ids are cut with the labels by DeepSpeed only."
         )
-    ulysses = importlib.import_module("deepspeed.runtime.sequence_parallel.ulysses_sp")
-    register = ulysses.UlyssesSPAttentionHF.register_with_transformers
-    if "disable_in_eval" not in inspect.signature(register).parameters:
+    if not _ulysses_is_off_in_evaluation():
         raise UnsupportedVersionError(
             "sequence parallelism needs a DeepSpeed whose Ulysses can be off in evaluation "
             "(register_with_transformers lacks disable_in_eval): there, the rows of different "
             "ranks would attend to each other. Update DeepSpeed."
         )
+
+
+@functools.cache
+def _ulysses_is_off_in_evaluation() -> bool:
+    ulysses = importlib.import_module("deepspeed.runtime.sequence_parallel.ulysses_sp")
+    register = ulysses.UlyssesSPAttentionHF.register_with_transformers
+    return "disable_in_eval" in inspect.signature(register).parameters
 
 
 def target_ids(ids: Tensor) -> Tensor:
@@ -149,12 +160,25 @@ class RowCollator(ChannelCollator):
         batch = super().__call__(features)
         _as_ids(batch, "one process sends its batches to the others (dispatch_batches)")
         if self.bounds_key in batch:
-            raise ConfigError(
-                f"the batch packs {len(batch['channels'])} sequences in its rows, but one "
-                "process sends its batches to the others (dispatch_batches), which are cut by "
-                'rows; set accelerator_config={"dispatch_batches": False}.'
-            )
+            raise ConfigError(_NOT_BY_ROWS.format(f"holds {len(batch['channels'])} sequences"))
         return batch
+
+
+_NOT_BY_ROWS = (
+    "one process sends its batches to the others, cut by rows (dispatch_batches), so every row "
+    "must be one sequence, but a batch {} in its rows; set "
+    'accelerator_config={{"dispatch_batches": False}}.'
+)
+
+
+def check_keeps_rows(collator: Any) -> None:
+    """Raise `ConfigError` for a collator that is known to pack rows, before any batch is made.
+
+    On a batch, only the process that makes it could raise, and the others would wait for it.
+    """
+    if isinstance(collator, DataCollatorWithFlattening) or getattr(collator, "padding_free", False):
+        name = type(collator).__name__
+        raise ConfigError(_NOT_BY_ROWS.format(f"of {name} holds several sequences"))
 
 
 def _as_ids(batch: Mapping[str, Any], reason: str) -> Tensor:
@@ -168,13 +192,12 @@ def _as_ids(batch: Mapping[str, Any], reason: str) -> Tensor:
     return channels
 
 
-def shard_with_labels(context: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+def shard_with_labels(context: Callable[..., Any], ids: Any) -> Any:
     """The context that cuts the buffers of a context parallel batch, with our ids among them.
 
-    context: what `Trainer._prepare_context_parallel_inputs` returns; unchanged where nothing
-    is cut.
+    context: what `Trainer._prepare_context_parallel_inputs` returns; the same object is returned
+    where nothing is cut. ids: the channels of the batch; cut if they are int64 [B, S].
     """
-    ids = inputs.get("channels")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         return context
     if not isinstance(context, functools.partial) or "buffers" not in context.keywords:

@@ -52,6 +52,8 @@ class ChannelState:
     captured: bool | None = None
     # Ids per token stand beside labels that are shifted already.
     per_token: bool = False
+    # Whether the context that the next loss is computed in cuts the rows.
+    cut: bool = False
     warned: set[str] = field(default_factory=set)
     totals: RunTotals = field(default_factory=RunTotals)
     # The values of the window that the current log has closed, for those who show it.
