@@ -19,11 +19,13 @@ from channel_metrics.trainers.hf_data import BOUNDS_KEY
 from channel_metrics.trainers.hf_parallel import target_ids
 from channel_metrics.validation import IGNORE_INDEX
 
-__all__ = ["TOKEN_FIELD", "PackCollator", "RecordCollator"]
+__all__ = ["PACK_BOUNDS_KEY", "TOKEN_FIELD", "PackCollator", "RecordCollator"]
 
 # A record's channel per token, as indices into the names that the packer knew.
 TOKEN_FIELD = "channel_ids"
 _LENGTHS_FIELD = "seq_lengths"
+# Where each pack ends in the flattened rows of the batch.
+PACK_BOUNDS_KEY = "channel_pack_bounds"
 
 
 class RecordCollator(ChannelCollator):
@@ -81,6 +83,7 @@ class PackCollator(ChannelCollator):
             batch[self.bounds_key] = bounds
         else:
             batch["channels"] = target_ids(_as_labels(flat, boundaries.keep, labels))
+        batch[PACK_BOUNDS_KEY] = _pack_bounds([len(of_pack) for of_pack in tokens], labels)
         return batch
 
 
@@ -108,3 +111,10 @@ def _as_labels(flat: Tensor, keep: Tensor | None, labels: Tensor) -> Tensor:
         )
     placed[where[: flat.numel()]] = flat
     return placed.view(labels.shape)
+
+
+def _pack_bounds(lengths: list[int], labels: Tensor) -> Tensor:
+    """int64 [packs + 1]: by rows, or where one row holds all packs, by their tokens."""
+    if labels.shape[0] == len(lengths):
+        return torch.arange(len(lengths) + 1) * labels.shape[-1]
+    return torch.tensor([0, *lengths]).cumsum(0)

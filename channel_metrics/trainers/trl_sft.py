@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from channel_metrics.collator import ChannelCollator
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ChannelError, ConfigError, UnsupportedVersionError
 from channel_metrics.losses import TokenLosses
+from channel_metrics.statistics import TokenValues
 from channel_metrics.trainers.hf_batch import BatchChannels
 from channel_metrics.trainers.hf_loss import Observation, shifted_labels
 from channel_metrics.trainers.hf_mixin import ChannelMetricsMixin
 from channel_metrics.trainers.hf_state import ChannelState
-from channel_metrics.trainers.trl_collator import TOKEN_FIELD, PackCollator
+from channel_metrics.trainers.trl_collator import PACK_BOUNDS_KEY, TOKEN_FIELD, PackCollator
 from channel_metrics.trainers.trl_packing import column_names, pack_with_channels
 
 __all__ = ["SFTChannelMetricsMixin", "prepare_dataset"]
@@ -34,12 +36,29 @@ class SFTState(ChannelState):
 
     # What the model returned in this micro-batch, if it has a fused head.
     fused: Any = None
+    # Where each pack of this micro-batch ends, if it holds packs.
+    pack_bounds: Tensor | None = None
 
     def record(self, batch: BatchChannels, *args: Any, **kwargs: Any) -> None:
         """Add one micro-batch; packs without bounds and others may take turns."""
         if batch.per_token != self.per_token:
             self.captured = self.shifts = None
         super().record(batch, *args, **kwargs)
+
+    def _without_repetitions(
+        self, batch: BatchChannels, values: TokenValues, real: tuple[int, int]
+    ) -> tuple[BatchChannels, TokenValues]:
+        bounds = self.pack_bounds
+        if bounds is None or bounds.numel() != real[1] + 1:
+            return super()._without_repetitions(batch, values, real)
+        end: Any = bounds[real[0]]
+        positions = torch.arange(values.mask.numel(), device=values.mask.device)
+        inside = (positions < end).view(values.mask.shape)
+        cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.clamp(max=end)
+        return (
+            replace(batch, cu_seqlens=cu_seqlens),
+            replace(values, mask=values.mask & inside),
+        )
 
     def _captured_losses(self, observation: Observation, labels: Tensor) -> TokenLosses | None:
         fused, self.fused = self.fused, None
@@ -85,6 +104,14 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
             if packing:
                 _check_packed(dataset, config, description)
         super().start_channel_metrics(config)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        prepared = super()._prepare_inputs(inputs)
+        state: Any = self.channel_metrics
+        bounds = prepared.pop(PACK_BOUNDS_KEY, None)
+        if state is not None:
+            state.pack_bounds = bounds
+        return prepared
 
     def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's own loss; the first outputs with log probs are those that it is made of."""

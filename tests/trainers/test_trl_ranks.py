@@ -1,0 +1,104 @@
+"""TRL on two real processes: every pair, token and completion is counted once."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from distributed import run_ranks
+from test_trl_dpo import EVERYTHING, dpo, expected, pair_table
+from test_trl_grpo import COUNTED, Scores, grpo
+from test_trl_grpo import expected as expected_rewards
+from test_trl_sft import LAYOUTS, MySFT, sft
+from trl_tools import logs, pair_records, text_records
+
+from channel_metrics import MetricsConfig
+from channel_metrics.trainers.hf import attach
+
+PACKED = ("bfd", "wrapped_free")
+RANKS: dict[str, Any] = {"learning_rate": 0.0, "ddp_backend": "gloo"}
+METRICS = MetricsConfig(metrics=("loss", "tokens", "samples"))
+
+
+def on_rank(folder: Path) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    # transformers and trl warn of what the single-process tests ignore one by one.
+    warnings.simplefilter("ignore")
+    rank = dist.get_rank()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    found = packs(folder, **RANKS)
+    found["dpo"] = dpo(
+        folder,
+        pair_records(32),
+        prepare=lambda trainer: attach(trainer, EVERYTHING),
+        eval_dataset=Dataset.from_list(pair_records(11, seed=3)),
+        gradient_accumulation_steps=1,
+        eval_strategy="steps",
+        eval_steps=4,
+        logging_steps=4,
+        **RANKS,
+    )
+    scores = Scores()
+    found["grpo"] = grpo(
+        folder,
+        scores=scores,
+        prepare=lambda trainer: attach(trainer, COUNTED),
+        # A group of four completions lies on both ranks.
+        num_generations=4,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+        logging_steps=4,
+        **RANKS,
+    )
+    values = {name: (logs(t), logs(t, "eval_")) for name, t in found.items()}
+    return {**values, "given": scores.given, "skipping": scores.skipping}
+
+
+def packs(folder: Path, **options: Any) -> dict[str, Any]:
+    """A trainer for each layout; 15 packs or so do not fill the last batch of two ranks."""
+    return {
+        layout: sft(
+            folder,
+            MySFT,
+            channel_metrics=METRICS,
+            eval_dataset=Dataset.from_list(text_records(40, seed=5)),
+            eval_strategy="steps",
+            eval_steps=4,
+            per_device_eval_batch_size=3,
+            **options,
+            **LAYOUTS[layout],
+        )
+        for layout in PACKED
+    }
+
+
+@pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
+def test_two_ranks_count_everything_once(tmp_path: Path) -> None:
+    first, second = run_ranks(on_rank, 2, tmp_path)
+    # All 32 pairs in 4 steps of 2 x 4; 11 pairs leave the last batch of a rank short.
+    records, held_out = pair_records(32), pair_records(11, seed=3)
+    table = pair_table([*records, *held_out])
+    (trained,), (evaluated,) = first["dpo"]
+    want = expected(table, list(pair_table(records)))
+    assert {k: v for k, v in trained.items() if not k.endswith("_total")} == pytest.approx(
+        want, rel=1e-4, abs=1e-6
+    )
+    assert evaluated == pytest.approx(
+        expected(table, list(pair_table(held_out)), "eval_"), rel=1e-4, abs=1e-6
+    )
+    for layout, trainer in packs(tmp_path, learning_rate=0.0).items():
+        assert len(trainer.eval_dataset) % 6 not in (0, 5)
+        (evaluated,), (alone,) = first[layout][1], logs(trainer, "eval_")
+        assert evaluated == pytest.approx(alone, rel=1e-5)
+        assert first[layout][1] and first[layout] == second[layout]
+    given = first["given"] + second["given"]
+    skipping = first["skipping"] + second["skipping"]
+    (rewards,), _ = first["grpo"]
+    assert rewards == pytest.approx(expected_rewards(given, skipping), rel=1e-5, abs=1e-6)
+    assert len(given) == 16
