@@ -213,7 +213,7 @@ def _rival_metrics(key_format: str) -> list[tuple[str, str, str]]:
         for metric in ALL_METRICS
     }
     return [
-        (metric, *other_ends)
+        (metric, other_ends[0], other_ends[1])
         for metric, (head, tail) in ends.items()
         for other, other_ends in ends.items()
         if metric != other
