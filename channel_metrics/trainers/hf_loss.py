@@ -180,6 +180,12 @@ def token_losses_from_outputs(observation: Observation, targets: Tensor) -> Toke
     returned a part of them only.
     """
     logits = observation.logits()
+    if logits is None and observation.losses:
+        raise UnsupportedVersionError(
+            f"expected a loss over all labels {list(targets.shape)}, but the model computed it "
+            f"over {observation.losses[-1].target.numel()} positions; leave logits_to_keep unset "
+            "while metrics are on, or detach them."
+        )
     if logits is None:
         raise UnsupportedVersionError(
             "the loss of this model cannot be seen per token: it did not pass transformers' "

@@ -17,10 +17,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
-from channel_metrics.trainers.hf_batch import labels_of, real_records, take_channels
+from channel_metrics.trainers.hf_batch import (
+    BatchChannels,
+    labels_of,
+    real_records,
+    take_channels,
+)
 from channel_metrics.trainers.hf_live import LiveTable, wants_live_table
 from channel_metrics.trainers.hf_loaders import ChannelLoadersMixin
-from channel_metrics.trainers.hf_loss import check_loss_hook, observe_loss
+from channel_metrics.trainers.hf_loss import Observation, check_loss_hook, observe_loss
 from channel_metrics.trainers.hf_parallel import shard_with_labels
 from channel_metrics.trainers.hf_state import TOTALS_FILE, ChannelState
 
@@ -40,6 +45,7 @@ _HOOKS = (
     "get_test_dataloader",
     "get_train_dataloader",
     "log",
+    "prediction_step",
 )
 
 
@@ -87,8 +93,7 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
                 f"{', '.join(inputs)}; this trainer builds its own data loader: wrap its "
                 "collate_fn with channel_metrics.ChannelCollator."
             )
-        layout = self._rank_layout()
-        if not layout.counts(cut=state.cut):
+        if not self._rank_layout().counts(cut=state.cut):
             return super().compute_loss(model, inputs, *args, **kwargs)
         labels = labels_of(batch, inputs)
         if not isinstance(labels, Tensor):
@@ -98,20 +103,40 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
             )
         with observe_loss(model, with_correct=state.with_correct) as observation:
             result = super().compute_loss(model, inputs, *args, **kwargs)
+        self._record_tokens(state, batch, labels, observation)
+        return result
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        state = self.channel_metrics
+        generates = getattr(self.args, "predict_with_generate", False)
+        if state is None or not state.evaluating or not generates:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        with observe_loss(model, with_correct=state.with_correct) as observation:
+            result = super().prediction_step(model, inputs, *args, **kwargs)
+        # Beside generation, the Seq2SeqTrainer calls the model itself and not `compute_loss`.
+        batch, state.pending = state.pending, None
+        labels = self._prepare_input(inputs.get("labels"))
+        if batch is not None and isinstance(labels, Tensor):
+            self._record_tokens(state, batch, labels, observation)
+        return result
+
+    def _record_tokens(
+        self, state: ChannelState, batch: BatchChannels, labels: Tensor, observation: Observation
+    ) -> None:
         causal = None if state.captured is not None else self._is_causal()
         real = None
         if state.evaluating:
+            layout = self._rank_layout()
             real = real_records(self.accelerator, layout.data_rank, layout.data_size)
         state.record(batch, labels, observation, causal=causal, real=real)
-        return result
 
     def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> Any:
         context, prepared = super()._prepare_context_parallel_inputs(model, inputs)
         state = self.channel_metrics
         if state is not None:
             # In evaluation, the channels have been taken out of the batch before.
-            given = state.pending.channels if state.pending else prepared.get("channels")
-            cut = shard_with_labels(context, given)
+            pending = state.pending.channels if state.pending else None
+            cut = shard_with_labels(context, prepared.get("channels", pending))
             state.cut, context = cut is not context, cut
         return context, prepared
 

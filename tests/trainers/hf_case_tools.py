@@ -19,7 +19,8 @@ from channel_metrics import MetricsConfig
 from channel_metrics.trainers import hf_state
 from channel_metrics.trainers.hf import attach
 
-METRICS = ("loss", "token_acc", "tokens", "share")
+# A model that two tensor parallel ranks can divide evenly.
+TP_SIZES: dict[str, Any] = {"attention_dropout": 0.0, "num_key_value_heads": 2, "vocab_size": 62}
 COLLECTIVES = (
     "all_gather",
     "all_gather_into_tensor",

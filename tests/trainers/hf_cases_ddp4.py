@@ -30,17 +30,16 @@ def resume_four(folder: Path) -> Any:
     config = MetricsConfig(metrics=("tokens", "tokens_total", "samples_total"))
     records = make_records(64, seed=5, channels=("bbu", "fresh"))
     checkpoint = folder.parent / "resume_first" / "checkpoint-3"
-    return told(
-        run(
-            folder,
-            config=config,
-            records=records,
-            prepare=lambda trainer: _train_from(trainer, str(checkpoint)),
-            max_steps=5,
-            logging_steps=2,
-            ignore_data_skip=True,
-        )
+    trainer = run(
+        folder,
+        config=config,
+        records=records,
+        prepare=lambda trainer: _train_from(trainer, str(checkpoint)),
+        max_steps=5,
+        logging_steps=2,
+        ignore_data_skip=True,
     )
+    return told(trainer, totals=trainer.channel_metrics.totals.state_dict()["channels"])
 
 
 def _train_from(trainer: Any, checkpoint: str) -> None:

@@ -17,7 +17,7 @@ from accelerate import ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from hf_case_tools import cases_of, fixed_records, run, told
+from hf_case_tools import TP_SIZES, cases_of, fixed_records, run, told
 from hf_tools import PaddingCollator, make_records, tiny_model
 from torch.distributed.nn.functional import all_gather
 from transformers import Qwen2ForCausalLM
@@ -33,9 +33,6 @@ FSDP2 = {
     "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]},
 }
 COUNTS = MetricsConfig(metrics=("loss", "tokens", "token_acc", "share"))
-
-# What two ranks can divide evenly.
-TP_SIZES = {"attention_dropout": 0.0, "num_key_value_heads": 2, "vocab_size": 62}
 
 _set_device = PartialState.set_device
 

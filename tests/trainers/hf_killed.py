@@ -1,0 +1,36 @@
+"""A training that ends by `kill -9` in the middle of a window: `python hf_killed.py FOLDER`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from hf_tools import make_records, tiny_model, train
+from transformers import Trainer
+
+from channel_metrics.trainers.hf import attach
+
+# Checkpoints at 3 and 6, windows that end at 2, 4, 6: the process dies in step 6, with a window
+# open since step 5 and a checkpoint written in the middle of another.
+STEPS = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 2, "max_steps": 8}
+DEADLY_STEP = 6
+
+
+def ending(trainer: Trainer) -> None:
+    attach(trainer)
+    step = trainer.training_step
+
+    def training_step(*args, **kwargs):
+        result = step(*args, **kwargs)
+        if trainer.state.global_step == DEADLY_STEP - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    trainer.training_step = training_step
+
+
+if __name__ == "__main__":
+    model = tiny_model(attention_dropout=0.0)
+    train(Path(sys.argv[1]), prepare=ending, model=model, records=make_records(64), **STEPS)

@@ -1,0 +1,311 @@
+"""Where channel ids can get lost on their way: each way is right, or refused at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from hf_case_tools import fixed_records
+from hf_launch import Launch, launch
+from hf_tools import (
+    VOCABULARY,
+    PaddingCollator,
+    Record,
+    channel_logs,
+    expected_metrics,
+    make_records,
+    tiny_model,
+    token_table,
+    train,
+)
+from transformers import (
+    Qwen2ForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+)
+from transformers.modeling_outputs import CausalLMOutput
+
+from channel_metrics import UnsupportedVersionError
+from channel_metrics.trainers.hf import attach
+
+
+def counted(records: list[Record]) -> dict[str, int]:
+    """{channel: supervised targets} by counting."""
+    totals: dict[str, int] = {}
+    for record in records:
+        supervised = sum(label != -100 for label in record["labels"][1:])
+        totals[record["channel"]] = totals.get(record["channel"], 0) + supervised
+    return totals
+
+
+def logged(entries: list[dict[str, float]]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for entry in entries:
+        for key, value in entry.items():
+            if key.endswith("_tokens") and not key.startswith("eval_"):
+                name = key.removesuffix("_tokens")
+                totals[name] = totals.get(name, 0) + int(value)
+    return totals
+
+
+# ---- two ranks ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    return launch("ddp", tmp_path_factory)
+
+
+@pytest.mark.parametrize(
+    ("case", "epochs"),
+    [
+        ("feed_dispatch", 1),
+        ("feed_split", 1),
+        ("feed_stream", 1),
+        ("feed_stream_by_all", 1),
+        ("feed_stream_workers", 1),
+        ("feed_arrow_stream", 1),
+        ("feed_by_length", 1),
+        ("feed_persistent", 2),
+    ],
+)
+def test_no_record_is_lost_on_the_way_to_two_ranks(ddp: Launch, case: str, epochs: int) -> None:
+    expected = {name: epochs * count for name, count in counted(fixed_records(32)).items()}
+    for rank in ddp.ranks(case):
+        assert rank["processes"] == 2
+        assert logged(rank["logs"]) == expected
+        samples = sum(v for e in rank["logs"] for k, v in e.items() if k.endswith("_samples"))
+        assert samples == 32 * epochs
+
+
+def test_open_tables_cannot_be_sent(ddp: Launch) -> None:
+    """Both ranks say so, before there is a batch."""
+    expected = (
+        "one process sends the batches of a stream to the others (dispatch_batches), so "
+        "channels must be ids, but the train set cannot be scanned for names (Stream); declare "
+        "`channels` in the metrics config, or set "
+        'accelerator_config={"dispatch_batches": False}.'
+    )
+    assert ddp.ranks("refuse_open_stream") == [expected] * 2
+
+
+def test_flattened_batches_cannot_be_sent(ddp: Launch) -> None:
+    for message in ddp.ranks("refuse_flattened"):
+        assert "a batch of DataCollatorWithFlattening holds several sequences" in message
+        assert 'set accelerator_config={"dispatch_batches": False}' in message
+
+
+# ---- one process ----------------------------------------------------------------------------
+
+
+def run_with_oracle(
+    folder: Path, model: torch.nn.Module, plain: Any = None, rel: float = 1e-5, **arguments: Any
+) -> Trainer:
+    """Train with lr 0 on 16 records, one window; assert the metrics equal the oracle."""
+    records, collator = fixed_records(16), PaddingCollator()
+    table = token_table(plain or model, records)
+    trainer = train(
+        folder,
+        prepare=attach,
+        model=model,
+        records=records,
+        learning_rate=0.0,
+        logging_steps=4,
+        trainer_arguments={"data_collator": collator},
+        **arguments,
+    )
+    (entry,) = channel_logs(trainer)
+    expected = expected_metrics(table, collator.batches)
+    for key, value in expected.items():
+        if key.endswith("_token_acc") and rel > 1e-5:
+            continue  # in bfloat16 the largest logit may be another
+        assert entry[key] == pytest.approx(value, rel=rel)
+    assert not trainer.channel_metrics.warned
+    return trainer
+
+
+def check_own_loss(trainer: Trainer, rel: float = 1e-6) -> None:
+    """Windows of one step: the channels add up to the loss that the trainer logged."""
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry in entries:
+        total = sum(
+            value * entry[key.removesuffix("_loss") + "_share"]
+            for key, value in entry.items()
+            if key.endswith("_loss")
+        )
+        assert total == pytest.approx(entry["loss"], rel=rel)
+
+
+def test_auto_find_batch_size_starts_a_new_window(tmp_path: Path) -> None:
+    """The first try ends in its second step, after a window was logged; nothing of it counts."""
+    sizes: list[int] = []
+
+    def out_of_memory(trainer: Trainer) -> None:
+        attach(trainer)
+        step = trainer.training_step
+
+        def failing(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            sizes.append(len(inputs["input_ids"]))
+            if sizes == [4, 4]:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            return step(model, inputs, *args, **kwargs)
+
+        trainer.training_step = failing
+
+    records = make_records(16)
+    trainer = train(
+        tmp_path,
+        prepare=out_of_memory,
+        records=records,
+        auto_find_batch_size=True,
+        max_steps=-1,
+        num_train_epochs=1,
+        logging_steps=100,
+    )
+    smaller = sizes[2]
+    assert smaller < 4 and sizes == [4, 4] + [smaller] * (len(sizes) - 3) + [sizes[-1]]
+    assert logged(channel_logs(trainer)) == counted(records)
+    totals = {
+        name: trainer.channel_metrics.totals.of(name)["tokens_total"] for name in counted(records)
+    }
+    assert totals == counted(records)
+
+
+def test_label_names(tmp_path: Path) -> None:
+    run_with_oracle(tmp_path, tiny_model(attention_dropout=0.0), label_names=["labels"])
+
+
+# peft asks the model under the older name, which the newest transformers deprecates.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    plain = tiny_model(attention_dropout=0.0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_model(attention_dropout=0.0), config)
+    run_with_oracle(tmp_path, model, plain)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+# The newest transformers calls it activation checkpointing; the older name still works.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
+def test_gradient_checkpointing(tmp_path: Path, reentrant: bool) -> None:
+    trainer = run_with_oracle(
+        tmp_path,
+        tiny_model(attention_dropout=0.0, use_cache=False),
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
+    assert trainer.channel_metrics.captured
+
+
+def test_bf16_autocast(tmp_path: Path) -> None:
+    """The channels are those of the bfloat16 logits, and add up to the trainer's own loss."""
+    model = tiny_model(attention_dropout=0.0)
+    run_with_oracle(tmp_path, model, rel=5e-3, bf16=True)
+    trainer = train(tmp_path, prepare=attach, bf16=True, logging_steps=1)
+    check_own_loss(trainer)
+    assert not trainer.channel_metrics.warned
+
+
+def test_torch_compile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A graph cannot be looked into: the token losses come from the logits."""
+    caplog.set_level("INFO", "channel_metrics")
+    trainer = run_with_oracle(
+        tmp_path,
+        tiny_model(attention_dropout=0.0),
+        torch_compile=True,
+        torch_compile_backend="inductor",
+    )
+    assert trainer.channel_metrics.captured is False
+    assert "second softmax" in caplog.text
+    torch._dynamo.reset()
+
+
+class PartOfTheLogits(Qwen2ForCausalLM):
+    """Computes the logits, and so the loss, of the last tokens only."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):  # type: ignore[override]
+        output = super().forward(
+            input_ids, attention_mask, labels=labels[:, -4:], logits_to_keep=4, **kwargs
+        )
+        return CausalLMOutput(loss=output.loss, logits=output.logits)
+
+
+def test_logits_to_keep_is_refused(tmp_path: Path) -> None:
+    plain = tiny_model(attention_dropout=0.0)
+    model = PartOfTheLogits(plain.config)
+    with pytest.raises(
+        UnsupportedVersionError, match="over 16 positions; leave logits_to_keep unset"
+    ):
+        train(tmp_path, prepare=attach, model=model, records=fixed_records(16))
+
+
+# ---- encoder-decoder ------------------------------------------------------------------------
+
+
+def t5() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCABULARY, dropout_rate=0.0, decoder_start_token_id=0, **sizes)
+    )
+
+
+def t5_metrics(model: torch.nn.Module, records: list[Record], prefix: str) -> dict[str, float]:
+    """{key: loss or tokens} of each channel, by a forward pass of the whole set."""
+    batch = PaddingCollator()(records)
+    with torch.no_grad():
+        log_probs = model.eval()(**batch).logits.double().log_softmax(-1)
+    expected: dict[str, float] = {}
+    for name in {record["channel"] for record in records}:
+        rows = [row for row, record in enumerate(records) if record["channel"] == name]
+        nll = [
+            -float(log_probs[row, position, label])
+            for row in rows
+            for position, label in enumerate(batch["labels"][row].tolist())
+            if label != -100
+        ]
+        expected[f"{prefix}{name}_loss"] = sum(nll) / len(nll)
+        expected[f"{prefix}{name}_tokens"] = len(nll)
+    return expected
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default `max_length`:UserWarning")
+@pytest.mark.parametrize("generate", [False, True])
+def test_seq2seq_trainer(tmp_path: Path, generate: bool) -> None:
+    records, held_out = make_records(16), make_records(10, seed=1)
+    model = t5()
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path),
+        predict_with_generate=generate,
+        generation_max_length=4,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        learning_rate=0.0,
+        max_steps=4,
+        logging_steps=4,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    trainer = attach(
+        Seq2SeqTrainer(
+            model,
+            arguments,
+            train_dataset=Dataset.from_list(records),
+            eval_dataset=Dataset.from_list(held_out),
+            data_collator=PaddingCollator(),
+        )
+    )
+    trainer.train()
+    entries = [channel_logs(trainer)[0], trainer.evaluate()]
+    for entry, part, prefix in zip(entries, (records, held_out), ("", "eval_"), strict=True):
+        for key, value in t5_metrics(model, part, prefix).items():
+            assert entry[key] == pytest.approx(value, rel=1e-5)
