@@ -9,6 +9,7 @@ happen once, in the parent: ranks are forked, and so start in no time.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 60
+HANG_SECONDS = 150
 
 Case = Callable[[Path], Any]
 
@@ -30,11 +32,8 @@ def _rank(module: str, rank: int, folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    if os.environ.get("CASE_TRACE"):
-        import faulthandler
-
-        faulthandler.dump_traceback_later(int(os.environ["CASE_TRACE"]), exit=True)
-    group = importlib.import_module(module)
+    # A rank that hangs says where.
+    faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": group.WORLD_SIZE}
     local = {"LOCAL_WORLD_SIZE": group.WORLD_SIZE, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     os.environ.update({key: str(value) for key, value in (names | local | group.ENVIRON).items()})
