@@ -32,6 +32,7 @@ def _rank(module: str, rank: int, folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
+    group = importlib.import_module(module)
     # A rank that hangs says where.
     faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": group.WORLD_SIZE}
