@@ -76,7 +76,7 @@ def layout_of(accelerator: Any, *, tp_size: int = 1) -> RankLayout:
 
     Raises `UnsupportedVersionError` where ranks share batches in a way that cannot be seen.
     """
-    sizes = getattr(accelerator, "parallelism_config", None)  # accelerate 1.10 brought it
+    sizes = getattr(accelerator, "parallelism_config", None)  # older accelerate has none
     mesh = getattr(accelerator, "torch_device_mesh", None)
     dims: Sequence[str] = () if mesh is None else mesh.mesh_dim_names or ()
     tp_size = max(tp_size, getattr(sizes, "tp_size", None) or 1)
