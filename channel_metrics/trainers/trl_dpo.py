@@ -33,7 +33,7 @@ _GATHERED = ("chosen", "rejected", "accuracies", "margins")
 _COUPLED = frozenset({"aot", "aot_unpaired", "sft"})
 
 
-class DPOState(SampleState):
+class _DPOState(SampleState):
     """Sums over pairs."""
 
     columns = ("samples", *_GATHERED, "loss", "loss_samples")
@@ -48,7 +48,7 @@ class DPOState(SampleState):
 class DPOChannelMetricsMixin(PairChannelMetricsMixin):
     """Put before DPOTrainer: `class MyDPO(DPOChannelMetricsMixin, DPOTrainer)`."""
 
-    state_class = DPOState
+    state_class = _DPOState
     # What DPOTrainer has.
     loss_types: Any
     loss_weights: list[float]

@@ -23,7 +23,7 @@ __all__ = ["GRPOChannelMetricsMixin"]
 _TOTAL = "reward"
 
 
-class GRPOState(SampleState):
+class _GRPOState(SampleState):
     """Sums over completions: count, sum and sum of squares of each series of rewards."""
 
     series: tuple[str, ...] = (_TOTAL,)
@@ -57,7 +57,7 @@ class GRPOState(SampleState):
 class GRPOChannelMetricsMixin(ChannelMetricsMixin):
     """Put before GRPOTrainer: `class MyGRPO(GRPOChannelMetricsMixin, GRPOTrainer)`."""
 
-    state_class = GRPOState
+    state_class = _GRPOState
     # What GRPOTrainer has.
     args: Any
     reward_func_names: list[str]
@@ -95,7 +95,7 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
             state.scored = rewards
         return rewards
 
-    def _record(self, state: GRPOState, channels: list[str | None], rewards: Tensor) -> None:
+    def _record(self, state: _GRPOState, channels: list[str | None], rewards: Tensor) -> None:
         """rewards: [completions of all ranks, functions]; each rank counts its own rows."""
         ranks, rank, mine = (
             self.accelerator.num_processes,
@@ -119,7 +119,7 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
         own = slice(rank * mine, (rank + 1) * mine)
         state.window.add(channels, {name: value[own] for name, value in values.items()})
 
-    def _total_rewards(self, state: GRPOState, rewards: Tensor) -> Tensor:
+    def _total_rewards(self, state: _GRPOState, rewards: Tensor) -> Tensor:
         """The reward of each completion, summed up as TRL did for the `reward` that it logs.
 
         Versions differ: with the weights of the functions, and without completions that no

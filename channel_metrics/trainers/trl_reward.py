@@ -18,7 +18,7 @@ __all__ = ["RewardChannelMetricsMixin"]
 _COLUMNS = ("chosen", "rejected", "margin", "accuracy")
 
 
-class RewardState(SampleState):
+class _RewardState(SampleState):
     """Sums over pairs."""
 
     columns = ("samples", *_COLUMNS, "loss", "loss_samples")
@@ -39,7 +39,7 @@ class RewardState(SampleState):
 class RewardChannelMetricsMixin(PairChannelMetricsMixin):
     """Put before RewardTrainer: `class MyReward(RewardChannelMetricsMixin, RewardTrainer)`."""
 
-    state_class = RewardState
+    state_class = _RewardState
     args: Any
 
     def observe_pairs(

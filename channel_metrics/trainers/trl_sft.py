@@ -31,7 +31,7 @@ __all__ = ["SFTChannelMetricsMixin", "prepare_dataset"]
 _NAMES_ATTRIBUTE = "_channel_metrics_packed_names"
 
 
-class SFTState(ChannelState):
+class _SFTState(ChannelState):
     """Knows the fused LM head of newer TRL, whose forward returns log probs and no logits."""
 
     # What the model returned in this micro-batch, if it has a fused head.
@@ -89,7 +89,7 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
     With packing this, or the patch, is the only way: the packing is done in the constructor.
     """
 
-    state_class = SFTState
+    state_class = _SFTState
     args: Any
 
     def __init__(

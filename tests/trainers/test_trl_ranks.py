@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import distributed
 import pytest
 from datasets import Dataset
 from distributed import run_ranks
@@ -79,7 +80,9 @@ def packs(folder: Path, **options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
-def test_two_ranks_count_everything_once(tmp_path: Path) -> None:
+def test_two_ranks_count_everything_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each rank imports trl anew, which alone may take half a minute on a busy machine.
+    monkeypatch.setattr(distributed, "TIMEOUT_SECONDS", 200)
     first, second = run_ranks(on_rank, 2, tmp_path)
     # All 32 pairs in 4 steps of 2 x 4; 11 pairs leave the last batch of a rank short.
     records, held_out = pair_records(32), pair_records(11, seed=3)
