@@ -141,7 +141,7 @@ def _trainer(
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
-    return attach(trainer, config.metrics)
+    return attach(trainer, config.metrics_of_run())
 
 
 def _finish(trainer: Trainer) -> None:

@@ -118,6 +118,9 @@ class TrainConfig:
     training: dict[str, Any] = field(default_factory=dict)
     """Passed to `transformers.TrainingArguments`."""
 
+    eval_channels: Literal["all", "target"] = "all"
+    """`target`: evaluation logs target sources, and others only if they have a val_path."""
+
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """See `channel_metrics.MetricsConfig`."""
 
@@ -129,6 +132,23 @@ class TrainConfig:
             raise ConfigError(f"every source needs a name of its own, but they are {names}.")
         if self.max_length < 2 or (self.num_samples is not None and self.num_samples < 1):
             raise ConfigError("max_length must be at least 2 and num_samples at least 1.")
+        if self.eval_channels == "target" and self.metrics.eval_channels:
+            raise ConfigError(
+                "eval_channels is 'target' and metrics.eval_channels lists "
+                f"{list(self.metrics.eval_channels)}; set one of them."
+            )
+
+    def metrics_of_run(self) -> MetricsConfig:
+        """`metrics`, with the channels that evaluation logs."""
+        if self.eval_channels == "all":
+            return self.metrics
+        logged = [s.name for s in self.sources if s.domain == "target" or s.val_path]
+        if not logged:
+            raise ConfigError(
+                "eval_channels is 'target', but no source has domain target or a val_path; "
+                "evaluation would log nothing."
+            )
+        return replace(self.metrics, eval_channels=tuple(logged))
 
 
 def load_config(path: Path) -> TrainConfig:

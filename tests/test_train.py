@@ -93,3 +93,26 @@ def test_evaluation_without_records(tmp_path: Path) -> None:
     sources = tuple(replace(source, val_path=None) for source in config.sources)
     with pytest.raises(ConfigError, match="val_path or val_samples"):
         train(replace(config, sources=sources), output_dir=tmp_path)
+
+
+def test_evaluation_logs_target_channels_and_those_with_a_val_split(tmp_path: Path) -> None:
+    """bbu and rru are target sources; lang_chat brings a val_path, lvis only held-out records."""
+    config = small(eval_steps=2)
+    sources = [
+        replace(s, val_path=None, val_samples=4) if s.name == "lvis" else s for s in config.sources
+    ]
+    config = replace(config, sources=tuple(sources), eval_channels="target")
+    logs = train(config, output_dir=tmp_path, max_steps=2).log_history
+    keys = {key for log in logs for key in log}
+    assert {"lvis_loss", "eval_bbu_loss", "eval_rru_loss", "eval_lang_chat_loss"} <= keys
+    assert not any(key.startswith("eval_lvis") for key in keys)
+
+
+def test_target_channels_must_exist_and_be_said_once(tmp_path: Path) -> None:
+    config = small()
+    sources = tuple(replace(s, domain="source", val_path=None) for s in config.sources)
+    with pytest.raises(ConfigError, match="evaluation would log nothing"):
+        replace(config, sources=sources, eval_channels="target").metrics_of_run()
+    metrics = MetricsConfig(eval_channels=("bbu",))
+    with pytest.raises(ConfigError, match="set one of them"):
+        replace(config, metrics=metrics, eval_channels="target")
