@@ -95,14 +95,15 @@ def check_command(
 ) -> None:
     """Show which channels the data has: field, records, tokens, names that would be refused.
 
-    Exit code 0 if any record has a channel, 1 if none has, 2 if the data cannot be read.
+    Exit code 0 if training could use the channels; 1 if there are none, or some would be refused;
+    2 if the data cannot be read.
     """
     with _reported_errors():
         from channel_metrics.check import check_data
 
         result = check_data(data or [], fields=field or [], config_path=config)
         _show_check(result)
-    if not result.has_channel:
+    if result.problems or not result.has_channel:
         raise typer.Exit(1)
 
 
