@@ -8,15 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from hf_case_tools import (
-    MapStyle,
-    Stream,
-    cases_of,
-    counted_collectives,
-    fixed_records,
-    run,
-    told,
-)
+from hf_case_tools import MapStyle, Stream, cases_of, counted_collectives, fixed_records, run, told
 from hf_tools import PaddingCollator, make_records
 from transformers import DataCollatorWithFlattening
 
