@@ -56,7 +56,7 @@ def _mixin_for(trainer_class: Any) -> type[ChannelMetricsMixin]:
     if all(parent.__module__.split(".")[0] != "trl" for parent in trainer_class.__mro__):
         return ChannelMetricsMixin
     # Only here: somebody who has no trl needs none.
-    from channel_metrics.trainers.trl import mixin_for
+    from channel_metrics.trainers.trl_mixins import mixin_for
 
     return mixin_for(trainer_class)
 
