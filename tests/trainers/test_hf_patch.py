@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -53,10 +54,11 @@ def run_python(
     )
 
 
-def test_apply_is_idempotent_and_reversible(tmp_path: Path, capfd) -> None:
+def test_apply_is_idempotent_and_reversible(tmp_path: Path, capfd, monkeypatch) -> None:
     original = Trainer.__init__
-    import channel_metrics.patches.hf_trainer as patch
-
+    # Another test of this process may have imported it, and reverted it, before.
+    monkeypatch.delitem(sys.modules, "channel_metrics.patches.hf_trainer", raising=False)
+    patch = importlib.import_module("channel_metrics.patches.hf_trainer")
     try:
         patched = Trainer.__init__
         assert patch.is_applied() and patched is not original
