@@ -178,7 +178,8 @@ def test_label_names(tmp_path: Path) -> None:
 # peft asks the model under the older name, which the newest transformers deprecates.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_peft(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     plain = tiny_model(attention_dropout=0.0)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(tiny_model(attention_dropout=0.0), config)
