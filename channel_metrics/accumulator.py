@@ -71,6 +71,11 @@ class ChannelLossAccumulator:
             self._mismatch = torch.zeros((), dtype=self.dtype, device=device)
 
     @property
+    def num_columns(self) -> int:
+        """K."""
+        return NUM_COLUMNS
+
+    @property
     def device(self) -> torch.device:
         """Where the sums live."""
         return self._sums.device
@@ -121,9 +126,16 @@ class ChannelLossAccumulator:
         return self
 
     def merge_state(self, others: Iterable[ChannelLossAccumulator]) -> ChannelLossAccumulator:
-        """Add the sums of `others`, whose channels are matched by name."""
+        """Add the sums of `others`, whose channels are matched by name.
+
+        Nothing is read back from the device for those that share this table and device.
+        """
         for other in others:
-            self._load_rows(other.table.names, other.sums())
+            same_kind = (other.device, other.dtype) == (self.device, self.dtype)
+            if other.table is self.table and same_kind:
+                self._merge_same_table(other)
+            else:
+                self._load_rows(other.table.names, other.sums())
             worst = torch.maximum(self._mismatch, other._mismatch.to(self._mismatch))
             self._mismatch.copy_(worst)
         return self
@@ -218,6 +230,11 @@ class ChannelLossAccumulator:
         comparable = (nonfinite == 0) & torch.isfinite(reported)
         worst = torch.maximum(self._mismatch, off.where(comparable, off.new_zeros(())))
         self._mismatch.copy_(worst)
+
+    def _merge_same_table(self, other: ChannelLossAccumulator) -> None:
+        missing = self._rows() - other._sums.shape[0]
+        for part in (other._sums, other._lost):
+            self._add(torch.nn.functional.pad(part, (0, 0, 0, missing)))
 
     def _load_rows(self, names: Sequence[str], sums: Tensor) -> None:
         rows = [0, *(self.table.add(name) + 1 for name in names)]
