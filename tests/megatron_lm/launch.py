@@ -1,0 +1,228 @@
+"""Runs Megatron on the CPU and reads what it left.
+
+    run = launcher.run("tp2", *data.blend())
+    run.steps[1]["lm loss"]                        # the printed line of iteration 1
+    run.scalars["lm loss"][1]                      # TensorBoard
+    run = launcher.run("tp2", *data.blend(), "--channels", patch=True, observe=(observe.weights,))
+    run.ranks[0].seen["weights"]
+
+The same run asked for twice happens once. The first run of a launcher imports Megatron, which
+takes some ten seconds; each further one a few.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lm.layouts import BASE, LAYOUTS, Layout
+from megatron_lm.logs import Line, parse_lines, read_scalars
+
+TESTS = Path(__file__).resolve().parents[1]
+START_SECONDS = 120
+RUN_SECONDS = 90
+# Beyond the time of a run: what the server needs to end it.
+SERVER_SECONDS = 20
+
+
+def has_megatron_training() -> bool:
+    try:
+        return importlib.util.find_spec("megatron.training") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+needs_megatron_training = pytest.mark.skipif(
+    not has_megatron_training(),
+    reason="megatron.training is only in the latest environment, which `make test-latest` runs",
+)
+
+
+def default_script() -> Path:
+    """The script of the tests, or that of the checkout in MEGATRON_LM_PATH."""
+    checkout = os.environ.get("MEGATRON_LM_PATH")
+    if checkout:
+        return Path(checkout).resolve() / "pretrain_gpt.py"
+    return Path(__file__).with_name("pretrain_tiny.py")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one process left."""
+
+    code: int
+    killed: bool
+    """It had not ended in time, or not soon after another rank failed."""
+
+    out: str
+    err: str
+    seen: dict[str, Any]
+    """By observer."""
+
+    @cached_property
+    def lines(self) -> list[Line]:
+        return parse_lines(self.out)
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    seconds: float
+    ranks: list[Rank]
+    ended: list[int]
+    """Ranks in the order in which they ended."""
+
+    @property
+    def lines(self) -> list[Line]:
+        """What the last rank printed, which is the one that prints losses."""
+        return self.ranks[-1].lines
+
+    @property
+    def steps(self) -> dict[int, dict[str, float]]:
+        """Per iteration: the numbers of all lines that begin with `iteration`."""
+        found: dict[int, dict[str, float]] = {}
+        for line in self.lines:
+            if line.head.startswith("iteration"):
+                found.setdefault(line.iteration, {}).update(line.values)
+        return found
+
+    @cached_property
+    def scalars(self) -> dict[str, dict[int, float]]:
+        """TensorBoard: tag, then step, to value."""
+        return read_scalars(self.folder / "tensorboard")
+
+    @property
+    def failure(self) -> str:
+        """The traces of the ranks that failed, in the order of their ends; empty if none did."""
+        failed = [(r, self.ranks[r]) for r in self.ended if self.ranks[r].code]
+        return "\n".join(
+            f"--- rank {r}: exit code {rank.code}{', killed' * rank.killed}, {self.folder}\n"
+            f"{rank.out[-500:]}\n{rank.err[-4000:]}"
+            for r, rank in failed
+        )
+
+
+class Launcher:
+    """Runs in one folder, from one server, which starts with the first run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.server: subprocess.Popen[str] | None = None
+        self.done: dict[str, Run] = {}
+
+    def run(
+        self,
+        layout: str | Layout,
+        *args: str,
+        patch: bool | tuple[str, ...] = False,
+        observe: tuple[Callable[[], Any], ...] = (),
+        script: Path | None = None,
+        environ: dict[str, str] | None = None,
+        timeout: float = RUN_SECONDS,
+        check: bool = True,
+    ) -> Run:
+        """Train with the arguments of `BASE`, then the layout's, then `args`.
+
+        layout: a name in `LAYOUTS`, or one of the test's own.
+        patch: start by `channel-metrics run --patch megatron`; with a tuple, by
+            `channel-metrics run` and these options.
+        observe: functions as in `observe`; what they saw is in `Rank.seen`, by their names.
+        script: in place of `default_script()`.
+        check: a rank that fails raises AssertionError with its trace.
+        """
+        chosen = LAYOUTS[layout] if isinstance(layout, str) else layout
+        options = ["--patch", "megatron"] if patch is True else list(patch or ())
+        job = {
+            "ranks": chosen.ranks,
+            "script": str(script or default_script()),
+            "args": [*BASE, *chosen.args, *args],
+            "channel_metrics": options if patch is not False else None,
+            "observe": [f"{watch.__module__}:{watch.__qualname__}" for watch in observe],
+            "environ": environ or {},
+            "timeout": timeout,
+        }
+        key = json.dumps(job)
+        if key not in self.done:
+            self.done[key] = self._run(job)
+        run = self.done[key]
+        if check and run.failure:
+            raise AssertionError(run.failure)
+        return run
+
+    def close(self) -> None:
+        """End the server, and with it what it runs."""
+        server, self.server = self.server, None
+        if server is not None:
+            with server:  # closes its input, at which it ends
+                try:
+                    server.communicate(timeout=SERVER_SECONDS)
+                finally:
+                    server.kill()
+
+    def _run(self, job: dict[str, Any]) -> Run:
+        folder = self.folder / f"run{len(self.done)}"
+        folder.mkdir()
+        places = ["--tensorboard-dir", str(folder / "tensorboard")]
+        places += ["--data-cache-path", str(self.folder / "cache")]
+        job = {**job, "folder": str(folder), "args": [*job["args"], *places]}
+        try:
+            answer = self._ask(job)
+        except BaseException:
+            # Also when pytest interrupts the wait: the next run must not read this one's answer.
+            self.close()
+            raise
+        ranks = []
+        for index, code in enumerate(answer["codes"]):
+            out, err = ((folder / f"rank{index}.{end}").read_text() for end in ("out", "err"))
+            path = folder / f"rank{index}.json"
+            seen = json.loads(path.read_text()) if path.exists() else {}
+            short = {name.rpartition(":")[2]: value for name, value in seen.items()}
+            ranks.append(Rank(code, index in answer["killed"], out, err, short))
+        return Run(folder, answer["seconds"], ranks, answer["ended"])
+
+    def _ask(self, job: dict[str, Any]) -> Any:
+        if self.server is None:
+            self.server = self._start()
+            self._answer(START_SECONDS)
+        assert self.server.stdin is not None
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        return self._answer(job["timeout"] + SERVER_SECONDS)
+
+    def _answer(self, seconds: float) -> Any:
+        assert self.server is not None and self.server.stdout is not None
+        ready = select.select([self.server.stdout], [], [], seconds)[0]
+        line = self.server.stdout.readline() if ready else ""
+        if not line:
+            log = (self.folder / "server.err").read_text()
+            raise RuntimeError(f"the server ended or said nothing for {seconds} s: {log[-4000:]}")
+        return json.loads(line)
+
+    def _start(self) -> subprocess.Popen[str]:
+        checkout = os.environ.get("MEGATRON_LM_PATH")
+        path = [*([checkout] if checkout else []), str(TESTS), str(TESTS.parent)]
+        settings = {
+            "HF_HOME": str(self.folder / "huggingface"),
+            "HF_HUB_OFFLINE": "1",
+            # No threads before the fork: pyarrow's allocator starts one.
+            "JE_ARROW_MALLOC_CONF": "background_thread:false",
+        }
+        return subprocess.Popen(
+            [sys.executable, "-m", "megatron_lm.server", str(self.folder / "server")],
+            cwd=self.folder,
+            env={**os.environ, **settings, "PYTHONPATH": os.pathsep.join(path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
