@@ -32,13 +32,18 @@ from channel_metrics.patches import announce
 
 from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.trainers import megatron_arguments
-from channel_metrics.trainers.megatron_ids import follow_labels
+from channel_metrics.trainers.megatron_cuts import (
+    MARK,
+    follow_cuts,
+    megatron_modules,
+    replace_everywhere,
+)
 from channel_metrics.trainers.megatron_log import write
 from channel_metrics.trainers.megatron_run import MegatronRun
+from channel_metrics.trainers.megatron_step import counting_forward_step
 
 __all__ = ["apply", "current_run", "is_applied", "revert"]
 
-_MARK = "_channel_metrics_original"
 _REQUIRED = {
     "megatron.training.arguments": ("add_megatron_arguments", "validate_args"),
     "megatron.training.training": (
@@ -52,10 +57,7 @@ _REQUIRED = {
     ),
     "megatron.core.utils": ("get_batch_on_this_cp_rank",),
 }
-# Only some versions have these.
-_OTHER_CUTS = ("get_thd_batch_on_this_cp_rank", "get_batch_on_this_hybrid_cp_rank")
 
-_Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 _runs: list[MegatronRun] = []
 # (title, prefix of keys, iteration) of the evaluations that are printed now.
 _evaluations: list[_Evaluations] = []
@@ -68,29 +70,26 @@ def apply() -> None:
     """
     if is_applied():
         return
-    modules = _modules()
-    arguments, training, utils = modules.values()
-    _replace(arguments, "add_megatron_arguments", _with_arguments)
-    _replace(arguments, "validate_args", _with_validation)
-    _replace(training, "build_pretraining_data_loader", _with_channels)
-    for name in ("get_batch_on_this_cp_rank", *_OTHER_CUTS):
-        if hasattr(utils, name):
-            _replace(utils, name, follow_labels)
-    _replace(training, "get_forward_backward_func", _with_counting)
-    _replace(training, "training_log", _with_log)
-    _replace(training, "evaluate", _with_evaluation)
-    _replace(training, "evaluate_and_print_results", _with_evaluations)
-    _replace(training, "save_checkpoint", _with_save)
-    _replace(training, "load_checkpoint", _with_load)
+    arguments, training, _ = _modules().values()
+    replace_everywhere(arguments, "add_megatron_arguments", _with_arguments)
+    replace_everywhere(arguments, "validate_args", _with_validation)
+    replace_everywhere(training, "build_pretraining_data_loader", _with_channels)
+    follow_cuts()
+    replace_everywhere(training, "get_forward_backward_func", _with_counting)
+    replace_everywhere(training, "training_log", _with_log)
+    replace_everywhere(training, "evaluate", _with_evaluation)
+    replace_everywhere(training, "evaluate_and_print_results", _with_evaluations)
+    replace_everywhere(training, "save_checkpoint", _with_save)
+    replace_everywhere(training, "load_checkpoint", _with_load)
     announce(f"channel metrics: patched megatron.training (core {megatron.core.__version__})")
 
 
 def revert() -> None:
     """Put everything back, also where it was imported from; forgets the run."""
     _runs.clear()
-    for module in _megatron_modules():
+    for module in megatron_modules():
         for name, value in list(vars(module).items()):
-            original = getattr(value, _MARK, None)
+            original = getattr(value, MARK, None)
             if original is not None:
                 setattr(module, name, original)
 
@@ -98,7 +97,7 @@ def revert() -> None:
 def is_applied() -> bool:
     """Whether megatron is patched now."""
     training = sys.modules.get("megatron.training.training")
-    return hasattr(getattr(training, "training_log", None), _MARK)
+    return hasattr(getattr(training, "training_log", None), MARK)
 
 
 def current_run() -> MegatronRun | None:
@@ -176,7 +175,7 @@ def _counting(forward_backward: Callable[..., Any], run: MegatronRun) -> Callabl
         if metrics is run.train:
             # Megatron may run an iteration again, to find faulty devices.
             metrics.begin_step()
-        kwargs["forward_step_func"] = run.forward_step(kwargs["forward_step_func"], metrics)
+        kwargs["forward_step_func"] = counting_forward_step(kwargs["forward_step_func"], metrics)
         return forward_backward(*args, **kwargs)
 
     return counting_forward_backward
@@ -196,7 +195,8 @@ def _with_log(original: Callable[..., Any]) -> Callable[..., Any]:
             # Megatron logs its first iteration without ending the interval.
             if iteration % interval == 0 or call.get("is_first_iteration"):
                 values = run.train.compute(reset=iteration % interval == 0)
-                write(f"iteration {iteration:8d}", values, iteration)
+                with run.guard.guarded():
+                    write(f"iteration {iteration:8d}", values, iteration)
         return result
 
     return training_log
@@ -213,7 +213,8 @@ def _with_evaluation(original: Callable[..., Any]) -> Callable[..., Any]:
         values = run.evaluation.compute()
         if _evaluations and not is_timed_out:
             now = _evaluations[-1]
-            write(now.title, values, now.iteration, now.next_prefix())
+            with run.guard.guarded():
+                write(now.title, values, now.iteration, now.next_prefix())
         return result
 
     return evaluate
@@ -242,7 +243,8 @@ def _with_save(original: Callable[..., Any]) -> Callable[..., Any]:
         if run is not None and run.args.save and not kwargs.get("non_persistent_ckpt"):
             from megatron.training.utils import is_last_rank
 
-            run.save(_folder(run.args.save, iteration), is_writer=is_last_rank())
+            with run.guard.guarded():
+                run.save(_folder(run.args.save, iteration), is_writer=is_last_rank())
         return result
 
     return save_checkpoint
@@ -255,7 +257,8 @@ def _with_load(original: Callable[..., Any]) -> Callable[..., Any]:
         iteration = result[0]
         # Iteration 0 is a start from given weights (--finetune, --pretrained-checkpoint).
         if run is not None and iteration and run.args.load:
-            run.load(_folder(run.args.load, iteration))
+            with run.guard.guarded():
+                run.load(_folder(run.args.load, iteration))
         return result
 
     return load_checkpoint
@@ -263,20 +266,6 @@ def _with_load(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _folder(root: str, iteration: int) -> Path:
     return Path(root) / f"iter_{iteration:07d}"
-
-
-def _replace(module: Any, name: str, wrap: _Wrap) -> None:
-    """Put a wrapped function in the place of the original, wherever that was imported to."""
-    original = getattr(module, name)
-    replacement = functools.wraps(original)(wrap(original))
-    setattr(replacement, _MARK, original)
-    for other in _megatron_modules():
-        if getattr(other, name, None) is original:
-            setattr(other, name, replacement)
-
-
-def _megatron_modules() -> list[Any]:
-    return [m for n, m in list(sys.modules.items()) if n.split(".", 1)[0] == "megatron" and m]
 
 
 def _modules() -> dict[str, Any]:

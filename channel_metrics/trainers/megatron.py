@@ -33,6 +33,7 @@ from channel_metrics.accumulator import ChannelLossAccumulator
 from channel_metrics.channels import UNLABELED, ChannelTable, metric_key
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import BoundaryError
+from channel_metrics.faults import FaultGuard
 from channel_metrics.sync import MISMATCH_TOLERANCE, sync
 from channel_metrics.totals import RunTotals
 from channel_metrics.trainers.megatron_accuracy import Correctness
@@ -45,21 +46,28 @@ class MegatronChannelMetrics:
     """Counts tokens in the loss functions of Megatron's schedules.
 
     channels: a `ChannelTable`, or the names of a new one, the same on every rank. config: what
-    is logged and under which keys.
+    is logged and under which keys. guard: what an error here does to the run; by default what
+    `config.on_error` says.
     """
 
     def __init__(
-        self, channels: ChannelTable | Iterable[str] = (), *, config: MetricsConfig | None = None
+        self,
+        channels: ChannelTable | Iterable[str] = (),
+        *,
+        config: MetricsConfig | None = None,
+        guard: FaultGuard | None = None,
     ) -> None:
         self.config = config or MetricsConfig()
+        self.guard = guard or FaultGuard(self.config.on_error)
         if not isinstance(channels, ChannelTable):
             channels = ChannelTable(channels, key_format=self.config.key_format)
         self.table = channels
         self.totals = RunTotals()
-        self._correctness = Correctness()
+        self._correctness = Correctness(self.guard)
         # What a step counted stays apart until the step is over: it may be run again.
         self._step, self._window = self._new_sums(), self._new_sums()
         self._warned = False
+        self.has_warned_of_crossings = False
 
     def watch(self, model: Any) -> None:
         """Measure token accuracy in `model` from now on, if `token_acc` is among the metrics."""
@@ -74,6 +82,7 @@ class MegatronChannelMetrics:
         loss_mask: Tensor,
         cu_seqlens: Tensor | None = None,
         packed_seq_params: Any = None,
+        sequences: Tensor | None = None,
     ) -> Callable[..., Any]:
         """`loss_func`, which when called also counts the losses it is given.
 
@@ -81,15 +90,19 @@ class MegatronChannelMetrics:
             ids per token, cut for context parallelism exactly as the labels are. loss_mask: of
             the shape of the losses, 0 where not supervised. cu_seqlens, packed_seq_params: the
             sequences of a pack, where `channels` is one per sequence; not after a cut.
+        sequences: where `channels` is one per token, the channel of each sequence, for `samples`.
         """
 
         @functools.wraps(loss_func)
         def counting_loss_func(losses: Tensor, *args: Any, **kwargs: Any) -> Any:
             result = loss_func(losses, *args, **kwargs)
-            if not kwargs.get("non_loss_data") and _counts_here():
-                with torch.no_grad():
-                    bounds = _bounds(cu_seqlens, packed_seq_params)
-                    self._add(losses.detach(), channels, loss_mask, bounds, _reported_sum(result))
+            if kwargs.get("non_loss_data") or not self.guard.measuring or not _counts_here():
+                return result
+            with self.guard.guarded(), torch.no_grad():
+                bounds = _bounds(cu_seqlens, packed_seq_params)
+                self._add(losses.detach(), channels, loss_mask, bounds, _reported_sum(result))
+                if sequences is not None and _is_first_shard():
+                    self._add_samples(sequences)
             return result
 
         return counting_loss_func
@@ -101,9 +114,10 @@ class MegatronChannelMetrics:
 
     def end_step(self, *, discard: bool = False) -> None:
         """The step is over; `discard` it if the optimizer skipped it."""
-        if not discard:
-            self._window.merge_state([self._step])
-        self.begin_step()
+        with self.guard.guarded():
+            if not discard:
+                self._window.merge_state([self._step])
+            self.begin_step()
 
     def compute(self, *, reset: bool = True) -> dict[str, float]:
         """The metrics of the window over all ranks, under their log keys. A collective.
@@ -112,20 +126,31 @@ class MegatronChannelMetrics:
         window; without it the window goes on, and is counted in the totals when it ends.
         """
         self.end_step()
-        summed = sync(self._window)
+        values: dict[str, float] = {}
+        if not self.guard.off:
+            with self.guard.guarded():
+                values = self._close_window(reset)
+        return values
+
+    def totals_now(self) -> RunTotals:
+        """The totals of all ranks, those of the open window among them. A collective."""
+        self.end_step()
+        totals = self.totals
+        if not self.guard.off:
+            with self.guard.guarded():
+                totals = self.totals.copy().add(sync(self._window, guard=self.guard))
+        return totals
+
+    def _close_window(self, reset: bool) -> dict[str, float]:
+        summed = sync(self._window, guard=self.guard)
         if summed.mismatch() > MISMATCH_TOLERANCE and not self._warned:
             self._warned = True
-            warnings.warn(_mismatch_message(summed.mismatch()), stacklevel=2)
+            warnings.warn(_mismatch_message(summed.mismatch()), stacklevel=4)
         totals = self.totals.copy().add(summed)
         if reset:
             self.totals = totals
             self._window.reset()
         return self._values(summed, totals)
-
-    def totals_now(self) -> RunTotals:
-        """The totals of all ranks, those of the open window among them. A collective."""
-        self.end_step()
-        return self.totals.copy().add(sync(self._window))
 
     def _values(self, summed: ChannelLossAccumulator, totals: RunTotals) -> dict[str, float]:
         found = summed.compute_by_channel()
@@ -170,6 +195,17 @@ class MegatronChannelMetrics:
             reported_sum=reported_sum,
         )
 
+    def _add_samples(self, sequences: Tensor) -> None:
+        """Sequences without a token here: their tokens are counted apart from them."""
+        nothing = torch.zeros(sequences.numel(), device=self._step.device)
+        bounds = torch.arange(sequences.numel() + 1, device=self._step.device)
+        self._step.update(
+            nothing,
+            channels=sequences.to(self._step.device, non_blocking=True),
+            cu_seqlens=bounds,
+            loss_mask=nothing,
+        )
+
     def _new_sums(self) -> ChannelLossAccumulator:
         sums = ChannelLossAccumulator(
             self.table, metrics=self.config.window_metrics, device=_sync_device()
@@ -185,6 +221,13 @@ def _counts_here() -> bool:
     return not parallel_state.is_initialized() or (
         parallel_state.get_tensor_model_parallel_rank() == 0
     )
+
+
+def _is_first_shard() -> bool:
+    """Whether this rank is the one of its context-parallel group that counts sequences."""
+    from megatron.core import parallel_state
+
+    return not parallel_state.is_initialized() or (parallel_state.get_context_parallel_rank() == 0)
 
 
 def _sync_device() -> torch.device:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from channel_metrics.errors import ChannelMetricsError
+from channel_metrics.faults import FaultGuard
 
 __all__ = ["Correctness", "vocab_parallel_correct"]
 
@@ -60,7 +61,8 @@ class Correctness:
     matched by the tensor of losses itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, guard: FaultGuard) -> None:
+        self._guard = guard
         self._pending: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
 
     def watch(self, model: Any) -> None:
@@ -74,9 +76,15 @@ class Correctness:
 
         @functools.wraps(original)
         def compute_language_model_loss(labels: Tensor, logits: Tensor, **kwargs: Any) -> Tensor:
-            correct = vocab_parallel_correct(logits, labels, _tensor_parallel_group(language_model))
+            correct = None
+            # Not `measuring`: the tensor-parallel ranks go on together until all know of an error.
+            if not self._guard.off:
+                with self._guard.guarded():
+                    group = _tensor_parallel_group(language_model)
+                    correct = vocab_parallel_correct(logits, labels, group)
             losses = original(labels, logits, **kwargs)
-            self._remember(losses, correct)
+            if correct is not None:
+                self._remember(losses, correct)
             return losses
 
         setattr(language_model, _METHOD, compute_language_model_loss)

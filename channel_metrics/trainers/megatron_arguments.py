@@ -173,6 +173,11 @@ def _refuse_unsupported(args: Any, config: MetricsConfig) -> None:
         )
     if getattr(args, "perform_rl_step", False):
         raise ConfigError("--channels does not work with --perform-rl-step; leave it out.")
+    if getattr(args, "hybrid_context_parallel", False) and "samples" in config.metrics:
+        raise ConfigError(
+            "samples cannot be counted with --hybrid-context-parallel, which spreads one sequence "
+            "over several micro-batches of several ranks; leave samples out of the metrics."
+        )
     names = config.channels
     if names and not getattr(args, "sft", False):
         raise ConfigError(

@@ -18,7 +18,12 @@ from torch import Tensor
 
 from channel_metrics.channels import UNLABELED_ID, ChannelTable, channels_of
 from channel_metrics.errors import ChannelError, ConfigError
-from channel_metrics.trainers.megatron_ids import BATCH_KEY, CROSSINGS_KEY
+from channel_metrics.trainers.megatron_ids import (
+    BATCH_KEY,
+    CROSSINGS_KEY,
+    NO_SEQUENCE,
+    SEQUENCES_KEY,
+)
 
 __all__ = ["ChannelDataset", "is_sft", "pack_channel_ids"]
 
@@ -72,8 +77,7 @@ class ChannelDataset(torch.utils.data.Dataset[Any]):
             part = int(sample["dataset_id"])
             inner = int(self._dataset.dataset_sample_index[index])
         if is_sft(self._parts[part]):
-            ids, crossings = self._pack(self._parts[part], inner, sample, self._ids[part])
-            sample[BATCH_KEY], sample[CROSSINGS_KEY] = ids, crossings
+            sample.update(self._pack(self._parts[part], inner, sample, self._ids[part]))
         elif self._per_token:
             sample[BATCH_KEY] = torch.full_like(sample["labels"], self._ids[part])
         else:
@@ -82,13 +86,18 @@ class ChannelDataset(torch.utils.data.Dataset[Any]):
 
     def _pack(
         self, part: Any, index: int, sample: Mapping[str, Any], otherwise: int
-    ) -> tuple[Tensor, int]:
+    ) -> dict[str, Any]:
         line = int(part.indices[index % len(part.indices)])
         conversations = part._split_conversations(part.dataset[line])
         record = _lines(part)[line]
         names = _names(record, conversations, self._fields)
         ids = [otherwise if n is None else self._table.ids([n])[0] for n in names]
-        return pack_channel_ids(ids, sample["cu_seqlens"], sample["loss_mask"])
+        of_target, owners, crossings = pack_channel_ids(
+            ids, sample["cu_seqlens"], sample["loss_mask"]
+        )
+        sequences = torch.full_like(sample["cu_seqlens"], NO_SEQUENCE, dtype=torch.int64)
+        sequences[: owners.numel()] = owners
+        return {BATCH_KEY: of_target, SEQUENCES_KEY: sequences, CROSSINGS_KEY: crossings}
 
 
 def is_sft(dataset: Any) -> bool:
@@ -98,8 +107,9 @@ def is_sft(dataset: Any) -> bool:
 
 def pack_channel_ids(
     conversation_ids: Sequence[int], cu_seqlens: Tensor, loss_mask: Tensor
-) -> tuple[Tensor, int]:
-    """int64 [S]: the channel of the token that each position predicts, and the crossings.
+) -> tuple[Tensor, Tensor, int]:
+    """The channel of the token that each position predicts, int64 [S]; the channel of each
+    conversation that was packed; and the crossings.
 
     conversation_ids: one per conversation, at least as many as were packed. cu_seqlens: int32,
     filled up with S behind the last bound. loss_mask: [S]. The crossings are the supervised
@@ -121,7 +131,7 @@ def pack_channel_ids(
     # The last position predicts what was cut off; it has no target, and is not supervised.
     of_target = torch.cat([own[1:], own[-1:]])
     last = bounds[1:packed] - 1
-    return of_target, int((loss_mask[last] > 0).sum())
+    return of_target, owners, int((loss_mask[last] > 0).sum())
 
 
 def _lines(part: Any) -> Any:

@@ -20,11 +20,24 @@ from torch import Tensor
 
 from channel_metrics.channels import ChannelTable
 from channel_metrics.errors import BoundaryError, ChannelError
+from channel_metrics.faults import FaultGuard
 
-__all__ = ["BATCH_KEY", "CROSSINGS_KEY", "MicroBatch", "Tap", "follow_labels", "in_layout"]
+__all__ = [
+    "BATCH_KEY",
+    "CROSSINGS_KEY",
+    "NO_SEQUENCE",
+    "SEQUENCES_KEY",
+    "MicroBatch",
+    "Tap",
+    "follow_labels",
+    "in_layout",
+]
 
 # Under this key our data sets put the ids: one per row, or one per token.
 BATCH_KEY = "channel_ids"
+# Under this key a pack gives the channel of each of its sequences, filled up with NO_SEQUENCE.
+SEQUENCES_KEY = "channel_sequences"
+NO_SEQUENCE = -2
 # Under this key a pack says how many of its supervised targets belong to the next sequence.
 CROSSINGS_KEY = "channel_crossings"
 
@@ -40,12 +53,18 @@ class MicroBatch:
     """The ids of the micro-batch whose forward step runs now.
 
     ids: int64 [B] (one channel per row) or of the shape of the labels; None on ranks without
-    data. is_cut: whether they have gone through the cut of context parallelism.
+        data.
+    is_cut: whether the ids have gone through the cut of context parallelism.
+    sequences: int64, the channel of each sequence, whatever is cut.
     """
 
-    def __init__(self, table: ChannelTable, *, drop_dataset_id: bool = False) -> None:
+    def __init__(
+        self, table: ChannelTable, guard: FaultGuard, *, drop_dataset_id: bool = False
+    ) -> None:
         self.table = table
+        self.guard = guard
         self.ids: Tensor | None = None
+        self.sequences: Tensor | None = None
         self.is_cut = False
         self.num_batches = 0
         self.num_crossings = 0
@@ -66,15 +85,23 @@ class MicroBatch:
         if not isinstance(batch, Mapping):
             return batch
         rest = dict(batch)
-        self.ids = _ids_of(rest, self.table)
-        rest.pop(BATCH_KEY, None)
-        crossings = rest.pop(CROSSINGS_KEY, None)
-        if crossings is not None:
-            self.num_crossings += int(crossings.sum())
+        ours = {key: rest.pop(key, None) for key in (BATCH_KEY, SEQUENCES_KEY, CROSSINGS_KEY)}
+        with self.guard.guarded():
+            self._take(batch, ours)
         if self._drop_dataset_id:
             # Megatron cuts every entry along its second axis, which this one does not have.
             rest.pop("dataset_id", None)
         return rest
+
+    def _take(self, batch: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+        self.ids = _ids_of(batch, self.table)
+        sequences, crossings = ours[SEQUENCES_KEY], ours[CROSSINGS_KEY]
+        if sequences is not None:
+            self.sequences = sequences[sequences != NO_SEQUENCE]
+        elif self.ids is not None and self.ids.dim() == 1:
+            self.sequences = self.ids
+        if crossings is not None:
+            self.num_crossings += int(crossings.sum())
 
 
 class Tap:
@@ -106,13 +133,17 @@ def follow_labels(cut: Callable[..., Any]) -> Callable[..., Any]:
         labels = batch.get("labels")
         if now is None or now.ids is None or labels is None:
             return cut(batch, *args, **kwargs)
-        ids = in_layout(now.ids, labels.shape).to(labels.device, non_blocking=True)
-        # Functions differ in which of the two they take the length from.
-        probe = {key: _probe_entry(key, value, ids) for key, value in batch.items()}
+        probe: dict[str, Any] = {}
+        with now.guard.guarded():
+            ids = in_layout(now.ids, labels.shape).to(labels.device, non_blocking=True)
+            # Before the cut, which changes the batch in place.
+            probe = {key: _probe_entry(key, value, ids) for key, value in batch.items()}
         result = cut(batch, *args, **kwargs)
-        cut_probe = cut(probe, *args, **kwargs)
-        now.ids = (cut_probe[0] if isinstance(cut_probe, tuple) else cut_probe)["labels"]
-        now.is_cut = True
+        with now.guard.guarded():
+            if probe:
+                cut_probe = cut(probe, *args, **kwargs)
+                now.ids = (cut_probe[0] if isinstance(cut_probe, tuple) else cut_probe)["labels"]
+                now.is_cut = True
         return result
 
     return cut_with_ids
@@ -135,6 +166,7 @@ def in_layout(ids: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _probe_entry(key: str, value: Any, ids: Tensor) -> Any:
+    # Functions differ in which of the two they take the length from.
     if key in ("labels", "tokens"):
         return None if value is None else ids
     return value if key.startswith("cu_seqlens") or key in _HOW_TO_CUT else None
