@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env env-latest demo test test-latest lint bench clean
+.PHONY: help env env-latest demo demo-megatron test test-latest lint bench clean
 
 BIN := .venv/bin
 BIN_LATEST := .venv-latest/bin
@@ -26,6 +26,9 @@ env-latest: .venv-latest/.stamp ## Create .venv-latest (newest releases), at exa
 
 demo: env ## Train a tiny model on four channels and show their losses
 	$(BIN)/channel-metrics train configs/fused_data/debug.yaml
+
+demo-megatron: env-latest ## Train in Megatron's own loop, 4 ranks (TP 2 x PP 2), with --channels
+	$(TEST_ENV) PYTHONPATH=tests:. $(BIN_LATEST)/python -m megatron_lm.demo runs/demo_megatron
 
 test: env ## Run the tests in .venv
 	$(TEST_ENV) $(BIN)/python $(PYTEST) $(ARGS)

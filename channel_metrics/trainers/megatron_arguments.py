@@ -100,23 +100,31 @@ def name_by_path(args: Any) -> dict[str | None, str]:
         return _mock_name(args, given)
     if getattr(args, "sft", False) or not given:
         return dict(zip(paths, given if _fits(args, given, paths) else _short(paths), strict=True))
-    if len(given) != len(paths):
-        listed = "\n".join(f"  {path}" for path in paths)
-        raise ConfigError(
-            f"--channels got {len(given)} names ({', '.join(given)}), but the blend has "
-            f"{len(paths)} data sets; give one name for each, in this order, or none to take "
-            f"them from the paths:\n{listed}"
-        )
-    return dict(zip(paths, given, strict=True))
+    if len(given) == len(paths):
+        return dict(zip(paths, given, strict=True))
+    blends = _blends(args)
+    if all(len(blend) == len(given) for blend in blends):
+        # Each split has files of its own for the same sources.
+        return {path: name for blend in blends for path, name in zip(blend, given, strict=True)}
+    listed = "\n".join(f"  {path}" for path in paths)
+    raise ConfigError(
+        f"--channels got {len(given)} names ({', '.join(given)}), but the blend has "
+        f"{len(paths)} data sets; give one name for each, in this order, or none to take "
+        f"them from the paths:\n{listed}"
+    )
 
 
 def data_paths(args: Any) -> list[str]:
     """The data sets of all splits, each once, in the order in which they are first named."""
+    return list(dict.fromkeys(path for blend in _blends(args) for path in blend))
+
+
+def _blends(args: Any) -> list[list[str]]:
+    """The paths of each blend: one for all splits, or one per split."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
     blend, per_split = get_blend_and_blend_per_split(args)
-    blends = [blend, *(per_split or ())]
-    return list(dict.fromkeys(path for b in blends if b is not None for path in b[0]))
+    return [list(found[0]) for found in (blend, *(per_split or ())) if found is not None]
 
 
 def dataset_name(path: str | None) -> str:
