@@ -26,11 +26,12 @@ from megatron_lm.launch import Launcher, Run
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "fused_data" / "debug.yaml"
 TRAINING = (
-    "--hidden-size 96 --seq-length 256 --max-position-embeddings 256 --untie-embeddings-and-output-"
-    "weights --micro-batch-size 4 --global-batch-size 8 --train-iters 100 --lr 4e-3 --min-lr 1e-4 "
-    "--lr-decay-style cosine --log-interval 10 --eval-interval 50 --eval-iters 4 --vocab-size 260 "
+    "--hidden-size 96 --seq-length 256 --max-position-embeddings 256 --vocab-size 260 "
+    "--untie-embeddings-and-output-weights --micro-batch-size 4 --global-batch-size 8 "
+    "--train-iters 100 --lr 4e-3 --min-lr 1e-4 --lr-decay-style cosine --log-interval 10 "
+    "--eval-interval 50 --eval-iters 4 "
     "--channels-metrics loss token_acc tokens samples share"
-).split()
+)
 
 
 def main(folder: Path) -> int:
@@ -45,7 +46,7 @@ def main(folder: Path) -> int:
     print(f"training on {' '.join(names)}: 4 ranks, TP 2 x PP 2, one minute or two", flush=True)
     launcher = Launcher(folder)
     try:
-        args = (*TRAINING, *blends[0], *blends[1], "--channels", *names)
+        args = (*TRAINING.split(), *blends[0], *blends[1], "--channels", *names)
         run = launcher.run("tp2_pp2", *args, patch=True, timeout=500, check=False)
     finally:
         launcher.close()
