@@ -20,6 +20,7 @@ from torch import Tensor
 from channel_metrics.boundaries import Boundaries, boundaries_from_batch
 from channel_metrics.channels import DEFAULT_FIELDS, ChannelTable, channels_of, field_roots
 from channel_metrics.errors import ChannelError
+from channel_metrics.faults import FaultGuard
 from channel_metrics.validation import IGNORE_INDEX
 
 __all__ = ["ChannelCollator"]
@@ -38,6 +39,7 @@ class ChannelCollator:
         collators drop or choke on.
     bounds_key: the batch key for the boundaries, int32 [num_sequences + 1].
     row_bounds: whether the boundaries are added even if every row is one sequence.
+    guard: what errors do; with "warn", the batches come without the added keys after one.
 
     Raises `ChannelError` if records and sequences do not fit each other.
     """
@@ -51,8 +53,10 @@ class ChannelCollator:
         strip: Sequence[str] | None = None,
         bounds_key: str = "cu_seqlens",
         row_bounds: bool = True,
+        guard: FaultGuard | None = None,
     ) -> None:
         self.base = base
+        self.guard = guard or FaultGuard()
         self.fields = tuple(fields)
         self.table = table
         self.strip = frozenset(field_roots(fields) if strip is None else strip)
@@ -73,15 +77,21 @@ class ChannelCollator:
 
     def __getattr__(self, name: str) -> Any:
         # Trainers look at attributes of their collator (`tokenizer`, `padding_free`, ...).
-        if name.startswith("__") or name == "base":
+        if name.startswith("__") or name in ("base", "guard"):
             raise AttributeError(name)
         return getattr(self.base, name)
 
     def __call__(self, features: Sequence[Any]) -> Any:
         """Collate `features` with `base`, and add the channels of their sequences."""
+        return self.guard.shielded(self._base_batch, self._with_channels, features)
+
+    def _base_batch(self, features: Sequence[Any]) -> Any:
+        return self.base([self._without_fields(feature) for feature in features])
+
+    def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
         records = [_as_record(feature) for feature in features]
         channels = [channels_of(record, self.fields) for record in records]
-        batch = self.base([self._without_fields(feature) for feature in features])
+        batch = collate(features)
         if not isinstance(batch, MutableMapping):
             raise ChannelError(
                 f"the wrapped collator must return a dict, but returned {type(batch).__name__}; "
@@ -92,19 +102,26 @@ class ChannelCollator:
                 "the wrapped collator already returned the key 'channels'; rename that column, "
                 "or leave the annotation to one of the two."
             )
+        batch.update(self._added_keys(batch, channels))
+        return batch
+
+    def _added_keys(
+        self, batch: Mapping[str, Any], channels: list[list[str | None]]
+    ) -> dict[str, Any]:
+        """`channels` and the boundaries; channels: those that each record lists."""
         num_names = sum(len(of_record) for of_record in channels)
         boundaries = _without_pad_tail(boundaries_from_batch(batch), num_names, batch)
         self._check_labels(batch.get("labels"), boundaries)
         names = _names_per_sequence(channels, boundaries, batch)
-        known = self.table is not None and self.table.knows_all(names)
-        batch["channels"] = (
-            torch.tensor(self.table.ids(names), dtype=torch.int64)
-            if self.table is not None and known
-            else names
-        )
+        added: dict[str, Any] = {"channels": self._ids_or_names(names)}
         if self.row_bounds or boundaries.num_sequences != _rows(batch)[0]:
-            batch[self.bounds_key] = boundaries.cu_seqlens
-        return batch
+            added[self.bounds_key] = boundaries.cu_seqlens
+        return added
+
+    def _ids_or_names(self, names: list[str | None]) -> Tensor | list[str | None]:
+        if self.table is None or not self.table.knows_all(names):
+            return names
+        return torch.tensor(self.table.ids(names), dtype=torch.int64)
 
     def _without_fields(self, feature: Any) -> Any:
         if not isinstance(feature, Mapping) or not self.strip.intersection(feature):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 from channel_metrics.channels import DEFAULT_FIELDS, ChannelTable, Unknown
 from channel_metrics.errors import ConfigError
+from channel_metrics.faults import OnError
 from channel_metrics.metrics import (
     ALL_METRICS,
     DEFAULT_METRICS,
@@ -45,6 +46,9 @@ class MetricsConfig:
     live_table: bool = True
     """Whether a terminal or a notebook shows the channels while the run goes on."""
 
+    on_error: OnError = "raise"
+    """What an error in the metrics does: "raise" ends the run, "warn" ends the metrics only."""
+
     def __post_init__(self) -> None:
         for name in ("fields", "channels", "metrics", "eval_channels"):
             value = getattr(self, name)
@@ -52,6 +56,8 @@ class MetricsConfig:
             if not listed or not all(isinstance(item, str) for item in value):
                 raise ConfigError(f"{name} must be a list of strings, but is {value!r}.")
             object.__setattr__(self, name, tuple(value))
+        if self.on_error not in get_args(OnError):
+            raise ConfigError(f'on_error must be "raise" or "warn", but is {self.on_error!r}.')
         if not self.fields:
             raise ConfigError("fields must name at least one record field, but is empty.")
         check_metrics(self.metrics, ALL_METRICS)

@@ -10,6 +10,7 @@ __all__ = [
     "ChannelError",
     "ChannelMetricsError",
     "ConfigError",
+    "StoppedError",
     "UnsupportedVersionError",
 ]
 
@@ -28,6 +29,10 @@ class ChannelError(ChannelMetricsError):
 
 class ConfigError(ChannelMetricsError):
     """A configuration that cannot be meant: unknown keys, wrong values, colliding names."""
+
+
+class StoppedError(ChannelMetricsError):
+    """Raised on all ranks at a sync when one of them has stopped measuring."""
 
 
 class UnsupportedVersionError(ChannelMetricsError):

@@ -3,12 +3,13 @@
 All ranks of the group call `sync` at the same log points. In the steady state that is one
 all-reduce of a vector whose length depends only on what the ranks agreed on before:
 
-    [ sums of the agreed names, in the agreed order | ranks with new names | mismatch ]
+    [ sums of the agreed names, in the agreed order | ranks with new names | stopped | mismatch ]
 
 A rank that met a name which is not agreed on yet says so in that same vector. Only then do all
 ranks gather the new names, agree on the sorted union behind the old order, and reduce the rows
 of these names: two more collectives, once per new name. No rank needs to have seen a channel,
-or any batch at all, to take part.
+or any batch at all, to take part. A rank that has stopped measuring takes part with zeros, so that
+nobody waits for it, and makes all ranks raise `StoppedError`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from channel_metrics.accumulator import ChannelLossAccumulator
 from channel_metrics.channels import ChannelTable
+from channel_metrics.errors import StoppedError
+from channel_metrics.faults import FaultGuard
 
 __all__ = ["MISMATCH_TOLERANCE", "Summable", "sum_over_ranks", "sync"]
 
@@ -34,6 +37,10 @@ class Summable(Protocol):
     table: ChannelTable
     # Names that all ranks of a group are known to share.
     agreed_names: tuple[str, ...]
+
+    @property
+    def num_columns(self) -> int:
+        """K, the same on all ranks."""
 
     @property
     def device(self) -> torch.device:
@@ -51,44 +58,69 @@ def sync(
     group: dist.ProcessGroup | None = None,
     *,
     alone: bool = False,
+    guard: FaultGuard | None = None,
 ) -> ChannelLossAccumulator:
     """A new accumulator on the host with the sums over all ranks of `group`.
 
     group: the ranks that each counted tokens nobody else counted; None is the default group.
         Without torch.distributed initialised, there is one rank.
     alone: this rank trains by itself, whatever process group there is; nothing is sent.
+    guard: says whether this rank still measures. Raises `StoppedError` on all ranks if one does
+        not.
 
     The given accumulator keeps its sums (reset it to open the next window). `mismatch` of the
     result is 0 if no rank exceeds MISMATCH_TOLERANCE, else the sum over the ranks that do: an
     upper bound of the largest, since one all-reduce can only add.
     """
-    return _result(accumulator, *sum_over_ranks(accumulator, group, alone=alone))
+    return _result(accumulator, *sum_over_ranks(accumulator, group, alone=alone, guard=guard))
 
 
 def sum_over_ranks(
-    window: Summable, group: dist.ProcessGroup | None = None, *, alone: bool = False
+    window: Summable,
+    group: dist.ProcessGroup | None = None,
+    *,
+    alone: bool = False,
+    guard: FaultGuard | None = None,
 ) -> tuple[dict[str, Tensor], Tensor, float]:
-    """The sums of all ranks: {channel: [K]}, those of `unlabeled` [K], and the mismatch."""
-    mismatch = window.mismatch()
-    mismatch = mismatch if mismatch > MISMATCH_TOLERANCE else 0.0
-    unlabeled, *known = window.sums().unbind()
-    width = unlabeled.numel()
-    local = dict(zip(window.table.names, known, strict=True))
+    """The sums of all ranks: {channel: [K]}, those of `unlabeled` [K], and the mismatch.
+
+    The other arguments are those of `sync`.
+    """
+    guard = guard or FaultGuard()
+    local, unlabeled, mismatch = _local_sums(window, guard)
+    stopped = float(not guard.measuring)
     if not alone and dist.is_available() and dist.is_initialized():
-        agreed = window.agreed_names
+        agreed, width = window.agreed_names, window.num_columns
         new = sorted(set(local) - set(agreed))
-        header = torch.tensor([float(bool(new)), mismatch], dtype=torch.float64)
+        header = torch.tensor([float(bool(new)), stopped, mismatch], dtype=torch.float64)
         flat = torch.cat([unlabeled, _rows(local, agreed, width).flatten(), header])
         flat = _all_reduce(flat, window.device, group)
-        unlabeled, rows = flat[:width], flat[width:-2].view(-1, width)
-        mismatch = float(flat[-1])
-        if flat[-2]:
+        unlabeled, rows = flat[:width], flat[width:-3].view(-1, width)
+        any_new, stopped, mismatch = flat[-3:].tolist()
+        # Known to all ranks: those of new names need not be asked any more.
+        if any_new and not stopped:
             joined = _gather_names(new, group)
             added = _all_reduce(_rows(local, joined, width), window.device, group)
             agreed, rows = (*agreed, *joined), torch.cat([rows, added])
             window.agreed_names = agreed
         local = dict(zip(agreed, rows, strict=True))
+    if stopped:
+        raise StoppedError(
+            f"{int(stopped)} of the ranks that are counted together had an error in the metrics; "
+            "see the warning of that rank."
+        )
     return local, unlabeled, mismatch
+
+
+def _local_sums(window: Summable, guard: FaultGuard) -> tuple[dict[str, Tensor], Tensor, float]:
+    """What this rank has counted; zeros if it has stopped, or stops here."""
+    with guard.guarded():
+        if guard.measuring:
+            mismatch = window.mismatch()
+            unlabeled, *known = window.sums().unbind()
+            local = dict(zip(window.table.names, known, strict=True))
+            return local, unlabeled, mismatch if mismatch > MISMATCH_TOLERANCE else 0.0
+    return {}, torch.zeros(window.num_columns, dtype=torch.float64), 0.0
 
 
 def _rows(local: dict[str, Tensor], names: tuple[str, ...], width: int) -> Tensor:

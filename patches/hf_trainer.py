@@ -18,6 +18,7 @@ import transformers
 from channel_metrics.patches import announce
 
 from channel_metrics.config import MetricsConfig
+from channel_metrics.faults import FaultGuard
 from channel_metrics.trainers.hf import ChannelMetricsMixin, attach, check_trainer
 from channel_metrics.yaml_files import CONFIG_VARIABLE, load_metrics_config
 
@@ -45,7 +46,8 @@ def apply(config: MetricsConfig | None = None) -> None:
         original(self, *args, **kwargs)
         # A class with the mixin brings its own config.
         if not isinstance(self, ChannelMetricsMixin):
-            attach(self, chosen)
+            with FaultGuard(chosen.on_error).guarded():
+                attach(self, chosen)
 
     setattr(init_with_metrics, _MARK, original)
     _trainer_class.__init__ = init_with_metrics

@@ -19,6 +19,7 @@ from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import SFTTrainer
 
 from channel_metrics.config import MetricsConfig
+from channel_metrics.faults import FaultGuard
 from channel_metrics.trainers.trl_packing import check_packing
 from channel_metrics.trainers.trl_sft import SFTChannelMetricsMixin, prepare_dataset
 from channel_metrics.yaml_files import CONFIG_VARIABLE, load_metrics_config
@@ -53,7 +54,9 @@ def apply(config: MetricsConfig | None = None) -> None:
         # A class with the mixin has packed the channels already, and calls this without packing.
         if isinstance(self, SFTChannelMetricsMixin):
             return prepare(*args, **kwargs)
-        return prepare_dataset(self, prepare, chosen, *args, **kwargs)
+        with FaultGuard(chosen.on_error).guarded():
+            return prepare_dataset(self, prepare, chosen, *args, **kwargs)
+        return prepare(*args, **kwargs)
 
     setattr(prepare_with_channels, _MARK, original)
     trainer_class: Any = SFTTrainer

@@ -55,6 +55,7 @@ def test_metrics_of_the_window_and_of_the_run() -> None:
         ({"channels": None}, "channels must be a list of strings, but is None."),
         ({"channels": {"bbu": 1}}, "channels must be a list of strings, but is {'bbu': 1}."),
         ({"eval_channels": "bbu"}, "eval_channels must be a list of strings, but is 'bbu'."),
+        ({"on_error": "ignore"}, 'on_error must be "raise" or "warn"'),
         ({"metrics": 3}, "metrics must be a list of strings, but is 3."),
         ({"fields": [1]}, "fields must be a list of strings, but is [1]."),
         ({"fields": []}, "fields must name at least one record field, but is empty."),

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from distributed import run_ranks
 
 from channel_metrics import ChannelError, ChannelLossAccumulator, sync
+from channel_metrics.errors import StoppedError
+from channel_metrics.faults import FaultGuard
 from channel_metrics.metrics import WINDOW_METRICS
 
 Window = list[tuple[list[str | None], list[float]]]  # micro-batches of (channels, losses)
@@ -90,7 +92,26 @@ def ranks_sync() -> dict[str, Any]:
     seen["mismatch"] = [reported(off if rank == 0 else 0.0) for off in (0.0, 1e-6, 0.5)]
     seen["both"] = reported(0.5)
     seen["colliding"] = colliding_names(rank)
+    seen["stopped"] = [stopped_rank(rank, place, collectives) for place in ("before", "inside")]
     return seen
+
+
+def stopped_rank(rank: int, place: str, collectives: CountedCollectives) -> tuple[bool, Any]:
+    """Rank 1 has stopped before the sync, or stops while it reads its sums; others go on."""
+    accumulator = ChannelLossAccumulator(["old"])
+    sync(accumulator)
+    guard = FaultGuard("warn")
+    # New names, which cost more collectives where all ranks measure.
+    fill(accumulator, [([f"of{rank}", "old"], [1.0, 2.0])])
+    if rank == 1 and place == "before":
+        with guard.guarded():
+            raise ZeroDivisionError
+    if rank == 1 and place == "inside":
+        accumulator.sums = None  # type: ignore[assignment, method-assign]
+    collectives.take()
+    with guard.guarded():
+        sync(accumulator, guard=guard)
+    return guard.off, collectives.take()
 
 
 def in_groups(rank: int, size: int) -> dict[str, float]:
@@ -141,6 +162,8 @@ def test_ranks_together_equal_one_process(world_size: int) -> None:
         assert seen["mismatch"] == [0.0, 0.0, 0.5]
         assert seen["both"] == pytest.approx(0.5 * world_size)
         assert "would both be logged as 'x_y'" in seen["colliding"]
+        # A rank that stopped keeps nobody waiting: all are off after one all-reduce.
+        assert seen["stopped"] == [(True, steady)] * 2
     assert len({seen["colliding"] for seen in ranks}) == 1
 
 
@@ -169,3 +192,12 @@ def test_one_process(dtype: torch.dtype) -> None:
     accumulator.reset()
     assert total.compute() != {}
     assert [reported(off) for off in (0.0, 1e-6, 0.5)] == pytest.approx([0.0, 0.0, 0.5])
+
+
+def test_a_stopped_process_alone_stops_without_a_group() -> None:
+    guard = FaultGuard("warn")
+    for _ in range(2):
+        with guard.guarded():
+            raise ZeroDivisionError
+    with pytest.raises(StoppedError, match="had an error in the metrics"):
+        sync(ChannelLossAccumulator(), guard=guard)

@@ -10,6 +10,7 @@ from typing import Any
 from channel_metrics.channels import ChannelTable, channels_of, field_roots
 from channel_metrics.collator import ChannelCollator
 from channel_metrics.errors import ChannelError
+from channel_metrics.faults import FaultGuard
 
 __all__ = ["BOUNDS_KEY", "count_channels", "declare_channels", "wrap_collator"]
 
@@ -29,6 +30,7 @@ def wrap_collator(
     signature_columns: Sequence[str],
     remove_unused_columns: bool,
     kind: type[ChannelCollator] = ChannelCollator,
+    guard: FaultGuard | None = None,
 ) -> ChannelCollator:
     """`base` with channels, seeing exactly the columns that it would see without us.
 
@@ -42,7 +44,13 @@ def wrap_collator(
     drop = remove_unused_columns or theirs
     strip = [root for root in field_roots(fields) if drop and root not in signature_columns]
     return kind(
-        base, fields=fields, table=table, strip=strip, bounds_key=BOUNDS_KEY, row_bounds=False
+        base,
+        fields=fields,
+        table=table,
+        strip=strip,
+        bounds_key=BOUNDS_KEY,
+        row_bounds=False,
+        guard=guard,
     )
 
 

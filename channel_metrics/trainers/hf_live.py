@@ -14,6 +14,8 @@ from typing import Any
 import transformers
 from tqdm.auto import tqdm
 
+from channel_metrics.faults import FaultGuard
+
 __all__ = ["LiveTable", "table_lines", "wants_live_table"]
 
 ChannelValues = Mapping[str, Mapping[str, float]]
@@ -56,17 +58,26 @@ class LiveTable(transformers.TrainerCallback):
     callbacks: the trainer's own, among which a notebook's table is looked for.
     """
 
-    def __init__(self, closed: Callable[[], ChannelValues], callbacks: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        closed: Callable[[], ChannelValues],
+        callbacks: Sequence[Any],
+        guard: FaultGuard | None = None,
+    ) -> None:
         self._closed = closed
+        self._guard = guard or FaultGuard()
         self._callbacks = callbacks
         self._before: ChannelValues = {}
         self._bars: list[tqdm[Any]] = []
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the window that has just been closed, on the first process only."""
-        window = self._closed()
-        if not window or not state.is_world_process_zero:
-            return
+        with self._guard.guarded():
+            window = self._closed()
+            if window and state.is_world_process_zero:
+                self._show(window, args, state)
+
+    def _show(self, window: ChannelValues, args: Any, state: Any) -> None:
         notebook = next((c for c in self._callbacks if type(c).__name__ == _NOTEBOOK), None)
         if notebook is not None:
             # With evaluations, the notebook's rows are those of the evaluations.

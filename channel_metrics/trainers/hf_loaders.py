@@ -45,9 +45,9 @@ class ChannelLoadersMixin(_TrainerBase):
 
     channel_metrics: ChannelState | None = None
 
-    def get_train_dataloader(self) -> Any:
+    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         with self._channel_collator(self.train_dataset, "train"):
-            return super().get_train_dataloader()
+            return super().get_train_dataloader(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -55,13 +55,18 @@ class ChannelLoadersMixin(_TrainerBase):
             dataset = self.eval_dataset[dataset]
         with self._channel_collator(dataset, "eval"):
             loader = super().get_eval_dataloader(eval_dataset)
-        if self.channel_metrics is not None and repeats_unseen(loader, self.accelerator):
-            self.channel_metrics.warn_once(
+        if self.channel_metrics is not None:
+            with self.channel_metrics.guard.guarded():
+                self._warn_of_repetitions(self.channel_metrics, loader)
+        return loader
+
+    def _warn_of_repetitions(self, state: ChannelState, loader: Any) -> None:
+        if repeats_unseen(loader, self.accelerator):
+            state.warn_once(
                 "every rank reads the evaluation stream itself (dispatch_batches=False): if its "
                 "records do not fill the last batch of all ranks, accelerate repeats the first "
                 "ones, which cannot be told from others here, and they are counted twice."
             )
-        return loader
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         with self._channel_collator(test_dataset, "test"):
@@ -119,24 +124,30 @@ class ChannelLoadersMixin(_TrainerBase):
 
     @contextmanager
     def _channel_collator(self, dataset: Any, description: str) -> Iterator[None]:
-        state = self.channel_metrics
-        if state is None or isinstance(self.data_collator, ChannelCollator):
+        """While this lasts, `data_collator` also gives the channels of a batch of `dataset`."""
+        state, before = self.channel_metrics, self.data_collator
+        if state is not None and state.guard.measuring:
+            with state.guard.guarded():
+                self.data_collator = self._with_channels(state, dataset, description)
+        try:
             yield
-            return
+        finally:
+            self.data_collator = before
+
+    def _with_channels(self, state: ChannelState, dataset: Any, description: str) -> Any:
+        """The trainer's own collator, wrapped for a data loader of `dataset`."""
+        if isinstance(self.data_collator, ChannelCollator):
+            return self.data_collator
         fields, table = state.config.fields, state.table
         scanned = declare_channels(dataset, fields=fields, table=table, description=description)
         known = scanned or bool(state.config.channels)
         self._set_signature_columns_if_needed()
-        before = self.data_collator
-        self.data_collator = wrap_collator(
-            before,
+        return wrap_collator(
+            self.data_collator,
             fields=fields,
             table=table if known else None,
             signature_columns=self._signature_columns,
             remove_unused_columns=self.args.remove_unused_columns,
             kind=self._collator_kind(dataset, description, known),
+            guard=state.guard,
         )
-        try:
-            yield
-        finally:
-            self.data_collator = before

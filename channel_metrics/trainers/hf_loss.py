@@ -11,10 +11,11 @@ Letters: B rows, S row length, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers.loss import loss_utils
 
 from channel_metrics.errors import UnsupportedVersionError
+from channel_metrics.faults import FaultGuard
 from channel_metrics.losses import TokenLosses, cross_entropy, token_losses_of_logits
 
 __all__ = [
@@ -45,6 +47,7 @@ class Observation:
     """What one `compute_loss` let us see."""
 
     with_correct: bool
+    guard: FaultGuard = field(default_factory=FaultGuard)
     thread: int = field(default_factory=threading.get_ident)
     losses: list[TokenLosses] = field(default_factory=list)
     outputs: Any = None
@@ -82,9 +85,14 @@ def check_loss_hook() -> None:
 
 
 @contextmanager
-def observe_loss(model: torch.nn.Module, *, with_correct: bool) -> Iterator[Observation]:
-    """Observe the cross entropies and the outputs of `model` inside the block."""
-    observation = Observation(with_correct)
+def observe_loss(
+    model: torch.nn.Module, *, with_correct: bool, guard: FaultGuard | None = None
+) -> Iterator[Observation]:
+    """Observe the cross entropies and the outputs of `model` inside the block.
+
+    guard: what an error of ours inside the model's loss does; None raises it.
+    """
+    observation = Observation(with_correct, guard or FaultGuard())
     _active.append(observation)
     before = loss_utils.fixed_cross_entropy
     loss_utils.fixed_cross_entropy = _observing_cross_entropy
@@ -114,16 +122,19 @@ def _observing_cross_entropy(
     if torch.compiler.is_compiling():
         return _original(source, target, num_items_in_batch, ignore_index, **kwargs)
     observation = _active[-1] if _active else None
-    if (
-        observation is None
-        or observation.thread != threading.get_ident()
-        or not _same_as_original(source, target, num_items_in_batch, ignore_index, kwargs)
-    ):
+    if observation is None or observation.thread != threading.get_ident():
         return _original(source, target, num_items_in_batch, ignore_index, **kwargs)
-    loss, token_losses = _two_steps(
-        source, target, num_items_in_batch, ignore_index, observation.with_correct
-    )
-    observation.losses.append(token_losses)
+
+    def seen(original: Callable[..., Tensor], items: Any, ignored: int, **options: Any) -> Tensor:
+        if not _same_as_original(source, target, items, ignored, options):
+            return original(items, ignored, **options)
+        loss, token_losses = _two_steps(source, target, items, ignored, observation.with_correct)
+        observation.losses.append(token_losses)
+        return loss
+
+    original = functools.partial(_original, source, target)
+    guard = observation.guard
+    loss: Tensor = guard.shielded(original, seen, num_items_in_batch, ignore_index, **kwargs)
     return loss
 
 

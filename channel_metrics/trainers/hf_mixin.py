@@ -72,20 +72,33 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
         self.pop_callback(LiveTable)
         if config.live_table and wants_live_table(self):
             callbacks = self.callback_handler.callbacks
-            self.add_callback(LiveTable(state.take_closed_window, callbacks))
+            self.add_callback(LiveTable(state.take_closed_window, callbacks, state.guard))
+
+    def _shielded(self, original: Any, observing: Any, *args: Any, **kwargs: Any) -> Any:
+        """`original`, observed where metrics are on, see `FaultGuard.shielded`."""
+        if self.channel_metrics is None:
+            return original(*args, **kwargs)
+        return self.channel_metrics.guard.shielded(original, observing, *args, **kwargs)
 
     # ---- one micro-batch ------------------------------------------------------------------
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         prepared = super()._prepare_inputs(inputs)
         if self.channel_metrics is not None:
+            # Also where metrics are off: the model must not see our keys.
             self.channel_metrics.pending = take_channels(prepared)
         return prepared
 
-    def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return self._shielded(super().compute_loss, self._observed_loss, *args, **kwargs)
+
+    def _observed_loss(
+        self, compute: Any, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """What `compute` returns; the tokens it saw are recorded."""
         state = self.channel_metrics
         if state is None or not (model.training or state.evaluating):
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            return compute(model, inputs, *args, **kwargs)
         batch, state.pending = take_channels(inputs) or state.pending, None
         if batch is None:
             raise ChannelError(
@@ -94,25 +107,32 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
                 "collate_fn with channel_metrics.ChannelCollator."
             )
         if not self._rank_layout().counts(cut=state.cut):
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        labels = labels_of(batch, inputs)
+            return compute(model, inputs, *args, **kwargs)
+        labels = self._labels_of(batch, inputs)
         if not isinstance(labels, Tensor):
             raise UnsupportedVersionError(
                 f"channel metrics need `labels` in the batch, but {type(self).__name__} got "
                 f"{', '.join(inputs)}; detach the metrics for this trainer."
             )
-        with observe_loss(model, with_correct=state.with_correct) as observation:
-            result = super().compute_loss(model, inputs, *args, **kwargs)
+        with observe_loss(model, with_correct=state.with_correct, guard=state.guard) as observation:
+            result = compute(model, inputs, *args, **kwargs)
         self._record_tokens(state, batch, labels, observation)
         return result
 
-    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def _labels_of(self, batch: BatchChannels, inputs: Any) -> Any:
+        """The labels that the channels stand beside."""
+        return labels_of(batch, inputs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._shielded(super().prediction_step, self._observed_step, *args, **kwargs)
+
+    def _observed_step(self, step: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         state = self.channel_metrics
         generates = getattr(self.args, "predict_with_generate", False)
         if state is None or not state.evaluating or not generates:
-            return super().prediction_step(model, inputs, *args, **kwargs)
-        with observe_loss(model, with_correct=state.with_correct) as observation:
-            result = super().prediction_step(model, inputs, *args, **kwargs)
+            return step(model, inputs, *args, **kwargs)
+        with observe_loss(model, with_correct=state.with_correct, guard=state.guard) as observation:
+            result = step(model, inputs, *args, **kwargs)
         # Beside generation, the Seq2SeqTrainer calls the model itself and not `compute_loss`.
         batch, state.pending = state.pending, None
         labels = self._prepare_input(inputs.get("labels"))
@@ -133,11 +153,12 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
     def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> Any:
         context, prepared = super()._prepare_context_parallel_inputs(model, inputs)
         state = self.channel_metrics
-        if state is not None:
-            # In evaluation, the channels have been taken out of the batch before.
-            pending = state.pending.channels if state.pending else None
-            cut = shard_with_labels(context, prepared.get("channels", pending))
-            state.cut, context = cut is not context, cut
+        if state is not None and state.guard.measuring:
+            with state.guard.guarded():
+                # In evaluation, the channels have been taken out of the batch before.
+                pending = state.pending.channels if state.pending else None
+                cut = shard_with_labels(context, prepared.get("channels", pending))
+                state.cut, context = cut is not context, cut
         return context, prepared
 
     def _is_causal(self) -> bool | None:
@@ -156,20 +177,27 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         loop = super()._inner_training_loop
         if self.channel_metrics is not None:
-            called = inspect.signature(loop).bind(*args, **kwargs).arguments
-            self.channel_metrics.start_run(called.get("resume_from_checkpoint") or None)
+            with self.channel_metrics.guard.guarded():
+                called = inspect.signature(loop).bind(*args, **kwargs).arguments
+                self.channel_metrics.start_run(called.get("resume_from_checkpoint") or None)
         return loop(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        if self.channel_metrics is not None:
-            totals = self.channel_metrics.totals_now()
-            called = inspect.signature(super()._save_checkpoint).bind(*args, **kwargs).arguments
-            # Written first: a checkpoint that is complete has its totals.
-            if self.args.should_save:
-                run = Path(self._get_output_dir(trial=called.get("trial")))
-                name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-                totals.save(run / name / TOTALS_FILE)
+        state = self.channel_metrics
+        if state is not None and not state.guard.off:
+            with state.guard.guarded():
+                self._save_totals(state, *args, **kwargs)
         return super()._save_checkpoint(*args, **kwargs)
+
+    def _save_totals(self, state: ChannelState, *args: Any, **kwargs: Any) -> None:
+        totals = state.totals_now()
+        # Subclasses take anything and pass it on.
+        bound = inspect.signature(transformers.Trainer._save_checkpoint).bind(self, *args, **kwargs)
+        # Written first: a checkpoint that is complete has its totals.
+        if self.args.should_save:
+            run = Path(self._get_output_dir(trial=bound.arguments.get("trial")))
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            totals.save(run / name / TOTALS_FILE)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
         state = self.channel_metrics
@@ -187,24 +215,27 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
         # close a window: the one with `loss`, and the last one of the run.
         regular = state is not None and state.in_training_loop and "loss" in logs
         final = "train_loss" in logs and "train_runtime" in logs
-        if state is not None and (regular or final):
-            state.close_train(logs)
+        if state is not None and (regular or final) and not state.guard.off:
+            with state.guard.guarded():
+                state.close_train(logs)
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         state = self.channel_metrics
-        if state is None:
+        if state is None or state.guard.off:
             return super().evaluation_loop(*args, **kwargs)
-        called = inspect.signature(transformers.Trainer.evaluation_loop).bind(self, *args, **kwargs)
-        called.apply_defaults()
         state.evaluation.reset()
         state.evaluating = True
         try:
             output = super().evaluation_loop(*args, **kwargs)
         finally:
             state.evaluating = False
-        assert output.metrics is not None
-        state.close_evaluation(output.metrics, f"{called.arguments['metric_key_prefix']}_")
+        with state.guard.guarded():
+            loop = inspect.signature(transformers.Trainer.evaluation_loop)
+            called = loop.bind(self, *args, **kwargs)
+            called.apply_defaults()
+            assert output.metrics is not None
+            state.close_evaluation(output.metrics, f"{called.arguments['metric_key_prefix']}_")
         return output
 
 

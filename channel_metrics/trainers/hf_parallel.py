@@ -134,10 +134,12 @@ def target_ids(ids: Tensor) -> Tensor:
 class TargetIdCollator(ChannelCollator):
     """`channels` is int64 [B, S]: for each position, the channel of the target it predicts."""
 
-    def __call__(self, features: Sequence[Any]) -> Any:
-        """Collate, then write the channels of the sequences out over their tokens."""
-        batch = super().__call__(features)
-        channels = _as_ids(batch, "a batch is cut along the sequence (cp_size or sp_size > 1)")
+    def _added_keys(
+        self, batch: Mapping[str, Any], channels: list[list[str | None]]
+    ) -> dict[str, Any]:
+        """Without boundaries: the channels of the sequences are written out over their tokens."""
+        added = super()._added_keys(batch, channels)
+        ids = _as_ids(added, "a batch is cut along the sequence (cp_size or sp_size > 1)")
         labels = batch.get("labels")
         if not isinstance(labels, Tensor) or labels.dim() != 2:
             came = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
@@ -145,23 +147,24 @@ class TargetIdCollator(ChannelCollator):
                 "to cut channels along the sequence, the batch must have labels of shape "
                 f"[batch, sequence], but they are {came}."
             )
-        bounds = batch.pop(self.bounds_key, None)
+        bounds = added.get(self.bounds_key)
         bounds = rows_as_sequences(*labels.shape) if bounds is None else bounds
-        ids = token_channel_ids(channels, bounds, labels.numel()).view(labels.shape)
-        batch["channels"] = target_ids(ids)
-        return batch
+        of_tokens = token_channel_ids(ids, bounds, labels.numel()).view(labels.shape)
+        return {"channels": target_ids(of_tokens)}
 
 
 class RowCollator(ChannelCollator):
     """For batches that one process sends to the others: only tensors with one entry per row."""
 
-    def __call__(self, features: Sequence[Any]) -> Any:
-        """Collate; raises `ConfigError` if rows and sequences are not the same."""
-        batch = super().__call__(features)
-        _as_ids(batch, "one process sends its batches to the others (dispatch_batches)")
-        if self.bounds_key in batch:
-            raise ConfigError(_NOT_BY_ROWS.format(f"holds {len(batch['channels'])} sequences"))
-        return batch
+    def _added_keys(
+        self, batch: Mapping[str, Any], channels: list[list[str | None]]
+    ) -> dict[str, Any]:
+        """The channels; raises `ConfigError` if rows and sequences are not the same."""
+        added = super()._added_keys(batch, channels)
+        _as_ids(added, "one process sends its batches to the others (dispatch_batches)")
+        if self.bounds_key in added:
+            raise ConfigError(_NOT_BY_ROWS.format(f"holds {len(added['channels'])} sequences"))
+        return added
 
 
 _NOT_BY_ROWS = (
@@ -181,8 +184,8 @@ def check_keeps_rows(collator: Any) -> None:
         raise ConfigError(_NOT_BY_ROWS.format(f"of {name} holds several sequences"))
 
 
-def _as_ids(batch: Mapping[str, Any], reason: str) -> Tensor:
-    channels = batch["channels"]
+def _as_ids(added: Mapping[str, Any], reason: str) -> Tensor:
+    channels = added["channels"]
     if not isinstance(channels, Tensor):
         raise ConfigError(
             f"{reason}, so channels must be ids, but the batch has names that are not in the "

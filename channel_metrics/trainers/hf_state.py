@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from channel_metrics.accumulator import ChannelLossAccumulator
 from channel_metrics.channels import UNLABELED, metric_key
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ChannelMetricsError, ConfigError, UnsupportedVersionError
+from channel_metrics.faults import FaultGuard
 from channel_metrics.losses import TokenLosses
 from channel_metrics.statistics import TokenValues
 from channel_metrics.sync import MISMATCH_TOLERANCE, sync
@@ -41,6 +42,8 @@ TOTALS_FILE = "channel_metrics.json"
 class ChannelState:
     """Windows of one trainer; `train` runs from log to log, `evaluation` per evaluation loop."""
 
+    reserved: ClassVar[frozenset[str]] = RESERVED_KEYS
+
     config: MetricsConfig
     # transformers may make a process group and yet train each process by itself.
     alone: bool = False
@@ -60,7 +63,8 @@ class ChannelState:
     closed_window: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.table = self.config.new_table(RESERVED_KEYS)
+        self.guard = FaultGuard(self.config.on_error)
+        self.table = self.config.new_table(self.reserved)
         metrics = self.config.window_metrics
         self.train = ChannelLossAccumulator(self.table, metrics=metrics)
         self.evaluation = ChannelLossAccumulator(self.table, metrics=metrics)
@@ -91,10 +95,12 @@ class ChannelState:
         reported = None if found is None else found.reported_sum
         if found is None:
             found = self._fallback_losses(observation, labels, causal)
+        weights = self._weights(found.nll)
         values = TokenValues(
             found.nll.view(labels.shape),
             (found.target != IGNORE_INDEX).view(labels.shape),
             None if found.correct is None else found.correct.view(labels.shape),
+            None if weights is None else weights.view(labels.shape),
         )
         if self.shifts:
             values = values.in_target_frame()
@@ -110,8 +116,13 @@ class ChannelState:
             cu_seqlens=batch.cu_seqlens,
             loss_mask=values.mask,
             correct=values.correct,
+            weights=values.weights,
             reported_sum=reported,
         )
+
+    def _weights(self, nll: Tensor) -> Tensor | None:
+        """The weight that the trainer gives to each nll, [T]; None where it gives none."""
+        return None
 
     def _without_repetitions(
         self, batch: BatchChannels, values: TokenValues, real: tuple[int, int]
@@ -149,7 +160,7 @@ class ChannelState:
 
     def totals_now(self) -> RunTotals:
         """The totals with the open window, over all ranks; the window stays open."""
-        return self.totals.copy().add(sync(self.train, alone=self.alone))
+        return self.totals.copy().add(sync(self.train, alone=self.alone, guard=self.guard))
 
     def take_closed_window(self) -> dict[str, dict[str, float]]:
         """The values of the window that was closed since the last call; empty if none was."""
@@ -174,7 +185,7 @@ class ChannelState:
             )
 
     def _close(self, window: ChannelLossAccumulator) -> ChannelLossAccumulator:
-        total = sync(window, alone=self.alone)
+        total = sync(window, alone=self.alone, guard=self.guard)
         window.reset()
         mismatch = total.mismatch()
         if mismatch > MISMATCH_TOLERANCE:
@@ -192,6 +203,7 @@ class ChannelState:
     def _write(
         self, values: dict[str, dict[str, float]], taken: dict[str, Any], prefix: str
     ) -> None:
+        added = {}
         for channel, of_channel in values.items():
             for metric, value in of_channel.items():
                 key = prefix + metric_key(self.config.key_format, channel, metric)
@@ -200,7 +212,9 @@ class ChannelState:
                         f"the metric key {key!r} is already logged by the trainer; choose "
                         "another key_format, or rename the channel."
                     )
-                taken[key] = value
+                added[key] = value
+        # All or nothing.
+        taken.update(added)
 
     def warn_once(self, message: str) -> None:
         """Log a warning the first time it comes up."""

@@ -15,6 +15,7 @@ from channel_metrics.boundaries import Boundaries, boundaries_from_batch
 from channel_metrics.channels import UNLABELED_ID, ChannelTable, channel_of
 from channel_metrics.collator import ChannelCollator
 from channel_metrics.errors import ChannelError
+from channel_metrics.faults import FaultGuard
 from channel_metrics.trainers.hf_data import BOUNDS_KEY
 from channel_metrics.trainers.hf_parallel import target_ids
 from channel_metrics.validation import IGNORE_INDEX
@@ -31,16 +32,10 @@ PACK_BOUNDS_KEY = "channel_pack_bounds"
 class RecordCollator(ChannelCollator):
     """One channel per record, whatever rows the wrapped collator makes of a record."""
 
-    def __call__(self, features: Sequence[Any]) -> Any:
-        """Collate `features` with `base`, and add the channels of the records."""
+    def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
         names = [channel_of(record, self.fields) for record in features]
-        batch = self.base([self._without_fields(feature) for feature in features])
-        known = self.table is not None and self.table.knows_all(names)
-        batch["channels"] = (
-            torch.tensor(self.table.ids(names), dtype=torch.int64)
-            if self.table is not None and known
-            else names
-        )
+        batch = collate(features)
+        batch["channels"] = self._ids_or_names(names)
         return batch
 
 
@@ -55,18 +50,24 @@ class PackCollator(ChannelCollator):
     """
 
     def __init__(
-        self, base: Callable[[list[Any]], Any], *, names: Sequence[str], table: ChannelTable
+        self,
+        base: Callable[[list[Any]], Any],
+        *,
+        names: Sequence[str],
+        table: ChannelTable,
+        guard: FaultGuard | None = None,
     ) -> None:
-        super().__init__(base, fields=(TOKEN_FIELD,), table=table, bounds_key=BOUNDS_KEY)
+        super().__init__(
+            base, fields=(TOKEN_FIELD,), table=table, bounds_key=BOUNDS_KEY, guard=guard
+        )
         self.names = tuple(names)
         # The last entry is what index -1 reads.
         self._ids = torch.tensor([*table.ids(names), UNLABELED_ID], dtype=torch.int64)
 
-    def __call__(self, features: Sequence[Any]) -> Any:
-        """Collate `features` with `base`, and add the channels of the packed sequences."""
+    def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
         tokens = [torch.as_tensor(_indices(record), dtype=torch.int64) for record in features]
         lengths = [int(n) for record in features for n in record.get(_LENGTHS_FIELD) or ()]
-        batch = self.base([self._without_fields(feature) for feature in features])
+        batch = collate(features)
         labels = batch.get("labels")
         if not isinstance(labels, Tensor):
             raise ChannelError(
@@ -76,14 +77,14 @@ class PackCollator(ChannelCollator):
         boundaries = boundaries_from_batch(batch)
         flat = self._ids[torch.cat(tokens)]
         count = len(lengths)
+        added = {PACK_BOUNDS_KEY: _pack_bounds([len(of_pack) for of_pack in tokens], labels)}
         if lengths and boundaries.cu_seqlens.diff()[:count].tolist() == lengths:
             bounds = boundaries.cu_seqlens[: count + 1]
             self._check_labels(labels, Boundaries(bounds, boundaries.keep))
-            batch["channels"] = flat[bounds[:-1].long()]
-            batch[self.bounds_key] = bounds
+            added |= {"channels": flat[bounds[:-1].long()], self.bounds_key: bounds}
         else:
-            batch["channels"] = target_ids(_as_labels(flat, boundaries.keep, labels))
-        batch[PACK_BOUNDS_KEY] = _pack_bounds([len(of_pack) for of_pack in tokens], labels)
+            added["channels"] = target_ids(_as_labels(flat, boundaries.keep, labels))
+        batch.update(added)
         return batch
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from channel_metrics.channels import channel_of
 from channel_metrics.errors import ChannelError, ConfigError, UnsupportedVersionError
 from channel_metrics.trainers.hf_data import declare_channels
 from channel_metrics.trainers.hf_mixin import ChannelMetricsMixin
+from channel_metrics.trainers.hf_state import ChannelState
 from channel_metrics.trainers.trl_state import SampleState
 from channel_metrics.trainers.trl_sums import ratio
 
@@ -64,21 +64,24 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
     reward_weights: Tensor
     _metrics: dict[str, dict[str, list[float]]]
 
-    def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def _observed_loss(self, compute: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's own: the rewards have been seen when the completions were made."""
-        return super(ChannelMetricsMixin, self).compute_loss(model, inputs, *args, **kwargs)
+        return compute(*args, **kwargs)
 
     def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> Any:
         # Here the inputs are still a list of prompts.
         return super(ChannelMetricsMixin, self)._prepare_context_parallel_inputs(model, inputs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+        generate = super()._generate_and_score_completions  # type: ignore[misc]
+        return self._shielded(generate, self._observed_completions, inputs)
+
+    def _observed_completions(self, generate: Any, inputs: list[dict[str, Any]]) -> Any:
+        """What TRL's own generates, with the rewards of the completions recorded."""
         state: Any = self.channel_metrics
-        if state is None:
-            return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         channels = [channel_of(record, state.config.fields) for record in inputs]
         state.scored = None
-        output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        output = generate(inputs)
         if state.scored is None:
             raise UnsupportedVersionError(
                 f"GRPOTrainer must score completions in _calculate_rewards, but trl "
@@ -141,20 +144,17 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
         state.formulas = tuple(fitting)
         return candidates[fitting[0]]
 
-    @contextmanager
-    def _channel_collator(self, dataset: Any, description: str) -> Iterator[None]:
-        state = self.channel_metrics
-        if state is not None:
-            if self.args.remove_unused_columns:
-                raise ConfigError(
-                    "GRPOTrainer with remove_unused_columns=True drops the channel of a prompt "
-                    "before it is scored; set remove_unused_columns=False, TRL's default."
-                )
-            # The records themselves reach the trainer: no collator has to carry the channels.
-            declare_channels(
-                dataset, fields=state.config.fields, table=state.table, description=description
+    def _with_channels(self, state: ChannelState, dataset: Any, description: str) -> Any:
+        if self.args.remove_unused_columns:
+            raise ConfigError(
+                "GRPOTrainer with remove_unused_columns=True drops the channel of a prompt "
+                "before it is scored; set remove_unused_columns=False, TRL's default."
             )
-        yield
+        declare_channels(
+            dataset, fields=state.config.fields, table=state.table, description=description
+        )
+        # The records themselves reach the trainer: no collator has to carry the channels.
+        return self.data_collator
 
 
 def _same(ours: float, theirs: float) -> bool:

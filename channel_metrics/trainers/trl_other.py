@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,11 +17,11 @@ __all__ = ["OtherChannelMetricsMixin"]
 class _LabelsCollator(ChannelCollator):
     """Says that labels are missing, where all else that can be said follows from that."""
 
-    def __call__(self, features: Sequence[Any]) -> Any:
+    def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
         try:
-            return super().__call__(features)
+            return super()._with_channels(collate, features)
         except ChannelMetricsError:
-            batch = self.base([self._without_fields(feature) for feature in features])
+            batch = collate(features)
             if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
                 raise
         found = ", ".join(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"

@@ -21,12 +21,12 @@ __all__ = ["PairChannelMetricsMixin"]
 class PairChannelMetricsMixin(ChannelMetricsMixin):
     """One channel per pair; the batch stacks the chosen rows on the rejected ones."""
 
-    def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def _observed_loss(
+        self, compute: Any, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """TRL's own loss, with the values of each pair seen on the way."""
-        # The mixin's own would look for labels.
-        compute = super(ChannelMetricsMixin, self).compute_loss
         state: Any = self.channel_metrics
-        if state is None or not (model.training or state.evaluating):
+        if not (model.training or state.evaluating):
             return compute(model, inputs, *args, **kwargs)
         # Tensor parallel ranks hold the same pairs; the first one counts them.
         if self._rank_layout().tp_rank != 0:

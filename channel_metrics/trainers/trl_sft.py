@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -113,7 +112,9 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
             state.pack_bounds = bounds
         return prepared
 
-    def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def _observed_loss(
+        self, compute: Any, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """TRL's own loss; the first outputs with log probs are those that it is made of."""
         state: Any = self.channel_metrics
 
@@ -121,11 +122,9 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
             if state.fused is None and getattr(outputs, "log_probs", None) is not None:
                 state.fused = outputs
 
-        if state is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
         handle = model.register_forward_hook(keep_fused)
         try:
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            return super()._observed_loss(compute, model, inputs, *args, **kwargs)
         finally:
             handle.remove()
             state.fused = None
@@ -147,13 +146,10 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
         for name, dataset in (held if isinstance(held, dict) else {"eval": held}).items():
             yield name, dataset, eval_packing
 
-    @contextmanager
-    def _channel_collator(self, dataset: Any, description: str) -> Iterator[None]:
-        state, names = self.channel_metrics, getattr(self, _NAMES_ATTRIBUTE, ())
-        if state is None or not names or TOKEN_FIELD not in column_names(dataset):
-            with super()._channel_collator(dataset, description):
-                yield
-            return
+    def _with_channels(self, state: ChannelState, dataset: Any, description: str) -> Any:
+        names = getattr(self, _NAMES_ATTRIBUTE, ())
+        if not names or TOKEN_FIELD not in column_names(dataset):
+            return super()._with_channels(state, dataset, description)
         if state.table.unknown == "add":
             for name in names:
                 state.table.add(name)
@@ -163,12 +159,7 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
                 "the others (dispatch_batches): their channels would be lost. Set both off, or "
                 "packing=False."
             )
-        before = self.data_collator
-        self.data_collator = PackCollator(before, names=names, table=state.table)
-        try:
-            yield
-        finally:
-            self.data_collator = before
+        return PackCollator(self.data_collator, names=names, table=state.table, guard=state.guard)
 
 
 def prepare_dataset(

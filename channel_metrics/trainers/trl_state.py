@@ -70,13 +70,15 @@ class SampleState(ChannelState):
 
     def totals_now(self) -> RunTotals:
         """The totals with the open window, over all ranks; the window stays open."""
-        return _with_samples(self.totals, sums_of_all_ranks(self.train, alone=self.alone)[0])
+        return _with_samples(
+            self.totals, sums_of_all_ranks(self.train, alone=self.alone, guard=self.guard)[0]
+        )
 
     def _new_window(self, table: ChannelTable) -> ChannelSums:
         return ChannelSums(table, self.columns)
 
     def _closed(self, window: ChannelSums) -> dict[str, dict[str, float]]:
-        sums, mismatch = sums_of_all_ranks(window, alone=self.alone)
+        sums, mismatch = sums_of_all_ranks(window, alone=self.alone, guard=self.guard)
         window.reset()
         if mismatch > MISMATCH_TOLERANCE:
             self.warn_once(

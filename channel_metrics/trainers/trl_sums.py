@@ -15,6 +15,7 @@ from torch import Tensor
 
 from channel_metrics.channels import UNLABELED, ChannelTable
 from channel_metrics.errors import ChannelError
+from channel_metrics.faults import FaultGuard
 from channel_metrics.sync import sum_over_ranks
 
 __all__ = ["ChannelSums", "ratio", "relative_difference", "sums_of_all_ranks"]
@@ -32,6 +33,11 @@ class ChannelSums:
         self.agreed_names: tuple[str, ...] = ()
         self._sums = torch.zeros(1, len(self.columns), dtype=torch.float64)
         self._mismatch = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def num_columns(self) -> int:
+        """K."""
+        return len(self.columns)
 
     @property
     def device(self) -> torch.device:
@@ -93,13 +99,13 @@ class ChannelSums:
 
 
 def sums_of_all_ranks(
-    window: ChannelSums, *, alone: bool = False
+    window: ChannelSums, *, alone: bool = False, guard: FaultGuard | None = None
 ) -> tuple[dict[str, dict[str, float]], float]:
     """{channel: {column: sum}} for the channels that have samples, `unlabeled` last; mismatch.
 
-    The first column counts the samples. alone: as in `channel_metrics.sync.sync`.
+    The first column counts the samples. alone, guard: as in `channel_metrics.sync.sync`.
     """
-    named, unlabeled, mismatch = sum_over_ranks(window, alone=alone)
+    named, unlabeled, mismatch = sum_over_ranks(window, alone=alone, guard=guard)
     rows = {name: row.tolist() for name, row in {**named, UNLABELED: unlabeled}.items()}
     columns = window.columns
     return {n: dict(zip(columns, r, strict=True)) for n, r in rows.items() if r[0]}, mismatch

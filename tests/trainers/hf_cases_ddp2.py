@@ -37,7 +37,7 @@ def average_off(folder: Path) -> Any:
     return told(run(folder, records=make_records(64), **arguments))
 
 
-def _bits(folder: Path, metrics_on: bool) -> Any:
+def _bits(folder: Path, metrics_on: bool, **more: Any) -> Any:
     held_out = Dataset.from_list(make_records(10, seed=1))
     trainer = run(
         folder,
@@ -49,8 +49,10 @@ def _bits(folder: Path, metrics_on: bool) -> Any:
         eval_strategy="steps",
         eval_steps=3,
         trainer_arguments={"eval_dataset": held_out},
+        **more,
     )
-    return told(trainer, random=torch.get_rng_state().sum().item())
+    off = metrics_on and trainer.channel_metrics.guard.off
+    return told(trainer, random=torch.get_rng_state().sum().item(), off=off)
 
 
 def bits_off(folder: Path) -> Any:
@@ -59,6 +61,35 @@ def bits_off(folder: Path) -> Any:
 
 def bits_on(folder: Path) -> Any:
     return _bits(folder, True)
+
+
+def _faulty(folder: Path, name: str) -> Any:
+    """In the second window, rank 1 has an error in one function of its state."""
+
+    def prepare(trainer: Any) -> None:
+        state = trainer.channel_metrics
+        owner = state if name == "record" else state.train
+        original = getattr(owner, name)
+        batches = trainer.data_collator.batches
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            # Batches are made ahead of time, one or two of them.
+            if len(batches) > 6:
+                raise ZeroDivisionError("a fault of ours")
+            return original(*args, **kwargs)
+
+        if dist.get_rank() == 1:
+            setattr(owner, name, failing)
+
+    return _bits(folder, True, prepare=prepare, config=MetricsConfig(on_error="warn"))
+
+
+def fault_in_a_batch(folder: Path) -> Any:
+    return _faulty(folder, "record")
+
+
+def fault_in_a_sync(folder: Path) -> Any:
+    return _faulty(folder, "sums")
 
 
 # Per step: the channels of the batches of rank 0 and of rank 1.
