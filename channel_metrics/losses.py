@@ -18,7 +18,7 @@ from torch import Tensor
 
 from channel_metrics.validation import IGNORE_INDEX
 
-__all__ = ["TokenLosses", "cross_entropy", "token_losses_of_logits"]
+__all__ = ["TokenLosses", "cross_entropy", "is_correct", "token_losses_of_logits"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def cross_entropy(
     loss = F.nll_loss(log_probs, target, ignore_index=ignore_index, reduction=reduction)
     with torch.no_grad():
         nll = F.nll_loss(log_probs, target, ignore_index=ignore_index, reduction="none")
-        correct = _is_correct(logits, target) if with_correct else None
+        correct = is_correct(logits, target) if with_correct else None
         # Not double(): some devices have no float64.
         reported = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
         if reduction == "mean":
@@ -83,13 +83,14 @@ def token_losses_of_logits(
             exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
             nll.append(F.cross_entropy(exact, wanted, ignore_index=ignore_index, reduction="none"))
             if with_correct:
-                correct.append(_is_correct(rows, wanted))
+                correct.append(is_correct(rows, wanted))
         all_nll = torch.cat(nll)
         all_correct = torch.cat(correct) if with_correct else None
     return TokenLosses(all_nll, all_correct, target, all_nll.sum())
 
 
-def _is_correct(logits: Tensor, target: Tensor) -> Tensor:
+def is_correct(logits: Tensor, target: Tensor) -> Tensor:
+    """bool [T]: whether the target [T] has the largest of the logits [T, V]; a tie counts."""
     # A row maximum is several times cheaper than an argmax and says the same but for ties.
     chosen = logits.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return chosen == logits.amax(-1)

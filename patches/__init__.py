@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-__all__ = ["announce"]
+__all__ = ["announce", "hide_from_imports"]
 
 _NAME = "channel_metrics.patches"
 _SHORT_NAME = "patches"
@@ -34,6 +34,32 @@ def announce(message: str) -> None:
         logger.info(message)
     else:
         print(message, file=sys.stderr)
+
+
+def hide_from_imports(folder: str) -> None:
+    """Modules in `folder` are no top-level modules, even where the folder is on `sys.path`."""
+    if not any(isinstance(f, _Hidden) and f.folder == folder for f in sys.meta_path):
+        sys.meta_path.insert(0, _Hidden(folder))
+
+
+class _Hidden(importlib.abc.MetaPathFinder):
+    """Finds the modules that one folder on `sys.path` would hide."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if path is not None or not os.path.exists(os.path.join(self.folder, f"{fullname}.py")):
+            return None
+        rest = [entry for entry in sys.path if os.path.abspath(entry) != self.folder]
+        if len(rest) == len(sys.path):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, rest, target)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
+        return spec
 
 
 class _Forward(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -53,12 +53,17 @@ def detach(trainer: TrainerT) -> TrainerT:
 
 
 def _mixin_for(trainer_class: Any) -> type[ChannelMetricsMixin]:
-    if all(parent.__module__.split(".")[0] != "trl" for parent in trainer_class.__mro__):
-        return ChannelMetricsMixin
-    # Only here: somebody who has no trl needs none.
-    from channel_metrics.trainers.trl_mixins import mixin_for
+    frameworks = {parent.__module__.split(".")[0] for parent in trainer_class.__mro__}
+    # Only here: somebody who has no such framework needs none.
+    if "swift" in frameworks:
+        from channel_metrics.trainers.swift_mixin import mixin_for as swift_mixin_for
 
-    return mixin_for(trainer_class)
+        return swift_mixin_for(trainer_class)
+    if "trl" in frameworks:
+        from channel_metrics.trainers.trl_mixins import mixin_for as trl_mixin_for
+
+        return trl_mixin_for(trainer_class)
+    return ChannelMetricsMixin
 
 
 @cache
