@@ -21,6 +21,10 @@ WEIGHTS = {"web": "0.5", "code": "0.3", "math": "0.2"}
 SPLITS = ("train", "valid", "test")
 WORDS = ["a", "b", "c", "d", "e", "f", "g", "import", "class", "def", "return", "bbu", "rru"]
 INT32_CODE = 4
+# All is for training. Not for sets that are given per split, with which Megatron refuses it.
+SPLIT = ("--split", "100,0,0")
+# After the arguments of a set: a part of it is for validation, twice in a run.
+HELD_OUT = ("--split", "80,20,0", "--eval-interval", "3", "--eval-iters", "2")
 
 
 class Data:
@@ -42,7 +46,7 @@ class Data:
 
     def blend(self, *names: str) -> tuple[str, ...]:
         """`--data-path` with the weights and prefixes of `names` (default: all)."""
-        return ("--data-path", *self.weighted(*names))
+        return ("--data-path", *self.weighted(*names), *SPLIT)
 
     def weighted(self, *names: str, split: str = "") -> tuple[str, ...]:
         pairs = [(WEIGHTS[name], self.prefix(name, split)) for name in names or SOURCES]
@@ -50,13 +54,17 @@ class Data:
 
     def single(self, name: str) -> tuple[str, ...]:
         """`--data-path` with one prefix: no blend."""
-        return ("--data-path", self.prefix(name))
+        return ("--data-path", self.prefix(name), *SPLIT)
+
+    def mock(self) -> tuple[str, ...]:
+        """Megatron's own invented data."""
+        return ("--mock-data", *SPLIT)
 
     def data_args_file(self, *names: str) -> tuple[str, ...]:
         """`--data-args-path`: the blend stands in a file."""
         path = self.folder / f"blend_{'_'.join(names)}.txt"
         path.write_text(" ".join(self.weighted(*names)))
-        return ("--data-args-path", str(path))
+        return ("--data-args-path", str(path), *SPLIT)
 
     def per_split(self, **names: tuple[str, ...]) -> tuple[str, ...]:
         """`--train-data-path` and so on: `per_split(train=("web", "code"), valid=("math",))`."""
@@ -89,7 +97,7 @@ class Data:
             "--tokenizer-model", self.tokenizer(), "--no-create-attention-mask-in-dataloader",
             # 260 ids become 264 for any tensor-parallel size up to 4.
             "--make-vocab-size-divisible-by", "66",
-            "--data-path", str(path),
+            "--data-path", str(path), *SPLIT,
         )  # fmt: skip
 
     def tokenizer(self) -> str:

@@ -15,7 +15,7 @@ BASE = (
     f"--seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} "
     f"--micro-batch-size 2 --global-batch-size {GLOBAL_BATCH} --train-iters {ITERATIONS} "
     "--lr 1e-3 --min-lr 1e-4 --lr-decay-style constant --seed 1234 "
-    "--eval-interval 1000 --eval-iters 0 --log-interval 1 --split 100,0,0 "
+    "--eval-interval 1000 --eval-iters 0 --log-interval 1 "
     "--tokenizer-type NullTokenizer --vocab-size 256 --make-vocab-size-divisible-by 32 "
     "--attention-dropout 0 --hidden-dropout 0 --num-workers 0 --attention-backend unfused "
     # Fusions are kernels for a GPU.

@@ -211,7 +211,9 @@ def prepare() -> None:
         "megatron.core.models.gpt.gpt_layer_specs",
         "torch.utils.tensorboard",
         "datasets",
-        "transformers",
+        "transformers.models.auto.tokenization_auto",
+        "sentencepiece",
+        "tiktoken",
         "channel_metrics.cli",
     ):
         importlib.import_module(name)

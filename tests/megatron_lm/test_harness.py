@@ -9,11 +9,13 @@ from textwrap import dedent
 import pytest
 
 from megatron_lm import observe
-from megatron_lm.data import Data
+from megatron_lm.data import HELD_OUT, Data
 from megatron_lm.launch import Launcher, Run, needs_megatron_training
 from megatron_lm.layouts import ITERATIONS, Layout
 
 pytestmark = needs_megatron_training
+
+FOUR_LAYERS = ("--num-layers", "4")
 
 
 def losses(run: Run) -> list[float]:
@@ -32,15 +34,6 @@ def test_a_blend_trains_as_on_one_process(launcher: Launcher, data: Data, layout
     assert run.steps[1]["lm loss"] == pytest.approx(losses(run)[0], rel=1e-6)
 
 
-@pytest.mark.parametrize(("split", "whole"), [("tp2_pp2", "pp2")])
-def test_stages_train_as_the_same_stages(
-    launcher: Launcher, data: Data, split: str, whole: str
-) -> None:
-    """Not as one process: Megatron gives each stage a seed of its own."""
-    runs = [launcher.run(layout, *data.blend()) for layout in (split, whole)]
-    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-6)
-
-
 @pytest.mark.parametrize("layout", ["cp2", "tp2_cp2"])
 @pytest.mark.parametrize("kind", ["one_set", "masked"])
 def test_context_parallel_trains_as_on_one_process(
@@ -50,6 +43,34 @@ def test_context_parallel_trains_as_on_one_process(
     args = (*data.single("web"), *masked)
     alone = launcher.run("dp1", *args)
     assert losses(launcher.run(layout, *args)) == pytest.approx(losses(alone), rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(launcher: Launcher, data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of four layers after three iterations on two ranks."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save = ("--save", str(folder), "--save-interval", "3", "--exit-interval", "3")
+    launcher.run("dp2", *data.blend(), *FOUR_LAYERS, *save)
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "pp2_vpp2", "tp2_pp2"])
+def test_a_checkpoint_goes_on_as_one_process(
+    launcher: Launcher, data: Data, checkpoint: Path, layout: str
+) -> None:
+    """From the start, stages differ from one process: Megatron gives each a seed of its own."""
+    alone = launcher.run("dp1", *data.blend(), *FOUR_LAYERS)
+    run = launcher.run(layout, *data.blend(), *FOUR_LAYERS, "--load", str(checkpoint))
+    assert list(run.scalars["lm loss"]) == [4, 5, 6]
+    assert list(run.scalars["lm loss"].values()) == pytest.approx(losses(alone)[3:], rel=1e-6)
+
+
+def test_validation_is_logged(launcher: Launcher, data: Data) -> None:
+    run = launcher.run("dp2", *data.blend(), *HELD_OUT)
+    printed = [line for line in run.lines if line.head.startswith("validation loss")]
+    assert [line.iteration for line in printed] == [3, 6, 6]
+    written = run.scalars["lm loss validation"]
+    assert written[3] == pytest.approx(printed[0].values["lm loss value"], rel=1e-6)
 
 
 def test_a_blend_under_context_parallelism_fails_in_megatron(
