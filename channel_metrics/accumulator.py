@@ -14,6 +14,7 @@ Letters: B rows, S row length, T = num_tokens, N = num_sequences, C channels, K 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,17 +22,17 @@ import torch
 from torch import Tensor
 
 from channel_metrics.channels import UNLABELED, ChannelTable, metric_key
-from channel_metrics.cu_seqlens import check_cu_seqlens, check_cu_seqlens_type
 from channel_metrics.errors import ChannelError, ChannelMetricsError
 from channel_metrics.metrics import DEFAULT_METRICS, channel_values, check_metrics
 from channel_metrics.statistics import (
     COLUMNS,
     NUM_COLUMNS,
-    group_sums,
+    TokenValues,
     sequence_sums,
-    token_group_sums,
+    table_rows,
+    token_sums,
 )
-from channel_metrics.validation import token_values
+from channel_metrics.validation import can_read, check_ids, check_layout, token_values
 
 __all__ = ["ChannelLossAccumulator"]
 
@@ -65,7 +66,7 @@ class ChannelLossAccumulator:
         self.agreed_names: tuple[str, ...] = ()
         # Tensors made in inference mode could not be added to outside of it.
         with torch.inference_mode(False):
-            size = (len(self.table) + 1, NUM_COLUMNS)
+            size = (NUM_COLUMNS, len(self.table) + 1)
             self._sums = torch.zeros(size, dtype=self.dtype, device=device)
             self._lost = torch.zeros_like(self._sums)
             self._mismatch = torch.zeros((), dtype=self.dtype, device=device)
@@ -113,16 +114,17 @@ class ChannelLossAccumulator:
         values = token_values(token_losses, labels, loss_mask, correct, weights)
         ids = self._channel_ids(channels, token_losses.device)
         # One id for one token of shape [1] is the id of a sequence: without bounds, [T] is one.
-        per_token = ids.shape == token_losses.shape and ids.shape != (1,)
-        if cu_seqlens is None and per_token:
-            added = token_group_sums(values, ids, self._rows(), self.dtype)
-        else:
-            self._check_layout(values.losses, ids, cu_seqlens)
-            sums = sequence_sums(values, cu_seqlens, self.dtype)
-            added = group_sums(sums, ids, self._rows())
-        self._add(added)
+        per_token = cu_seqlens is None and ids.shape == token_losses.shape and ids.shape != (1,)
+        if not per_token:
+            check_layout(values.losses, ids, cu_seqlens)
+        # On the host, losses are taken to be finite, and looked at only if their sums are not.
+        on_host = can_read(token_losses)
+        sums = self._sums_of(values, cu_seqlens, per_token=per_token, finite=on_host)
+        if on_host and not math.isfinite(sums.sum()):
+            sums = self._sums_of(values, cu_seqlens, per_token=per_token, finite=False)
+        self._add_rows(sums, ids.flatten())
         if reported_sum is not None:
-            self._compare(added, reported_sum)
+            self._compare(sums, reported_sum)
         return self
 
     def merge_state(self, others: Iterable[ChannelLossAccumulator]) -> ChannelLossAccumulator:
@@ -167,7 +169,7 @@ class ChannelLossAccumulator:
         """float64 [C + 1, K] on the host: row 0 unlabeled, row i + 1 channel i. One sync."""
         rows = len(self.table) + 1
         exact = self._sums.cpu().double() + self._lost.cpu().double()
-        return torch.nn.functional.pad(exact, (0, 0, 0, rows - exact.shape[0]))
+        return torch.nn.functional.pad(exact, (0, rows - exact.shape[1])).t().contiguous()
 
     def reset(self) -> ChannelLossAccumulator:
         """Forget the sums, keep the names."""
@@ -205,24 +207,47 @@ class ChannelLossAccumulator:
         return self
 
     def _rows(self) -> int:
-        missing = len(self.table) + 1 - self._sums.shape[0]
+        missing = len(self.table) + 1 - self._sums.shape[1]
         if missing > 0:
             with torch.inference_mode(False):
-                self._sums = torch.nn.functional.pad(self._sums, (0, 0, 0, missing))
-                self._lost = torch.nn.functional.pad(self._lost, (0, 0, 0, missing))
-        return self._sums.shape[0]
+                self._sums = torch.nn.functional.pad(self._sums, (0, missing))
+                self._lost = torch.nn.functional.pad(self._lost, (0, missing))
+        return self._sums.shape[1]
+
+    def _sums_of(
+        self, values: TokenValues, cu_seqlens: Tensor | None, *, per_token: bool, finite: bool
+    ) -> Tensor:
+        if per_token:
+            return token_sums(values, self.dtype, finite=finite)
+        covered = (
+            cu_seqlens is not None
+            and can_read(cu_seqlens)
+            and int(cu_seqlens[-1]) == values.losses.numel()
+        )
+        return sequence_sums(values, cu_seqlens, self.dtype, finite=finite, covered=covered)
+
+    def _add_rows(self, sums: Tensor, ids: Tensor) -> None:
+        rows = table_rows(ids, self._rows(), sums.shape[1], checked=can_read(ids))
+        if self.dtype == torch.float64:
+            # Straight into the table: what this costs does not grow with it.
+            self._sums.narrow(0, 0, len(sums)).index_add_(1, rows, sums)
+        else:
+            zeros = sums.new_zeros(len(sums), self._rows())
+            self._add(zeros.index_add_(1, rows, sums))
 
     def _add(self, added: Tensor) -> None:
+        """`added` [K, C + 1] may leave out the last columns."""
+        sums, lost = (state.narrow(0, 0, len(added)) for state in (self._sums, self._lost))
         if self.dtype == torch.float64:
-            self._sums += added
+            sums += added
             return
-        total = self._sums + added
-        other = total - self._sums
-        self._lost += (self._sums - (total - other)) + (added - other)
-        self._sums.copy_(total)
+        total = sums + added
+        other = total - sums
+        lost += (sums - (total - other)) + (added - other)
+        sums.copy_(total)
 
-    def _compare(self, added: Tensor, reported_sum: Tensor) -> None:
-        nll, nonfinite = (added[:, COLUMNS.index(name)].sum() for name in ("nll", "nonfinite"))
+    def _compare(self, sums: Tensor, reported_sum: Tensor) -> None:
+        nll, nonfinite = (sums[COLUMNS.index(name)].sum() for name in ("nll", "nonfinite"))
         reported = reported_sum.detach().to(nll)
         scale = torch.maximum(nll.abs(), reported.abs()).clamp(min=torch.finfo(self.dtype).tiny)
         off = (nll - reported).abs() / scale
@@ -232,9 +257,9 @@ class ChannelLossAccumulator:
         self._mismatch.copy_(worst)
 
     def _merge_same_table(self, other: ChannelLossAccumulator) -> None:
-        missing = self._rows() - other._sums.shape[0]
+        missing = self._rows() - other._sums.shape[1]
         for part in (other._sums, other._lost):
-            self._add(torch.nn.functional.pad(part, (0, 0, 0, missing)))
+            self._add(torch.nn.functional.pad(part, (0, missing)))
 
     def _load_rows(self, names: Sequence[str], sums: Tensor) -> None:
         rows = [0, *(self.table.add(name) + 1 for name in names)]
@@ -244,7 +269,7 @@ class ChannelLossAccumulator:
         # What float32 cannot hold in one number, it holds in two.
         for part in (rounded, sums - rounded):
             moved = part.to(self._sums)
-            self._add(moved.new_zeros(size, NUM_COLUMNS).index_add_(0, index, moved))
+            self._add(moved.new_zeros(NUM_COLUMNS, size).index_add_(1, index, moved.t()))
 
     def _channel_ids(self, channels: Tensor | Sequence[str | None], device: torch.device) -> Tensor:
         if not isinstance(channels, Tensor):
@@ -254,34 +279,5 @@ class ChannelLossAccumulator:
                     "pass a list."
                 )
             return torch.tensor(self.table.ids(channels), dtype=torch.int64, device=device)
-        if channels.dtype not in (torch.int64, torch.int32):
-            raise ChannelError(
-                f"channels must be int64 ids or a list of names, but is {channels.dtype}."
-            )
-        if channels.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._check_ids(channels)
+        check_ids(channels, len(self.table))
         return channels
-
-    def _check_ids(self, ids: Tensor) -> None:
-        if ids.numel() and (int(ids.max()) >= len(self.table) or int(ids.min()) < -1):
-            raise ChannelError(
-                f"channel ids must be -1 (unlabeled) or 0 to {len(self.table) - 1}, but range "
-                f"from {int(ids.min())} to {int(ids.max())}; ids and table are out of step."
-            )
-
-    def _check_layout(self, losses: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> None:
-        if cu_seqlens is not None:
-            check_cu_seqlens_type(cu_seqlens)
-            if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-                check_cu_seqlens(cu_seqlens, losses.numel())
-            held = cu_seqlens.numel() - 1
-            source = f"cu_seqlens has {held + 1} bounds"
-        else:
-            held = losses.shape[0] if losses.dim() == 2 else 1
-            source = f"token_losses has shape {list(losses.shape)} and cu_seqlens is not given"
-        if ids.dim() != 1 or ids.numel() != held:
-            came = f"{ids.numel()} entries" if ids.dim() == 1 else f"shape {list(ids.shape)}"
-            raise ChannelError(
-                f"channels has {came} but the batch holds {held} sequences ({source}); pass one "
-                "channel per sequence."
-            )

@@ -56,22 +56,21 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
     Reads the values: call it for tensors on the host only.
     """
     check_cu_seqlens_type(cu_seqlens)
-    bounds = cu_seqlens.long()
-    if int(bounds[0]) != 0:
+    if int(cu_seqlens[0]) != 0:
         raise BoundaryError(
-            f"cu_seqlens must start at 0, but starts at {int(bounds[0])}; it holds cumulative "
+            f"cu_seqlens must start at 0, but starts at {int(cu_seqlens[0])}; it holds cumulative "
             "sequence lengths, the first bound is the start of the first sequence."
         )
-    steps = bounds.diff()
-    if bool((steps < 0).any()):
-        at = int((steps < 0).nonzero()[0])
+    # Neighbours of [0, 2**31) differ by what fits into the type of the bounds.
+    if cu_seqlens.numel() > 1 and int(cu_seqlens.diff().min()) < 0:
+        at = int((cu_seqlens.diff() < 0).nonzero()[0])
         raise BoundaryError(
-            f"cu_seqlens must not decrease, but goes from {int(bounds[at])} to "
-            f"{int(bounds[at + 1])} at entry {at + 1}; pass cumulative lengths, not lengths."
+            f"cu_seqlens must not decrease, but goes from {int(cu_seqlens[at])} to "
+            f"{int(cu_seqlens[at + 1])} at entry {at + 1}; pass cumulative lengths, not lengths."
         )
-    if int(bounds[-1]) > num_tokens:
+    if int(cu_seqlens[-1]) > num_tokens:
         raise BoundaryError(
-            f"cu_seqlens ends at {int(bounds[-1])}, but the batch holds {num_tokens} tokens; "
+            f"cu_seqlens ends at {int(cu_seqlens[-1])}, but the batch holds {num_tokens} tokens; "
             "take the boundaries from the same micro-batch as the tokens."
         )
 

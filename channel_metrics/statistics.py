@@ -2,7 +2,8 @@
 
 Letters: T = num_tokens, N = num_sequences, K = columns. The sums per sequence are kept apart
 from the grouping, so that a second way of grouping is one more id tensor and one more small
-reduction over the same [N, K], never a second pass over tokens.
+reduction over the same [K, N], never a second pass over tokens. Columns come first: adding up
+groups of a contiguous [N] is several times cheaper than adding up rows of [N, K].
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ __all__ = [
     "NUM_COLUMNS",
     "TokenValues",
     "group_sums",
+    "num_columns_of",
     "sequence_sums",
-    "token_group_sums",
+    "table_rows",
+    "token_sums",
 ]
 
-# Everything is a sum: over tokens, or (samples) over sequences.
+# Everything is a sum: over tokens, or (samples) over sequences. What not every caller has comes
+# last, so that it can be left out.
 COLUMNS = (
     "tokens",  # supervised tokens
     "samples",  # sequences with at least one position
@@ -60,84 +64,108 @@ class TokenValues:
         )
 
 
-def sequence_sums(
-    values: TokenValues, cu_seqlens: Tensor | None, dtype: torch.dtype = torch.float64
-) -> Tensor:
-    """[N + 1, K] sums per sequence; the last row holds what lies past the last bound.
+def num_columns_of(values: TokenValues) -> int:
+    """How many of COLUMNS, from the left, these values can fill; the others stay zero."""
+    if values.weights is not None:
+        return NUM_COLUMNS
+    return COLUMNS.index("weighted_nll" if values.correct is not None else "correct")
 
-    Without `cu_seqlens`, values of shape [B, S] mean one sequence per row, and [T] one sequence.
+
+def sequence_sums(
+    values: TokenValues,
+    cu_seqlens: Tensor | None,
+    dtype: torch.dtype = torch.float64,
+    *,
+    finite: bool = False,
+    covered: bool = False,
+) -> Tensor:
+    """[K, N + 1] sums per sequence; the last one holds what lies past the last bound.
+
+    K is `num_columns_of(values)`. Without `cu_seqlens`, values of shape [B, S] mean one sequence
+    per row, and [T] one sequence; then nothing lies past them, and the result is [K, N].
+    finite: all losses and weights are known to be finite, so that nothing has to be kept out of
+    the sums. covered: the last bound is known to be T; the result is [K, N].
     """
-    columns = _token_columns(values, dtype)
+    columns = _token_columns(values, dtype, finite=finite)
     if cu_seqlens is None:
         shape = values.losses.shape
         rows = shape[0] if len(shape) == 2 else 1
-        sums = {n: c.reshape(rows, shape[-1]).sum(-1) for n, c in columns.items()}
+        sums = {n: c.reshape(rows, shape[-1]).sum(-1, dtype=dtype) for n, c in columns.items()}
         sums["samples"] = torch.full_like(sums["tokens"], 1.0 if shape[-1] > 0 else 0.0)
-        return torch.nn.functional.pad(_assemble(sums), (0, 0, 0, 1))
-    end = cu_seqlens.new_full((1,), values.losses.numel())
-    lengths = torch.cat([cu_seqlens, end]).diff().long()
-    sums = _segment_sums(columns, lengths)
-    sums["samples"] = torch.nn.functional.pad((lengths[:-1] > 0).to(dtype), (0, 1))
-    return _assemble(sums)
+        return _assemble(sums, values)
+    if not covered:
+        cu_seqlens = torch.nn.functional.pad(cu_seqlens, (0, 1), value=values.losses.numel())
+    lengths = cu_seqlens.diff().long()
+    # unsafe=True: the check that the lengths fit would read them, a device-to-host sync.
+    sums = {
+        name: torch.segment_reduce(
+            column.flatten().to(dtype), "sum", lengths=lengths, unsafe=True, initial=0
+        )
+        for name, column in columns.items()
+    }
+    sums["samples"] = (lengths > 0).to(dtype)
+    if not covered:
+        sums["samples"][-1:] = 0
+    return _assemble(sums, values)
 
 
-def group_sums(sums: Tensor, ids: Tensor, num_rows: int) -> Tensor:
-    """Sums per sequence [N + 1, K] -> sums per channel [num_rows, K].
-
-    `ids` is int64 [N]. Row 0 is `unlabeled`, row i + 1 is channel i; ids outside the table
-    (-1 among them) and tokens past the last bound are unlabeled: seen, never dropped.
-    """
-    rows = torch.nn.functional.pad(_table_rows(ids, num_rows), (0, 1))
-    return sums.new_zeros(num_rows, sums.shape[1]).index_add_(0, rows, sums)
-
-
-def token_group_sums(
-    values: TokenValues, ids: Tensor, num_rows: int, dtype: torch.dtype = torch.float64
+def token_sums(
+    values: TokenValues, dtype: torch.dtype = torch.float64, *, finite: bool = False
 ) -> Tensor:
-    """[num_rows, K] sums per channel from token-level ids of the shape of the values.
+    """[K, T]: each token by itself, to be grouped by token-level ids.
 
     For layouts that boundaries cannot describe after sharding. `samples` stays zero: a shard
     does not know how many sequences it holds a part of.
     """
-    columns = _assemble({n: c.flatten() for n, c in _token_columns(values, dtype).items()})
-    rows = _table_rows(ids.flatten(), num_rows)
-    return columns.new_zeros(num_rows, NUM_COLUMNS).index_add_(0, rows, columns)
+    columns = _token_columns(values, dtype, finite=finite)
+    return _assemble({n: c.flatten().to(dtype) for n, c in columns.items()}, values)
 
 
-def _table_rows(ids: Tensor, num_rows: int) -> Tensor:
-    rows = ids.long() + 1
-    return torch.where((rows > 0) & (rows < num_rows), rows, torch.zeros_like(rows))
+def table_rows(ids: Tensor, num_rows: int, num_sums: int, *, checked: bool = False) -> Tensor:
+    """[num_sums] rows of the table for `ids` [N], and for what lies past the last bound.
+
+    Row 0 is `unlabeled`, row i + 1 is channel i; ids outside the table (-1 among them) and
+    tokens past the last bound are unlabeled: seen, never dropped. checked: no id is outside.
+    """
+    rows = ids + 1
+    if not checked:
+        rows = rows.where((rows > 0) & (rows < num_rows), 0)
+    return torch.nn.functional.pad(rows, (0, 1)) if num_sums > ids.numel() else rows
 
 
-def _token_columns(values: TokenValues, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The columns that these values have, as token tensors in `dtype`."""
+def group_sums(sums: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+    """Sums of sequences or tokens [K, N] -> sums per channel [K, num_rows], see `table_rows`."""
+    rows = table_rows(ids, num_rows, sums.shape[1])
+    return sums.new_zeros(sums.shape[0], num_rows).index_add_(1, rows, sums)
+
+
+def _token_columns(values: TokenValues, dtype: torch.dtype, *, finite: bool) -> dict[str, Tensor]:
+    """The token tensors whose sums, in `dtype`, are the columns; `judged` equals `tokens`."""
     losses, mask = values.losses.detach(), values.mask
-    finite = torch.isfinite(losses)
-    counted = mask & finite
-    zero = torch.zeros((), dtype=dtype, device=losses.device)
-    nll = torch.where(counted, losses.to(dtype), zero)
-    columns = {
-        "tokens": mask.to(dtype),
-        "nll": nll,
-        "nonfinite": (mask & ~finite).to(dtype),
-    }
+    # As 0 and 1 of one byte, masks are converted and multiplied several times faster.
+    columns = {"tokens": mask.view(torch.uint8)}
     if values.correct is not None:
-        columns["correct"] = (values.correct & mask).to(dtype)
-        columns["judged"] = columns["tokens"]
-    if values.weights is not None:
-        columns["weight"] = torch.where(counted, values.weights.detach().to(dtype), zero)
-        columns["weighted_nll"] = columns["weight"] * nll
+        columns["correct"] = (values.correct & mask).view(torch.uint8)
+    weights = None if values.weights is None else values.weights.detach().to(dtype)
+    if finite:
+        columns["nll"] = losses * columns["tokens"]
+        if weights is not None:
+            columns["weight"] = weights * columns["tokens"]
+    else:
+        is_finite = torch.isfinite(losses)
+        counted = mask & is_finite
+        columns["nll"] = losses.where(counted, 0)
+        columns["nonfinite"] = (mask & ~is_finite).view(torch.uint8)
+        if weights is not None:
+            columns["weight"] = weights.where(counted, 0)
+    if weights is not None:
+        columns["weighted_nll"] = columns["weight"] * columns["nll"].to(dtype)
     return columns
 
 
-def _segment_sums(columns: dict[str, Tensor], lengths: Tensor) -> dict[str, Tensor]:
-    stacked = torch.stack([column.flatten() for column in columns.values()], dim=-1)
-    # unsafe=True: the check that the lengths fit would read them, a device-to-host sync.
-    sums = torch.segment_reduce(stacked, "sum", lengths=lengths, axis=0, unsafe=True, initial=0)
-    return dict(zip(columns, sums.unbind(-1), strict=True))
-
-
-def _assemble(columns: dict[str, Tensor]) -> Tensor:
-    """Columns by name -> one tensor [..., K] in the order of COLUMNS, zero where absent."""
-    absent = torch.zeros_like(columns["tokens"])
-    return torch.stack([columns.get(name, absent) for name in COLUMNS], dim=-1)
+def _assemble(sums: dict[str, Tensor], values: TokenValues) -> Tensor:
+    """Sums by name -> one tensor [K, ...] in the order of COLUMNS, zero where absent."""
+    if values.correct is not None:
+        sums["judged"] = sums["tokens"]
+    absent = torch.zeros_like(sums["tokens"])
+    return torch.stack([sums.get(name, absent) for name in COLUMNS[: num_columns_of(values)]])

@@ -1,14 +1,15 @@
-"""Checks of the token tensors of one micro-batch; nothing here reads a device value."""
+"""Checks of the tensors of one micro-batch; values are looked at only where that is free."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from channel_metrics.errors import ChannelMetricsError
+from channel_metrics.cu_seqlens import check_cu_seqlens, check_cu_seqlens_type
+from channel_metrics.errors import ChannelError, ChannelMetricsError
 from channel_metrics.statistics import TokenValues
 
-__all__ = ["IGNORE_INDEX", "token_values"]
+__all__ = ["IGNORE_INDEX", "can_read", "check_ids", "check_layout", "token_values"]
 
 IGNORE_INDEX = -100
 
@@ -50,9 +51,51 @@ def token_values(
         raise ChannelMetricsError(f"labels must be integer token ids, but is {labels.dtype}.")
     if correct is not None and correct.dtype != torch.bool:
         raise ChannelMetricsError(f"correct must be bool, but is {correct.dtype}.")
-    mask = torch.ones_like(token_losses, dtype=torch.bool)
-    if labels is not None:
-        mask = labels != IGNORE_INDEX
-    if loss_mask is not None:
-        mask = mask & (loss_mask != 0)
-    return TokenValues(token_losses, mask, correct, weights)
+    return TokenValues(token_losses, _mask(token_losses, labels, loss_mask), correct, weights)
+
+
+def check_ids(ids: Tensor, num_channels: int) -> None:
+    """Raise `ChannelError` unless `ids` are integers and, where that can be seen, in the table."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ChannelError(f"channels must be int64 ids or a list of names, but is {ids.dtype}.")
+    if not can_read(ids) or not ids.numel():
+        return
+    lowest, highest = map(int, ids.aminmax())
+    if highest >= num_channels or lowest < -1:
+        raise ChannelError(
+            f"channel ids must be -1 (unlabeled) or 0 to {num_channels - 1}, but range "
+            f"from {lowest} to {highest}; ids and table are out of step."
+        )
+
+
+def check_layout(losses: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Raise `ChannelError` unless there is one id per sequence, `BoundaryError` for bad bounds."""
+    if cu_seqlens is not None:
+        check_cu_seqlens_type(cu_seqlens)
+        if can_read(cu_seqlens):
+            check_cu_seqlens(cu_seqlens, losses.numel())
+        held = cu_seqlens.numel() - 1
+        source = f"cu_seqlens has {held + 1} bounds"
+    else:
+        held = losses.shape[0] if losses.dim() == 2 else 1
+        source = f"token_losses has shape {list(losses.shape)} and cu_seqlens is not given"
+    if ids.dim() != 1 or ids.numel() != held:
+        came = f"{ids.numel()} entries" if ids.dim() == 1 else f"shape {list(ids.shape)}"
+        raise ChannelError(
+            f"channels has {came} but the batch holds {held} sequences ({source}); pass one "
+            "channel per sequence."
+        )
+
+
+def can_read(values: Tensor) -> bool:
+    """Whether looking at values is free: no device has to be waited for, no graph is traced."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _mask(losses: Tensor, labels: Tensor | None, loss_mask: Tensor | None) -> Tensor:
+    if loss_mask is not None and loss_mask.dtype != torch.bool:
+        loss_mask = loss_mask != 0
+    if labels is None:
+        return torch.ones_like(losses, dtype=torch.bool) if loss_mask is None else loss_mask
+    mask = labels != IGNORE_INDEX
+    return mask if loss_mask is None else mask & loss_mask

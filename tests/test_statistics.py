@@ -17,7 +17,7 @@ from channel_metrics.statistics import (
     TokenValues,
     group_sums,
     sequence_sums,
-    token_group_sums,
+    token_sums,
 )
 from channel_metrics.validation import token_values
 
@@ -25,7 +25,7 @@ SAMPLES = COLUMNS.index("samples")
 
 
 def column(sums: Tensor, name: str) -> list[float]:
-    return sums[:, COLUMNS.index(name)].tolist()
+    return sums[COLUMNS.index(name)].tolist()
 
 
 def values_of(case: Case) -> TokenValues:
@@ -41,7 +41,7 @@ def test_sums_per_sequence() -> None:
     weights = torch.tensor([1.0, 0.5, 9.0, 9.0, 2.0, 3.0])
     bounds = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
     sums = sequence_sums(TokenValues(losses, mask, correct, weights), bounds)
-    assert (sums.dtype, sums.shape) == (torch.float64, (4, NUM_COLUMNS))
+    assert (sums.dtype, sums.shape) == (torch.float64, (NUM_COLUMNS, 4))
     assert column(sums, "tokens") == [2, 0, 2, 1]  # the last row is past the last bound
     assert column(sums, "samples") == [1, 0, 1, 0]
     assert column(sums, "nll") == [3, 0, 8, 16]
@@ -53,10 +53,10 @@ def test_sums_per_sequence() -> None:
 
 
 def test_ids_outside_the_table_are_unlabeled() -> None:
-    sums = torch.arange(1.0, 6.0, dtype=torch.float64).view(5, 1)
+    sums = torch.arange(1.0, 6.0, dtype=torch.float64).view(1, 5)
     ids = torch.tensor([0, -1, 2, -7])  # a table of two channels: 2 is outside
-    assert group_sums(sums, ids, 3).tolist() == [[2 + 3 + 4 + 5], [1], [0]]
-    assert group_sums(sums, ids.int(), 3).tolist() == [[14], [1], [0]]
+    assert group_sums(sums, ids, 3).tolist() == [[2 + 3 + 4 + 5, 1, 0]]
+    assert group_sums(sums, ids.int(), 3).tolist() == [[14, 1, 0]]
 
 
 def test_two_groupings_share_the_sums_per_sequence() -> None:
@@ -74,10 +74,23 @@ def test_token_ids_say_the_same_as_boundaries(case: Case) -> None:
     ids = torch.tensor([-1 if c is None else "abc".index(c) for c in case.batch.channels]).long()
     values = values_of(case)
     by_bounds = group_sums(sequence_sums(values, bounds), ids, 4)
-    by_token = token_group_sums(values, token_channel_ids(ids, bounds, len(case.batch.losses)), 4)
-    assert by_token[:, SAMPLES].eq(0).all()
-    by_token[:, SAMPLES] = by_bounds[:, SAMPLES]
+    token_ids = token_channel_ids(ids, bounds, len(case.batch.losses))
+    by_token = group_sums(token_sums(values), token_ids, 4)
+    assert by_token[SAMPLES].eq(0).all()
+    by_token[SAMPLES] = by_bounds[SAMPLES]
     torch.testing.assert_close(by_token, by_bounds, rtol=1e-14, atol=0)
+
+
+@given(cases(finite=True), st.booleans())
+def test_finite_losses_need_no_care(case: Case, by_rows: bool) -> None:
+    values = values_of(case)
+    bounds = None if by_rows else torch.tensor(case.batch.bounds, dtype=torch.int32)
+    for dtype, rtol in ((torch.float64, 1e-14), (torch.float32, 1e-5)):
+        exact = {"rtol": rtol, "atol": 0.0}
+        for sums in (token_sums, lambda *a, **k: sequence_sums(a[0], bounds, *a[1:], **k)):
+            torch.testing.assert_close(
+                sums(values, dtype, finite=True), sums(values, dtype), **exact
+            )
 
 
 @given(cases())
@@ -88,7 +101,7 @@ def test_rows_are_sequences(case: Case) -> None:
     bounds = torch.arange(rows + 1, dtype=torch.int32) * size
     torch.testing.assert_close(
         sequence_sums(values_of(case), None),
-        sequence_sums(values_of(case), bounds),
+        sequence_sums(values_of(case), bounds, covered=True),
         rtol=1e-14,
         atol=0,
     )
