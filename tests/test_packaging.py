@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,14 @@ def test_no_extra_pins_or_caps_a_version(built: tuple[Path, Path]) -> None:
         requirement = line.partition(";")[0]
         assert not set("<~!") & set(requirement), line
         assert "==" not in requirement, line
+
+
+@pytest.mark.parametrize("name", ["transformers", "trl"])
+def test_the_lowest_promised_trainer_is_the_one_of_make_test(name: str) -> None:
+    promised = re.search(rf'"{name}>=([0-9.]+)"', (ROOT / "pyproject.toml").read_text())
+    pinned = re.search(rf"^{name}==([0-9.]+)$", (ROOT / "constraints/main.txt").read_text(), re.M)
+    assert promised and pinned
+    assert f"{pinned[1]}.".startswith(f"{promised[1]}.")
 
 
 def test_the_wheel_works_away_from_the_tree(installed: Path, tmp_path: Path) -> None:
