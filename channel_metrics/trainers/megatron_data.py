@@ -24,6 +24,7 @@ from channel_metrics.trainers.megatron_ids import (
     NO_SEQUENCE,
     SEQUENCES_KEY,
 )
+from channel_metrics.trainers.megatron_sft_names import sft_channel_names
 
 __all__ = ["ChannelDataset", "is_sft", "pack_channel_ids"]
 
@@ -162,43 +163,11 @@ def _names(
 def _add_names(part: Any, table: ChannelTable, fields: Sequence[str]) -> bool:
     """Put the channels of an SFT file into the table; False where no line has any.
 
-    Data loader workers are other processes: what they would add to the table is lost. Columns
-    are read in batches; going through the lines one by one would take minutes for large files.
+    Data loader workers are other processes: what they would add to the table is lost.
     """
-    names: set[str] = set()
-    for batch in _lines(part).with_format("arrow").iter(batch_size=10_000):
-        records = {name: batch.column(name).combine_chunks() for name in batch.column_names}
-        messages = records["messages"].flatten()
-        names |= _column_names(records, fields) | _column_names(_struct_fields(messages), fields)
+    names = sft_channel_names(_lines(part), fields)
     table.ids(sorted(names))
     return bool(names)
-
-
-def _column_names(columns: Mapping[str, Any], fields: Sequence[str]) -> set[str]:
-    """The names that `fields` give in these Arrow columns; the first that is always there ends."""
-    names: set[str] = set()
-    for field in fields:
-        head, *rest = [field] if field in columns else field.split(".")
-        column = columns.get(head)
-        for key in rest:
-            column = None if column is None else _struct_fields(column).get(key)
-        if column is None:
-            continue
-        values = column.unique().to_pylist() if not _is_list(column) else column.to_pylist()
-        names.update(n for value in values for n in channels_of({field: value}, [field]) if n)
-        if column.null_count == 0:
-            break
-    return names
-
-
-def _struct_fields(column: Any) -> dict[str, Any]:
-    if not str(column.type).startswith("struct"):
-        return {}
-    return {field.name: column.field(i) for i, field in enumerate(column.type)}
-
-
-def _is_list(column: Any) -> bool:
-    return str(column.type).startswith(("list", "large_list"))
 
 
 def _no_channel(dataset: Any, fields: Sequence[str]) -> str:
