@@ -1,4 +1,4 @@
-"""The command `channel-metrics`: train, check, run."""
+"""The command `channel-metrics`: train, check, run, and those of `analysis.commands`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ except ModuleNotFoundError as missing:
         f"the commands need {missing.name}, which is not installed; run: "
         "pip install 'channel_metrics[cli]'"
     ) from None
+
+from channel_metrics.analysis.commands import add_commands
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -161,7 +163,12 @@ def _fail(error: ChannelMetricsError) -> NoReturn:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+    # Channels may have brackets in their names, which are no markup.
+    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+    return Console(width=width, highlight=False, markup=False)
+
+
+add_commands(app, _reported_errors, _console)
 
 
 def _show_run(summary: TrainSummary, settings: TrainConfig) -> None:

@@ -1,0 +1,67 @@
+"""Which part of a log key is a channel."""
+
+from __future__ import annotations
+
+import pytest
+from analysis_tools import HOSTILE
+
+from channel_metrics.analysis.keys import GLOBAL, Key, decode_keys
+from channel_metrics.channels import metric_key
+from channel_metrics.metrics import ALL_METRICS
+
+OWN = ("loss", "grad_norm", "learning_rate", "epoch", "train_loss", "num_tokens", "loss_scale")
+NAMES = ("bbu", "lang_chat", "a/b", "loss", "token", "eval_x", "v1.5-mix")
+
+
+@pytest.mark.parametrize("key_format", ["{channel}_{metric}", "{metric}_{channel}"])
+@pytest.mark.parametrize("prefix", ["", "eval_", "train/", "eval/"])
+def test_every_metric_of_declared_channels(key_format: str, prefix: str) -> None:
+    expected = {
+        prefix + metric_key(key_format, name, metric): (name, metric)
+        for name in NAMES
+        for metric in ALL_METRICS
+    }
+    decoded = decode_keys([*expected, *(prefix + key for key in OWN)], NAMES)
+    split = "eval" if prefix.startswith("eval") else "train"
+    for key, (name, metric) in expected.items():
+        assert decoded[key] == Key(split, name, metric)
+    for key in OWN:
+        assert decoded[prefix + key] == Key(split, GLOBAL, key)
+
+
+def test_channels_are_found_by_their_metrics() -> None:
+    keys = [f"{n}_{m}" for n in ("bbu", "rru") for m in ("loss", "token_acc", "tokens", "share")]
+    decoded = decode_keys([*keys, *OWN, "aux_loss", "router_z_loss", "reg_loss"])
+    assert {key.channel for key in decoded.values()} == {"bbu", "rru", GLOBAL}
+    assert decoded["aux_loss"] == Key("train", GLOBAL, "aux_loss")
+
+
+def test_a_loss_alone_is_a_channel_where_no_key_says_more() -> None:
+    decoded = decode_keys(["loss", "loss_bbu", "loss_lang_chat", "loss_scale", "eval_loss_bbu"])
+    assert decoded["loss_bbu"] == Key("train", "bbu", "loss")
+    assert decoded["eval_loss_bbu"] == Key("eval", "bbu", "loss")
+    assert decoded["loss_scale"].channel == GLOBAL
+
+
+def test_one_value_under_two_keys_is_taken_once_and_ours_wins() -> None:
+    keys = ["loss_bbu", "bbu_loss", "bbu_tokens"]
+    assert set(decode_keys(keys)) == set(decode_keys(keys[::-1])) == {"bbu_loss", "bbu_tokens"}
+
+
+def test_the_keys_of_other_trainers() -> None:
+    decoded = decode_keys(["lm loss", "lm loss validation", "mean_token_accuracy", "grad norm"])
+    assert decoded["lm loss"] == Key("train", GLOBAL, "loss")
+    assert decoded["lm loss validation"] == Key("eval", GLOBAL, "loss")
+    assert decoded["mean_token_accuracy"] == Key("train", GLOBAL, "token_acc")
+
+
+def test_probes_are_a_split_of_their_own_and_a_name_alone_makes_none() -> None:
+    keys = ["train/dataset_canary_loss", "train/dataset_canary_loss_low", "train/bbu_loss"]
+    assert decode_keys(keys)[keys[0]] == Key("probe", "canary", "loss")
+    assert decode_keys(["dataset_a_loss", "dataset_a_tokens"])["dataset_a_loss"].split == "train"
+
+
+def test_names_are_taken_as_declared_and_other_metrics_of_a_channel_are_its_own() -> None:
+    decoded = decode_keys(["b_u_loss", "b_u_reward_margin"], ["b u", HOSTILE])
+    assert decoded["b_u_loss"] == Key("train", "b u", "loss")
+    assert decoded["b_u_reward_margin"] == Key("train", "b u", "reward_margin")
