@@ -1,0 +1,99 @@
+"""A mean over tokens, with a confidence interval that knows that tokens come in sequences.
+
+Letters: m sequences; sequence i has n_i tokens and the sum y_i of their values.
+
+The mean is r = sum(y_i) / sum(n_i). Token losses of one sequence resemble each other, so tokens
+are no independent draws, and s / sqrt(tokens) would be far too small. Sequences are: r is a ratio
+of two sums over them, and its variance is that of the linearised ratio estimator,
+
+    v = m / (m - 1) * sum((y_i - r n_i)^2) / (sum n_i)^2
+
+(W. G. Cochran, Sampling Techniques, 3rd edition, 1977, chapter 6, without the correction for finite
+populations: the interval is about the source that the dataset was drawn from). The interval is
+r +- t * sqrt(v), with the quantile of Student's t with m - 1 degrees of freedom.
+
+>>> sums = moments(torch.tensor([4.0, 6.0]), torch.tensor([2.0, 2.0]))
+>>> found = ratio_interval(sums.tolist())
+>>> round(found.value, 3), round(found.high, 3)
+(2.5, 8.853)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["MOMENTS", "Interval", "moments", "ratio_interval", "student_t"]
+
+# Sums over the sequences that have tokens; sums of two ranks add up.
+MOMENTS = ("sequences", "n", "n_squared", "y", "y_squared", "y_times_n")
+# A degree of freedom more changes the quantile by less than a thousandth from here on.
+_MAX_FREEDOM = 1_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % confidence interval, None where fewer than two sequences have tokens."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def moments(values: Tensor, tokens: Tensor) -> Tensor:
+    """[6], see `MOMENTS`: from the sum of values [m] and the number of tokens [m] of sequences."""
+    used = (tokens > 0).to(tokens)
+    columns = (used, tokens, tokens * tokens, values, values * values, values * tokens)
+    return torch.stack([column.sum() for column in columns])
+
+
+def ratio_interval(
+    sums: Sequence[float], *, lowest: float = -math.inf, highest: float = math.inf
+) -> Interval | None:
+    """The mean over tokens and its interval, from the sums of `moments`; None without tokens.
+
+    lowest, highest: what a mean can be at all; the interval is cut there.
+    """
+    m, n, n_squared, y, y_squared, y_times_n = sums
+    if not n:
+        return None
+    mean = y / n
+    if m < 2:
+        return Interval(mean, None, None)
+    squares = max(y_squared - 2 * mean * y_times_n + mean * mean * n_squared, 0.0)
+    half = student_t(round(m) - 1) * math.sqrt(m / (m - 1) * squares) / n
+    return Interval(mean, max(mean - half, lowest), min(mean + half, highest))
+
+
+@functools.cache
+def student_t(freedom: int) -> float:
+    """The t for which Student's distribution has 95 % between -t and t.
+
+    By bisection of the finite series in Abramowitz and Stegun, Handbook of Mathematical
+    Functions, 26.7.3 and 26.7.4. Above 1,000 degrees of freedom it stays that of 1,000.
+    """
+    freedom = min(freedom, _MAX_FREEDOM)
+    low, high = 1.0, 13.0
+    while high - low > 1e-12:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _between(middle, freedom) < 0.95 else (low, middle)
+    return high
+
+
+def _between(t: float, freedom: int) -> float:
+    """The probability of values between -t and t."""
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for power in range(odd, freedom - 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (power + 1) / (power + 2)
+    if odd:
+        return 2 / math.pi * (angle + math.sin(angle) * total)
+    return math.sin(angle) * total
