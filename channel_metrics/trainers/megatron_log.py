@@ -16,7 +16,8 @@ def log_line(title: str, values: Mapping[str, float]) -> str:
 def write(title: str, values: Mapping[str, float], iteration: int, prefix: str = "") -> None:
     """Print `values` and give them to the writers; only the rank that has them writes.
 
-    prefix: goes before every key, e.g. `eval_`.
+    prefix: goes before every key, e.g. `eval_`. With one, the values are on the disk at once:
+    Megatron may end after an evaluation without closing its writer.
     """
     from megatron.training import print_rank_last
     from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
@@ -27,6 +28,8 @@ def write(title: str, values: Mapping[str, float], iteration: int, prefix: str =
     if writer is not None:
         for key, value in named.items():
             writer.add_scalar(key, value, iteration)
+        if prefix:
+            writer.flush()
     if wandb_writer and named:
         wandb_writer.log(named, iteration)
 

@@ -76,7 +76,10 @@ class Data:
 
     def per_split_file(self, **names: tuple[str, ...]) -> tuple[str, ...]:
         """`--per-split-data-args-path`: the blends per split stand in a JSON file."""
-        blends = {s: list(self.weighted(*chosen, split=s)) for s, chosen in names.items()}
+        # A split without data sets must be there too, as null.
+        blends = dict.fromkeys(SPLITS) | {
+            split: list(self.weighted(*chosen, split=split)) for split, chosen in names.items()
+        }
         stem = "_".join(part for split, chosen in names.items() for part in (split, *chosen))
         path = self.folder / f"per_split_{stem}.json"
         path.write_text(json.dumps(blends))

@@ -152,6 +152,7 @@ def rank_main(job: dict[str, Any], rank: int, port: int) -> int:
     try:
         code = call(partial(start, job["script"], job["args"], job["channel_metrics"]))
         code = call(atexit._run_exitfuncs) or code
+        flush_tensorboard()
     finally:
         seen = {name: result() for name, result in observers.items()}
         (folder / f"rank{rank}.json").write_text(json.dumps(seen))
@@ -168,6 +169,14 @@ def start(script: str, args: list[str], channel_metrics: list[str] | None) -> No
     sys.argv = [script, *args]
     sys.path[0] = os.path.dirname(script)
     runpy.run_path(script, run_name="__main__")
+
+
+def flush_tensorboard() -> None:
+    """As the end of an interpreter flushes open files; a forked process ends without that."""
+    from megatron.training import global_vars
+
+    if global_vars._GLOBAL_TENSORBOARD_WRITER is not None:
+        global_vars._GLOBAL_TENSORBOARD_WRITER.flush()
 
 
 def attribute(name: str) -> Any:
