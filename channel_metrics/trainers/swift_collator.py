@@ -60,7 +60,7 @@ def _names(batch: Mapping[str, Any], boundaries: Boundaries) -> Names:
 
 def _names_of_packs(batch: Mapping[str, Any], boundaries: Boundaries) -> Names:
     groups = channels_of({"group": _as_list(batch[GROUP_KEY])}, ("group",))
-    lengths = [_total(segments) for segments in _as_list(batch.get(SEGMENTS_KEY) or [])]
+    lengths = [_total(segments) for segments in _as_list(batch.get(SEGMENTS_KEY, ()))]
     if len(lengths) != len(groups):
         raise ChannelError(
             f"{GROUP_KEY} names {len(groups)} groups, but {SEGMENTS_KEY} has {len(lengths)} "

@@ -7,12 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from swift.sequence_parallel import sequence_parallel
 from swift.trainers import Seq2SeqTrainer
-from torch import Tensor
 
-from channel_metrics.boundaries import rows_as_sequences, token_channel_ids
-from channel_metrics.channels import UNLABELED_ID
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.trainers.hf_batch import BatchChannels
@@ -20,6 +16,7 @@ from channel_metrics.trainers.hf_data import BOUNDS_KEY, declare_channels
 from channel_metrics.trainers.hf_mixin import ChannelMetricsMixin
 from channel_metrics.trainers.hf_state import ChannelState
 from channel_metrics.trainers.swift_collator import GROUP_KEY, SEGMENTS_KEY, SwiftCollator
+from channel_metrics.trainers.swift_cut import ids_of_this_part, kept_bounds
 from channel_metrics.trainers.swift_data import CHANNEL_COLUMN, records_of
 from channel_metrics.trainers.swift_loss import (
     check_loss_functions,
@@ -28,7 +25,7 @@ from channel_metrics.trainers.swift_loss import (
 )
 from channel_metrics.trainers.swift_state import SwiftState
 
-__all__ = ["SwiftChannelMetricsMixin", "kept_bounds", "mixin_for"]
+__all__ = ["SwiftChannelMetricsMixin", "mixin_for"]
 
 
 class SwiftChannelMetricsMixin(ChannelMetricsMixin):
@@ -88,7 +85,7 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
 
     def _cut_with_labels(self, state: ChannelState, batch: BatchChannels, inputs: Any) -> Any:
         if self.template.sequence_parallel_size > 1:
-            return BatchChannels(_ids_of_this_part(state, batch, inputs), None)
+            return BatchChannels(ids_of_this_part(state, batch, inputs), None)
         kept = inputs.get("logits_to_keep")
         if kept is None or batch.cu_seqlens is None:
             return batch
@@ -131,39 +128,3 @@ def mixin_for(trainer_class: type) -> type[SwiftChannelMetricsMixin]:
             f"a {trainer_class.__name__}; leave the metrics out for this task."
         )
     return SwiftChannelMetricsMixin
-
-
-def kept_bounds(cu_seqlens: Tensor, kept: Tensor | int, num_labels: int) -> Tensor:
-    """Boundaries [N + 1] after ms-swift has cut the labels to what is supervised.
-
-    kept: bool [S], the positions whose logits the model computes, or the number of the last
-    positions. num_labels: the labels that are left; the first one is -100, the target of nothing.
-    """
-    if not isinstance(kept, Tensor):
-        # The cut labels are the last ones of the row.
-        end = int(cu_seqlens[-1]) if cu_seqlens.device.type == "cpu" else cu_seqlens[-1]
-        return (cu_seqlens - (end - num_labels)).clamp(min=0)
-    # Position p is the target of p - 1: as many targets are left before p as positions before it.
-    before = torch.nn.functional.pad(kept.to(cu_seqlens).cumsum(0, dtype=cu_seqlens.dtype), (1, 0))
-    bounds = 1 + before[(cu_seqlens.long() - 1).clamp(min=0)]
-    return torch.where(cu_seqlens > 0, bounds, 0).to(cu_seqlens)
-
-
-def _ids_of_this_part(state: ChannelState, batch: BatchChannels, inputs: Any) -> Tensor:
-    """[B, S] ids of the targets, of the part of the rows that this rank has."""
-    tokens = inputs["input_ids"]
-    channels = batch.channels
-    if not isinstance(channels, Tensor):
-        channels = torch.tensor(state.table.ids(channels), dtype=torch.int64, device=tokens.device)
-    bounds = batch.cu_seqlens
-    if bounds is None:
-        bounds = rows_as_sequences(*tokens.shape).to(tokens.device)
-    ids = token_channel_ids(channels, bounds, tokens.numel()).view(tokens.shape)
-    positions = inputs.get("text_position_ids")
-    positions = inputs.get("position_ids") if positions is None else positions
-    # Given as labels, they are padded, shifted and cut as labels are.
-    cut: Tensor = sequence_parallel.pad_and_split_inputs(
-        None, None, ids, None, None, None, real_position_ids=positions
-    )[2]
-    # Its padding for labels is -100.
-    return cut.clamp(min=UNLABELED_ID)
