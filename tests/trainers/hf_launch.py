@@ -15,8 +15,13 @@ import pytest
 
 FOLDER = Path(__file__).parent
 # The groups of a launch run one after the other in processes forked from one.
-LAUNCHES = {"ddp": ("ddp2", "ddp4"), "sharded": ("fsdp", "deepspeed")}
-NEEDS = {"deepspeed": "deepspeed"}
+LAUNCHES = {
+    "ddp": ("hf_cases_ddp2", "hf_cases_ddp4"),
+    "sharded": ("hf_cases_fsdp", "hf_cases_deepspeed"),
+    "swift": ("swift_cases_one",),
+    "swift_ranks": ("swift_cases_two", "swift_cases_sp"),
+}
+NEEDS = {"hf_cases_deepspeed": "deepspeed"}
 TIMEOUT_SECONDS = 240
 
 
@@ -54,10 +59,12 @@ def launch(name: str, tmp_path_factory: pytest.TempPathFactory) -> Launch:
 def _start(name: str, folder: Path) -> str:
     groups = [g for g in LAUNCHES[name] if g not in NEEDS or importlib.util.find_spec(NEEDS[g])]
     path = os.pathsep.join([str(FOLDER.parents[1]), os.environ.get("PYTHONPATH", "")])
+    # Nothing may come from an earlier run.
+    caches = {name: str(folder / "cache") for name in ("HF_DATASETS_CACHE", "MODELSCOPE_CACHE")}
     try:
         ended = subprocess.run(
             [sys.executable, str(FOLDER / "hf_worker.py"), str(folder), *groups],
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, **caches, "PYTHONPATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -2,9 +2,9 @@
 
     python hf_worker.py FOLDER GROUP...
 
-A group is a list of cases that share the processes; a case is a function of `hf_cases_*.py`
-that returns plain values. Every rank writes `FOLDER/<case>.<rank>.json`. The expensive imports
-happen once, in the parent: ranks are forked, and so start in no time.
+A group is a module with a list of cases that share the processes; a case is a function that
+returns plain values. Every rank writes `FOLDER/<case>.<rank>.json`. The expensive imports happen
+once, in the parent: ranks are forked, and so start in no time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,17 @@ def _rank(module: str, rank: int, folder: Path) -> None:
     faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": group.WORLD_SIZE}
     local = {"LOCAL_WORLD_SIZE": group.WORLD_SIZE, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
-    os.environ.update({key: str(value) for key, value in (names | local | group.ENVIRON).items()})
+    environ = names | local if group.WORLD_SIZE > 1 else {}
+    os.environ.update({key: str(value) for key, value in (environ | group.ENVIRON).items()})
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/{module}.{os.getppid()}.store",
-        rank=rank,
-        world_size=group.WORLD_SIZE,
-        timeout=timedelta(seconds=TIMEOUT_SECONDS),
-    )
+    if group.WORLD_SIZE > 1:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/{module}.{os.getppid()}.store",
+            rank=rank,
+            world_size=group.WORLD_SIZE,
+            timeout=timedelta(seconds=TIMEOUT_SECONDS),
+        )
     for case in group.CASES:
         started = time.monotonic()
         try:
@@ -57,6 +59,8 @@ def _rank(module: str, rank: int, folder: Path) -> None:
         if "error" in value:
             # The ranks are out of step now; the parent ends the others.
             os._exit(1)
+    for child in active_children():
+        child.terminate()
     # Some frameworks leave threads and groups that hang or warn at a regular exit.
     os._exit(0)
 
@@ -80,7 +84,5 @@ def _run(module: str, folder: Path) -> None:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     target = Path(sys.argv[1])
-    importlib.import_module("hf_tools")
-    importlib.import_module("channel_metrics.trainers.hf")
     for name in sys.argv[2:]:
-        _run(f"hf_cases_{name}", target)
+        _run(name, target)

@@ -1,0 +1,223 @@
+"""Cases of ms-swift on one process: each run of ms-swift alone, and with channel metrics."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import channel_metrics.patches.ms_swift as patch
+import swift_tools
+import torch
+from hf_case_tools import cases_of
+from swift.trainers.mixin import SwiftMixin
+from swift_files import arguments, make_data, make_model
+from swift_tools import run
+
+from channel_metrics import MetricsConfig
+from channel_metrics.trainers.hf_state import ChannelState
+from channel_metrics.trainers.swift_cut import kept_bounds
+
+WORLD_SIZE = 1
+ENVIRON: dict[str, str] = {}
+
+PACKED: dict[str, Any] = {"packing": True, "per_device_train_batch_size": 1}
+_shared: dict[str, Any] = {}
+
+
+def _given(folder: Path, data: str = "plain", **overrides: Any) -> dict[str, Any]:
+    if not _shared:
+        base = folder.parent / "swift_one"
+        base.mkdir()
+        _shared.update(model=make_model(base / "model"), data=make_data(base))
+    return arguments(_shared["model"], _shared["data"][data], folder, **overrides)
+
+
+def padded(folder: Path) -> Any:
+    return swift_tools.both(_given(folder))
+
+
+def without_the_flag(folder: Path) -> Any:
+    return swift_tools.both(_given(folder, enable_channel_loss=False))
+
+
+def one_row(folder: Path) -> Any:
+    """The model keeps the logits of supervised tokens only, a mask; and with ms-swift's own."""
+    one = {"per_device_train_batch_size": 1}
+    own = swift_tools.run(_given(folder, **one), None)["log"]
+    return swift_tools.both(_given(folder, enable_channel_loss=False, **one)) | {"own": own}
+
+
+def all_logits(folder: Path) -> Any:
+    return swift_tools.both(_given(folder, use_logits_to_keep=False, packing=True))
+
+
+def packing(folder: Path) -> Any:
+    return swift_tools.both(_given(folder, **PACKED))
+
+
+def padding_free(folder: Path) -> Any:
+    own = swift_tools.run(_given(folder, padding_free=True), None)["log"]
+    given = _given(folder, padding_free=True, enable_channel_loss=False)
+    return swift_tools.both(given) | {"own": own}
+
+
+def weighted(folder: Path) -> Any:
+    """`react` weights some tokens with 2; and what ms-swift logs for the same data unweighted."""
+    unweighted = swift_tools.run(_given(folder, "react", **PACKED), None)["log"]
+    return swift_tools.both(_given(folder, "react", loss_scale="react", **PACKED)) | {
+        "unweighted": unweighted
+    }
+
+
+def dft(folder: Path) -> Any:
+    unweighted = swift_tools.run(_given(folder), None)["log"]
+    return swift_tools.both(_given(folder, enable_dft_loss=True)) | {"unweighted": unweighted}
+
+
+def lora(folder: Path) -> Any:
+    given = {"tuner_type": "lora", "lora_rank": 2, "target_modules": ["all-linear"]}
+    return swift_tools.both(_given(folder, **given))
+
+
+def evaluation(folder: Path) -> Any:
+    given = {
+        "val_dataset": [str(_shared["data"]["plain"]) + "#13"],
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "per_device_eval_batch_size": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "metric_for_best_model": "lvis_loss",
+        "load_best_model_at_end": False,
+    }
+    plain = swift_tools.run(
+        _given(folder / "off", **given | {"metric_for_best_model": "loss"}), None
+    )
+    metered = swift_tools.run(_given(folder / "on", **given))
+    best = metered["trainer"].state.best_metric
+    return {"off": plain["log"], "on": metered["log"], "best": best}
+
+
+def pretraining(folder: Path) -> Any:
+    """What `swift pt` does: no chat template, all tokens supervised, long texts are split."""
+    given = {"use_chat_template": False, "loss_scale": "all", "max_length": 16}
+    return swift_tools.both(_given(folder, "texts", truncation_strategy="split", **given))
+
+
+def fused(folder: Path) -> Any:
+    """No column `channel`: it is filled from `metadata._fusion_source`."""
+    # The packs of three steps hold most of the stream.
+    stream = PACKED | {"streaming": True, "gradient_accumulation_steps": 9}
+    return {
+        "dataset": swift_tools.run(_given(folder, "fused"))["log"],
+        "stream": swift_tools.run(_given(folder, "fused", **stream))["log"],
+    }
+
+
+def resumed(folder: Path) -> Any:
+    """Four steps at once; and two, then two more from the checkpoint."""
+    config = MetricsConfig(metrics=("tokens", "tokens_total", "samples_total"))
+    steps = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "logging_steps": 1}
+    logs = []
+    for more in ({}, {"resume_from_checkpoint": str(folder / "0" / "checkpoint-2")}):
+        given = _given(folder / str(len(logs)), **PACKED, **steps, **more)
+        logs.append(run(given, config)["log"])
+    return logs
+
+
+def fault(folder: Path) -> Any:
+    """An error of ours in the second micro-batch, with on_error: warn."""
+    record = ChannelState.record
+    calls: list[int] = []
+
+    def failing(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise ZeroDivisionError("a fault of ours")
+        record(*args, **kwargs)
+
+    ChannelState.record = failing  # type: ignore[method-assign]
+    try:
+        given = _given(folder, enable_channel_loss=False)
+        return swift_tools.both(given, MetricsConfig(on_error="warn")) | {"calls": len(calls)}
+    finally:
+        ChannelState.record = record  # type: ignore[method-assign]
+
+
+def name_clash(folder: Path) -> Any:
+    """A key_format whose keys are those of --enable_channel_loss."""
+    try:
+        swift_tools.run(_given(folder), MetricsConfig(key_format="{metric}_{channel}"))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def grouped_packs(folder: Path) -> Any:
+    """Batches that name a group per pack, as GroupedPackingDataset makes them."""
+    from swift_grouped import with_grouped_packs
+
+    given = _given(folder, packing=True, per_device_train_batch_size=2, enable_channel_loss=False)
+    with with_grouped_packs() as seen:
+        found = swift_tools.run(given)
+    return {"log": found["log"], "packs": seen}
+
+
+def bounds_after_the_cut(folder: Path) -> Any:
+    """ms-swift's own cut of labels [1, S], on random packs; ours by each label's number."""
+    generator = torch.Generator().manual_seed(0)
+    compared = 0
+    for _ in range(100):
+        lengths = torch.randint(1, 7, (4,), generator=generator)
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        size = int(bounds[-1])
+        labels = torch.arange(size).masked_fill(torch.rand(size, generator=generator) < 0.5, -100)
+        labels[bounds[:-1].long()] = -100
+        inputs = {"labels": labels[None]}
+        trainer = type("Trainer", (), {"template": _Template, "args": _Arguments})()
+        SwiftMixin.prepare_logits_to_keep(trainer, inputs)
+        kept = kept_bounds(bounds, inputs["logits_to_keep"], inputs["labels"].shape[-1])
+        for index, label in enumerate(inputs["labels"][0].tolist()):
+            if label != -100:
+                owner = int(torch.searchsorted(kept, index, right=True)) - 1
+                assert bounds[owner] <= label < bounds[owner + 1], (bounds, kept, labels)
+                compared += 1
+        last = inputs["labels"].shape[-1]
+        assert kept_bounds(bounds, last, last).tolist()[-1] == last
+    return compared
+
+
+class _Template:
+    sequence_parallel_size = 1
+
+
+class _Arguments:
+    tuner_backend = "peft"
+
+
+def applied_twice(folder: Path) -> Any:
+    """The plugin by its path, as ms-swift imports it, beside the module; applied once."""
+    import sys
+
+    from swift.trainers import Seq2SeqTrainer
+    from swift.utils.utils import import_external_file
+
+    path = os.path.abspath(patch.__file__)
+    patch.revert()
+    plain = Seq2SeqTrainer.__init__
+    import_external_file(path)
+    once = Seq2SeqTrainer.__init__
+    patch.apply()
+    import trl
+
+    seen = {
+        "patched": once is not plain and Seq2SeqTrainer.__init__ is once,
+        "first on the path": os.path.dirname(path) == sys.path[0],
+        "trl is the package": hasattr(trl, "SFTConfig"),
+    }
+    patch.revert()
+    return seen | {"reverted": Seq2SeqTrainer.__init__ is plain}
+
+
+CASES = cases_of(globals())
