@@ -23,14 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.loss import loss_utils
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
-from channel_metrics.errors import UnsupportedVersionError
+from channel_metrics.errors import ChannelMetricsError, UnsupportedVersionError
 from channel_metrics.faults import FaultGuard
 from channel_metrics.losses import TokenLosses, cross_entropy, token_losses_of_logits
+from channel_metrics.validation import IGNORE_INDEX
 
 __all__ = [
     "Observation",
     "check_loss_hook",
+    "find_shift",
+    "is_causal",
+    "mean_nll",
     "observe_loss",
     "shifted_labels",
     "token_losses_from_outputs",
@@ -179,6 +187,20 @@ def _same_as_original(
     return _verified[reduction]
 
 
+def is_causal(model: Any) -> bool | None:
+    """Whether `model` predicts the next token, by its kind; None if that is not known.
+
+    model: not wrapped for several processes; an adapter of PEFT is looked through.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kinds = {parent.__name__ for parent in type(model).__mro__}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    if kinds.intersection(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        return True
+    return False if kinds.intersection(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()) else None
+
+
 def shifted_labels(labels: Tensor) -> Tensor:
     """[..., S] labels as a causal loss sees them: position t holds the label of t + 1."""
     return torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
@@ -212,4 +234,26 @@ def token_losses_from_outputs(observation: Observation, targets: Tensor) -> Toke
         logits.detach().flatten(0, -2),
         targets.reshape(-1).to(logits.device),
         with_correct=observation.with_correct,
+    )
+
+
+def mean_nll(observation: Observation, labels: Tensor, shift: bool) -> float:
+    """The mean nll of the logits that the model returned, with labels shifted or as they are."""
+    targets = shifted_labels(labels) if shift else labels
+    total = token_losses_from_outputs(observation, targets).reported_sum
+    return float(total / (targets != IGNORE_INDEX).sum().clamp(min=1))
+
+
+def find_shift(target: Tensor, labels: Tensor, *, may_shift: bool) -> bool:
+    """Whether the loss saw shifted labels; one look at the first batch."""
+    flat = target.to(labels.device)
+    if may_shift and torch.equal(flat, shifted_labels(labels).reshape(-1)):
+        return True
+    if torch.equal(flat, labels.reshape(-1)):
+        return False
+    seen, given = (int((ids != IGNORE_INDEX).sum()) for ids in (flat, labels))
+    raise ChannelMetricsError(
+        "the model's loss must see the labels of the batch, shifted by one or as they are, but "
+        f"it saw others (shape {list(labels.shape)}, {seen} supervised against {given} in the "
+        "batch); tokens cannot be matched to their channels. Detach the metrics for this model."
     )

@@ -9,10 +9,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from channel_metrics.config import MetricsConfig
@@ -25,7 +21,7 @@ from channel_metrics.trainers.hf_batch import (
 )
 from channel_metrics.trainers.hf_live import LiveTable, wants_live_table
 from channel_metrics.trainers.hf_loaders import ChannelLoadersMixin
-from channel_metrics.trainers.hf_loss import Observation, check_loss_hook, observe_loss
+from channel_metrics.trainers.hf_loss import Observation, check_loss_hook, is_causal, observe_loss
 from channel_metrics.trainers.hf_parallel import shard_with_labels
 from channel_metrics.trainers.hf_state import TOTALS_FILE, ChannelState
 
@@ -163,14 +159,7 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
 
     def _is_causal(self) -> bool | None:
         """Whether the model predicts the next token, by its kind; None if that is not known."""
-        model = self.accelerator.unwrap_model(self.model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        kinds = {parent.__name__ for parent in type(model).__mro__}
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            return False
-        if kinds.intersection(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
-            return True
-        return False if kinds.intersection(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()) else None
+        return is_causal(self.accelerator.unwrap_model(self.model))
 
     # ---- windows --------------------------------------------------------------------------
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from channel_metrics.accumulator import ChannelLossAccumulator
 from channel_metrics.channels import UNLABELED, metric_key
 from channel_metrics.config import MetricsConfig
-from channel_metrics.errors import ChannelMetricsError, ConfigError, UnsupportedVersionError
+from channel_metrics.errors import ConfigError, UnsupportedVersionError
 from channel_metrics.faults import FaultGuard
 from channel_metrics.losses import TokenLosses
 from channel_metrics.statistics import TokenValues
@@ -22,6 +21,8 @@ from channel_metrics.totals import RunTotals
 from channel_metrics.trainers.hf_batch import BatchChannels, first_records
 from channel_metrics.trainers.hf_loss import (
     Observation,
+    find_shift,
+    mean_nll,
     shifted_labels,
     token_losses_from_outputs,
 )
@@ -91,19 +92,7 @@ class ChannelState:
         how many records are no repetitions, see `real_records`; None means all.
         """
         self.per_token = batch.per_token
-        found = self._captured_losses(observation, labels)
-        reported = None if found is None else found.reported_sum
-        if found is None:
-            found = self._fallback_losses(observation, labels, causal)
-        weights = self._weights(found.nll)
-        values = TokenValues(
-            found.nll.view(labels.shape),
-            (found.target != IGNORE_INDEX).view(labels.shape),
-            None if found.correct is None else found.correct.view(labels.shape),
-            None if weights is None else weights.view(labels.shape),
-        )
-        if self.shifts:
-            values = values.in_target_frame()
+        values, reported = self.token_values(labels, observation, causal=causal)
         if real is not None and real[0] < real[1]:
             batch, values = self._without_repetitions(batch, values, real)
             reported = None
@@ -119,6 +108,26 @@ class ChannelState:
             weights=values.weights,
             reported_sum=reported,
         )
+
+    def token_values(
+        self, labels: Tensor, observation: Observation, *, causal: bool | None
+    ) -> tuple[TokenValues, Tensor | None]:
+        """The values of all positions of `labels`, and the sum that the model's loss is made of.
+
+        That sum is None where the loss does not pass transformers' cross entropy.
+        """
+        found = self._captured_losses(observation, labels)
+        reported = None if found is None else found.reported_sum
+        if found is None:
+            found = self._fallback_losses(observation, labels, causal)
+        weights = self._weights(found.nll)
+        values = TokenValues(
+            found.nll.view(labels.shape),
+            (found.target != IGNORE_INDEX).view(labels.shape),
+            None if found.correct is None else found.correct.view(labels.shape),
+            None if weights is None else weights.view(labels.shape),
+        )
+        return (values.in_target_frame() if self.shifts else values), reported
 
     def _weights(self, nll: Tensor) -> Tensor | None:
         """The weight that the trainer gives to each nll, [T]; None where it gives none."""
@@ -233,7 +242,7 @@ class ChannelState:
         if not candidates:
             return None
         if not self.captured:
-            self.shifts = _find_shift(candidates[0].target, labels, may_shift=not self.per_token)
+            self.shifts = find_shift(candidates[0].target, labels, may_shift=not self.per_token)
             self.captured = True
         return candidates[0]
 
@@ -257,7 +266,7 @@ class ChannelState:
         model_loss = observation.loss()
         if model_loss is not None:
             reported = float(model_loss.detach())
-            means = {shift: _mean_nll(observation, labels, shift) for shift in (True, False)}
+            means = {shift: mean_nll(observation, labels, shift) for shift in (True, False)}
             off = {shift: abs(mean - reported) / abs(reported) for shift, mean in means.items()}
             near = min(off, key=off.__getitem__)
             # A loss in bfloat16 has three digits; the other way is clearly worse or unknown.
@@ -276,24 +285,3 @@ class ChannelState:
                 "entropy of its logits, shifted or not. Detach the metrics for this model."
             )
         return causal
-
-
-def _mean_nll(observation: Observation, labels: Tensor, shift: bool) -> float:
-    targets = shifted_labels(labels) if shift else labels
-    total = token_losses_from_outputs(observation, targets).reported_sum
-    return float(total / (targets != IGNORE_INDEX).sum().clamp(min=1))
-
-
-def _find_shift(target: Tensor, labels: Tensor, *, may_shift: bool) -> bool:
-    """Whether the loss saw shifted labels; one look at the first batch."""
-    flat = target.to(labels.device)
-    if may_shift and torch.equal(flat, shifted_labels(labels).reshape(-1)):
-        return True
-    if torch.equal(flat, labels.reshape(-1)):
-        return False
-    seen, given = (int((ids != IGNORE_INDEX).sum()) for ids in (flat, labels))
-    raise ChannelMetricsError(
-        "the model's loss must see the labels of the batch, shifted by one or as they are, but "
-        f"it saw others (shape {list(labels.shape)}, {seen} supervised against {given} in the "
-        "batch); tokens cannot be matched to their channels. Detach the metrics for this model."
-    )
