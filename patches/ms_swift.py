@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ __all__ = ["apply", "is_applied", "revert"]
 
 _MARK = "_channel_metrics_original"
 _PLUGINS_OPTION = "--external_plugins"
+_COMMANDS = ("sft", "pt")
 # ms-swift puts the folder of a plugin first on the path, where trl.py would stand for trl.
 hide_from_imports(os.path.dirname(os.path.abspath(__file__)))
 
@@ -114,11 +116,18 @@ def _filling(config: MetricsConfig) -> Callable[..., Any]:
 def _with_plugin(original: Any, argv: list[str]) -> None:
     """The command line starts processes that know nothing of this one's patches."""
     original(argv)
-    plugin = os.path.abspath(__file__)
-    if _PLUGINS_OPTION in argv:
-        argv.insert(argv.index(_PLUGINS_OPTION) + 1, plugin)
-    else:
-        argv += [_PLUGINS_OPTION, plugin]
+    # Other commands may not have the option; here, `argv` comes without the command.
+    if sys.argv[1:2] and sys.argv[1] in _COMMANDS:
+        _add_plugin(argv, os.path.abspath(__file__))
+
+
+def _add_plugin(argv: list[str], plugin: str) -> None:
+    for index, argument in enumerate(argv):
+        option, _, value = argument.partition("=")
+        if option == _PLUGINS_OPTION:
+            argv[index : index + 1] = [option, plugin, *([value] if value else [])]
+            return
+    argv += [_PLUGINS_OPTION, plugin]
 
 
 apply()
