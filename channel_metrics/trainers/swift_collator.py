@@ -69,7 +69,7 @@ def _names_of_packs(batch: Mapping[str, Any], boundaries: Boundaries) -> Names:
     rows = batch["labels" if "labels" in batch else "input_ids"].shape[0]
     if rows == len(groups) and rows > 1:
         return [[group] for group in groups]
-    bounds = boundaries.cu_seqlens.tolist()
+    bounds = _bounds_without_padding(batch, boundaries, rows)
     ends = list(accumulate(lengths))
     if not set(ends) <= set(bounds):
         raise ChannelError(
@@ -80,6 +80,16 @@ def _names_of_packs(batch: Mapping[str, Any], boundaries: Boundaries) -> Names:
     starts = [start for start in bounds[:-1] if start < ends[-1]]
     held = Counter(bisect_right(ends, start) for start in starts)
     return [[group] * held[pack] for pack, group in enumerate(groups)]
+
+
+def _bounds_without_padding(
+    batch: Mapping[str, Any], boundaries: Boundaries, rows: int
+) -> list[int]:
+    """Where sequences begin and end among the tokens that the packs were made of."""
+    mask = batch.get("attention_mask")
+    if rows == 1 or rows != boundaries.num_sequences or mask is None:
+        return [int(bound) for bound in boundaries.cu_seqlens.tolist()]
+    return [0, *accumulate(int(length) for length in (mask != 0).sum(-1).tolist())]
 
 
 def _as_list(values: Any) -> list[Any]:

@@ -45,8 +45,11 @@ def with_channel_column(dataset: Any, fields: Sequence[str]) -> Any:
 
 
 def records_of(dataset: Any) -> Any:
-    """The dataset of records inside ms-swift's wrappers: lazily encoded, packed."""
-    while not hasattr(dataset, "column_names") and hasattr(dataset, "dataset"):
+    """The dataset of records inside ms-swift's own wrappers: lazily encoded, packed.
+
+    What is inside a wrapper of somebody else's need not have the channels of its batches.
+    """
+    while type(dataset).__module__.split(".")[0] == "swift" and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
     return dataset
 

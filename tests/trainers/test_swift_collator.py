@@ -83,6 +83,14 @@ def test_packs_in_rows_of_their_own() -> None:
     assert collated(grouped)["channels"] == ["rru", "bbu"]
 
 
+def test_packs_that_were_padded_to_rows_of_sequences() -> None:
+    ids = torch.zeros(3, 4, dtype=torch.int64)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]])
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": mask}
+    grouped = batch | {"packed_group": ["rru", "bbu"], "packed_segments": [6, 3]}
+    assert collated(grouped)["channels"] == ["rru", "rru", "bbu"]
+
+
 def test_a_padded_tail_is_of_no_pack() -> None:
     batch = packed(2, 3, 1) | {"packed_group": ["rru"], "packed_segments": [5]}
     batch["labels"] = torch.tensor([[0, 1, 0, 1, 2, -100]])
@@ -149,4 +157,7 @@ def test_the_records_inside_of_wrappers() -> None:
             self.dataset = dataset
 
     dataset = Dataset.from_list(RECORDS)
-    assert records_of(Wrapper(Wrapper(dataset))) is dataset
+    theirs = type("LazyLLMDataset", (Wrapper,), {"__module__": "swift.dataset.utils"})
+    assert records_of(theirs(theirs(dataset))) is dataset
+    somebody = Wrapper(dataset)
+    assert records_of(theirs(somebody)) is somebody
