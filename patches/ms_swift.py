@@ -23,6 +23,7 @@ import swift
 from channel_metrics.patches import announce, hide_from_imports
 from swift.cli import main as swift_cli
 from swift.dataset import RowPreprocessor
+from swift.pipelines import SwiftSft
 from swift.trainers import Seq2SeqTrainer
 
 from channel_metrics.config import MetricsConfig
@@ -31,6 +32,10 @@ from channel_metrics.trainers.hf import attach, check_trainer
 from channel_metrics.trainers.hf_mixin import ChannelMetricsMixin
 from channel_metrics.trainers.swift_data import CHANNEL_COLUMN, with_channel_column
 from channel_metrics.trainers.swift_loss import check_loss_functions
+from channel_metrics.trainers.swift_megatron_patch import (
+    patch_megatron_trainer,
+    unpatch_megatron_trainer,
+)
 from channel_metrics.yaml_files import CONFIG_VARIABLE, load_metrics_config
 
 __all__ = ["apply", "is_applied", "revert"]
@@ -54,8 +59,10 @@ def apply(config: MetricsConfig | None = None) -> None:
     check_loss_functions()
     path = os.environ.get(CONFIG_VARIABLE)
     chosen = config or (load_metrics_config(path) if path else MetricsConfig())
+    patch_megatron_trainer(chosen)
     for owner, name, patched in (
         (Seq2SeqTrainer, "__init__", _attaching(chosen)),
+        (SwiftSft, "_prepare_dataset", _reaching_megatron(chosen)),
         (RowPreprocessor, "__call__", _filling(chosen)),
         (swift_cli, "parse_yaml_args", _with_plugin),
     ):
@@ -65,8 +72,10 @@ def apply(config: MetricsConfig | None = None) -> None:
 
 def revert() -> None:
     """Put the originals back; trainers made before keep their metrics."""
+    unpatch_megatron_trainer()
     for owner, name in (
         (Seq2SeqTrainer, "__init__"),
+        (SwiftSft, "_prepare_dataset"),
         (RowPreprocessor, "__call__"),
         (swift_cli, "parse_yaml_args"),
     ):
@@ -100,6 +109,16 @@ def _attaching(config: MetricsConfig) -> Callable[..., None]:
                 attach(trainer, config)
 
     return init_with_metrics
+
+
+def _reaching_megatron(config: MetricsConfig) -> Callable[..., Any]:
+    """`megatron sft` prepares its data as `swift sft` does; by then its own trainer is imported."""
+
+    def prepare_dataset(original: Any, *args: Any, **kwargs: Any) -> Any:
+        patch_megatron_trainer(config)
+        return original(*args, **kwargs)
+
+    return prepare_dataset
 
 
 def _filling(config: MetricsConfig) -> Callable[..., Any]:

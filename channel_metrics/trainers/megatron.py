@@ -83,6 +83,8 @@ class MegatronChannelMetrics:
         cu_seqlens: Tensor | None = None,
         packed_seq_params: Any = None,
         sequences: Tensor | None = None,
+        weights: Tensor | None = None,
+        reports_sum: bool = True,
     ) -> Callable[..., Any]:
         """`loss_func`, which when called also counts the losses it is given.
 
@@ -91,6 +93,8 @@ class MegatronChannelMetrics:
             the shape of the losses, 0 where not supervised. cu_seqlens, packed_seq_params: the
             sequences of a pack, where `channels` is one per sequence; not after a cut.
         sequences: where `channels` is one per token, the channel of each sequence, for `samples`.
+        weights: what `loss_func` multiplies each loss with, of their shape, for `weighted_loss`.
+        reports_sum: whether the sum that `loss_func` reports is that of these losses, unweighted.
         """
 
         @functools.wraps(loss_func)
@@ -100,7 +104,8 @@ class MegatronChannelMetrics:
                 return result
             with self.guard.guarded(), torch.no_grad():
                 bounds = _bounds(cu_seqlens, packed_seq_params)
-                self._add(losses.detach(), channels, loss_mask, bounds, _reported_sum(result))
+                reported = _reported_sum(result) if reports_sum else None
+                self._add(losses.detach(), channels, loss_mask, bounds, reported, weights=weights)
                 if sequences is not None and _is_first_shard():
                     self._add_samples(sequences)
             return result
@@ -171,6 +176,8 @@ class MegatronChannelMetrics:
         loss_mask: Tensor,
         cu_seqlens: Tensor | None,
         reported_sum: Tensor | None,
+        *,
+        weights: Tensor | None,
     ) -> None:
         correct = None
         if "token_acc" in self.config.metrics:
@@ -190,8 +197,9 @@ class MegatronChannelMetrics:
             losses,
             channels=ids,
             cu_seqlens=cu_seqlens,
-            loss_mask=loss_mask.reshape(losses.shape),
+            loss_mask=_of_shape("loss_mask", loss_mask, losses),
             correct=None if correct is None else correct.reshape(losses.shape),
+            weights=None if weights is None else weights.reshape(losses.shape),
             reported_sum=reported_sum,
         )
 
@@ -213,6 +221,16 @@ class MegatronChannelMetrics:
         # All ranks were given the same names; those met on the way are agreed on at the next sync.
         sums.agreed_names = self.table.names
         return sums
+
+
+def _of_shape(name: str, values: Tensor, losses: Tensor) -> Tensor:
+    if values.numel() != losses.numel():
+        raise BoundaryError(
+            f"{name} of shape {list(values.shape)} does not fit losses of shape "
+            f"{list(losses.shape)}; pass the mask that the loss function multiplies the losses "
+            "with, cut as they are."
+        )
+    return values.reshape(losses.shape)
 
 
 def _counts_here() -> bool:
