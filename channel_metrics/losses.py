@@ -18,7 +18,36 @@ from torch import Tensor
 
 from channel_metrics.validation import IGNORE_INDEX
 
-__all__ = ["TokenLosses", "cross_entropy", "is_correct", "token_losses_of_logits"]
+__all__ = ["HeadInputs", "TokenLosses", "cross_entropy", "is_correct", "token_losses_of_logits"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadInputs:
+    """What a loss gets that starts from hidden states; H is the hidden size.
+
+    hidden: [T, H]. weight: [V, H] of the head. target: int64 [T]. bias: [V], or None.
+    chunk_size: rows of logits that exist at a time, where that can be chosen.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    bias: Tensor | None = None
+    ignore_index: int = IGNORE_INDEX
+    with_correct: bool = True
+    chunk_size: int = 1024
+
+    @torch.no_grad()
+    def correct(self) -> Tensor | None:
+        """bool [T] by one more projection, `chunk_size` rows at a time; None if not asked for."""
+        if not self.with_correct:
+            return None
+        pairs = zip(
+            torch.split(self.hidden, self.chunk_size),
+            torch.split(self.target, self.chunk_size),
+            strict=True,
+        )
+        return torch.cat([is_correct(F.linear(h, self.weight, self.bias), t) for h, t in pairs])
 
 
 @dataclass(frozen=True)

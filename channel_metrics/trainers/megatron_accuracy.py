@@ -1,6 +1,6 @@
 """Token correctness from vocab-parallel logits, before Megatron's cross entropy overwrites them.
 
-Letters: S sequence positions, B rows, V the vocabulary held by one tensor-parallel rank.
+Letters: S sequence positions, B rows.
 """
 
 from __future__ import annotations
@@ -15,42 +15,14 @@ from torch import Tensor
 
 from channel_metrics.errors import ChannelMetricsError
 from channel_metrics.faults import FaultGuard
+from channel_metrics.vocab_parallel_losses import vocab_parallel_correct
 
-__all__ = ["Correctness", "vocab_parallel_correct"]
+__all__ = ["Correctness"]
 
 _METHOD = "compute_language_model_loss"
 _MARK = "_channel_metrics_watched"
 # One for the model's own loss and one per depth of multi-token prediction, of two micro-batches.
 _MAX_PENDING = 32
-
-
-def vocab_parallel_correct(
-    logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None
-) -> Tensor:
-    """bool [B, S]: whether the target has the largest logit; one that ties for it counts.
-
-    logits: [S, B, V], this rank's part of the vocabulary, in the order of the ranks. labels:
-    [B, S] ids in the whole vocabulary; one outside of it (-100) is never correct. group: the
-    tensor-parallel group, all of whose ranks call this; one all-reduce of two values per token.
-    """
-    with torch.no_grad():
-        size = logits.shape[-1]
-        parallel = group is not None and dist.get_world_size(group) > 1
-        first = dist.get_rank(group) * size if parallel else 0
-        target = labels.transpose(0, 1) - first
-        held = (target >= 0) & (target < size)
-        at = target.clamp(0, size - 1).unsqueeze(-1)
-        lowest = torch.finfo(logits.dtype).min
-        of_target = logits.detach().gather(-1, at).squeeze(-1)
-        # Half precision is exact in float32, in which every backend can reduce.
-        both = torch.stack([logits.detach().amax(-1), of_target.masked_fill(~held, lowest)]).float()
-        known = held
-        if parallel:
-            dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
-            known = (labels.transpose(0, 1) >= 0) & (
-                target + first < size * dist.get_world_size(group)
-            )
-        return ((both[1] >= both[0]) & known).transpose(0, 1)
 
 
 class Correctness:
