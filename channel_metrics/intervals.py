@@ -12,6 +12,11 @@ of two sums over them, and its variance is that of the linearised ratio estimato
 populations: the interval is about the source that the dataset was drawn from). The interval is
 r +- t * sqrt(v), with the quantile of Student's t with m - 1 degrees of freedom.
 
+Where all values are as low, or as high, as values can be (no token of the sample was predicted),
+v is 0, and an interval without width would be wrong. There each sequence counts as one draw, and
+the interval is the exact one for m draws that all came out alike: its width is 1 - 0.025^(1/m)
+of the possible range (C. J. Clopper and E. S. Pearson, Biometrika 26, 1934).
+
 >>> sums = moments(torch.tensor([4.0, 6.0]), torch.tensor([2.0, 2.0]))
 >>> found = ratio_interval(sums.tolist())
 >>> round(found.value, 3), round(found.high, 3)
@@ -65,6 +70,9 @@ def ratio_interval(
     mean = y / n
     if m < 2:
         return Interval(mean, None, None)
+    if mean in (lowest, highest) and math.isfinite(highest - lowest):
+        width = (highest - lowest) * (1 - 0.025 ** (1 / m))
+        return Interval(mean, max(mean - width, lowest), min(mean + width, highest))
     squares = max(y_squared - 2 * mean * y_times_n + mean * mean * n_squared, 0.0)
     half = student_t(round(m) - 1) * math.sqrt(m / (m - 1) * squares) / n
     return Interval(mean, max(mean - half, lowest), min(mean + half, highest))

@@ -170,6 +170,8 @@ class ProbeBudget:
     """Which step is probed next, so that all probes together stay within `max_overhead`.
 
     It is fed with times that are the same on all ranks, so all ranks come to the same step.
+
+    next_step: where the next probe is due. distance: the steps between two probes, for now.
     """
 
     def __init__(self, every: int, max_overhead: float | None, *, step: int = 0) -> None:
@@ -177,6 +179,7 @@ class ProbeBudget:
         self.train_seconds = 0.0
         self.probe_seconds = 0.0
         self._last_step = step
+        self.distance = every
         self.next_step = (step // every + 1) * every
 
     @property
@@ -199,4 +202,5 @@ class ProbeBudget:
             steps_needed = needed * num_steps / train_seconds
             reached = step + max(math.ceil(steps_needed), 1)
             intervals = max(-(-reached // self.every) - step // self.every, 1)
-        self.next_step = (step // self.every + intervals) * self.every
+        self.distance = intervals * self.every
+        self.next_step = step // self.every * self.every + self.distance

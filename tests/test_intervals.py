@@ -80,6 +80,14 @@ def test_limits_cut_the_interval() -> None:
     assert found == Interval(0.5, 0.0, 1.0)
 
 
+@pytest.mark.parametrize(("right", "low", "high"), [(0, 0.0, 0.6024), (1, 0.3976, 1.0)])
+def test_interval_where_all_tokens_are_alike(right: int, low: float, high: float) -> None:
+    """Clopper and Pearson for 4 draws: 0.025 ** (1 / 4) is 0.3976."""
+    found = interval_of([(right * n, n) for n in (3, 5, 7, 9)], lowest=0.0, highest=1.0)
+    assert found is not None and found.value == right
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
+
+
 def test_interval_covers_the_truth_where_tokens_are_correlated() -> None:
     """Sequences with a level of their own: 95 % covered, and by far not if tokens were counted."""
     rng = random.Random(0)
