@@ -74,7 +74,9 @@ def names_in(wheel: Path) -> set[str]:
 
 
 def names_in_tree() -> set[str]:
-    files = {str(path.relative_to(ROOT)) for path in (ROOT / "channel_metrics").rglob("*.py")}
+    package = ROOT / "channel_metrics"
+    paths = [*package.rglob("*.py"), *(package / "analysis" / "page").iterdir()]
+    files = {str(path.relative_to(ROOT)) for path in paths}
     patches = (path.relative_to(ROOT / "patches") for path in (ROOT / "patches").rglob("*.py"))
     return files | {f"channel_metrics/patches/{p}" for p in patches} | {"channel_metrics/py.typed"}
 

@@ -1,0 +1,225 @@
+// One chart: axes, curves, a cursor that reads values, zoom.
+const UNITS = { loss: "nats per token", token_acc: "correct tokens", share: "tokens of all channels" };
+const MAX_LABELS = 12;
+const MAX_READ = 10;
+
+class Chart {
+  constructor(figure) {
+    this.metric = figure.dataset.metric;
+    this.figure = figure;
+    this.plot = figure.querySelector(".plot");
+    this.tip = figure.querySelector(".tip");
+    this.live = figure.querySelector(".live");
+    this.cursor = null;
+    this.svg = null;
+    this.plot.addEventListener("pointermove", (event) => this.onMove(event));
+    this.plot.addEventListener("pointerleave", () => this.setCursor(null));
+    this.plot.addEventListener("pointerdown", (event) => this.onDown(event));
+    this.plot.addEventListener("pointerup", (event) => this.onUp(event));
+    this.plot.addEventListener("dblclick", () => zoomTo(null));
+    this.plot.addEventListener("keydown", (event) => this.onKey(event));
+    this.plot.addEventListener("blur", () => this.setCursor(null));
+  }
+
+  render() {
+    const width = this.plot.clientWidth;
+    const height = this.plot.clientHeight;
+    const curves = curvesNow(this.metric);
+    this.curves = curves.filter((curve) => !hasSmoothTwin(curve, curves));
+    const labels = width > 560 && new Set(curves.map((c) => c.channel)).size <= MAX_LABELS;
+    this.area = { left: 50, right: width - (labels ? 118 : 14), top: 10, bottom: height - 40 };
+    this.setScales(curves);
+    this.svg?.remove();
+    this.svg = drawn("svg", { width, height, "aria-hidden": "true" });
+    this.svg.append(this.axes(), this.lines(curves));
+    if (labels) this.svg.append(this.labels());
+    this.mark = drawn("g", { class: "cursor" });
+    this.svg.append(this.mark);
+    this.plot.prepend(this.svg);
+    this.figure.classList.toggle("empty", curves.length === 0);
+    this.setCursor(null);
+  }
+
+  setScales(curves) {
+    const all = curves.flatMap((curve) => [positions(curve)[0], positions(curve).at(-1)]);
+    let [low, high] = state.zoom ?? [Math.min(...all), Math.max(...all)];
+    if (!state.zoom && state.x === "tokens") low = 0;
+    if (!Number.isFinite(low) || !Number.isFinite(high)) [low, high] = [0, 1];
+    if (low === high) [low, high] = [low - 1, high + 1];
+    const { left, right, top, bottom } = this.area;
+    this.x = (value) => left + ((value - low) / (high - low)) * (right - left);
+    this.x.invert = (pixel) => low + ((pixel - left) / (right - left)) * (high - low);
+    this.x.domain = [low, high];
+    const [floor, roof] = this.yDomain(curves, low, high);
+    const bend = this.log ? Math.log : (value) => value;
+    this.y = (value) => bottom - ((bend(value) - bend(floor)) / (bend(roof) - bend(floor))) * (bottom - top);
+    this.y.domain = [floor, roof];
+    this.y.log = this.log;
+  }
+
+  yDomain(curves, low, high) {
+    this.log = state.log && this.metric === "loss";
+    let floor = Infinity;
+    let roof = -Infinity;
+    for (const curve of curves) {
+      const at = positions(curve);
+      for (let i = 0; i < at.length; i++) {
+        const value = curve.values[i];
+        if (value === null || at[i] < low || at[i] > high || (this.log && value <= 0)) continue;
+        floor = Math.min(floor, value);
+        roof = Math.max(roof, value);
+      }
+    }
+    if (!Number.isFinite(floor)) return this.log ? [0.1, 1] : [0, 1];
+    if (this.log) return floor === roof ? [floor / 2, roof * 2] : [floor * 0.92, roof * 1.08];
+    if (state.fromZero && floor >= 0) {
+      return [0, this.metric === "token_acc" && roof <= 1 ? 1 : roof * 1.04 || 1];
+    }
+    const room = (roof - floor || Math.abs(roof) || 1) * 0.05;
+    return [floor - room, roof + room];
+  }
+
+  axes() {
+    const group = drawn("g", { class: "axes" });
+    const { left, right, top, bottom } = this.area;
+    const [floor, roof] = this.y.domain;
+    const across = linearTicks(...this.x.domain, (right - left) / 90, 1).ticks;
+    const up = this.log ? logTicks(floor, roof) : linearTicks(floor, roof, (bottom - top) / 48).ticks;
+    const step = this.log ? null : linearTicks(floor, roof, (bottom - top) / 48).step;
+    const text = this.log ? (value) => String(value) : tickText(this.metric, step);
+    for (const tick of up) {
+      const y = Math.round(this.y(tick)) + 0.5;
+      group.append(drawn("line", { class: tick === 0 ? "base" : "grid", x1: left, x2: right, y1: y, y2: y }));
+      group.append(drawn("text", { class: "tick", x: left - 8, y: y + 4, "text-anchor": "end" }, text(tick)));
+    }
+    for (const tick of across) {
+      const x = Math.round(this.x(tick)) + 0.5;
+      group.append(drawn("line", { class: "base", x1: x, x2: x, y1: bottom, y2: bottom + 4 }));
+      group.append(drawn("text", { class: "tick", x, y: bottom + 18, "text-anchor": "middle" }, asTick(tick, this.x.domain[1])));
+    }
+    const title = state.x === "tokens" ? "supervised tokens of the channel itself" : "step";
+    group.append(drawn("text", { class: "title", x: right, y: bottom + 35, "text-anchor": "end" }, title));
+    return group;
+  }
+
+  lines(curves) {
+    const { left, right, top, bottom } = this.area;
+    const id = `clip-${this.metric}`;
+    const group = drawn("g", { "clip-path": `url(#${id})` });
+    const clip = drawn("clipPath", { id });
+    const size = { x: left - 4, y: top - 6, width: right - left + 8, height: bottom - top + 10 };
+    clip.append(drawn("rect", size));
+    group.append(clip);
+    drawCurves(group, curves, this.x, this.y);
+    return group;
+  }
+
+  // Names at the ends of the lines, moved apart where they would overlap.
+  labels() {
+    const group = drawn("g", { class: "labels" });
+    const ends = new Map();
+    for (const curve of this.curves) {
+      if (curve.split !== "train" || ends.has(curve.channel)) continue;
+      const last = curve.values.findLastIndex((value, i) => drawable(value, this.y) && positions(curve)[i] <= this.x.domain[1]);
+      if (last >= 0) ends.set(curve.channel, { x: this.x(positions(curve)[last]), y: this.y(curve.values[last]) });
+    }
+    const placed = [...ends].map(([channel, end]) => ({ channel, ...end, at: end.y })).sort((a, b) => a.y - b.y);
+    const gap = 15;
+    placed.forEach((label, i) => {
+      if (i) label.at = Math.max(label.at, placed[i - 1].at + gap);
+    });
+    let limit = this.area.bottom + 2;
+    for (const label of placed.toReversed()) {
+      label.at = Math.min(label.at, limit);
+      limit = label.at - gap;
+    }
+    for (const { channel, x, y, at } of placed) {
+      const from = Math.min(x + 3, this.area.right);
+      group.append(drawn("path", { class: `lead ${colorOf(channel)}`, d: `M${from} ${y}L${this.area.right + 9} ${at}` }));
+      const name = nameOf(channel);
+      const text = drawn("text", { class: `name ${colorOf(channel)}`, x: this.area.right + 13, y: at + 4 }, cutName(name, 15));
+      group.append(text);
+    }
+    return group;
+  }
+
+  onMove(event) {
+    const pixel = event.clientX - this.plot.getBoundingClientRect().left;
+    if (this.dragFrom !== undefined) this.drag(pixel);
+    const inside = pixel >= this.area.left - 6 && pixel <= this.area.right + 6;
+    this.setCursor(inside ? this.x.invert(pixel) : null);
+  }
+
+  onDown(event) {
+    if (event.button !== 0 || event.pointerType === "touch") return;
+    this.dragFrom = event.clientX - this.plot.getBoundingClientRect().left;
+    this.box = drawn("rect", { class: "zoom", y: this.area.top, height: this.area.bottom - this.area.top });
+    this.svg.append(this.box);
+  }
+
+  drag(pixel) {
+    this.box.setAttribute("x", Math.min(pixel, this.dragFrom));
+    this.box.setAttribute("width", Math.abs(pixel - this.dragFrom));
+  }
+
+  onUp(event) {
+    if (this.dragFrom === undefined) return;
+    const to = event.clientX - this.plot.getBoundingClientRect().left;
+    const ends = [this.dragFrom, to].sort((a, b) => a - b).map((pixel) => this.x.invert(pixel));
+    const wide = Math.abs(to - this.dragFrom) > 8;
+    this.dragFrom = undefined;
+    this.box.remove();
+    if (wide) zoomTo(ends);
+  }
+
+  onKey(event) {
+    const [low, high] = this.x.domain;
+    const at = this.cursor ?? low;
+    const moves = {
+      ArrowLeft: () => this.setCursor(this.neighbour(at, -1), true),
+      ArrowRight: () => this.setCursor(this.cursor === null ? low : this.neighbour(at, 1), true),
+      Home: () => this.setCursor(low, true),
+      End: () => this.setCursor(high, true),
+      "+": () => zoomTo([at - (at - low) / 2, at + (high - at) / 2]),
+      "-": () => zoomTo(null),
+    };
+    if (!moves[event.key] || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    moves[event.key]();
+  }
+
+  // The next point of any curve, at least a fiftieth of the axis away where there are many.
+  neighbour(at, sign) {
+    const [low, high] = this.x.domain;
+    const least = at + sign * ((high - low) / 200);
+    let best = sign > 0 ? high : low;
+    for (const curve of this.curves) {
+      for (const position of positions(curve)) {
+        const is = sign > 0 ? position > least && position < best : position < least && position > best;
+        if (is) best = position;
+      }
+    }
+    return best;
+  }
+
+  setCursor(at, aloud = false) {
+    this.cursor = at;
+    this.mark?.replaceChildren();
+    this.tip.hidden = true;
+    if (at === null || !this.curves?.length) return;
+    const read = readAt(this, at);
+    if (!read.length) return;
+    drawCursor(this, read);
+    if (aloud) this.live.textContent = [cursorTitle(read[0].at), ...read.map(({ label, text }) => `${label}: ${text}`)].join(", ");
+  }
+}
+
+const cutName = (name, length) => {
+  const letters = [...name];
+  return letters.length > length ? `${letters.slice(0, length - 1).join("")}…` : name;
+};
+
+const zoomTo = (ends) => {
+  state.zoom = ends;
+  changed("view");
+};

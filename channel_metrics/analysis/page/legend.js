@@ -1,0 +1,102 @@
+// The list of channels: search, order, how many are drawn; a click isolates one.
+const legend = find("#legend-list");
+
+const legendItem = (channel) => {
+  const row = rowOf[channel];
+  const box = element("input", { type: "checkbox", tabindex: "-1", "aria-label": `draw ${nameOf(channel)}` });
+  const button = element(
+    "button",
+    { type: "button", class: "channel", tabindex: "-1", "aria-pressed": "false", title: nameOf(channel) },
+    element("span", { class: "swatch" }),
+    element("bdi", {}, nameOf(channel)),
+    element("span", { class: "value" }, row?.loss == null ? "" : asLoss(row.loss)),
+  );
+  const item = element("li", {}, box, button);
+  item.dataset.channel = channel;
+  box.addEventListener("change", () => toggle(channel));
+  button.addEventListener("click", (event) =>
+    event.ctrlKey || event.metaKey || event.shiftKey ? toggle(channel) : isolate(channel),
+  );
+  return item;
+};
+
+const items = new Map(DATA.channels.map((_, channel) => [channel, legendItem(channel)]));
+
+// One stop of the tab key for the whole list; the arrows move in it.
+let focused = null;
+const listed = () => [...legend.children].filter((item) => !item.hidden);
+const moveFocus = (item) => {
+  if (!item) return;
+  focused = item;
+  for (const other of legend.children) other.querySelector("button").tabIndex = other === item ? 0 : -1;
+};
+
+const drawLegend = () => {
+  const drawnNow = new Set(visible());
+  for (const [channel, item] of items) {
+    const [box, button] = item.children;
+    box.checked = state.shown.has(channel);
+    button.setAttribute("aria-pressed", String(state.isolated === channel));
+    button.querySelector(".swatch").setAttribute("class", `swatch ${colorOf(channel)}`);
+    item.classList.toggle("dim", !drawnNow.has(channel));
+    item.hidden = !matches(channel);
+  }
+  const shown = listed();
+  if (!shown.includes(focused)) moveFocus(shown[0]);
+  find("#legend-none").hidden = shown.length > 0;
+  const found = state.query ? `${shown.length} of ${DATA.channels.length} found, ` : "";
+  const isolated = state.isolated === null ? `${drawnNow.size} of ${DATA.channels.length} drawn` : "1 isolated";
+  find("#legend-count").textContent = found + isolated;
+  find("#show-all").hidden = state.isolated === null;
+};
+
+const orderLegend = () => legend.replaceChildren(...ordered().map((channel) => items.get(channel)));
+
+legend.addEventListener("focusin", (event) => moveFocus(event.target.closest("li")));
+legend.addEventListener("keydown", (event) => {
+  const shown = listed();
+  const at = shown.indexOf(event.target.closest("li"));
+  const moves = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: shown.length - 1 };
+  if (event.key === " ") {
+    event.preventDefault();
+    toggle(Number(shown[at].dataset.channel));
+  } else if (event.key in moves) {
+    event.preventDefault();
+    const next = shown[Math.max(0, Math.min(shown.length - 1, moves[event.key]))];
+    moveFocus(next);
+    next.querySelector("button").focus();
+  }
+});
+
+find("#search").addEventListener("input", (event) => {
+  state.query = event.target.value;
+  changed("search");
+});
+find("#search").addEventListener("keydown", (event) => {
+  const shown = listed();
+  if (event.key === "Enter" && shown.length) {
+    state.shown = new Set(shown.map((item) => Number(item.dataset.channel)));
+    state.isolated = null;
+    recolor();
+    changed("channels");
+  } else if (event.key === "ArrowDown" && shown.length) {
+    event.preventDefault();
+    shown[0].querySelector("button").focus();
+  }
+});
+find("#order").addEventListener("change", (event) => {
+  state.order = event.target.value;
+  orderLegend();
+  showTop();
+  changed("channels");
+});
+find("#top").addEventListener("change", (event) => {
+  state.top = event.target.value === "all" ? Infinity : Number(event.target.value);
+  state.isolated = null;
+  showTop();
+  changed("channels");
+});
+find("#show-all").addEventListener("click", () => {
+  isolate(state.isolated);
+  (focused?.querySelector("button") ?? find("#search")).focus();
+});
