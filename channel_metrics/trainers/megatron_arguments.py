@@ -18,6 +18,7 @@ __all__ = [
     "config_of",
     "data_paths",
     "dataset_name",
+    "declared_names",
     "is_on",
     "name_by_path",
     "validate",
@@ -84,18 +85,27 @@ def validate(args: Any) -> None:
         return
     config = config_of(args)
     _refuse_unsupported(args, config)
-    names = name_by_path(args)
-    if names:
-        ChannelTable(names.values(), key_format=config.key_format)
+    ChannelTable(declared_names(args), key_format=config.key_format)
+
+
+def declared_names(args: Any) -> list[str]:
+    """The channels that are known before any data is read, in their order, each once."""
+    has_other_sources = getattr(args, "sft", False) or _is_external(args)
+    # Named in the records, or by the loader; but the data sets and the names must fit all the same.
+    names = name_by_path(args).values()
+    return list(dict.fromkeys(args.channels if has_other_sources else names))
 
 
 def name_by_path(args: Any) -> dict[str | None, str]:
     """{path of a data set: its channel}, in the order of the blend; mock data has the path None.
 
     With --sft, the names given are those of conversations; data sets are named by their paths.
+    A data loader of the script's own has no paths.
     """
-    paths = data_paths(args)
     given = list(args.channels or ())
+    if _is_external(args):
+        return {}
+    paths = data_paths(args)
     if not paths:
         return _mock_name(args, given)
     if getattr(args, "sft", False) or not given:
@@ -130,6 +140,10 @@ def _blends(args: Any) -> list[list[str]]:
 def dataset_name(path: str | None) -> str:
     """The channel of a data set that no data option names."""
     return _MOCK if path is None else _without_ending(path)[-1]
+
+
+def _is_external(args: Any) -> bool:
+    return getattr(args, "dataloader_type", None) == "external"
 
 
 def _fits(args: Any, given: Sequence[str], paths: Sequence[str]) -> bool:

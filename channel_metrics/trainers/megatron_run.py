@@ -15,7 +15,12 @@ from channel_metrics.channels import ChannelTable
 from channel_metrics.faults import FaultGuard
 from channel_metrics.totals import RunTotals
 from channel_metrics.trainers.megatron import MegatronChannelMetrics
-from channel_metrics.trainers.megatron_arguments import config_of, dataset_name, name_by_path
+from channel_metrics.trainers.megatron_arguments import (
+    config_of,
+    dataset_name,
+    declared_names,
+    name_by_path,
+)
 from channel_metrics.trainers.megatron_data import ChannelDataset
 
 __all__ = ["TOTALS_FILE", "MegatronRun"]
@@ -31,10 +36,8 @@ class MegatronRun:
         self.args = args
         self.config = config_of(args)
         self._names = name_by_path(args)
-        # The names of conversations come from their files, where those have any.
-        declared = args.channels if getattr(args, "sft", False) else self._names.values()
         self.table = ChannelTable(
-            dict.fromkeys((*declared, *self.config.channels)),
+            dict.fromkeys((*declared_names(args), *self.config.channels)),
             unknown=self.config.unknown,
             key_format=self.config.key_format,
         )
