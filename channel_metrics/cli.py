@@ -172,6 +172,7 @@ add_commands(app, _reported_errors, _console)
 
 
 def _show_run(summary: TrainSummary, settings: TrainConfig) -> None:
+    from channel_metrics.analysis.report_command import report_of_training
     from channel_metrics.summary import render
 
     console = _console()
@@ -189,6 +190,7 @@ def _show_run(summary: TrainSummary, settings: TrainConfig) -> None:
     # Not through rich, which would wrap a path or take its brackets for markup.
     typer.echo(f"run folder:  {summary.output_dir}")
     typer.echo(f"TensorBoard: tensorboard --logdir {shlex.quote(str(summary.output_dir))}")
+    typer.echo(report_of_training(summary.output_dir, "trainer_state"))
 
 
 def _show_check(result: CheckResult) -> None:

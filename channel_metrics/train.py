@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from channel_metrics.analysis.run import RUN_FILE
 from channel_metrics.channels import channels_of, field_roots
 from channel_metrics.errors import ConfigError
 from channel_metrics.extras import need
@@ -31,7 +33,8 @@ class TrainSummary:
     """One per channel."""
 
     output_dir: Path
-    """The run folder: TensorBoard's files, `trainer_state.json`, and checkpoints if any."""
+    """The run folder: TensorBoard's files, `trainer_state.json`, the configured ratios (for the
+    report), and checkpoints if any."""
 
     log_history: list[dict[str, Any]] = field(repr=False)
     """What the trainer logged."""
@@ -65,6 +68,8 @@ def train(
     trainer = _trainer(config, arguments, tokenizer, mixture)
     trainer.train()
     _finish(trainer)
+    if trainer.is_world_process_zero():
+        _write_ratios(config, output_dir)
     logs: list[dict[str, Any]] = trainer.state.log_history
     return TrainSummary(
         rows=summarize(logs, _channels(config, mixture), config.metrics.key_format),
@@ -153,6 +158,12 @@ def _finish(trainer: Trainer) -> None:
     if trainer.args.save_strategy != "no":
         trainer.save_model()
     trainer.save_state()
+
+
+def _write_ratios(config: TrainConfig, output_dir: Path) -> None:
+    """Keep what was configured, for the report; the trainer's own files do not have it."""
+    ratios = {source.name: source.ratio for source in config.sources}
+    (output_dir / RUN_FILE).write_text(json.dumps({"ratios": ratios}) + "\n", encoding="utf-8")
 
 
 def _channels(config: TrainConfig, mixture: Mixture) -> Sequence[str]:

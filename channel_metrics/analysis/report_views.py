@@ -204,8 +204,6 @@ def shown(name: str) -> str:
 
 def _visible(character: str) -> str:
     code = ord(character)
-    if code < 0x20:
-        return chr(0x2400 + code)
     # Controls, lone surrogates, and what would reorder or hide the text around it.
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
         return character if code in _JOINERS else f"⟨{code:04X}⟩"
