@@ -8,6 +8,7 @@ Megatron's own loop. It runs in the harness of the tests, so `cpu.py` says what 
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterable
@@ -16,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from channel_metrics.analysis.report_command import report_of_training
+from channel_metrics.analysis.run import RUN_FILE
 from channel_metrics.encoding import encode
 from channel_metrics.mixture import source_records
 from channel_metrics.summary import render, summarize
@@ -89,6 +92,9 @@ def _show(run: Run, sources: Iterable[Source]) -> None:
     )
     print(f"log:         {run.folder / 'rank3.out'}")
     print(f"TensorBoard: tensorboard --logdir {run.folder / 'tensorboard'}")
+    ratios = {source.name: source.ratio for source in sources}
+    (run.folder / RUN_FILE).write_text(json.dumps({"ratios": ratios}))
+    print(report_of_training(run.folder, "tensorboard", list(ratios)))
 
 
 if __name__ == "__main__":
