@@ -44,7 +44,10 @@ _MARK = "_channel_metrics_original"
 _PLUGINS_OPTION = "--external_plugins"
 _COMMANDS = ("sft", "pt")
 # ms-swift puts the folder of a plugin first on the path, where trl.py would stand for trl.
-hide_from_imports(os.path.dirname(os.path.abspath(__file__)))
+_FOLDER = os.path.dirname(os.path.abspath(__file__))
+hide_from_imports(_FOLDER)
+# Processes that are spawned from this one take over its path, but nothing that hides a folder.
+sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != _FOLDER]
 
 
 def apply(config: MetricsConfig | None = None) -> None:
