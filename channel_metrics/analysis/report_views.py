@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from channel_metrics.analysis.curves import splits_of
+from channel_metrics.analysis.curves import METRICS, splits_of
 from channel_metrics.analysis.findings import (
     SelfCheck,
     final_rows,
@@ -228,7 +228,13 @@ def _channel(run: Run, row: ChannelRow, number: int, index: int) -> ChannelView:
 
 
 def _span(run: Run) -> tuple[int, int]:
-    ends = [(int(steps[0]), int(steps[-1])) for _, steps, _ in run.all_series() if len(steps)]
+    series = [
+        run.series(key.channel, key.metric, key.split)[0]
+        for key in run.keys
+        # Megatron writes some of its own values over samples, not steps.
+        if key.channel or key.metric in METRICS
+    ]
+    ends = [(int(steps[0]), int(steps[-1])) for steps in series if len(steps)] or [(0, 0)]
     return min(first for first, _ in ends), max(last for _, last in ends)
 
 

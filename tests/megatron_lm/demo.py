@@ -94,7 +94,7 @@ def _show(run: Run, sources: Iterable[Source]) -> None:
     print(f"TensorBoard: tensorboard --logdir {run.folder / 'tensorboard'}")
     ratios = {source.name: source.ratio for source in sources}
     (run.folder / RUN_FILE).write_text(json.dumps({"ratios": ratios}))
-    print(report_of_training(run.folder, "tensorboard", list(ratios)))
+    print(report_of_training(run.folder, "text", list(ratios)))
 
 
 if __name__ == "__main__":

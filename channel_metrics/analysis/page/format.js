@@ -29,7 +29,7 @@ const linearTicks = (low, high, count, least = 0) => {
   const round = [1, 2, 2.5, 5, 10].map((n) => n * power).find((n) => n >= rough * 0.999);
   const step = Math.max(least, round);
   const ticks = [];
-  for (let n = Math.ceil(low / step - 1e-9); n * step <= high + step * 1e-9; n++) ticks.push(n * step);
+  for (let n = Math.ceil(low / step - 1e-9); n * step <= high + step * 1e-9; n++) ticks.push(n * step + 0); // No -0.
   return { ticks, step };
 };
 
