@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from channel_metrics.analysis.report_command import add_report_command
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -70,6 +72,8 @@ def add_commands(
                 _show(run, console())
             typer.echo(f"table:       {folder / 'metrics.parquet'}, {folder / 'metrics.csv'}")
             typer.echo(f"TensorBoard: {folder / 'tensorboard'}")
+
+    add_report_command(app, reported, _load)
 
 
 def _load(paths: Sequence[Path], format: str | None, channels: Sequence[str] | None) -> list[Run]:
