@@ -1,0 +1,86 @@
+"""From the batch to the accumulator, no step of the Trainer's loss waits for the device.
+
+The `meta` device holds no values: what would have to be read cannot be. A model there runs all
+operators, and `NoSync` names the one that would have had to wait.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from hf_tools import CHANNELS, PaddingCollator, make_records, tiny_model
+from no_sync import HostSyncError, NoSync
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments, masking_utils
+
+from channel_metrics.config import MetricsConfig
+from channel_metrics.trainers.hf import attach
+
+
+def trainer_after_one_batch(folder: Path, collator: Any, **arguments: Any) -> tuple[Trainer, Any]:
+    """A trainer whose first micro-batch was seen, on the host, and a batch for the next.
+
+    At the first batch, and only then, the labels of the loss are compared with those of the batch.
+    """
+    trainer = Trainer(
+        # Eager attention: transformers itself looks into the mask for others.
+        tiny_model(attn_implementation="eager"),
+        TrainingArguments(str(folder), use_cpu=True, report_to=[], **arguments),
+        train_dataset=Dataset.from_list(make_records(8)),
+        data_collator=collator,
+    )
+    attach(trainer, MetricsConfig(channels=CHANNELS))
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss_of(trainer, trainer.model, dict(batch))
+    return trainer, batch
+
+
+def loss_of(trainer: Any, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    model.train()
+    num_items = (batch["labels"][:, 1:] != -100).sum()
+    inputs = trainer._prepare_inputs(batch)
+    loss: torch.Tensor = trainer.compute_loss(
+        model, inputs, num_items_in_batch=num_items.to(trainer.args.device)
+    )
+    return loss
+
+
+def on_meta(trainer: Any) -> Any:
+    """Let the trainer take `meta` for its device; the model there."""
+    vars(trainer.args)["_setup_devices"] = torch.device("meta")
+    return trainer.model.to("meta")
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_no_sync_from_the_batch_to_the_accumulator(
+    flat: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if flat:
+        # transformers' own sync: it looks whether the position ids restart.
+        monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
+    collator: Any = DataCollatorWithFlattening() if flat else PaddingCollator()
+    trainer, batch = trainer_after_one_batch(tmp_path, collator)
+    model = on_meta(trainer)
+    state: Any = trainer.channel_metrics  # type: ignore[attr-defined]
+    with NoSync():
+        loss_of(trainer, model, batch).backward()
+    assert state.train.device.type == "meta"
+    assert model.lm_head.weight.grad is not None
+
+
+def test_a_sync_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, batch = trainer_after_one_batch(tmp_path, PaddingCollator())
+    model = on_meta(trainer)
+    state: Any = trainer.channel_metrics  # type: ignore[attr-defined]
+    record = state.record
+
+    def reading_record(batch: Any, labels: Any, observation: Any, **options: Any) -> None:
+        record(batch, labels, observation, **options)
+        observation.losses[0].nll.sum().item()
+
+    monkeypatch.setattr(state, "record", reading_record)
+    with NoSync(), pytest.raises(HostSyncError, match="_local_scalar_dense"):
+        loss_of(trainer, model, batch)
