@@ -19,7 +19,13 @@ from torch import Tensor
 from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.losses import HeadInputs
 
-__all__ = ["cce_token_losses", "check_liger", "liger_token_losses", "torch_token_losses"]
+__all__ = [
+    "cce_token_losses",
+    "check_liger",
+    "liger_losses_and_predictions",
+    "liger_token_losses",
+    "torch_token_losses",
+]
 
 _LIGER_VERSION = (0, 8, 2)
 
@@ -48,12 +54,18 @@ def torch_token_losses(head: HeadInputs) -> tuple[Tensor, Tensor | None]:
     return nll.to(torch.promote_types(nll.dtype, torch.float32)), head.correct()
 
 
-def liger_token_losses(head: HeadInputs, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """Liger's fused loss; correctness comes with it.
+def liger_token_losses(head: HeadInputs) -> tuple[Tensor, Tensor | None]:
+    """Liger's fused loss; correctness comes with it."""
+    check_liger("backend 'liger'", "use 'chunked'")
+    nll, predicted = liger_losses_and_predictions(head)
+    return nll, None if predicted is None else predicted == head.target
+
+
+def liger_losses_and_predictions(head: HeadInputs, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """Losses [T] and the ids [T] of the largest logits, None if correctness is not asked for.
 
     options: further arguments of `liger_fused_linear_cross_entropy`.
     """
-    check_liger()
     functional = importlib.import_module("liger_kernel.transformers.functional")
     found = functional.liger_fused_linear_cross_entropy(
         head.hidden,
@@ -65,23 +77,27 @@ def liger_token_losses(head: HeadInputs, **options: Any) -> tuple[Tensor, Tensor
         return_predicted_tokens=head.with_correct,
         **options,
     )
-    nll: Tensor = getattr(found, "loss", found)
-    return nll, found.predicted_tokens == head.target if head.with_correct else None
+    if isinstance(found, Tensor):
+        return found, None
+    return found.loss, found.predicted_tokens
 
 
-def check_liger() -> None:
-    """Raise `UnsupportedVersionError` unless liger-kernel is installed, and new enough."""
+def check_liger(user: str, instead: str) -> None:
+    """Raise `UnsupportedVersionError` unless liger-kernel is installed, and new enough.
+
+    user: who needs it. instead: what to do without it.
+    """
     try:
         version = metadata.version("liger-kernel")
     except metadata.PackageNotFoundError:
         raise UnsupportedVersionError(
-            "backend 'liger' needs the package liger-kernel >= 0.8.2; install it, or use 'chunked'."
+            f"{user} needs the package liger-kernel >= 0.8.2; install it, or {instead}."
         ) from None
     # A nightly of 0.8.2 is "0.8.2.dev2026...".
     if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < _LIGER_VERSION:
         raise UnsupportedVersionError(
-            f"backend 'liger' needs liger-kernel >= 0.8.2, but {version} is installed: its "
-            "gradients for losses of single tokens are wrong; upgrade it, or use 'chunked'."
+            f"{user} needs liger-kernel >= 0.8.2, but {version} is installed: its gradients for "
+            f"losses of single tokens are wrong; upgrade it, or {instead}."
         )
 
 

@@ -110,7 +110,9 @@ def token_losses_of_logits(
             torch.split(logits, chunk_size), torch.split(target, chunk_size), strict=True
         ):
             exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            nll.append(F.cross_entropy(exact, wanted, ignore_index=ignore_index, reduction="none"))
+            # Not F.cross_entropy: Liger may have put its own in that place.
+            log_probs = F.log_softmax(exact, dim=-1)
+            nll.append(F.nll_loss(log_probs, wanted, ignore_index=ignore_index, reduction="none"))
             if with_correct:
                 correct.append(is_correct(rows, wanted))
         all_nll = torch.cat(nll)

@@ -4,7 +4,8 @@ transformers' losses for language models end in `loss_utils.fixed_cross_entropy`
 of one `compute_loss`, that name points to a function which does the same in the two steps that
 cross entropy is made of, and so sees every token (see `channel_metrics.losses`). What does not
 pass there (label smoothing, `compute_loss_func`, a model with a loss of its own) is measured on
-the logits the model returned, with a second softmax. What returns no logits either is refused.
+the logits the model returned, with a second softmax. Liger's fused loss is watched in the same
+way, see `hf_liger`. Any other that returns no logits is refused.
 
 Letters: B rows, S row length, V vocabulary.
 """
@@ -31,6 +32,7 @@ from transformers.models.auto.modeling_auto import (
 from channel_metrics.errors import ChannelMetricsError, UnsupportedVersionError
 from channel_metrics.faults import FaultGuard
 from channel_metrics.losses import TokenLosses, cross_entropy, token_losses_of_logits
+from channel_metrics.trainers.hf_liger import liger_cross_entropy, replaced_liger_loss
 from channel_metrics.validation import IGNORE_INDEX
 
 __all__ = [
@@ -112,7 +114,8 @@ def observe_loss(
 
     handle = model.register_forward_hook(keep_outputs)
     try:
-        yield observation
+        with replaced_liger_loss(_observing_liger):
+            yield observation
     finally:
         handle.remove()
         loss_utils.fixed_cross_entropy = before
@@ -126,15 +129,14 @@ def _observing_cross_entropy(
     ignore_index: int = -100,
     **kwargs: Any,
 ) -> Tensor:
-    # Compiled graphs must not hold our state; their token losses come from the logits.
-    if torch.compiler.is_compiling():
-        return _original(source, target, num_items_in_batch, ignore_index, **kwargs)
-    observation = _active[-1] if _active else None
-    if observation is None or observation.thread != threading.get_ident():
+    observation = _current()
+    if observation is None:
         return _original(source, target, num_items_in_batch, ignore_index, **kwargs)
 
     def seen(original: Callable[..., Tensor], items: Any, ignored: int, **options: Any) -> Tensor:
         if not _same_as_original(source, target, items, ignored, options):
+            # First: a kernel in its place may overwrite the logits with their gradient.
+            observation.losses.append(_second_softmax(observation, source, target, ignored))
             return original(items, ignored, **options)
         loss, token_losses = _two_steps(source, target, items, ignored, observation.with_correct)
         observation.losses.append(token_losses)
@@ -144,6 +146,42 @@ def _observing_cross_entropy(
     guard = observation.guard
     loss: Tensor = guard.shielded(original, seen, num_items_in_batch, ignore_index, **kwargs)
     return loss
+
+
+def _observing_liger(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    observation = _current()
+    if observation is None:
+        return original(*args, **kwargs)
+
+    # Liger's own function is the way out if this fails, and not called by it.
+    def seen(_way_out: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result, token_losses = liger_cross_entropy(
+            original, observation.with_correct, *args, **kwargs
+        )
+        observation.losses.append(token_losses)
+        return result
+
+    return observation.guard.shielded(original, seen, *args, **kwargs)
+
+
+def _current() -> Observation | None:
+    """The observation that a loss belongs to which is computed now."""
+    # Compiled graphs must not hold our state; their token losses come from the logits.
+    if torch.compiler.is_compiling() or not _active:
+        return None
+    observation = _active[-1]
+    return observation if observation.thread == threading.get_ident() else None
+
+
+def _second_softmax(
+    observation: Observation, logits: Tensor, target: Tensor, ignore_index: int
+) -> TokenLosses:
+    return token_losses_of_logits(
+        logits.detach(),
+        target,
+        ignore_index=ignore_index,
+        with_correct=observation.with_correct,
+    )
 
 
 def _two_steps(
@@ -222,8 +260,8 @@ def token_losses_from_outputs(observation: Observation, targets: Tensor) -> Toke
     if logits is None:
         raise UnsupportedVersionError(
             "the loss of this model cannot be seen per token: it did not pass transformers' "
-            "cross entropy, and the model returned no logits (a fused loss such as "
-            "use_liger_kernel=True does that); switch the fused loss off, or detach the metrics."
+            "cross entropy nor Liger's, and the model returned no logits (a fused loss does that, "
+            "or a compiled one of Liger's); switch the fused loss off, or detach the metrics."
         )
     if logits.shape[:-1] != targets.shape:
         raise UnsupportedVersionError(
