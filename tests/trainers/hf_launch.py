@@ -18,10 +18,11 @@ FOLDER = Path(__file__).parent
 LAUNCHES = {
     "ddp": ("hf_cases_ddp2", "hf_cases_ddp4"),
     "sharded": ("hf_cases_fsdp", "hf_cases_deepspeed"),
+    "probe": ("hf_cases_probe", "hf_cases_probe_fsdp", "hf_cases_probe_zero"),
     "swift": ("swift_cases_one",),
     "swift_ranks": ("swift_cases_two", "swift_cases_sp"),
 }
-NEEDS = {"hf_cases_deepspeed": "deepspeed"}
+NEEDS = {"hf_cases_deepspeed": "deepspeed", "hf_cases_probe_zero": "deepspeed"}
 TIMEOUT_SECONDS = 240
 
 
