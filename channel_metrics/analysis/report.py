@@ -118,7 +118,7 @@ def _render(
         script_hash=_hash(script),
         data=markup(dump_json(data)),
     )
-    return text
+    return text.lstrip()
 
 
 def _template() -> Any:

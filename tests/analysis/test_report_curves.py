@@ -1,0 +1,179 @@
+"""What is drawn: few points that keep the shape, moving means of sums, nothing across a gap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from analysis_tools import make_history, run_of, series_of
+from hypothesis import given
+from hypothesis import strategies as st
+from report_runs import run_with, troubled_run
+
+from channel_metrics.analysis.curves import Curve, curves_of, own_tokens, pick_points
+from channel_metrics.analysis.keys import GLOBAL
+from channel_metrics.analysis.moving import MovingMeans
+from channel_metrics.analysis.run import Run
+
+VALUES = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=400)
+
+
+def curve_of(run: Run, channel: str, metric: str, limit: int = 2000, **wanted: object) -> Curve:
+    found = [
+        curve
+        for curve in curves_of(run, run.channels(), limit)
+        if (curve.channel, curve.metric) == (channel, metric)
+        and all(getattr(curve, name) == value for name, value in wanted.items())
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+@given(VALUES, st.integers(5, 60))
+def test_points_that_are_kept(values: list[float], limit: int) -> None:
+    array = np.array(values, dtype=float)
+    picked = pick_points(array, limit).tolist()
+    assert picked == sorted(set(picked))
+    if len(values) <= limit:
+        assert picked == list(range(len(values)))
+        return
+    assert len(picked) <= limit
+    assert picked[0] == 0 and picked[-1] == len(values) - 1
+    finite = [value for value in values if math.isfinite(value)]
+    if finite:
+        kept = [values[i] for i in picked]
+        assert min(finite) in kept and max(finite) in kept
+    else:
+        assert all(not math.isfinite(values[i]) for i in picked)
+
+
+def test_a_spike_and_a_nan_of_one_point_in_a_million_are_kept() -> None:
+    values = np.zeros(1_000_000)
+    values[123_456], values[654_321], values[777_777] = 9.0, -9.0, np.nan
+    picked = set(pick_points(values, 300).tolist())
+    assert {0, 123_456, 654_321, 777_777, 999_999} <= picked
+    assert len(picked) <= 300
+
+
+def test_short_curves_are_the_log() -> None:
+    run = run_of(make_history(40))
+    for metric in ("loss", "token_acc", "share"):
+        for channel in run.channels():
+            curve = curve_of(run, channel, metric, split="train")
+            expected = series_of(run, channel, metric)
+            assert dict(zip(curve.steps.tolist(), curve.values.tolist(), strict=True)) == expected
+            assert curve.num_points == len(expected)
+            assert not curve.is_smooth
+
+
+def test_own_tokens_are_those_up_to_each_step() -> None:
+    run = run_of(make_history(30))
+    tokens = series_of(run, "rru", "tokens")
+    steps = np.array([0, 1, 7, 7, 30, 99])
+    expected = [sum(n for at, n in tokens.items() if at <= step) for step in steps.tolist()]
+    found = own_tokens(run, "rru", steps)
+    assert found is not None and found.tolist() == expected
+
+
+def test_own_tokens_go_on_where_a_resumed_run_did() -> None:
+    history = [{"step": 5, "a_loss": 1.0, "a_tokens": 10, "a_tokens_total": 110}]
+    history += [{"step": 6, "a_loss": 1.0, "a_tokens": 10, "a_tokens_total": 120}]
+    found = own_tokens(run_of(history), "a", np.array([4, 5, 6]))
+    assert found is not None and found.tolist() == [0, 110, 120]
+
+
+def test_without_counts_there_are_no_own_tokens() -> None:
+    run = run_of([{"step": 1, "loss_a": 1.0}, {"step": 2, "loss_a": 0.5}])
+    assert own_tokens(run, "a", np.array([1])) is None
+    assert curve_of(run, "a", "loss").tokens is None
+
+
+def naive_means(
+    steps: Sequence[int], part: dict[int, float], whole: dict[int, float]
+) -> dict[int, float]:
+    """Σ part / Σ whole over the points around each, by a double loop."""
+    half = max(1, len(steps) // 80)
+    means = {}
+    for i, step in enumerate(steps):
+        window = [s for j, s in enumerate(steps) if abs(j - i) <= half]
+        weight = sum(whole[s] for s in window)
+        means[step] = sum(part[s] for s in window) / weight if weight else math.nan
+    return means
+
+
+@pytest.mark.parametrize("metric", ["loss", "token_acc"])
+def test_smooth_curves_are_ratios_of_sums(metric: str) -> None:
+    run = run_of(make_history(400, seed=3))
+    tokens, values = series_of(run, "lvis", "tokens"), series_of(run, "lvis", metric)
+    part = {step: value * tokens[step] for step, value in values.items()}
+    expected = naive_means(list(values), part, {step: tokens[step] for step in values})
+    steps, means = MovingMeans(run).of("lvis", metric)
+    assert len(steps) == 200
+    for step, mean in zip(steps.tolist(), means.tolist(), strict=True):
+        assert mean == pytest.approx(expected[step], rel=1e-12)
+
+
+def test_the_smooth_share_counts_windows_without_the_channel() -> None:
+    history = make_history(200, seed=5)
+    for entry in history:
+        if "lvis_tokens" in entry and entry["step"] % 3:
+            for metric in ("loss", "token_acc", "tokens", "share"):
+                del entry[f"lvis_{metric}"]
+    run = run_of(history)
+    tokens = {name: series_of(run, name, "tokens") for name in run.channels("train")}
+    whole = {s: sum(t.get(s, 0.0) for t in tokens.values()) for s in range(1, 201)}
+    part = {step: tokens["lvis"].get(step, 0.0) for step in whole}
+    expected = naive_means(list(whole), part, whole)
+    steps, means = MovingMeans(run).of("lvis", "share")
+    for step, mean in zip(steps.tolist(), means.tolist(), strict=True):
+        assert mean == pytest.approx(expected[step], rel=1e-12)
+
+
+def test_the_smooth_loss_of_the_run_is_weighted_by_the_tokens_of_all() -> None:
+    run = run_with(["a", "b"], steps=160)
+    tokens = [series_of(run, name, "tokens") for name in ("a", "b")]
+    whole = {step: tokens[0][step] + tokens[1][step] for step in tokens[0]}
+    losses = series_of(run, GLOBAL, "loss")
+    part = {step: losses[step] * whole[step] for step in whole}
+    expected = naive_means(list(whole), part, whole)
+    steps, means = MovingMeans(run).of(GLOBAL, "loss")
+    assert means.tolist() == pytest.approx([expected[step] for step in steps.tolist()], rel=1e-12)
+
+
+def test_one_nan_takes_no_part_in_a_smooth_curve_and_breaks_the_other() -> None:
+    history = make_history(150)
+    entry = next(e for e in history if e["step"] == 75)
+    entry["bbu_loss"] = math.nan
+    curves = [c for c in curves_of(run_of(history), ["bbu"], 2000) if c.split == "train"]
+    raw, smooth = (c for c in curves if (c.channel, c.metric) == ("bbu", "loss"))
+    assert np.isnan(raw.values).sum() == 1
+    assert np.isfinite(smooth.values).all()
+
+
+def test_nothing_is_drawn_across_a_gap() -> None:
+    run = troubled_run()
+    curve = curve_of(run, "starved", "loss")
+    (broken,) = np.isnan(curve.values).nonzero()[0]
+    assert curve.steps[broken - 1] == 18 and curve.steps[broken + 1] == 39
+    assert curve.tokens is not None and len(curve.tokens) == len(curve.steps)
+    assert not np.isnan(curve_of(run, "fine", "loss").values).any()
+
+
+def test_a_band_goes_with_its_points() -> None:
+    history = [
+        {"step": s, "a_loss_estimate": 2.0, "a_loss_estimate_low": 2 - s, "a_samples": 1}
+        | {"a_loss_estimate_high": 2.0 + s}
+        for s in range(1, 30)
+    ]
+    curve = curve_of(run_of(history, channels=["a"]), "a", "loss", 12)
+    assert curve.is_estimate and curve.band is not None
+    assert len(curve.steps) <= 12
+    assert curve.band[0].tolist() == [2 - step for step in curve.steps.tolist()]
+    assert curve.band[1].tolist() == [2 + step for step in curve.steps.tolist()]
+
+
+def test_the_mix_of_an_evaluation_is_no_curve() -> None:
+    history = [{"step": s, "eval_a_loss": 1.0, "eval_a_share": 1.0} for s in (1, 2)]
+    assert [c.metric for c in curves_of(run_of(history), ["a"], 100)] == ["loss"]
