@@ -10,6 +10,7 @@ once, in the parent: ranks are forked, and so start in no time.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -40,6 +41,8 @@ def _rank(module: str, rank: int, folder: Path) -> None:
     environ = names | local if group.WORLD_SIZE > 1 else {}
     os.environ.update({key: str(value) for key, value in (environ | group.ENVIRON).items()})
     torch.set_num_threads(1)
+    # What the imports made stays: the collections that frameworks ask for need not look at it.
+    gc.freeze()
     if group.WORLD_SIZE > 1:
         dist.init_process_group(
             "gloo",

@@ -80,11 +80,24 @@ def lora(folder: Path) -> Any:
     return swift_tools.both(_given(folder, **given))
 
 
+def host_syncs(folder: Path) -> Any:
+    """Reads of device values per micro-batch: ms-swift alone, with its flag, and we with it."""
+    found: dict[str, Any] = {}
+    for name, kind in (("padded", {}), ("packing", PACKED)):
+        runs = (("without", False, None), ("theirs", True, None), ("ours", True, swift_tools.ON))
+        for who, flag, metrics in runs:
+            with swift_tools.counted_reads() as reads:
+                swift_tools.run(_given(folder, enable_channel_loss=flag, **kind), metrics)
+            found[f"{name}, {who}"] = reads
+    return found
+
+
 def evaluation(folder: Path) -> Any:
     given = {
         "val_dataset": [str(_shared["data"]["plain"]) + "#13"],
         "eval_strategy": "steps",
         "eval_steps": 2,
+        "eval_on_start": True,
         "per_device_eval_batch_size": 4,
         "save_strategy": "steps",
         "save_steps": 2,
@@ -213,7 +226,7 @@ def applied_twice(folder: Path) -> Any:
 
     seen = {
         "patched": once is not plain and Seq2SeqTrainer.__init__ is once,
-        "first on the path": os.path.dirname(path) == sys.path[0],
+        "off the path": os.path.dirname(path) not in sys.path,
         "trl is the package": hasattr(trl, "SFTConfig"),
     }
     patch.revert()

@@ -28,7 +28,17 @@ ZERO_2 = {
 
 
 def ddp(folder: Path) -> Any:
-    return swift_tools.both(ranks_given(folder))
+    """And what ms-swift sends without its flag."""
+    plain = swift_tools.run(ranks_given(folder, enable_channel_loss=False), None)
+    return swift_tools.both(ranks_given(folder)) | {"plain": plain["collectives"]}
+
+
+def uneven_evaluation(folder: Path) -> Any:
+    """13 records on two ranks: one is evaluated twice."""
+    given = {"eval_strategy": "steps", "eval_on_start": True, "max_steps": 1}
+    validation = f"{ranks_given(folder)['dataset'][0]}#13"
+    batch = {"per_device_eval_batch_size": 4, "val_dataset": [validation]}
+    return swift_tools.both(ranks_given(folder, **given, **batch))
 
 
 def stream(folder: Path) -> Any:

@@ -5,21 +5,39 @@ Importing this imports ms-swift: only for the processes that run it.
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch as replaced
 
 import datasets
 import torch
-from hf_case_tools import weights_hash
+import torch.distributed as dist
+from hf_case_tools import COLLECTIVES, weights_hash
 from swift import SftArguments, sft_main
 from swift.arguments import sft_args
 from swift.pipelines.train.sft import SwiftSft
+from swift.trainers import Seq2SeqTrainer
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from channel_metrics import MetricsConfig
+from channel_metrics import ChannelLossAccumulator, MetricsConfig
 
 ON = MetricsConfig()
 TIMES = ("runtime", "per_second", "elapsed", "remaining", "speed")
 
 datasets.disable_progress_bars()
+# With num_proc=1, `map` starts a process, which costs more than all that there is to map.
+_map = datasets.Dataset.map
+
+
+@functools.wraps(_map)
+def _map_here(*args: Any, num_proc: int | None = None, **kwargs: Any) -> Any:
+    return _map(*args, **kwargs)
+
+
+datasets.Dataset.map = _map_here
 # There is no flash attention for a CPU. transformers' own sdpa keeps packed sequences apart too.
 sft_args.SftArguments._check_padding_free = lambda self: setattr(
     self, "padding_free", self.padding_free or self.packing
@@ -27,7 +45,8 @@ sft_args.SftArguments._check_padding_free = lambda self: setattr(
 
 
 def run(given: dict[str, Any], metrics: MetricsConfig | None = ON) -> dict[str, Any]:
-    """One `sft_main`: its log, a hash of its weights, its random numbers, and its trainer.
+    """One `sft_main`: its log, a hash of its weights, its random numbers, the collectives that it
+    called, and its trainer.
 
     metrics: None is ms-swift alone.
     """
@@ -45,7 +64,8 @@ def run(given: dict[str, Any], metrics: MetricsConfig | None = ON) -> dict[str, 
     if metrics is not None:
         patch.apply(metrics)
     try:
-        sft_main(SftArguments(**given))
+        with counted_collectives() as collectives:
+            sft_main(SftArguments(**given))
     finally:
         SwiftSft.train = train
         patch.revert()
@@ -54,6 +74,7 @@ def run(given: dict[str, Any], metrics: MetricsConfig | None = ON) -> dict[str, 
         "log": [timeless(entry) for entry in trainer.state.log_history],
         "weights": weights_hash(trainer.model),
         "random": int(torch.get_rng_state().sum()),
+        "collectives": collectives,
         "trainer": trainer,
     }
 
@@ -68,3 +89,73 @@ def both(given: dict[str, Any], metrics: MetricsConfig = ON) -> dict[str, Any]:
     for of_run in found.values():
         del of_run["trainer"]
     return found
+
+
+@contextmanager
+def counted_collectives() -> Iterator[Counter[str]]:
+    """How often each collective of torch.distributed was called from Python."""
+    counts: Counter[str] = Counter()
+
+    def wrap(name: str, original: Any) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return original(*args, **kwargs)
+
+        return called
+
+    wrapped = {name: wrap(name, getattr(dist, name)) for name in COLLECTIVES}
+    with replaced.multiple(dist, **wrapped):
+        yield counts
+
+
+class _Reads(TorchDispatchMode):
+    """Counts the operations that read values of tensors, or make a shape out of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reads = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags}
+        # Indexing has the tag for the sake of bool masks.
+        indexing = func is torch.ops.aten.index.Tensor
+        if (
+            reads
+            and not self.paused
+            and not (indexing and all(i is None or i.dtype != torch.bool for i in args[1]))
+        ):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted_reads() -> Iterator[list[int]]:
+    """How often each micro-batch (inputs, forward, loss, backward) would wait for a device.
+
+    Without the accumulator's update: it checks more of what lies on a host, and its own tests
+    show that it waits for no device.
+    """
+    counts: list[int] = []
+    reads = _Reads()
+    step, update = Seq2SeqTrainer.training_step, ChannelLossAccumulator.update
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        reads.count = 0
+        with reads:
+            loss = step(*args, **kwargs)
+        counts.append(reads.count)
+        return loss
+
+    def uncounted(*args: Any, **kwargs: Any) -> Any:
+        reads.paused = True
+        try:
+            return update(*args, **kwargs)
+        finally:
+            reads.paused = False
+
+    with (
+        replaced.object(Seq2SeqTrainer, "training_step", counting),
+        replaced.object(ChannelLossAccumulator, "update", uncounted),
+    ):
+        yield counts

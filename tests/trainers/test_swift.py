@@ -8,6 +8,7 @@ for its channel losses, which it sums up in float32.
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -202,6 +203,44 @@ def test_bounds_follow_ms_swifts_cut(one: Launch) -> None:
 def test_the_plugin_applies_once(one: Launch) -> None:
     (seen,) = one.ranks("applied_twice")
     assert all(seen.values()), seen
+
+
+def test_no_host_sync_for_a_sample(one: Launch) -> None:
+    """With the flag, our micro-batches read as little as those of ms-swift without it."""
+    (found,) = one.ranks("host_syncs")
+    for kind, samples in (("padded", 4), ("packing", 1)):
+        without, theirs, ours = (found[f"{kind}, {who}"] for who in ("without", "theirs", "ours"))
+        assert len(ours) == 6 and ours == without
+        assert all(t >= w + samples for t, w in zip(theirs, without, strict=True))
+
+
+def test_one_all_reduce_per_log(ranks: Launch) -> None:
+    """Beyond what ms-swift sends without its flag: one for each window, and once the names."""
+    for found in ranks.ranks("ddp"):
+        plain, theirs, ours = (
+            Counter(counts)
+            for counts in (found["plain"], found["off"]["collectives"], found["on"]["collectives"])
+        )
+        # The last window is that of the run's end.
+        windows_closed = len(windows(found["on"]["log"])) + 1
+        assert ours - plain == {"all_reduce": windows_closed + 1, "all_gather_object": 1}
+        assert not plain - ours
+        assert theirs["all_reduce"] - plain["all_reduce"] >= 4 * windows_closed
+
+
+def test_an_evaluation_counts_records_once(one: Launch, ranks: Launch) -> None:
+    """13 records on two ranks, with the weights that one process began with."""
+    (alone,) = one.ranks("evaluation")
+    first = next(entry for entry in alone["on"] if "eval_loss" in entry)
+    for found in ranks.ranks("uneven_evaluation"):
+        check_training(*({**found[who], "log": []} for who in ("off", "on")))
+        entry = next(entry for entry in found["on"]["log"] if "eval_loss" in entry)
+        names = [name for name in CHANNELS if f"eval_{name}_loss" in first]
+        assert len(names) == 4
+        for name in names:
+            assert entry[f"eval_{name}_tokens"] == first[f"eval_{name}_tokens"]
+            for key in (f"eval_{name}_loss", f"eval_loss_{name}"):
+                assert entry[key] == pytest.approx(first[key], rel=1e-6)
 
 
 @pytest.mark.parametrize("case", ["ddp", "zero2", "zero2_lora", "ulysses_padding_free", "ring"])
