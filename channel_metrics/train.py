@@ -7,17 +7,20 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from channel_metrics.analysis.run import RUN_FILE
 from channel_metrics.channels import channels_of, field_roots
+from channel_metrics.encoding import check_tokenizer, encode
 from channel_metrics.errors import ConfigError
 from channel_metrics.extras import need
+from channel_metrics.jsonl import check_record, read_jsonl
 from channel_metrics.mixture import Mixture, build_mixture
 from channel_metrics.summary import ChannelRow, summarize
 from channel_metrics.tiny import load_tokenizer, tiny_model
-from channel_metrics.train_config import TrainConfig
+from channel_metrics.train_config import ProbeSection, TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -146,7 +149,26 @@ def _trainer(
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
+    if config.probe is not None:
+        trainer.add_callback(_probe(config.probe, tokenizer, config.max_length))
     return attach(trainer, config.metrics_of_run())
+
+
+def _probe(section: ProbeSection, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Any:
+    from channel_metrics.trainers.hf_probe import DatasetMetricsCallback
+
+    sources: dict[str, list[dict[str, Any]]] = {}
+    for name, path in section.sources.items():
+        sources[name] = []
+        for number, record in read_jsonl(path):
+            check_record(record, f"{path}:{number}")
+            sources[name].append(record)
+    every = (record for records in sources.values() for record in records)
+    chat = any(record.get("messages") is not None for record in every)
+    check_tokenizer(tokenizer, chat=chat)
+    # Only the chosen records are encoded.
+    encoded = partial(encode, tokenizer=tokenizer, max_length=max_length)
+    return DatasetMetricsCallback(sources, section, encode=encoded)
 
 
 def _finish(trainer: Trainer) -> None:

@@ -6,6 +6,7 @@
     model: {tiny: {hidden_size: 64}}
     tokenizer: byte
     training: {max_steps: 100, logging_steps: 10}
+    probe: {every: 20, sources: {canary: canary.jsonl}}   # optional, see docs/probe.md
 
 Paths of data are relative to the file; the run folder is relative to the working directory.
 """
@@ -20,10 +21,11 @@ from typing import Any, Literal
 from channel_metrics.config import MetricsConfig, refuse_unknown_keys
 from channel_metrics.errors import ConfigError
 from channel_metrics.extras import need
+from channel_metrics.probe import ProbeConfig, probe_keys
 from channel_metrics.tiny import TinyModel
 from channel_metrics.yaml_files import load_yaml, mapping
 
-__all__ = ["ModelConfig", "Source", "TrainConfig", "load_config"]
+__all__ = ["ModelConfig", "ProbeSection", "Source", "TrainConfig", "load_config"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,20 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeSection(ProbeConfig):
+    """Datasets that are measured and not trained on; the rest is `ProbeConfig`'s."""
+
+    sources: dict[str, Path]
+    """{name: JSONL file}, of records like those of the sources of the mixture."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sources:
+            raise ConfigError("sources of the probe must name at least one JSONL file.")
+        probe_keys(list(self.sources))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything one run needs."""
 
@@ -123,6 +139,9 @@ class TrainConfig:
 
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """See `channel_metrics.MetricsConfig`."""
+
+    probe: ProbeSection | None = None
+    """Datasets to measure beside the training."""
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
@@ -162,6 +181,9 @@ def load_config(path: Path) -> TrainConfig:
     raw["model"] = _model(raw.get("model"), path)
     raw["metrics"] = mapping(raw.get("metrics") or {}, f"{path}, metrics")
     _refuse(raw["metrics"], MetricsConfig, path, "metrics")
+    if raw.get("probe") is not None:
+        raw["probe"] = mapping(raw["probe"], f"{path}, probe")
+        _refuse(raw["probe"], ProbeSection, path, "probe")
     raw["training"] = mapping(raw.get("training") or {}, f"{path}, training")
     _refuse_training_keys(raw["training"], f"{path}, training")
     return _absolute(_validate(raw, path), path.parent)
@@ -226,8 +248,13 @@ def _absolute(config: TrainConfig, folder: Path) -> TrainConfig:
         )
         for source in config.sources
     )
+    probe = config.probe
+    if probe is not None:
+        files = {name: (folder / file).resolve() for name, file in probe.sources.items()}
+        probe = replace(probe, sources=files)
     return replace(
         config,
+        probe=probe,
         sources=tuple(sources),
         model=replace(config.model, name=_local(config.model.name, folder)),
         tokenizer=_local(config.tokenizer, folder),

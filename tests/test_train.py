@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from channel_metrics.config import MetricsConfig
-from channel_metrics.errors import ConfigError
+from channel_metrics.errors import ChannelMetricsError, ConfigError
 from channel_metrics.tiny import TinyModel
 from channel_metrics.train import train
-from channel_metrics.train_config import ModelConfig, TrainConfig, load_config
+from channel_metrics.train_config import ModelConfig, ProbeSection, TrainConfig, load_config
 
 DEBUG = Path(__file__).parent.parent / "configs" / "fused_data" / "debug.yaml"
 CHANNELS = ["bbu", "rru", "lvis", "lang_chat"]
@@ -116,3 +116,28 @@ def test_target_channels_must_exist_and_be_said_once(tmp_path: Path) -> None:
     metrics = MetricsConfig(eval_channels=("bbu",))
     with pytest.raises(ConfigError, match="set one of them"):
         replace(config, metrics=metrics, eval_channels="target")
+
+
+def test_a_probe_beside_the_training(tmp_path: Path) -> None:
+    path = tmp_path / "canary.jsonl"
+    chat = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    records = [{"messages": chat}, {"text": "the quick brown fox"}, {"text": "jumps over"}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    probe = ProbeSection(every=4, max_overhead=None, sources={"canary": path})
+    without = train(small(), output_dir=tmp_path / "without")
+    probed = train(replace(small(), probe=probe), output_dir=tmp_path / "probed")
+    assert probed.rows == without.rows
+    logs = [log for log in probed.log_history if "dataset_canary_loss" in log]
+    assert [log["step"] for log in logs] == [0, 4, 6]
+    for log in logs:
+        assert log["dataset_canary_loss_low"] < log["dataset_canary_loss"]
+        assert log["dataset_canary_loss"] < log["dataset_canary_loss_high"]
+    assert logs[-1]["dataset_canary_loss"] < logs[0]["dataset_canary_loss"]
+
+
+def test_a_probe_of_a_broken_file(tmp_path: Path) -> None:
+    path = tmp_path / "canary.jsonl"
+    path.write_text('{"text": "fine"}\n{"txt": "not"}\n')
+    probe = ProbeSection(sources={"canary": path})
+    with pytest.raises(ChannelMetricsError, match=r"canary.jsonl:2: expected a record"):
+        train(replace(small(), probe=probe), output_dir=tmp_path / "run")

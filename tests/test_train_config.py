@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from channel_metrics.errors import ConfigError
-from channel_metrics.train_config import load_config
+from channel_metrics.train_config import ProbeSection, load_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -53,6 +53,7 @@ def test_model_and_tokenizer_beside_the_config_become_absolute(tmp_path: Path) -
         ({"training": {"learning_rat": 1}}, ["'learning_rat'", "'learning_rate'", "training"]),
         ({"metrics": {"feilds": ["a"]}}, ["'feilds'", "'fields'", "metrics"]),
         ({"metrics": {"metrics": ["los"]}}, ["'los'", "'loss'"]),
+        ({"probe": {"sources": {"x": "x.jsonl"}, "evry": 2}}, ["'evry'", "'every'", "probe"]),
     ],
 )
 def test_typos_are_refused_with_the_nearest(
@@ -111,3 +112,26 @@ def test_what_is_no_mapping_is_refused_with_the_file(tmp_path: Path, text: str) 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
         load_config(tmp_path / "nowhere.yaml")
+
+
+def test_probe_section(tmp_path: Path) -> None:
+    probe = {"every": 5, "max_overhead": None, "sources": {"canary": "canary.jsonl"}}
+    found = load_config(write(tmp_path, probe=probe)).probe
+    path = (tmp_path / "canary.jsonl").resolve()
+    assert found == ProbeSection(every=5, max_overhead=None, sources={"canary": path})
+    assert load_config(write(tmp_path)).probe is None
+
+
+@pytest.mark.parametrize(
+    ("probe", "message"),
+    [
+        ({"sources": {}}, "sources of the probe must name at least one JSONL file"),
+        ({"every": 5}, "probe.sources: Field required"),
+        ({"sources": {"x": "x.jsonl"}, "every": 0}, "every must be a whole number"),
+        ({"sources": {"a b": "x.jsonl", "a_b": "y.jsonl"}}, "'a b' and 'a_b'"),
+        ("canary.jsonl", "probe: expected keys and values"),
+    ],
+)
+def test_probe_sections_that_cannot_be(tmp_path: Path, probe: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, probe=probe))
