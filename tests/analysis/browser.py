@@ -1,0 +1,117 @@
+"""A real Chromium for the tests of the report, headless, with a profile of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MISSING = (
+    "the report is tested in Chromium, and {} is not there; on Debian: "
+    "apt-get install -y chromium chromium-driver"
+)
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+)
+
+
+def start_browser(profile: Path) -> Any:
+    """A driver; fails the test where there is no browser: nothing else would show that."""
+    from selenium import webdriver
+
+    paths = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
+    for name, path in paths.items():
+        if path is None:
+            pytest.fail(MISSING.format(name))
+    options = webdriver.ChromeOptions()
+    options.binary_location = paths["chromium"]
+    for flag in (*FLAGS, f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    logs = {"browser": "ALL", "performance": "ALL"}
+    options.set_capability("goog:loggingPrefs", logs)
+    service = webdriver.ChromeService(executable_path=paths["chromedriver"])
+    return webdriver.Chrome(options, service)
+
+
+class Report:
+    """A report in the browser."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def open(
+        self, file: Path, *, width: int = 1300, height: int = 1000, theme: str = "light"
+    ) -> None:
+        """Open `file` as a person would who has never seen it."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        features = [{"name": "prefers-color-scheme", "value": theme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        self.driver.get_log("performance")
+        self.driver.get_log("browser")
+        self.driver.get(file.as_uri())
+        self.run("localStorage.clear()")
+        assert self.run("return document.documentElement.dataset.ready") == "true"
+
+    def run(self, script: str, *args: Any) -> Any:
+        """What a script in the page returns."""
+        return self.driver.execute_script(script, *args)
+
+    def texts(self, selector: str) -> list[str]:
+        """The texts of all elements that can be seen."""
+        return self.run(
+            "return [...document.querySelectorAll(arguments[0])]"
+            ".filter((e) => e.checkVisibility()).map((e) => e.textContent.trim())",
+            selector,
+        )
+
+    def click(self, selector: str, number: int = 0) -> None:
+        """A real click, which fails if something covers the element."""
+        element = self.driver.find_elements("css selector", selector)[number]
+        self.run("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
+        element.click()
+
+    def keys(self, *keys: str) -> None:
+        """Type, wherever the focus is."""
+        self.driver.switch_to.active_element.send_keys(*keys)
+
+    def lines(self, metric: str = "loss") -> list[int]:
+        """The channels whose training is drawn, in order; -1 is the whole run."""
+        return self.run(
+            "return [...document.querySelectorAll(`[data-metric=${arguments[0]}] path.line"
+            ":not(.other):not(.raw)`)].map((e) => Number(e.dataset.channel)).sort((a, b) => a - b)",
+            metric,
+        )
+
+    def read(self, key: str, metric: str = "loss") -> str:
+        """What a chart says aloud when a key is pressed in it."""
+        plot = self.driver.find_element("css selector", f"[data-metric={metric}] .plot")
+        plot.send_keys(key)
+        return self.driver.find_element(
+            "css selector", f"[data-metric={metric}] .live"
+        ).get_property("textContent")
+
+    def complaints(self) -> list[str]:
+        """What the console says."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def requests(self) -> list[str]:
+        """Every address that was asked for since the page was opened."""
+        entries = self.driver.get_log("performance")
+        messages = [json.loads(entry["message"])["message"] for entry in entries]
+        return [
+            message["params"]["request"]["url"]
+            for message in messages
+            if message["method"] == "Network.requestWillBeSent"
+        ]
