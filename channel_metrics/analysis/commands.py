@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from channel_metrics.analysis.report_command import add_report_command
+from channel_metrics.errors import ChannelMetricsError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["add_commands"]
 
 _MAX_PROBLEMS = 8
+_BYTES_PER_ADVANCE = 1 << 20
 
 Runs = Annotated[list[Path], typer.Argument(help="Run folders or log files.")]
 Format = Annotated[
@@ -47,7 +49,7 @@ def add_commands(
     """
 
     @app.command("analyze")
-    def analyze(
+    def analyze(  # noqa: PLR0917 - the options of a command
         runs: Runs,
         output_dir: Annotated[
             Path | None,
@@ -55,15 +57,31 @@ def add_commands(
         ] = None,
         format: Format = None,
         channel: Channels = None,
+        samples: Annotated[
+            Path | None,
+            typer.Option(
+                help="What was in each step: a per-sample JSONL log; or, with --sample-data and "
+                "--batch-size, a list of sample ids in the order of the training."
+            ),
+        ] = None,
+        sample_data: Annotated[
+            Path | None, typer.Option(help="JSONL with the id and the dataset of each sample.")
+        ] = None,
+        batch_size: Annotated[
+            int | None, typer.Option(min=1, help="Samples per step, over all ranks.")
+        ] = None,
     ) -> None:
         """Read the logs of runs, made with channel metrics or without, as one table.
 
-        Writes metrics.parquet, metrics.csv and TensorBoard events.
+        Writes metrics.parquet, metrics.csv and TensorBoard events. Where the log has only the
+        loss of the whole run, but it is known what was in each step, the losses of the channels are
+        estimated, with 95 % bands; points that the mix does not determine are left out.
         """
         with reported():
             from channel_metrics.analysis.write import write_csv, write_events, write_parquet
 
             loaded = _load(runs, format, channel)
+            loaded = _with_estimates(loaded, samples, sample_data, batch_size)
             folder = output_dir or _default_folder(runs[0])
             write_parquet(loaded, folder / "metrics.parquet")
             write_csv(loaded, folder / "metrics.csv")
@@ -78,31 +96,61 @@ def add_commands(
 
 def _load(paths: Sequence[Path], format: str | None, channels: Sequence[str] | None) -> list[Run]:
     from dataclasses import replace
-    from functools import partial
-
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from channel_metrics.analysis.run import load_run, run_names
     from channel_metrics.analysis.sources import pick_source
 
-    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    names = run_names(paths)
     loaded = []
-    # Redirected output gets no bar.
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
-        for path, name in zip(paths, names, strict=True):
-            total = pick_source(path, format)[0].num_bytes
-            task = progress.add_task("reading", total=total)
-            run = load_run(
-                path,
-                format=format,
-                channels=channels or (),
-                progress=partial(progress.advance, task),
-            )
-            loaded.append(replace(run, name=name))
+    for path, name in zip(paths, run_names(paths), strict=True):
+        with _progress(pick_source(path, format)[0].num_bytes) as advance:
+            run = load_run(path, format=format, channels=channels or (), progress=advance)
+        loaded.append(replace(run, name=name))
     return loaded
+
+
+def _with_estimates(
+    runs: list[Run], samples: Path | None, sample_data: Path | None, batch_size: int | None
+) -> list[Run]:
+    from channel_metrics.analysis.mix import load_mix, with_estimates
+
+    if samples is None:
+        if sample_data or batch_size:
+            raise ChannelMetricsError(
+                "--sample-data and --batch-size explain --samples; give the order of the samples."
+            )
+        return [with_estimates(run) for run in runs]
+    if len(runs) > 1:
+        raise ChannelMetricsError(
+            f"--samples tells what was in one run, but there are {len(runs)}; analyze one."
+        )
+    size = samples.stat().st_size if samples.is_file() else 0
+    with _progress(size) as advance:
+        mix = load_mix(samples, sample_data=sample_data, batch_size=batch_size, progress=advance)
+    return [with_estimates(runs[0], mix)]
+
+
+@contextmanager
+def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr while something is read; redirected output gets none."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    # Told of every line, which would take longer than reading it.
+    waiting = 0
+    with Progress(
+        *columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True
+    ) as bar:
+        task = bar.add_task("reading", total=num_bytes)
+
+        def advance(count: int) -> None:
+            nonlocal waiting
+            waiting += count
+            if waiting >= _BYTES_PER_ADVANCE:
+                bar.advance(task, waiting)
+                waiting = 0
+
+        yield advance
 
 
 def _default_folder(run: Path) -> Path:

@@ -109,18 +109,28 @@ def _known_samples(path: Path, problems: Problems) -> dict[str, tuple[str, float
         if name is None:
             problems.add(path, number, f"has no id ({', '.join(_ID_KEYS)})")
             continue
-        known[name] = channel_of(record, _FIELDS) or UNLABELED, _first(record, _TOKEN_KEYS)
+        try:
+            channel = channel_of(record, _FIELDS) or UNLABELED
+        except ChannelMetricsError as error:
+            problems.add(path, number, str(error))
+            continue
+        known[name] = channel, _first(record, _TOKEN_KEYS)
     return known
 
 
 def _ids(path: Path, problems: Problems, progress: Progress) -> Iterator[tuple[int, str]]:
+    """Ids of a JSON list, on one line or on many, or of plain lines."""
     for number, line in lines_of(path, problems, progress):
         text = line.strip()
-        if text.startswith("["):
-            items = json.loads(text)
-            yield from ((number, str(item)) for item in items)
-        else:
-            yield number, text.strip('",')
+        if text.startswith("[") and text.endswith("]"):
+            try:
+                items = json.loads(text)
+            except ValueError as error:
+                problems.add(path, number, f"is no JSON list ({error})")
+            else:
+                yield from ((number, str(item)) for item in items)
+        elif name := text.strip('[]," \t'):
+            yield number, name
 
 
 def _add(sums: list[float], tokens: float | None, loss: float | None, problems: Problems) -> None:
