@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch as replaced
 
 import channel_metrics.patches.ms_swift as patch
 import swift_tools
@@ -16,6 +19,7 @@ from swift_tools import run
 
 from channel_metrics import MetricsConfig
 from channel_metrics.trainers.hf_state import ChannelState
+from channel_metrics.trainers.swift_collator import SwiftCollator
 from channel_metrics.trainers.swift_cut import kept_bounds
 
 WORLD_SIZE = 1
@@ -139,23 +143,37 @@ def resumed(folder: Path) -> Any:
     return logs
 
 
-def fault(folder: Path) -> Any:
-    """An error of ours in the second micro-batch, with on_error: warn."""
-    record = ChannelState.record
+@contextmanager
+def _failing(owner: Any, name: str) -> Iterator[list[int]]:
+    """An error of ours in the second call; and how many calls there were."""
+    original = getattr(owner, name)
     calls: list[int] = []
 
-    def failing(*args: Any, **kwargs: Any) -> None:
-        calls.append(1)
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(calls))
         if len(calls) > 1:
             raise ZeroDivisionError("a fault of ours")
-        record(*args, **kwargs)
+        return original(*args, **kwargs)
 
-    ChannelState.record = failing  # type: ignore[method-assign]
-    try:
-        given = _given(folder, enable_channel_loss=False)
-        return swift_tools.both(given, MetricsConfig(on_error="warn")) | {"calls": len(calls)}
-    finally:
-        ChannelState.record = record  # type: ignore[method-assign]
+    with replaced.object(owner, name, failing):
+        yield calls
+
+
+def faults(folder: Path) -> Any:
+    """Errors of ours with on_error: warn: in the collator, in a micro-batch, and at the start."""
+    plain = _given(folder, enable_channel_loss=False)
+    warn = MetricsConfig(on_error="warn")
+    found: dict[str, Any] = {"plain": swift_tools.run(plain, None)}
+    for owner, name in ((SwiftCollator, "_with_channels"), (ChannelState, "record")):
+        with _failing(owner, name) as calls:
+            found[name] = swift_tools.run(plain, warn) | {"calls": len(calls)}
+    found["flag"] = swift_tools.run(_given(folder), None)
+    # These keys are those of --enable_channel_loss.
+    clash = MetricsConfig(on_error="warn", key_format="{metric}_{channel}")
+    found["clash"] = swift_tools.run(_given(folder), clash)
+    for of_run in found.values():
+        del of_run["trainer"]
+    return found
 
 
 def name_clash(folder: Path) -> Any:

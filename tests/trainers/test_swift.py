@@ -171,10 +171,19 @@ def test_totals_survive_resume(one: Launch) -> None:
 
 
 def test_a_fault_of_ours_leaves_the_run(one: Launch) -> None:
-    (found,) = one.ranks("fault")
-    check_training(found["off"], found["on"])
-    assert found["calls"] == 2
-    assert not any(channels_in(entry) for entry in found["on"]["log"])
+    """After one in the collator or in a micro-batch, nothing is measured any more."""
+    (found,) = one.ranks("faults")
+    for place in ("_with_channels", "record"):
+        check_training(found["plain"], found[place])
+        assert found[place]["calls"] == 2
+        assert not any(channels_in(entry) for entry in found[place]["log"])
+
+
+def test_a_fault_at_the_start_leaves_ms_swifts_own_curves(one: Launch) -> None:
+    (found,) = one.ranks("faults")
+    check_training(found["flag"], found["clash"])
+    assert all("loss_bbu" in e or "loss_rru" in e for e in windows(found["clash"]["log"]))
+    assert not any("tokens" in key for entry in found["clash"]["log"] for key in entry)
 
 
 def test_keys_of_two_meanings_are_refused(one: Launch) -> None:
