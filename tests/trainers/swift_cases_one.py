@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch as replaced
 
 import channel_metrics.patches.ms_swift as patch
 import swift_tools
 import torch
 from hf_case_tools import cases_of
+from swift.trainers import Seq2SeqTrainer, TrainerFactory
 from swift.trainers.mixin import SwiftMixin
 from swift_files import arguments, make_data, make_model
+from swift_grouped import with_grouped_packs
 from swift_tools import run
 
 from channel_metrics import MetricsConfig
 from channel_metrics.trainers.hf_state import ChannelState
 from channel_metrics.trainers.swift_collator import SwiftCollator
 from channel_metrics.trainers.swift_cut import kept_bounds
+from channel_metrics.trainers.swift_mixin import SwiftChannelMetricsMixin
 
 WORLD_SIZE = 1
 ENVIRON: dict[str, str] = {}
@@ -132,6 +136,18 @@ def fused(folder: Path) -> Any:
     }
 
 
+def named_column(folder: Path) -> Any:
+    """`--columns` says which column the channel is; `metadata` says another."""
+    given = _given(folder, columns={"source": "channel"})
+    renamed = []
+    for record in map(json.loads, Path(given["dataset"][0]).read_text().splitlines()):
+        other = {"metadata": {"_fusion_source": "another"}, "source": record.pop("channel")}
+        renamed.append(json.dumps(record | other) + "\n")
+    folder.mkdir()
+    (folder / "data.jsonl").write_text("".join(renamed))
+    return swift_tools.both(given | {"dataset": [str(folder / "data.jsonl")]})
+
+
 def resumed(folder: Path) -> Any:
     """Four steps at once; and two, then two more from the checkpoint."""
     config = MetricsConfig(metrics=("tokens", "tokens_total", "samples_total"))
@@ -185,14 +201,28 @@ def name_clash(folder: Path) -> Any:
     return None
 
 
+class _Leftover:
+    """Stands for a GroupedMetricsMixin that nobody has removed: it takes its keys if they come."""
+
+    found: ClassVar[list[str]] = []
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        keys = [key for key in ("packed_group", "packed_segments") if key in inputs]
+        self.found.extend(keys)
+        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+
+class _OwnTrainer(SwiftChannelMetricsMixin, _Leftover, Seq2SeqTrainer):
+    """A trainer of a user's, without the patch."""
+
+
 def grouped_packs(folder: Path) -> Any:
     """Batches that name a group per pack, as GroupedPackingDataset makes them."""
-    from swift_grouped import with_grouped_packs
-
     given = _given(folder, packing=True, per_device_train_batch_size=2, enable_channel_loss=False)
-    with with_grouped_packs() as seen:
-        found = swift_tools.run(given)
-    return {"log": found["log"], "packs": seen}
+    own = replaced.object(TrainerFactory, "get_trainer_cls", lambda args: _OwnTrainer)
+    with with_grouped_packs() as seen, own:
+        found = swift_tools.run(given, None)
+    return {"log": found["log"], "packs": seen, "leftover": _Leftover.found}
 
 
 def bounds_after_the_cut(folder: Path) -> Any:
@@ -231,7 +261,6 @@ def applied_twice(folder: Path) -> Any:
     """The plugin by its path, as ms-swift imports it, beside the module; applied once."""
     import sys
 
-    from swift.trainers import Seq2SeqTrainer
     from swift.utils.utils import import_external_file
 
     path = os.path.abspath(patch.__file__)

@@ -161,6 +161,13 @@ def test_the_channel_of_a_nested_field(one: Launch) -> None:
         assert all(e.get("loss_None") == e.get("unlabeled_loss") for e in windows(log))
 
 
+def test_a_column_that_the_user_names(one: Launch) -> None:
+    """`--columns` wins over the fields of the config."""
+    (found,) = one.ranks("named_column")
+    check_training(found["off"], found["on"])
+    check_raw(found["on"]["log"], found["off"]["log"])
+
+
 def test_totals_survive_resume(one: Launch) -> None:
     (logs,) = one.ranks("resumed")
     at_once, resumed = ({e["step"]: e for e in windows(log)} for log in logs)
@@ -192,8 +199,9 @@ def test_keys_of_two_meanings_are_refused(one: Launch) -> None:
 
 
 def test_packs_of_groups(one: Launch) -> None:
-    """Batches with `packed_group` and `packed_segments`, two packs each."""
+    """Batches with `packed_group` and `packed_segments`, two packs each; by the mixin."""
     (found,) = one.ranks("grouped_packs")
+    assert found["leftover"] == []
     log = windows(found["log"])
     for index, entry in enumerate(log):
         expected: dict[str, int] = {}
