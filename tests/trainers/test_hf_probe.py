@@ -216,24 +216,30 @@ def test_the_budget_stretches_the_distance(
 # ---- without a trace ------------------------------------------------------------------------
 
 
-class Frozen(TrainerCallback):
-    """A submodule that somebody keeps in evaluation mode; what the modes are after each step."""
-
-    def __init__(self) -> None:
-        self.modes: list[list[bool]] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kwargs["model"].model.embed_tokens.eval()
+class Freeze(TrainerCallback):
+    """Somebody puts a submodule into evaluation mode, before the probe."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.modes.append([module.training for module in kwargs["model"].modules()])
+        kwargs["model"].model.embed_tokens.eval()
+
+
+class Modes(TrainerCallback):
+    """The mode of every submodule after each step, after the probe."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[bool]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append([module.training for module in kwargs["model"].modules()])
 
 
 def trace(folder: Path, probe: DatasetMetricsCallback | None, **arguments: Any) -> dict[str, Any]:
     """All that a training leaves behind."""
-    frozen = Frozen()
-    callbacks = [frozen] if probe is None else [probe, frozen]
+    modes = Modes()
+    callbacks = [Freeze(), modes] if probe is None else [Freeze(), probe, modes]
     trainer = run(folder, *callbacks, logging_steps=1, **arguments)
+    assert {len(set(seen)) for seen in modes.seen} == {2}
+    assert torch.is_autocast_cache_enabled()
     left = trainer.optimizer.state_dict()["state"].values()
     return {
         "weights": {name: value.clone() for name, value in trainer.model.state_dict().items()},
@@ -241,9 +247,8 @@ def trace(folder: Path, probe: DatasetMetricsCallback | None, **arguments: Any) 
         "optimizer": [value for state in left for value in state.values()],
         "logs": other_logs(trainer.state.log_history),
         "batches": getattr(trainer.data_collator, "batches", None),
-        "modes": frozen.modes,
+        "modes": modes.seen,
         "random": random_numbers(),
-        "autocast": torch.is_autocast_cache_enabled(),
     }
 
 
