@@ -163,15 +163,58 @@ def test_the_layouts_train_the_same_model(runs: Any) -> None:
 
 def test_a_cut_that_ms_swift_gets_wrong(runs: Any) -> None:
     """Two sequences of losses 1 and 5 on two ranks, each of which has one of them whole."""
-    for printed in runs.printed("one_pack"):
-        found = json.loads(printed.splitlines()[-1])
+    for found in one_pack(runs):
         truth = {"math_loss": 1.0, "math_tokens": 7, "code_loss": 5.0, "code_tokens": 7}
         theirs, ours = found["zigzag"]
         assert theirs == {"math": 1.0, "code": 5.0}
         assert ours == truth | {"loss_math": 1.0, "loss_code": 5.0}
         theirs, ours = found["contiguous"]
-        assert theirs == pytest.approx({"math": 3.0, "code": 3.0}, abs=0.4)
+        assert theirs == {"math": 3.0, "code": 3.0}
         assert ours == truth | {"loss_math": 1.0, "loss_code": 5.0}
+
+
+def one_pack(runs: Any) -> list[dict[str, Any]]:
+    return [json.loads(printed.splitlines()[-1]) for printed in runs.printed("one_pack")]
+
+
+@pytest.mark.parametrize("cut", ["zigzag", "contiguous"])
+def test_a_target_that_crosses_a_bound(runs: Any, cut: str) -> None:
+    """It counts for its own sequence, and is told once, by the rank that has counted it."""
+    for found in one_pack(runs):
+        values = found[f"crossing_{cut}"]["values"]
+        tokens = {key: n for key, n in values.items() if key.endswith(("tokens", "samples"))}
+        twice = {"math_tokens": 14, "math_samples": 2, "code_tokens": 16, "code_samples": 2}
+        assert tokens == twice
+        (told,) = found[f"crossing_{cut}"]["told"]
+        assert told.startswith("1 supervised targets")
+
+
+def test_bounds_without_a_cut(runs: Any) -> None:
+    """In labels that are shifted by one, each sequence begins one position earlier."""
+    for found in one_pack(runs):
+        assert found["uncut"] == [[0, 7, 15], [0, 1], 1]
+
+
+def test_what_is_refused(runs: Any) -> None:
+    refused = one_pack(runs)[0]["refusals"]
+    wanted = {
+        "one_name": "ChannelError: channel has 1 entries but the batch holds 2 sequences of the",
+        "no_number": "BoundaryError: a batch of packed sequences must say how many there are",
+        "positions": "BoundaryError: the batch names 2 sequences, but its position_ids start anew",
+        "task": "UnsupportedVersionError: channel metrics are for the loss of language models",
+        "reranker": "UnsupportedVersionError: channel metrics are for ms-swift's MegatronTrainer",
+        "keys": "ConfigError: key_format '{metric}/{channel}' gives the keys loss_<channel>",
+        "reserved": "ConfigError: channel 'z' would be logged as 'z_loss'",
+    }
+    assert refused.keys() == wanted.keys()
+    for name, beginning in wanted.items():
+        assert refused[name].startswith(beginning), refused[name]
+
+
+def test_attach_and_detach_apply_and_revert(runs: Any) -> None:
+    found = one_pack(runs)[0]
+    assert found["classes"] == [True] * 4
+    assert found["patches"] == [True] * 3
 
 
 @pytest.mark.parametrize("name", WEIGHTED)
