@@ -20,7 +20,7 @@ HOSTILE_NAMES = (
     "constructor",
     "very long " * 400,
     "line\nbreak\u2028separator\x00nul",
-    "$\\frac{1}{0}$",
+    "$\\frac{1}{$",
     "_hidden",
     "javascript:alert(1)",
     "\ud800 lone",

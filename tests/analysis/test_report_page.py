@@ -14,7 +14,7 @@ from browser import Report, start_browser
 from report_runs import HOSTILE_NAMES, run_with, troubled_run
 
 from channel_metrics.analysis.report import write_report
-from channel_metrics.analysis.report_views import shown
+from channel_metrics.analysis.report_views import rank_channels, shown
 
 pytestmark = pytest.mark.skipif(
     sys.version_info >= (3, 12),
@@ -59,6 +59,12 @@ def test_it_draws_and_the_console_is_silent(report: Report, files: dict[str, Pat
     report.open(files["four"])
     assert report.lines("loss") == [-1, 0, 1, 2, 3]
     assert report.lines("token_acc") == report.lines("share") == [0, 1, 2, 3]
+    boxes = report.run(
+        "return [...document.querySelectorAll('path.line[data-channel]')].map((path) => {"
+        "const { x, y, width, height } = path.getBBox(), svg = path.ownerSVGElement;"
+        "return [x, y, svg.clientWidth - x - width, svg.clientHeight - y - height]; })"
+    )
+    assert min(room for box in boxes for room in box) >= 0, "a line leaves its chart"
     assert sorted(report.texts("#legend-list bdi")) == sorted(FOUR)
     assert report.texts("figcaption h3") == ["Loss", "Token accuracy", "Share of the mix"]
 
@@ -121,6 +127,39 @@ def test_curves_are_read_aloud_as_they_were_logged(report: Report, files: dict[s
                 assert f"{name}: {value:.3f}"[:-1] in aloud
     assert report.read(RIGHT, "share").startswith("step 1,")
     assert report.read(RIGHT, "share").startswith("step 2,")
+
+
+POINTS = """
+const number = (element, name) => Number(element.getAttribute(name));
+const chart = document.querySelector("[data-metric=loss]");
+const ticks = (anchor) => [...chart.querySelectorAll(`.tick[text-anchor=${anchor}]`)];
+const scale = (texts, name, pixel) => {
+  const [a, b] = [texts[0], texts.at(-1)];
+  const [low, high] = [Number(a.textContent), Number(b.textContent)];
+  const part = (pixel - number(a, name)) / (number(b, name) - number(a, name));
+  return low + part * (high - low);
+};
+// Ticks stand on whole pixels, a text 4 of them below its line.
+const point = (x, y) => [scale(ticks("middle"), "x", x), scale(ticks("end"), "y", y + 4)];
+const path = chart.querySelector(`path.line[data-channel="${arguments[0]}"]:not(.other)`);
+const places = path.getAttribute("d").slice(1).split("L").map((place) => place.split(" "));
+const drawn = places.map(([x, y]) => point(Number(x), Number(y)));
+const dots = [...chart.querySelectorAll(".cursor circle")];
+return [drawn, dots.map((dot) => point(number(dot, "cx"), number(dot, "cy")))];
+"""
+
+
+def test_lines_are_drawn_where_the_axes_say(report: Report, files: dict[str, Path]) -> None:
+    run = run_with(FOUR)
+    report.open(files["four"])
+    report.read(END)
+    for number, name in enumerate(rank_channels([run])):
+        points, dots = report.run(POINTS, number)
+        logged = series_of(run, name, "loss")
+        # A pixel is about a hundredth of a nat, and a twentieth of a step.
+        assert [x for x, _ in points] == pytest.approx(list(logged), abs=0.1)
+        assert [y for _, y in points] == pytest.approx(list(logged.values()), abs=0.03)
+        assert any(dot == pytest.approx([40, logged[40]], abs=0.1) for dot in dots), name
 
 
 def test_over_own_tokens(report: Report, files: dict[str, Path]) -> None:
@@ -236,7 +275,9 @@ def test_hostile_names_are_text(report: Report, files: dict[str, Path]) -> None:
         report.run("for (const c of document.querySelectorAll('.plot')) c.focus()")
         report.keys(END)
         assert len(report.texts(".tip li")) >= 1
-        assert len(report.texts("[data-metric=loss] .labels text")) == 2
+        name = report.texts('button.channel[aria-pressed="true"] bdi')[0]
+        label = name if len(name) <= 15 else name[:14] + "…"
+        assert label.strip() in report.texts("[data-metric=loss] .labels text")
         report.keys(ESCAPE)
     assert report.run("return window.hacked") is None
     assert report.run("return document.images.length + document.scripts.length") == 2
