@@ -31,7 +31,9 @@ class _Watched(DatasetMetricsCallback):
     """Counts the forwards of this rank, and what it sends, in each probe."""
 
     def __init__(self, sources: dict[str, list[Record]], **options: Any) -> None:
+        clock = options.pop("clock", None)
         super().__init__(sources, **options)
+        self._clock = clock or self._clock
         self.forwards: list[int] = []
         self.sent: list[list[str]] = []
         self.next_steps: list[int] = []
@@ -127,9 +129,22 @@ def ddp_on(folder: Path) -> Any:
     return _probed(folder, True, restless=True, dataloader_num_workers=1)
 
 
+class _Clock:
+    """Each look at it takes a second on rank 0, and on rank 1 always a second more than before."""
+
+    def __init__(self) -> None:
+        self.now, self.looks = 0.0, 0
+
+    def __call__(self) -> float:
+        self.looks += 1
+        self.now += 1 + (self.looks - 1) * dist.get_rank()
+        return self.now
+
+
 def ddp_budget(folder: Path) -> Any:
     """Ranks whose clocks differ agree on the next step."""
-    return _probed(folder, True, options={"max_overhead": 0.5, "every": 1}, max_steps=12)
+    options = {"max_overhead": 0.5, "every": 1, "clock": _Clock()}
+    return _probed(folder, True, options=options, max_steps=12)
 
 
 def ddp_fault(folder: Path) -> Any:
