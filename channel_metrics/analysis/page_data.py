@@ -2,7 +2,7 @@
 
 Channels and runs are spoken of by index. A curve is `{run, channel, metric, split, steps, values}`
 and maybe `tokens` (the channel's own, up to each step), `low`, `high`, `smooth`, `estimate`; steps
-and tokens are written as differences, values have five digits, null breaks the line.
+and tokens are written as differences, values have six digits, null breaks the line.
 """
 
 from __future__ import annotations
@@ -91,4 +91,4 @@ def _rounded(values: Iterable[float]) -> list[float | None]:
 def _digits(value: float | None) -> float | None:
     if value is None or not math.isfinite(value):
         return None
-    return float(f"{value:.5g}")
+    return float(f"{value:.6g}")

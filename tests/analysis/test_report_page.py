@@ -123,7 +123,7 @@ def test_curves_are_read_aloud_as_they_were_logged(report: Report, files: dict[s
             values = series_of(run, name, "loss")
             if step in values:
                 value = values[step]
-                # The page has five digits.
+                # The page has six digits, of which it says four.
                 assert f"{name}: {value:.3f}"[:-1] in aloud
     assert report.read(RIGHT, "share").startswith("step 1,")
     assert report.read(RIGHT, "share").startswith("step 2,")
