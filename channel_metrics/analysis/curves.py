@@ -17,7 +17,7 @@ import numpy as np
 
 from channel_metrics.analysis.findings import Gap, find_gaps, loss_metric
 from channel_metrics.analysis.keys import GLOBAL
-from channel_metrics.analysis.moving import MovingMeans, values_at
+from channel_metrics.analysis.moving import MAX_MEANS, MovingMeans, values_at
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -96,7 +96,7 @@ def curves_of(run: Run, channels: Iterable[str], limit: int) -> Iterator[Curve]:
                 broken_at = gaps[channel] if split == "train" else []
                 yield _broken(curve, broken_at)
                 if split == "train" and curve.num_points >= _MIN_SMOOTHED:
-                    yield _broken(_smooth(run, curve, means), broken_at)
+                    yield _broken(_smooth(run, curve, means, min(limit, MAX_MEANS)), broken_at)
 
 
 def own_tokens(run: Run, channel: str, steps: Steps) -> Steps | None:
@@ -156,9 +156,9 @@ def _curve(run: Run, channel: str, metric: str, split: str, limit: int) -> Curve
     )
 
 
-def _smooth(run: Run, curve: Curve, means: MovingMeans) -> Curve:
+def _smooth(run: Run, curve: Curve, means: MovingMeans, limit: int) -> Curve:
     metric = "loss_estimate" if curve.is_estimate else curve.metric
-    steps, values = means.of(curve.channel, metric)
+    steps, values = means.of(curve.channel, metric, limit)
     tokens = _tokens(run, curve.channel, steps)
     return replace(curve, steps=steps, values=values, tokens=tokens, band=None, is_smooth=True)
 

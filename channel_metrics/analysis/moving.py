@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from channel_metrics.analysis.run import Run
     from channel_metrics.analysis.store import Steps, Values
 
-__all__ = ["MovingMeans", "values_at"]
+__all__ = ["MAX_MEANS", "MovingMeans", "values_at"]
 
-_NUM_POINTS = 200
+MAX_MEANS = 200
 # A window is this part of the curve's points.
 _WINDOW_PART = 40
 
@@ -30,13 +30,16 @@ class MovingMeans:
         for steps, tokens in counts:
             self._whole += np.nan_to_num(values_at(self._steps, steps, tokens))
 
-    def of(self, channel: str, metric: str) -> tuple[Steps, Values]:
-        """Steps and moving means of a series; plain means where tokens were not counted."""
+    def of(self, channel: str, metric: str, num_points: int = MAX_MEANS) -> tuple[Steps, Values]:
+        """Steps [N] and moving means [N] of a series, at N <= num_points of its steps.
+
+        Plain means where tokens were not counted.
+        """
         own_steps, own = self._run.series(channel, "tokens")
         if metric == "share" and len(own_steps):
             # Where the channel is absent its share is 0, which is not logged.
             parts = np.nan_to_num(values_at(self._steps, own_steps, own))
-            return _moving_ratio(self._steps, parts, self._whole)
+            return _moving_ratio(self._steps, parts, self._whole, num_points)
         steps, values = self._run.series(channel, metric)
         weights = np.ones(len(steps))
         if channel == GLOBAL and len(self._steps):
@@ -45,14 +48,17 @@ class MovingMeans:
             weights = np.nan_to_num(values_at(steps, own_steps, own))
         usable = np.isfinite(values)
         weights = np.where(usable, weights, 0.0)
-        return _moving_ratio(steps, np.where(usable, values, 0.0) * weights, weights)
+        parts = np.where(usable, values, 0.0) * weights
+        return _moving_ratio(steps, parts, weights, num_points)
 
 
-def _moving_ratio(steps: Steps, parts: Values, wholes: Values) -> tuple[Steps, Values]:
+def _moving_ratio(
+    steps: Steps, parts: Values, wholes: Values, num_points: int
+) -> tuple[Steps, Values]:
     """Σ parts / Σ wholes over windows of a fortieth of the points; NaN where the whole is 0."""
     count = len(steps)
     half = max(1, count // (2 * _WINDOW_PART))
-    middles = np.unique(np.linspace(0, count - 1, _NUM_POINTS).astype(np.int64))
+    middles = np.unique(np.linspace(0, count - 1, num_points).astype(np.int64))
     first, end = np.maximum(middles - half, 0), np.minimum(middles + half + 1, count)
     sums = [np.concatenate([[0.0], np.cumsum(column)]) for column in (parts, wholes)]
     part, whole = (column[end] - column[first] for column in sums)

@@ -71,15 +71,17 @@ def write_report(runs: Sequence[Run], path: Path, *, title: str = "") -> ReportS
     ranked = rank_channels(runs)
     channels = ranked[:_MAX_CHANNELS]
     points = _first_limit(len(channels) * len(runs))
+    views = _views(runs, channels)
     while True:
-        text = _render(runs, channels, len(ranked) - len(channels), points, title)
+        text = _render(views, channels, len(ranked) - len(channels), points, title)
         page = text.encode("utf-8", errors="replace")
         if len(page) < MAX_BYTES:
             break
         if points > _MIN_POINTS:
-            points = max(_MIN_POINTS, points // 2)
+            points = max(_MIN_POINTS, points * 2 // 3)
         else:
             channels = channels[: len(channels) * 2 // 3]
+            views = _views(runs, channels)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(page)
     return ReportSize(
@@ -95,16 +97,19 @@ def _first_limit(num_channels: int) -> int:
     return min(_MAX_POINTS, max(_MIN_POINTS, _ALL_POINTS // num_curves))
 
 
+def _views(runs: Sequence[Run], channels: Sequence[str]) -> list[RunView]:
+    indices = {name: index for index, name in enumerate(channels)}
+    return [view_run(run, index, indices) for index, run in enumerate(runs)]
+
+
 def _render(
-    runs: Sequence[Run], channels: Sequence[str], num_left_out: int, points: int, title: str
+    views: Sequence[RunView], channels: Sequence[str], num_left_out: int, points: int, title: str
 ) -> str:
     markup: Any = need("markupsafe", extra="report").Markup
-    indices = {name: index for index, name in enumerate(channels)}
-    views = [view_run(run, index, indices) for index, run in enumerate(runs)]
     data = page_data(views, channels, points)
     style, script = _file("page.css"), _script()
     text: str = _template().render(
-        title=shown(title or " · ".join(run.name for run in runs)),
+        title=shown(title or " · ".join(view.run.name for view in views)),
         runs=views,
         num_channels=len(channels),
         num_left_out=num_left_out,
