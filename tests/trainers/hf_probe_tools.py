@@ -4,16 +4,43 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from hf_tools import VOCABULARY, Record, token_table
-from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from hf_tools import VOCABULARY, Record, make_records, token_table, train
+from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
 
 from channel_metrics.intervals import student_t
+from channel_metrics.trainers.hf import attach
+from channel_metrics.trainers.hf_probe import DatasetMetricsCallback
 
 EVAL_BATCH_SIZE = 4  # of `hf_tools.train`
+CANARY = make_records(7, seed=11)
+HELD_OUT = make_records(30, seed=12)
+
+
+def probe_of(**options: Any) -> DatasetMetricsCallback:
+    sources = options.pop("sources", {"canary": CANARY, "held_out": HELD_OUT})
+    return DatasetMetricsCallback(
+        sources, **{"every": 2, "batches": 2, "max_overhead": None} | options
+    )
+
+
+def run(
+    folder: Path,
+    *callbacks: TrainerCallback,
+    metrics_on: bool = False,
+    **arguments: Any,
+) -> Trainer:
+    def prepare(trainer: Trainer) -> None:
+        if metrics_on:
+            attach(trainer)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+
+    return train(folder, prepare=prepare, **{"max_steps": 5} | arguments)
 
 
 class Restless(Qwen2ForCausalLM):
