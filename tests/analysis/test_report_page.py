@@ -196,6 +196,25 @@ def test_a_click_in_the_legend_isolates(report: Report, files: dict[str, Path]) 
     assert report.lines() == [-1, 1, 2, 3]
 
 
+def test_a_name_that_is_pointed_at_stands_out(report: Report, files: dict[str, Path]) -> None:
+    report.open(files["four"])
+    lit = (
+        "return [...document.querySelectorAll('[data-metric=loss] path.line.lit:not(.other)')]"
+        ".map((e) => e.dataset.channel)"
+    )
+    report.keys("/")
+    assert report.run(lit) == []
+    report.keys(DOWN)
+    report.keys(DOWN)
+    assert report.run(lit) == ["1"]
+    fading = "return document.querySelectorAll('.fading').length"
+    assert report.run(fading) == 1
+    report.keys("/")
+    assert report.run(lit) == [] and report.run(fading) == 0
+    report.click("#legend-list button", 2)
+    assert report.lines() == [-1, 2] and report.run(fading) == 0
+
+
 def test_the_keyboard_is_enough(report: Report, files: dict[str, Path]) -> None:
     report.open(files["many"])
     report.keys("/")

@@ -50,6 +50,21 @@ const drawLegend = () => {
   find("#show-all").hidden = state.isolated === null;
 };
 
+// The lines of one channel stand out while the pointer or the focus is on its name.
+const highlight = (channel) => {
+  find("#charts").classList.toggle("fading", channel !== null);
+  for (const path of findAll("path.line")) {
+    path.classList.toggle("lit", channel !== null && path.dataset.channel === String(channel));
+  }
+};
+const pointedAt = (event) => {
+  const channel = event.target.closest?.("li")?.dataset.channel;
+  highlight(channel !== undefined && visible().includes(Number(channel)) ? channel : null);
+};
+legend.addEventListener("pointerover", pointedAt);
+legend.addEventListener("focusin", pointedAt);
+for (const gone of ["pointerleave", "focusout"]) legend.addEventListener(gone, () => highlight(null));
+
 const orderLegend = () => legend.replaceChildren(...ordered().map((channel) => items.get(channel)));
 
 legend.addEventListener("focusin", (event) => moveFocus(event.target.closest("li")));

@@ -62,13 +62,19 @@ const MAX_CLEAR = 600;
 
 // Draws the curves into a group.
 const drawCurves = (group, curves, x, y) => {
-  const several = new Set(curves.map((curve) => curve.channel)).size > MAX_RAW;
+  const count = new Set(curves.map((curve) => curve.channel)).size;
+  const several = count > MAX_RAW;
+  const crowded = count > 2 * MAX_RAW;
   const raws = new Set(curves.filter((curve) => hasSmoothTwin(curve, curves)));
-  for (const curve of [...raws, ...curves.filter((other) => !raws.has(other))]) {
+  const own = curves.filter((curve) => !raws.has(curve));
+  // What says most is drawn last: smooth over raw, the whole run over its channels.
+  own.sort((a, b) => (a.channel === WHOLE_RUN) - (b.channel === WHOLE_RUN));
+  for (const curve of [...raws, ...own]) {
     const raw = raws.has(curve);
     if (raw && several) continue;
     const classes = ["line", colorOf(curve.channel), `run${curve.run}`];
     if (raw) classes.push("raw");
+    if (crowded && curve.channel !== WHOLE_RUN) classes.push("thin");
     if (raw && curve.steps.length > MAX_CLEAR) classes.push("dense");
     if (curve.split !== "train") classes.push("other");
     if (curve.low) {

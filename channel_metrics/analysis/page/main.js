@@ -7,6 +7,7 @@ const charts = figures.filter((figure) => !figure.hidden).map((figure) => new Ch
 find("#charts").classList.toggle("few", charts.length < 3);
 
 const renderCharts = () => {
+  highlight(null); // The lines that stood out are gone.
   for (const chart of charts) chart.render();
   find("#reset-zoom").hidden = state.zoom === null;
 };
