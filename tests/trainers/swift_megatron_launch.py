@@ -65,7 +65,7 @@ class Server(Launcher):
         caches = ("HF_DATASETS_CACHE", "MODELSCOPE_CACHE")
         settings = {name: str(self.folder / "cache") for name in caches}
         return subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(FOLDER / "swift_megatron_server.py"),
+            [sys.executable, str(FOLDER / "swift_megatron_server.py"),
              str(self.folder / "server")],
             cwd=self.folder,
             env={

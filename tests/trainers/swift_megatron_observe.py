@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,7 +131,7 @@ def fault() -> Result:
 
 
 def used() -> Result:
-    """What of the arguments ms-swift has really used, for it may change them; the best metric."""
+    """What of the arguments ms-swift has really used, for it may change them, and of its state."""
     found: dict[str, Any] = {}
     finalize = BaseMegatronTrainer.finalize_training
 
@@ -138,6 +140,7 @@ def used() -> Result:
         for name in ("padding_free", "cp_partition_mode", "context_parallel_size"):
             found[name] = getattr(self.args, name)
         found["best"] = self.state.best_metric
+        found["path"] = [Path(entry).resolve().name for entry in sys.path]
         finalize(self)
 
     BaseMegatronTrainer.finalize_training = keep

@@ -295,6 +295,14 @@ def test_packs_of_ms_swift(runs: Any) -> None:
         check_against_naive(log, naive(batches))
 
 
+def test_spawned_processes_do_not_find_our_folder(runs: Any) -> None:
+    """They take over the path, to which ms-swift adds the folder of a plugin, where trl.py is."""
+    for name in ("packing", "padded_dp2_on"):
+        for rank in runs.ranks(name):
+            assert "site-packages" in rank["used"]["path"]
+            assert "patches" not in rank["used"]["path"]
+
+
 def test_a_stream_with_the_channel_in_a_nested_field(runs: Any) -> None:
     logs, steps = runs.logs("stream"), seen_tokens(runs, "stream")
     for log, batches in zip(logs, steps, strict=True):
