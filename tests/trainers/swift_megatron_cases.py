@@ -39,6 +39,8 @@ METRICS = ("loss", "token_acc", "ppl", "tokens", "samples", "share", "tokens_tot
 ON = {"metrics": METRICS}
 WITHOUT_ACCURACY = {"metrics": ("loss", "tokens", "share")}
 PADDED, PACKED = {"padding_free": False}, {"padding_free": True}
+# A packing process that is spawned imports everything again.
+PACKING = {"packing": True, "dataloader_multiprocessing_context": "fork"}
 NO_FLAG = {"enable_channel_loss": False}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp1": {},
@@ -127,7 +129,7 @@ RUNS = [
     *on_and_off("weighted", "dp1", PADDED, {"loss_scale": "react"}, data="react"),
     *on_and_off("dft", "cp2", PACKED, {"enable_dft_loss": True}),
     *on_and_off("evaluation", "dp2", PADDED, EVALUATION),
-    Case("packing", "dp1", PACKED | {"packing": True}, ON),
+    Case("packing", "dp1", PACKED | PACKING, ON),
     Case("stream", "dp2", PADDED | {"streaming": True}, ON, data="fused"),
     Case("resumable", "dp2", PACKED | RESUMABLE, ON),
     Case("resumed", "pp2", PACKED | RESUMED, ON),
