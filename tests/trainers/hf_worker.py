@@ -34,8 +34,6 @@ def _rank(module: str, rank: int, folder: Path) -> None:
     import torch.distributed as dist
 
     group = importlib.import_module(module)
-    # A rank that hangs says where.
-    faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": group.WORLD_SIZE}
     local = {"LOCAL_WORLD_SIZE": group.WORLD_SIZE, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     environ = names | local if group.WORLD_SIZE > 1 else {}
@@ -52,6 +50,8 @@ def _rank(module: str, rank: int, folder: Path) -> None:
             timeout=timedelta(seconds=TIMEOUT_SECONDS),
         )
     for case in group.CASES:
+        # A rank that hangs says where.
+        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
         started = time.monotonic()
         try:
             value: Any = {"value": case(folder / case.__name__)}
