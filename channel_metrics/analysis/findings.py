@@ -122,7 +122,8 @@ def find_worse(run: Run, split: str = "train") -> list[Worse]:
         width = len(losses) // 5
         if len(losses) < _MIN_POINTS or width < 2:
             continue
-        means = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+        sums = np.concatenate([[0.0], np.cumsum(losses)])
+        means = (sums[width:] - sums[:-width]) / width
         low = int(means.argmin())
         if low + width > len(losses) - width:
             continue

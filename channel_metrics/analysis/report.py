@@ -80,7 +80,8 @@ def write_report(runs: Sequence[Run], path: Path, *, title: str = "") -> ReportS
         if points > _MIN_POINTS:
             points = max(_MIN_POINTS, points * 2 // 3)
         else:
-            channels = channels[: len(channels) * 2 // 3]
+            fitting = len(channels) * MAX_BYTES / len(page)
+            channels = channels[: int(fitting * 0.9)]
             views = _views(runs, channels)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(page)

@@ -374,6 +374,18 @@ def test_narrow_pages_do_not_scroll_sideways(
         assert report.run("return document.documentElement.scrollWidth") <= width, name
 
 
+def test_charts_follow_the_window(report: Report, files: dict[str, Path]) -> None:
+    report.open(files["four"])
+    size = {"width": 700, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    report.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    width = report.driver.execute_async_script(
+        "const done = arguments[0], width = () => document.querySelector('.plot svg').clientWidth;"
+        "const look = (left) => width() < 700 || !left ? done(width())"
+        ": requestAnimationFrame(() => look(left - 1)); look(300);"
+    )
+    assert 500 < width < 700
+
+
 def test_runs_are_compared(report: Report, files: dict[str, Path]) -> None:
     runs = [run_with(FOUR), run_with(FOUR, seed=5)]
     report.open(files["two"])

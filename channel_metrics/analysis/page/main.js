@@ -101,8 +101,12 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
+// Also called once at the start, when nothing has changed.
 let resizing = 0;
+let width = find("#charts").clientWidth;
 new ResizeObserver(() => {
+  if (find("#charts").clientWidth === width) return;
+  width = find("#charts").clientWidth;
   cancelAnimationFrame(resizing);
   resizing = requestAnimationFrame(renderCharts);
 }).observe(find("#charts"));
