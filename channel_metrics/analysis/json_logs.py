@@ -19,6 +19,7 @@ from channel_metrics.analysis.readings import (
 __all__ = [
     "first_record",
     "parse_object",
+    "read_json_line",
     "read_jsonl_log",
     "read_trainer_state",
     "readings_of",
@@ -44,13 +45,18 @@ _CHUNK = 1 << 20
 def read_jsonl_log(path: Path, problems: Problems, progress: Progress) -> Iterator[Reading]:
     """Every number in a file with one JSON object per line, each with its step."""
     for number, line in lines_of(path, problems, progress):
-        record = parse_object(line, path, number, problems)
-        if record is not None:
-            step = step_of(record)
-            if step is None:
-                problems.add(path, number, f"has no step ({', '.join(_STEP_KEYS[:4])})")
-            else:
-                yield from readings_of(record, step)
+        yield from read_json_line(line, path, number, problems)
+
+
+def read_json_line(line: str, path: Path, number: int, problems: Problems) -> Iterator[Reading]:
+    """The numbers of one line."""
+    record = parse_object(line, path, number, problems)
+    if record is not None:
+        step = step_of(record)
+        if step is None:
+            problems.add(path, number, f"has no step ({', '.join(_STEP_KEYS[:4])})")
+        else:
+            yield from readings_of(record, step)
 
 
 def read_trainer_state(path: Path, problems: Problems, progress: Progress) -> Iterator[Reading]:

@@ -126,7 +126,7 @@ def _has_metric_lines(path: Path) -> bool:
 
 
 def _jsonl(root: Path) -> Sequence[Path]:
-    named = [root / "logging.jsonl", *sorted(root.glob("*/logging.jsonl"), key=_age)]
+    named = [root / "logging.jsonl", *sorted(root.glob("*/logging.jsonl"), key=_age)[::-1]]
     return [path for path in named if path.is_file()][:1] or _other_jsonl(root, "jsonl")
 
 
@@ -149,7 +149,12 @@ def _checkpoint_step(path: Path) -> int:
 
 def _event_files(root: Path) -> Sequence[Path]:
     return sorted(
-        (p for p in root.rglob("events.out.tfevents.*") if OUTPUT_FOLDER not in p.parts), key=_age
+        (
+            p
+            for p in root.rglob("events.out.tfevents.*")
+            if OUTPUT_FOLDER not in p.relative_to(root).parts
+        ),
+        key=_age,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from channel_metrics.analysis.readings import Problems, Progress, Reading, lines_of
 
-__all__ = ["is_metric_line", "read_text_log"]
+__all__ = ["is_metric_line", "read_metric_line", "read_text_log"]
 
 _HEAD = re.compile(r"\b(validation\b.*?)?\biteration:?\s+(\d+)(?:\s*/\s*\d+)?([^|]*)\|(.*)")
 _ENTRY = re.compile(r"\s*(.+?):\s*([+-]?(?:\d[\d.,]*(?:[eE][+-]?\d+)?|nan|inf))\s*%?\s*")
@@ -27,18 +27,25 @@ def read_text_log(path: Path, problems: Problems, progress: Progress) -> Iterato
     Of one that names an iteration and holds no value, the number is reported.
     """
     for number, line in lines_of(path, problems, progress):
-        head = _HEAD.search(line)
-        if head is None:
-            continue
-        validation, step, _, entries = head.groups()
-        found = False
-        for entry in entries.split("|"):
-            match = _ENTRY.fullmatch(entry)
-            if match:
-                found = True
-                yield int(step), _name(match[1], bool(validation)), _number(match[2])
-        if not found:
-            problems.add(path, number, "names an iteration, but holds no `key: value`")
+        found = read_metric_line(line)
+        if found is not None:
+            yield from found
+            if not found:
+                problems.add(path, number, "names an iteration, but holds no `key: value`")
+
+
+def read_metric_line(line: str) -> list[Reading] | None:
+    """The values of a line; None if it names no iteration."""
+    head = _HEAD.search(line)
+    if head is None:
+        return None
+    validation, step, _, entries = head.groups()
+    matches = (_ENTRY.fullmatch(entry) for entry in entries.split("|"))
+    return [
+        (int(step), _name(match[1], bool(validation)), _number(match[2]))
+        for match in matches
+        if match
+    ]
 
 
 def _name(key: str, is_validation: bool) -> str:

@@ -79,6 +79,13 @@ def test_ms_swift(tmp_path: Path) -> None:
     assert not run.problems.count
 
 
+def test_the_newest_folder_of_ms_swift_is_read(tmp_path: Path) -> None:
+    for age, (name, value) in enumerate((("v0-a", 1.0), ("v1-b", 2.0))):
+        path = write_jsonl(tmp_path / name / "logging.jsonl", [{"step": 1, "loss": value}])
+        os.utime(path, (age, age))
+    assert series_of(load_run(tmp_path), GLOBAL, "loss") == {1: 2.0}
+
+
 @pytest.mark.parametrize("steps_as", [str, lambda step: f"{step}/40", int])
 def test_the_step_of_ms_swifts_megatron(tmp_path: Path, steps_as: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"iteration": steps_as(3), "loss": 1.5}])
