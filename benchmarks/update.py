@@ -1,35 +1,25 @@
-"""The cost of `ChannelLossAccumulator.update`, against one masked sum of the same tensor.
-
-    python -m benchmarks.update
+"""What one `ChannelLossAccumulator.update` costs, against one masked sum of the same tensor.
 
 The masked sum is what a trainer does anyway to get its loss, and the least that any metric must
-do. Rounds of all cases alternate, so that a busy moment of the machine hits all alike; what is
-reported is the median time, and the median over rounds of the ratio.
+do. Peers are measured beside it, on the same packed tokens.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import channel_metrics
+from benchmarks.peers import segment_reduction, swift_hf_loop, swift_megatron
+from benchmarks.timing import compare, one_thread
 from channel_metrics import ChannelLossAccumulator
 
-RESULTS = Path(__file__).parent / "results" / "update.json"
-NUM_ROUNDS = 200
-NUM_WARMUP = 20
-NUM_CALLS = 5
-"""Calls per round and case, timed together: one call is near the resolution of a busy machine."""
+__all__ = ["CASES", "Case", "Tokens", "growth", "make_tokens", "run"]
+
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -42,123 +32,110 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One variant of the call, in one case."""
+class Tokens:
+    """The tensors of one micro-batch: [T], but bounds [N + 1] and ids [N]."""
 
-    case: Case
-    variant: str
-    median_us: float
-    ratio: float
+    losses: Tensor
+    mask: Tensor
+    correct: Tensor
+    bounds: Tensor
+    ids: Tensor
 
 
 CASES = (Case(65_536, 2_048, 64), Case(8_192, 256, 16))
+GROWTH = (4, 64, 4_096, 100_000)
 
-Call = Callable[[], object]
 
-
-def variants(case: Case) -> dict[str, Call]:
-    """The calls to compare; the first is the masked sum."""
+def make_tokens(case: Case) -> Tokens:
+    """Packed sequences of uneven lengths, all tokens covered, four of five supervised."""
     generator = torch.Generator().manual_seed(0)
-    losses = torch.rand(case.num_tokens, generator=generator)
-    mask = torch.rand(case.num_tokens, generator=generator) < 0.8
-    correct = torch.rand(case.num_tokens, generator=generator) < 0.5
-    bounds = random_bounds(case, generator)
-    ids = torch.randint(case.num_channels, (case.num_sequences,), generator=generator)
-    accumulator = ChannelLossAccumulator([f"channel{i}" for i in range(case.num_channels)])
-
-    def masked_sum() -> Tensor:
-        return (losses * mask).sum()
-
-    update = partial(accumulator.update, losses, channels=ids, cu_seqlens=bounds, loss_mask=mask)
-    return {
-        "masked sum": masked_sum,
-        "update": update,
-        "update with correctness": partial(update, correct=correct),
-    }
-
-
-def random_bounds(case: Case, generator: torch.Generator) -> Tensor:
-    """int32 [num_sequences + 1], sequences of uneven lengths, all tokens covered."""
     inner = torch.randperm(case.num_tokens - 1, generator=generator)[: case.num_sequences - 1] + 1
     ends = torch.tensor([0, case.num_tokens])
-    return torch.cat([inner, ends]).sort().values.to(torch.int32)
+    return Tokens(
+        losses=torch.rand(case.num_tokens, generator=generator),
+        mask=torch.rand(case.num_tokens, generator=generator) < 0.8,
+        correct=torch.rand(case.num_tokens, generator=generator) < 0.5,
+        bounds=torch.cat([inner, ends]).sort().values.to(torch.int32),
+        ids=torch.randint(case.num_channels, (case.num_sequences,), generator=generator),
+    )
 
 
-def seconds(call: Call) -> float:
-    """The mean time of a call, over NUM_CALLS."""
-    start = time.perf_counter()
-    for _ in range(NUM_CALLS):
-        call()
-    return (time.perf_counter() - start) / NUM_CALLS
+def run(num_rounds: int = 200) -> list[dict[str, object]]:
+    """All ways to do it, in both cases."""
+    rows: list[dict[str, object]] = []
+    for case in CASES:
+        with one_thread():
+            timings = compare(_ours(case), num_rounds=num_rounds, num_calls=5, num_warmup=20)
+            # Beside calls of 30 ms, the caches are cold: the peers have rounds of their own.
+            timings += compare(_peers(case), num_rounds=30)[1:]
+        rows += [asdict(case) | asdict(timing) for timing in timings]
+    return rows
 
 
-def measure(case: Case) -> list[Row]:
-    """All variants of one case, round by round."""
-    calls = variants(case)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(NUM_WARMUP + NUM_ROUNDS):
-        for name, call in calls.items():
-            taken = seconds(call)
-            if number >= NUM_WARMUP:
-                times[name].append(taken)
-    baseline = next(iter(times.values()))
-    return [
-        Row(
-            case=case,
-            variant=name,
-            median_us=round(statistics.median(taken) * 1e6, 1),
-            ratio=round(statistics.median(map(ratio, taken, baseline)), 2),
+def growth(num_rounds: int = 200) -> list[dict[str, object]]:
+    """The same 65,536 tokens, in more and more channels."""
+    calls: dict[str, Call] = {}
+    for num_channels in GROWTH:
+        tokens = make_tokens(Case(65_536, 2_048, num_channels))
+        calls[str(num_channels)] = partial(
+            _accumulator(num_channels).update,
+            tokens.losses,
+            channels=tokens.ids,
+            cu_seqlens=tokens.bounds,
+            loss_mask=tokens.mask,
         )
-        for name, taken in times.items()
-    ]
+    with one_thread():
+        timings = compare(calls, num_rounds=num_rounds, num_calls=3, num_warmup=10)
+    return [{"num_channels": int(timing.variant)} | asdict(timing) for timing in timings]
 
 
-def ratio(value: float, base: float) -> float:
-    """`value` as a multiple of `base`."""
-    return value / base
-
-
-def machine() -> dict[str, object]:
-    """What the numbers depend on."""
+def _ours(case: Case) -> dict[str, Call]:
+    tokens = make_tokens(case)
+    shape = (case.num_sequences, -1)
+    accumulator = _accumulator(case.num_channels)
+    packed = partial(
+        accumulator.update,
+        tokens.losses,
+        channels=tokens.ids,
+        cu_seqlens=tokens.bounds,
+        loss_mask=tokens.mask,
+    )
+    padded = partial(
+        accumulator.update,
+        tokens.losses.view(shape),
+        channels=tokens.ids,
+        loss_mask=tokens.mask.view(shape),
+    )
+    per_token = tokens.ids.repeat_interleave(tokens.bounds.diff())
     return {
-        "processor": processor(),
-        "num_cpus": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "channel_metrics": channel_metrics.__version__,
-        "device": "cpu",
+        "masked sum": partial(_masked_sum, tokens),
+        "update, padded": padded,
+        "update, padded, accuracy": partial(padded, correct=tokens.correct.view(shape)),
+        "update, packed": packed,
+        "update, packed, accuracy": partial(packed, correct=tokens.correct),
+        "update, ids per token": partial(
+            accumulator.update, tokens.losses, channels=per_token, loss_mask=tokens.mask
+        ),
+        "plain segment reduction": segment_reduction(
+            tokens.losses, tokens.mask, tokens.bounds, tokens.ids
+        ),
     }
 
 
-def processor() -> str:
-    """The name of the CPU, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def main() -> None:
-    """Measure, print the table, write results/update.json."""
-    rows = [row for case in CASES for row in measure(case)]
-    print("  tokens sequences channels  call                      median us   times masked sum")
-    for row in rows:
-        case = row.case
-        print(
-            f"{case.num_tokens:8,} {case.num_sequences:9,} {case.num_channels:8}  "
-            f"{row.variant:24} {row.median_us:10,.1f} {row.ratio:18.2f}"
-        )
-    RESULTS.parent.mkdir(exist_ok=True)
-    result = {
-        "command": "python -m benchmarks.update",
-        "num_rounds": NUM_ROUNDS,
-        "machine": machine(),
-        "rows": [asdict(row) for row in rows],
+def _peers(case: Case) -> dict[str, Call]:
+    tokens = make_tokens(case)
+    given = (tokens.losses, tokens.mask, tokens.bounds)
+    names = [f"channel{i}" for i in tokens.ids.tolist()]
+    return {
+        "masked sum": partial(_masked_sum, tokens),
+        "ms-swift, Megatron": swift_megatron(*given, names),
+        "ms-swift, HF": swift_hf_loop(*given, names),
     }
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
 
 
-if __name__ == "__main__":
-    main()
+def _masked_sum(tokens: Tokens) -> Tensor:
+    return (tokens.losses * tokens.mask).sum()
+
+
+def _accumulator(num_channels: int) -> ChannelLossAccumulator:
+    return ChannelLossAccumulator([f"channel{i}" for i in range(num_channels)])

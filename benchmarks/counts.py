@@ -1,0 +1,103 @@
+"""What is counted and not timed: waits for the device, and collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.peers import start_one_rank, swift_hf_loop, swift_megatron
+from benchmarks.update import Case, make_tokens
+from channel_metrics import ChannelLossAccumulator
+from channel_metrics.sync import sync
+
+__all__ = ["run"]
+
+CASE = Case(8_192, 256, 16)
+_READS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor")
+
+
+class _Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operators for which a host would wait for its device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        indices = [x for x in tree_leaves(args[1:]) if isinstance(x, torch.Tensor)]
+        # Indexing is tagged for the sake of bool masks; with integers the shape is known.
+        static = func is torch.ops.aten.index.Tensor and all(x.dtype != torch.bool for x in indices)
+        self.count += bool(_READS_VALUES & set(func.tags)) and not static
+        return func(*args, **(kwargs or {}))
+
+
+def run() -> list[dict[str, object]]:
+    """Waits per micro-batch, and collectives per micro-batch and log window."""
+    start_one_rank()
+    tokens = make_tokens(CASE)
+    given = (tokens.losses, tokens.mask, tokens.bounds)
+    names = [f"channel{i}" for i in tokens.ids.tolist()]
+    distinct = sorted(set(names))
+    on_meta = ChannelLossAccumulator(distinct, device="meta")
+    ours = ChannelLossAccumulator(distinct)
+
+    def update() -> None:
+        # The meta device holds no values: reading one is an error, whatever is counted.
+        on_meta.update(
+            tokens.losses.to("meta"),
+            channels=tokens.ids.to("meta"),
+            cu_seqlens=tokens.bounds.to("meta"),
+            loss_mask=tokens.mask.to("meta"),
+        )
+
+    sync(ours)  # the first one agrees on the names
+    rows = [_row("ours", update, lambda: sync(ours))]
+    rows.append(_row("ms-swift, HF", swift_hf_loop(*given, names), None))
+    rows.append(_row("ms-swift, Megatron", swift_megatron(*given, names), None))
+    return rows
+
+
+def _row(
+    variant: str, micro_batch: Callable[[], object], log: Callable[[], object] | None
+) -> dict[str, object]:
+    with _Syncs() as syncs, _counted_collectives() as in_batch:
+        micro_batch()
+    with _counted_collectives() as in_log:
+        if log is not None:
+            log()
+    return {
+        "variant": variant,
+        "num_sequences": CASE.num_sequences,
+        "num_channels": CASE.num_channels,
+        "syncs_per_micro_batch": syncs.count,
+        "collectives_per_micro_batch": len(in_batch),
+        "collectives_per_log": len(in_log) if log is not None else None,
+    }
+
+
+@contextmanager
+def _counted_collectives() -> Iterator[list[str]]:
+    called: list[str] = []
+
+    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            called.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    originals = {name: getattr(dist, name) for name in _COLLECTIVES}
+    for name, function in originals.items():
+        setattr(dist, name, counting(name, function))
+    try:
+        yield called
+    finally:
+        for name, function in originals.items():
+            setattr(dist, name, function)

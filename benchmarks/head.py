@@ -1,0 +1,76 @@
+"""Head and loss alone, forward and backward: HF's default without metrics, and losses that chunk.
+
+python -m benchmarks.head VARIANT     # one fresh process: the peak memory, in KiB
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.step import HIDDEN, NUM_ROWS, ROW_LENGTH, VOCABULARY, peak_of, report_peak
+from benchmarks.timing import compare
+from channel_metrics import ChannelLossAccumulator
+from channel_metrics.linear_losses import Backend, linear_cross_entropy
+
+__all__ = ["peak_memory", "run"]
+
+BACKENDS: dict[str, Backend] = {
+    "logits, channels": "logits",
+    "chunked, channels": "chunked",
+    "torch chunked, channels": "torch",
+}
+VARIANTS = ("HF default, no metrics", *BACKENDS)
+
+
+def run(max_seconds: float = 70) -> list[dict[str, object]]:
+    """CPU time; the first variant is what the others are measured against."""
+    calls = {name: partial(_step, name) for name in VARIANTS}
+    timings = compare(
+        calls, num_rounds=6, max_seconds=max_seconds, num_warmup=1, clock=time.process_time
+    )
+    return [asdict(timing) for timing in timings]
+
+
+def peak_memory() -> list[dict[str, object]]:
+    """What head and loss add to the resident memory at their peak."""
+    peaks = {name: peak_of("benchmarks.head", name) for name in VARIANTS}
+    default = peaks[VARIANTS[0]]
+    return [
+        {"variant": name, "peak_mib": round(peak / 1024, 1), "ratio": round(peak / default, 4)}
+        for name, peak in peaks.items()
+    ]
+
+
+def _step(variant: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    num_tokens = NUM_ROWS * ROW_LENGTH
+    hidden = torch.randn(num_tokens, HIDDEN, generator=generator).requires_grad_()
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator).mul_(0.02).requires_grad_()
+    target = torch.randint(VOCABULARY, (num_tokens,), generator=generator)
+    target[::5] = -100
+    if variant == VARIANTS[0]:
+        # transformers' ForCausalLMLoss: logits, in float32, to the mean.
+        F.cross_entropy(F.linear(hidden, weight).float(), target).backward()  # type: ignore[no-untyped-call]
+        return
+    loss, tokens = linear_cross_entropy(
+        hidden, weight, target, reduction="mean", backend=BACKENDS[variant]
+    )
+    loss.backward()  # type: ignore[no-untyped-call]
+    shape = (NUM_ROWS, ROW_LENGTH)
+    assert tokens.correct is not None
+    ChannelLossAccumulator(["bbu", "rru", "lvis", "lang_chat"]).update(
+        tokens.nll.view(shape),
+        channels=torch.arange(NUM_ROWS),
+        labels=target.view(shape),
+        correct=tokens.correct.view(shape),
+    )
+
+
+if __name__ == "__main__":
+    report_peak(partial(_step, sys.argv[1]))
