@@ -10,9 +10,8 @@
 | `json_logs`, `event_files`, `trackers`, `text_logs`, `samples` | one reader per format |
 | `store`, `keys`, `run` | readings on disk, log keys as (split, channel, metric), a run |
 | `write` | parquet, CSV, TensorBoard |
-| `estimate` | channel losses where only the global loss is known |
+| `mix`, `estimate`, `smoother` | channel losses where only the loss of the whole run is known |
 | `findings`, `curves`, `report`, `pictures` | the report |
-| `watch` | a table in the terminal that follows a run |
 
 Importing this package imports nothing else.
 """

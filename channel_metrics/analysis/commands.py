@@ -1,4 +1,4 @@
-"""The commands that read runs: analyze, report, watch."""
+"""The commands that read runs: analyze, report."""
 
 from __future__ import annotations
 

@@ -114,3 +114,17 @@ def test_trackio(folder: Path, logged: Curves) -> None:
             # Trackio's own steps count the calls.
             stored.setdefault(key.removeprefix("train/"), {})[row["train/global_step"]] = value
     check(stored, logged)
+
+
+@pytest.mark.parametrize(("format", "below"), [("wandb", "."), ("mlflow", "mlflow")])
+def test_the_analysis_reads_what_they_stored(
+    folder: Path, logged: Curves, format: str, below: str
+) -> None:
+    from channel_metrics.analysis.run import load_run
+
+    run = load_run(folder / below, format=format)
+    for key, expected in logged.items():
+        for name in ("bbu", "rru", "lvis", "lang_chat"):
+            if key.startswith(f"{name}_"):
+                steps, values = run.series(name, key.removeprefix(f"{name}_"))
+                assert dict(zip(steps.tolist(), values.tolist(), strict=True)) == expected
