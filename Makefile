@@ -42,8 +42,8 @@ lint: env ## ruff, mypy, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: env ## Measure what an update costs; writes benchmarks/results/
-	$(BIN)/python -m benchmarks.update
+bench: env ## Measure what it costs, beside others; writes benchmarks/results/ and docs/benchmarks.*
+	$(BIN)/python -m benchmarks
 
 clean: ## Remove environments, caches and build products
 	rm -rf .venv .venv-latest build dist *.egg-info .hypothesis .import_linter_cache
