@@ -35,7 +35,8 @@ def interpreted() -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.skipif(
-    not TRITON or "liger_kernel" not in INSTALLED, reason="needs triton and liger-kernel"
+    not TRITON or "liger_kernel" not in INSTALLED,
+    reason="triton and liger-kernel are in the latest environment, which `make test-latest` runs",
 )
 def test_liger_under_the_interpreter(interpreted: dict[str, dict[str, float]]) -> None:
     found = interpreted["liger"]
@@ -44,7 +45,8 @@ def test_liger_under_the_interpreter(interpreted: dict[str, dict[str, float]]) -
 
 
 @pytest.mark.skipif(
-    not TRITON or "cut_cross_entropy" not in INSTALLED, reason="needs triton and cut-cross-entropy"
+    not TRITON or "cut_cross_entropy" not in INSTALLED,
+    reason="cut-cross-entropy is in the latest environment, which `make test-latest` runs",
 )
 def test_cut_cross_entropy_under_the_interpreter(
     interpreted: dict[str, dict[str, float]],
