@@ -12,6 +12,7 @@
 | `write` | parquet, CSV, TensorBoard |
 | `mix`, `estimate`, `smoother` | channel losses where only the loss of the whole run is known |
 | `findings`, `curves`, `report`, `pictures` | the report |
+| `tail`, `traces`, `follow`, `watch` | the log of a job that is running |
 
 Importing this package imports nothing else.
 """

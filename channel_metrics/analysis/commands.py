@@ -1,4 +1,4 @@
-"""The commands that read runs: analyze, report."""
+"""The commands that read runs: analyze, report, watch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from channel_metrics.analysis.report_command import add_report_command
+from channel_metrics.analysis.watch_command import add_watch_command
 from channel_metrics.errors import ChannelMetricsError
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def add_commands(
             typer.echo(f"TensorBoard: {folder / 'tensorboard'}")
 
     add_report_command(app, reported, _load)
+    add_watch_command(app, reported, console)
 
 
 def _load(paths: Sequence[Path], format: str | None, channels: Sequence[str] | None) -> list[Run]:

@@ -22,7 +22,15 @@ from channel_metrics.errors import ChannelMetricsError
 if TYPE_CHECKING:
     from channel_metrics.analysis.store import Steps, Values
 
-__all__ = ["RUN_FILE", "Run", "global_loss", "load_run", "run_from_readings", "run_names"]
+__all__ = [
+    "RUN_FILE",
+    "Run",
+    "configured_ratios",
+    "global_loss",
+    "load_run",
+    "run_from_readings",
+    "run_names",
+]
 
 # Written by `channel-metrics train` into the run folder: what was configured.
 RUN_FILE = "channel_metrics_run.json"
@@ -99,7 +107,7 @@ def load_run(
     """
     source, others = pick_source(path, format)
     problems = Problems()
-    ratios = _configured_ratios(path, problems)
+    ratios = configured_ratios(path, problems)
     if others:
         problems.note(f"read as {source.format}; the run also has {', '.join(others)}")
     files = f" ({len(source.files)} files)" if len(source.files) > 1 else ""
@@ -163,7 +171,8 @@ def global_loss(run: Run, split: str = "train") -> tuple[Steps, Values]:
     return run.series(GLOBAL, "loss", split)
 
 
-def _configured_ratios(path: Path, problems: Problems) -> dict[str, float]:
+def configured_ratios(path: Path, problems: Problems) -> dict[str, float]:
+    """The mix that stands beside the log; empty if none does."""
     folder = path if path.is_dir() else path.parent
     file = folder / RUN_FILE
     if not file.is_file():
