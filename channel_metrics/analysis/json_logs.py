@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from channel_metrics.analysis.readings import (
     MAX_LINE_BYTES,
+    MAX_STEP,
     Problems,
     Progress,
     Reading,
@@ -74,7 +76,7 @@ def readings_of(record: Mapping[str, Any], step: int) -> Iterator[Reading]:
     for key, value in record.items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_number and key not in _STEP_KEYS:
-            yield step, key, float(value)
+            yield step, key, _as_float(value)
 
 
 def step_of(record: Mapping[str, Any]) -> int | None:
@@ -82,10 +84,20 @@ def step_of(record: Mapping[str, Any]) -> int | None:
     for key in _STEP_KEYS:
         value = record.get(key)
         if isinstance(value, str) and (match := _OF_TOTAL.fullmatch(value.strip())):
-            return int(match[1])
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
+            value = float(match[1])
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        # Larger ones, and NaN, are no steps of any run; they would not fit into the store.
+        if abs(value) <= MAX_STEP and value == int(value):
             return int(value)
     return None
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # JSON's integers have any length
+        return math.inf if value > 0 else -math.inf
 
 
 def first_record(path: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from channel_metrics.analysis.keys import Key
 
-__all__ = ["MAX_LINE_BYTES", "Problems", "Progress", "Reader", "Reading", "lines_of"]
+__all__ = ["MAX_LINE_BYTES", "MAX_STEP", "Problems", "Progress", "Reader", "Reading", "lines_of"]
 
 Reading = tuple[int, "str | Key", float]
 
@@ -22,6 +22,9 @@ Progress = Callable[[int], None]
 
 # A longer line is no log line; holding it would be what fills the memory.
 MAX_LINE_BYTES = 64 * 2**20
+
+# Exact as a float, too.
+MAX_STEP = 2**53
 
 
 @dataclass

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from channel_metrics.analysis.readings import Problems, Progress, Reading, lines_of
+from channel_metrics.analysis.readings import MAX_STEP, Problems, Progress, Reading, lines_of
 
 __all__ = ["is_metric_line", "read_metric_line", "read_text_log"]
 
@@ -40,11 +40,13 @@ def read_metric_line(line: str) -> list[Reading] | None:
     if head is None:
         return None
     validation, step, _, entries = head.groups()
+    if float(step) > MAX_STEP:
+        return []
     matches = (_ENTRY.fullmatch(entry) for entry in entries.split("|"))
     return [
-        (int(step), _name(match[1], bool(validation)), _number(match[2]))
+        (int(step), _name(match[1], bool(validation)), number)
         for match in matches
-        if match
+        if match and (number := _number(match[2])) is not None
     ]
 
 
@@ -55,5 +57,9 @@ def _name(key: str, is_validation: bool) -> str:
     return name
 
 
-def _number(text: str) -> float:
-    return float(text.replace(",", ""))
+def _number(text: str) -> float | None:
+    """The number, if it is one; a version such as 1.2.3 is none."""
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return None

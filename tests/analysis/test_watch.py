@@ -47,6 +47,8 @@ CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2
 
 
 OPEN: list[Follower] = []
+BIG = "9" * 400
+BIGGER = "9" * 5000
 
 
 @pytest.fixture(autouse=True)
@@ -147,6 +149,37 @@ def test_broken_lines_are_counted_once_with_their_numbers(tmp_path: Path) -> Non
     follower.look()
     check(follower, HISTORY)
     assert [example.split(":")[1] for example in follower.problems.examples] == ["3", "5"]
+
+
+@pytest.mark.parametrize(
+    "step", ["NaN", "Infinity", "1e300", BIG, BIGGER, f'"{BIG}"', f'"{BIGGER}"']
+)
+def test_a_step_that_is_none_is_a_problem(tmp_path: Path, step: str) -> None:
+    """Followed, and read as a whole."""
+    path = write_jsonl(tmp_path / "a.jsonl", HISTORY[:2])
+    follower = following(path)
+    follower.look()
+    append(path, f'{{"step": {step}, "bbu_loss": 1}}\n'.encode() + lines(HISTORY[2:]))
+    follower.look()
+    check(follower, HISTORY)
+    for problems in (follower.problems, load_run(path).problems):
+        assert [example.split(":")[1] for example in problems.examples] == ["3"]
+
+
+def test_numbers_that_are_none(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", HISTORY)
+    append(path, f'{{"step": 61, "bbu_loss": -{BIG}}}\n'.encode())
+    follower = following(path)
+    follower.look()
+    assert view_of(follower.traces, order="name").rows[0].loss == -math.inf
+    text = tmp_path / "b.log"
+    entries = (f" iteration {BIGGER} | lm loss: 9 |", " iteration 3 | v: 1.2.3 | lm loss: 2.0 |")
+    text.write_text("\n".join((*entries, "")))
+    follower = following(text)
+    follower.look()
+    assert follower.traces.keys() == {"lm loss"}
+    assert follower.traces["lm loss"].curve == [2.0]
+    assert follower.problems.count == load_run(text).problems.count == 1
 
 
 @pytest.mark.parametrize("steps", [5, 60, 61])
