@@ -244,6 +244,26 @@ def test_a_log_that_is_replaced_by_that_of_another_run(tmp_path: Path) -> None:
     assert not follower.waiting_for
 
 
+def test_another_run_without_a_key_in_common(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "logging.jsonl", HISTORY)
+    follower = following(path)
+    follower.look()
+    path.unlink()
+    write_jsonl(path, [{"step": 1, "x_loss": 2.0, "x_tokens": 3}])
+    assert follower.look()
+    assert [row.name for row in view_of(follower.traces).rows] == ["x"]
+
+
+def test_a_file_that_is_empty_while_it_is_written_anew(tmp_path: Path) -> None:
+    save_state(tmp_path, HISTORY)
+    follower = following(tmp_path)
+    follower.look()
+    (path,) = tmp_path.rglob("trainer_state.json")
+    path.write_text("")
+    assert not follower.look()
+    check(follower, HISTORY)
+
+
 def test_a_resumed_run_is_put_in_order(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "logging.jsonl", HISTORY)
     follower = following(tmp_path)
@@ -575,13 +595,13 @@ def wait_for(text: Callable[[], str], wanted: str, timeout: float = 120) -> None
 
 def test_redirected_it_writes_a_line_for_each_new_step(tmp_path: Path) -> None:
     out, err, path = tmp_path / "out", tmp_path / "err", tmp_path / "run" / "logging.jsonl"
-    history = [entry for entry in HISTORY if "loss" in entry]
+    history = [e | {"中_loss": 1.0, "中_tokens": 5} for e in HISTORY if "loss" in e]
     with out.open("w") as stdout, err.open("w") as stderr:
         job = subprocess.Popen(
             [*COMMAND, str(path.parent), "--interval", "0.05", "--sort", "name"],
             stdout=stdout,
             stderr=stderr,
-            env=os.environ | {"PYTHONIOENCODING": "ascii"},
+            env=os.environ | {"PYTHONIOENCODING": "latin-1"},
         )
         try:
             wait_for(err.read_text, "does not exist")
@@ -597,6 +617,7 @@ def test_redirected_it_writes_a_line_for_each_new_step(tmp_path: Path) -> None:
     assert written[0].startswith("step 3 ") and written[-1].startswith("step 9 ")
     values = {name: history[8][f"{name}_loss" if name else "loss"] for name in ("", "bbu", "rru")}
     assert f"  loss {values['']:.4f}  bbu {values['bbu']:.4f}  " in written[-1]
+    assert "  ? 1.0000" in written[-1], "what cannot be written is replaced"
     assert "\x1b" not in out.read_text()
     assert "Traceback" not in err.read_text()
     assert err.read_text().count("waiting") == len(set(err.read_text().splitlines()))
