@@ -194,8 +194,10 @@ def _with_log(original: Callable[..., Any]) -> Callable[..., Any]:
             run.train.end_step(discard=bool(call["skipped_iter"]))
             # Megatron logs its first iteration without ending the interval.
             if iteration % interval == 0 or call.get("is_first_iteration"):
-                values = run.train.compute(reset=iteration % interval == 0)
+                ends = iteration % interval == 0
+                values = run.train.compute(reset=ends)
                 with run.guard.guarded():
+                    values = values if ends else run.without_counts(values)
                     write(f"iteration {iteration:8d}", values, iteration)
         return result
 

@@ -8,10 +8,11 @@ it takes part in with zeros.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from channel_metrics.channels import ChannelTable
+from channel_metrics.channels import UNLABELED, ChannelTable, metric_key
 from channel_metrics.faults import FaultGuard
 from channel_metrics.totals import RunTotals
 from channel_metrics.trainers.megatron import MegatronChannelMetrics
@@ -27,6 +28,7 @@ __all__ = ["TOTALS_FILE", "MegatronRun"]
 
 # Beside Megatron's own files in the folder of a checkpoint.
 TOTALS_FILE = "channel_metrics_totals.json"
+_COUNTS = ("tokens", "samples", "nonfinite")
 
 
 class MegatronRun:
@@ -55,6 +57,15 @@ class MegatronRun:
             # Hybrid context parallelism sends the tokens of each sequence to other ranks.
             per_token=bool(getattr(self.args, "hybrid_context_parallel", False)),
         )
+
+    def without_counts(self, values: Mapping[str, float]) -> dict[str, float]:
+        """`values` of an interval that goes on, without what will be counted again at its end.
+
+        Whoever adds up the tokens of a log must get the tokens of the run.
+        """
+        names = (*self.table.names, UNLABELED)
+        counts = {metric_key(self.config.key_format, n, m) for n in names for m in _COUNTS}
+        return {key: value for key, value in values.items() if key not in counts}
 
     def save(self, folder: Path, *, is_writer: bool) -> None:
         """Write the totals into the folder of a checkpoint; a collective."""

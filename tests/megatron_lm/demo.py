@@ -79,7 +79,7 @@ def _document(record: dict[str, object]) -> np.ndarray:
 
 def _show(run: Run, sources: Iterable[Source]) -> None:
     sources = list(sources)
-    # Iteration 1 is logged without ending its interval, so its tokens come again.
+    # Iteration 1 is logged without ending its interval, and so without its tokens.
     logs = [line.values for line in run.lines if not line.head.startswith("iteration        1")]
     rows = summarize(logs, [source.name for source in sources])
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)

@@ -103,7 +103,9 @@ def test_an_interval_is_one_ratio_of_sums(launcher: Launcher, data: Data) -> Non
     run = launcher.run("dp2", *data.blend(), "--log-interval", "3", *CHANNELS, patch=True)
     alone, windows = train_logs(each), train_logs(run)
     assert list(windows) == [1, 3, 6]
-    assert windows[1] == alone[1]
+    # Its tokens and samples will be counted at the end of the interval.
+    counts = ("_tokens", "_samples")
+    assert windows[1] == {k: v for k, v in alone[1].items() if not k.endswith(counts)}
     for end in (3, 6):
         logs = [alone[step] for step in range(end - 2, end + 1)]
         tokens = {n: sum(log.get(f"{n}_tokens", 0) for log in logs) for n in oracle.NAMES}
