@@ -5,8 +5,9 @@ SHELL := bash
 
 BIN := .venv/bin
 BIN_LATEST := .venv-latest/bin
-# Two test processes: the multi-process tests start more of their own.
-PYTEST := -m pytest -n 2
+# Two test processes: the multi-process tests start more of their own. By file, because the runs that
+# a file shares would else be started in both.
+PYTEST := -m pytest -n 2 --dist loadfile
 # Tests run on the CPU, offline, with one thread per process.
 TEST_ENV := DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 # Options for pytest: make test ARGS="-k boundaries"
