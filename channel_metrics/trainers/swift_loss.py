@@ -131,9 +131,9 @@ def _dft(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def own_channel_loss_off(args: Any, inputs: Any, *, inject: bool) -> Iterator[None]:
     """ms-swift's compute_loss inside the block does not loop over the samples for their channels.
 
-    The loss that it optimises stays bit for bit the same. `enable_channel_loss` makes it compute
-    losses per token, and so does a `loss_scale`. inject: whether to give it one of ones, where
-    nothing else makes it compute losses per token.
+    `enable_channel_loss` makes it compute losses per token, and so does a `loss_scale`. inject:
+    whether to give it one of ones, where nothing else makes it compute losses per token: the loss
+    that it optimises then stays bit for bit the same. Without, it is the model's own.
     """
     if inject and inputs.get("loss_scale") is None:
         inputs["loss_scale"] = torch.ones_like(inputs["labels"], dtype=torch.float32)

@@ -102,7 +102,9 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
         state.loss_scale = inputs.get("loss_scale")
         with ExitStack() as stack:
             if state.logs_own_names and "labels" in inputs:
-                inject = self.template.sequence_parallel_size == 1
+                # Weights would keep the loss from Liger, which has the token losses as well.
+                fused = self.args.use_liger_kernel
+                inject = self.template.sequence_parallel_size == 1 and not fused
                 stack.enter_context(own_channel_loss_off(self.args, inputs, inject=inject))
             state.seen = stack.enter_context(
                 observe_token_losses(with_correct=state.with_correct, guard=state.guard)

@@ -4,7 +4,8 @@
     attach(trainer)              # bbu_rewards/margins, bbu_rewards/accuracies, bbu_loss, ...
 
 `attach` is that of transformers' Trainer and finds the right mixin by the trainer's class. With
-packing, SFTTrainer loses the channels in its constructor: there, the mixin or the patch.
+packing, and in trl 0.29 with Liger, SFTTrainer loses the channels in its constructor: there, the
+mixin or the patch.
 
     class MySFT(SFTChannelMetricsMixin, SFTTrainer): ...
 """

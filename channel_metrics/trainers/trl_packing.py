@@ -26,11 +26,10 @@ from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.trainers.hf_data import declare_channels
 from channel_metrics.trainers.hf_state import RESERVED_KEYS
 from channel_metrics.trainers.trl_collator import TOKEN_FIELD
+from channel_metrics.trainers.trl_columns import column_names, columns_left
 
-__all__ = ["check_packing", "column_names", "pack_with_channels"]
+__all__ = ["check_packing", "pack_with_channels"]
 
-# Both trl versions in use select from these; `labels` where they are built before packing.
-_PACKED_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
 _PREPARE_PARAMETERS = (
     "dataset",
     "processing_class",
@@ -98,18 +97,13 @@ def pack_with_channels(
     if isinstance(dataset, Dataset):
         map_kwargs["desc"] = f"Packing {arguments['dataset_name']} dataset"
         map_kwargs["num_proc"] = args.dataset_num_proc
+    kept = columns_left(prepare, arguments, column_names(tokens))
     with PartialState().main_process_first():
-        rows = _with_token_channels(tokens, config.fields, table)
+        rows = _with_token_channels(tokens, kept, config.fields, table)
         if args.shuffle_dataset:
             rows = rows.shuffle(seed=args.seed)
         packed = pack(rows, args.max_length, args.packing_strategy, map_kwargs)
     return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed, table.names
-
-
-def column_names(dataset: Any) -> list[str]:
-    """The columns of a dataset; of a stream that does not say, those of its first record."""
-    names = getattr(dataset, "column_names", None)
-    return list(next(iter(dataset))) if names is None else list(names)
 
 
 def _pack_dataset_of(trainer_class: type) -> Any:
@@ -117,10 +111,10 @@ def _pack_dataset_of(trainer_class: type) -> Any:
     return getattr(sys.modules[owner.__module__], "pack_dataset", None)
 
 
-def _with_token_channels(tokens: Any, fields: Sequence[str], table: ChannelTable) -> Any:
-    present = column_names(tokens)
-    kept = [name for name in _PACKED_COLUMNS if name in present]
-    sources = [n for n in present if n in field_roots(fields) or n in fields]
+def _with_token_channels(
+    tokens: Any, kept: list[str], fields: Sequence[str], table: ChannelTable
+) -> Any:
+    sources = [n for n in column_names(tokens) if n in field_roots(fields) or n in fields]
     options = {"fields": tuple(fields), "names": table.names, "unknown": table.unknown}
     if not isinstance(tokens, Dataset):
         added = tokens.map(_channels_of_batch, batched=True, fn_kwargs=options)

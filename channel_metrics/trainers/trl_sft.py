@@ -21,12 +21,13 @@ from channel_metrics.trainers.hf_loss import Observation, shifted_labels
 from channel_metrics.trainers.hf_mixin import ChannelMetricsMixin
 from channel_metrics.trainers.hf_state import ChannelState
 from channel_metrics.trainers.trl_collator import PACK_BOUNDS_KEY, TOKEN_FIELD, PackCollator
-from channel_metrics.trainers.trl_packing import column_names, pack_with_channels
+from channel_metrics.trainers.trl_columns import column_names, prepare_for_liger
+from channel_metrics.trainers.trl_packing import pack_with_channels
 
 __all__ = ["SFTChannelMetricsMixin", "prepare_dataset"]
 
-# The names that the packs of a trainer were numbered with; set on the trainer itself, because
-# it packs before it has a state.
+# The names that the packs of a trainer were numbered with, none where there are no packs; set on
+# the trainer itself, because it prepares its data before it has a state.
 _NAMES_ATTRIBUTE = "_channel_metrics_packed_names"
 
 
@@ -85,7 +86,8 @@ class _SFTState(ChannelState):
 class SFTChannelMetricsMixin(ChannelMetricsMixin):
     """Put before SFTTrainer: `class MySFT(SFTChannelMetricsMixin, SFTTrainer)`.
 
-    With packing this, or the patch, is the only way: the packing is done in the constructor.
+    With packing, and in trl 0.29 with Liger, this or the patch is the only way: the constructor
+    drops the channels.
     """
 
     state_class = _SFTState
@@ -98,10 +100,13 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
         super().__init__(*args, channel_metrics=channel_metrics, **kwargs)
 
     def start_channel_metrics(self, config: MetricsConfig) -> None:
-        """Open the windows; raises `ChannelError` if the data was packed without channels."""
+        """Open the windows; raises `ChannelError` if the data was packed, or cut to the columns
+        that TRL keeps for Liger, without channels."""
+        late = not hasattr(self, _NAMES_ATTRIBUTE)
         for description, dataset, packing in self._datasets():
-            if packing:
-                _check_packed(dataset, config, description)
+            fused = late and self.args.use_liger_kernel and description == "train"
+            if packing or fused:
+                _check_channels_left(dataset, config, description, packing)
         super().start_channel_metrics(config)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -165,25 +170,34 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
 def prepare_dataset(
     trainer: Any, prepare: Callable[..., Any], config: MetricsConfig, *args: Any, **kwargs: Any
 ) -> Any:
-    """TRL's `_prepare_dataset`; where it would pack, the channels are packed along."""
-    arguments = inspect.signature(prepare).bind(*args, **kwargs).arguments
-    if not arguments.get("packing"):
+    """TRL's `_prepare_dataset`, but where it would drop the channels, they are kept.
+
+    Where it packs, they are packed along.
+    """
+    arguments = dict(inspect.signature(prepare).bind(*args, **kwargs).arguments)
+    names = getattr(trainer, _NAMES_ATTRIBUTE, ())
+    if arguments.get("packing"):
+        prepared, names = pack_with_channels(trainer, prepare, arguments, config, names)
+    elif arguments["args"].use_liger_kernel:
+        prepared = prepare_for_liger(prepare, arguments, config.fields)
+    else:
         return prepare(*args, **kwargs)
-    known = getattr(trainer, _NAMES_ATTRIBUTE, ())
-    packed, names = pack_with_channels(trainer, prepare, dict(arguments), config, known)
     setattr(trainer, _NAMES_ATTRIBUTE, names)
-    return packed
+    return prepared
 
 
-def _check_packed(dataset: Any, config: MetricsConfig, description: str) -> None:
+def _check_channels_left(
+    dataset: Any, config: MetricsConfig, description: str, packing: bool
+) -> None:
     if dataset is None:
         return
     columns = column_names(dataset)
     if TOKEN_FIELD in columns or set(columns) & {*config.fields, *field_roots(config.fields)}:
         return
+    done, why = ("packed", "packing=True") if packing else ("prepared", "use_liger_kernel=True")
     raise ChannelError(
-        f"the {description} set was packed by SFTTrainer's constructor and has no channels left "
-        f"(columns {', '.join(columns)}); attach comes too late with packing=True. Use `class "
+        f"the {description} set was {done} by SFTTrainer's constructor and has no channels left "
+        f"(columns {', '.join(columns)}); attach comes too late with {why}. Use `class "
         "MySFT(SFTChannelMetricsMixin, SFTTrainer)` from channel_metrics.trainers.trl, or "
         "`import channel_metrics.patches.trl` before the trainer is made."
     )

@@ -21,6 +21,7 @@ LAUNCHES = {
     "probe": ("hf_cases_probe", "hf_cases_probe_fsdp", "hf_cases_probe_zero"),
     "swift": ("swift_cases_one",),
     "swift_ranks": ("swift_cases_two", "swift_cases_sp"),
+    "swift_liger": ("swift_cases_liger",),
 }
 NEEDS = {"hf_cases_deepspeed": "deepspeed", "hf_cases_probe_zero": "deepspeed"}
 TIMEOUT_SECONDS = 240

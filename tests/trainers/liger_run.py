@@ -29,8 +29,7 @@ from hf_tools import (
     train,
 )
 from liger_kernel.transformers.model import loss_utils
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from liger_tools import LOSS_ONLY, Largest
 
 from channel_metrics.config import MetricsConfig
 from channel_metrics.trainers.hf import attach
@@ -38,29 +37,14 @@ from channel_metrics.trainers.hf_liger import liger_cross_entropy
 
 # Wide enough that the logits of a batch are by far its largest tensor.
 VOCABULARY = 512
-# The loss only: other kernels of Liger do not run in the interpreter.
-LOSS_ONLY = {"rms_norm": False, "rope": False, "swiglu": False}
 METRICS = MetricsConfig(metrics=("loss", "token_acc", "tokens", "share"))
-
-
-class Largest(TorchDispatchMode):
-    """The most rows of any tensor as wide as the vocabulary that an operator makes."""
-
-    num_rows = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, torch.Tensor) and leaf.dim() >= 2 and leaf.shape[-1] == VOCABULARY:
-                self.num_rows = max(self.num_rows, leaf.numel() // VOCABULARY)
-        return found
 
 
 def run(folder: Path, *, use_liger: bool, metrics: bool) -> dict[str, Any]:
     """What a run logged, its weights, and how many rows of logits existed at once."""
     collator = PaddingCollator()
     model = tiny_model(vocab_size=VOCABULARY, attention_dropout=0.0)
-    with Largest() as largest:
+    with Largest(VOCABULARY) as largest:
         trainer = train(
             folder,
             prepare=(lambda trainer: attach(trainer, METRICS)) if metrics else None,

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-from importlib import util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,30 +10,17 @@ from typing import Any
 import pytest
 import torch
 from hf_tools import tiny_model, train
+from liger_tools import interpreted, needs_liger
 from torch import Tensor
 
 from channel_metrics import UnsupportedVersionError
 from channel_metrics.trainers import hf_liger
 from channel_metrics.trainers.hf import attach
 
-PROGRAM = Path(__file__).parent / "liger_run.py"
-needs_liger = pytest.mark.skipif(
-    not (util.find_spec("triton") and util.find_spec("liger_kernel")),
-    reason="triton and liger-kernel are in the latest environment, which `make test-latest` runs",
-)
-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("liger")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, str(PROGRAM), str(folder)]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return interpreted("liger_run.py", tmp_path_factory.mktemp("liger"))
 
 
 @needs_liger

@@ -16,6 +16,7 @@ from trl_tools import (
     logs,
     text_records,
     tiny_model,
+    token_records,
     windows,
     word,
 )
@@ -32,6 +33,16 @@ def packed(folder: Path, trainer_class: Any, dataset: Any, **options: Any) -> An
         train_dataset=dataset,
         processing_class=byte_tokenizer(),
     ).train_dataset
+
+
+def test_given_labels_are_left_as_trl_leaves_them(tmp_path: Path) -> None:
+    """trl 0.29 drops them where it packs, and trains on all tokens."""
+    records = [record | {"labels": [-100, *record["input_ids"][1:]]} for record in token_records(9)]
+    theirs, ours = (
+        packed(tmp_path, trainer_class, Dataset.from_list(records)).column_names
+        for trainer_class in (SFTTrainer, MySFT)
+    )
+    assert set(ours) == {*theirs, "channel_ids"}
 
 
 @pytest.mark.parametrize(
