@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import counts, head, imports, scale, step, update
+from benchmarks import cluster, counts, head, imports, scale, step, update
 from benchmarks.report import write_report
 from benchmarks.timing import machine
 
@@ -23,7 +23,12 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "imports": lambda: {"rows": [imports.run()]},
     "counts": lambda: {"rows": counts.run()},
     "update": lambda: {"rows": update.run(), "growth": update.growth()},
-    "scale": lambda: {"rows": scale.run()},
+    "scale": lambda: {
+        "rows": scale.run(),
+        "host": scale.host(),
+        "union": [cluster.union_on_host()],
+        "arithmetic": cluster.rows(),
+    },
     "head": lambda: {"memory": head.peak_memory(), "rows": head.run()},
     "step": lambda: {"memory": step.peak_memory(), "rows": step.run()},
 }

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from channel_metrics.agreement import AgreedNames
 from channel_metrics.channels import UNLABELED, ChannelTable, metric_key
 from channel_metrics.errors import ChannelError, ChannelMetricsError
 from channel_metrics.metrics import DEFAULT_METRICS, channel_values, check_metrics
@@ -63,13 +64,23 @@ class ChannelLossAccumulator:
         self.metrics = check_metrics(metrics)
         self.dtype = dtype or (torch.float32 if device.type == "mps" else torch.float64)
         # Names that all ranks of a group are known to share; kept by `sync`.
-        self.agreed_names: tuple[str, ...] = ()
+        self.agreed_names = AgreedNames()
         # Tensors made in inference mode could not be added to outside of it.
         with torch.inference_mode(False):
             size = (NUM_COLUMNS, len(self.table) + 1)
             self._sums = torch.zeros(size, dtype=self.dtype, device=device)
             self._lost = torch.zeros_like(self._sums)
             self._mismatch = torch.zeros((), dtype=self.dtype, device=device)
+
+    @classmethod
+    def of_sums(
+        cls, channels: ChannelTable, sums: Tensor, *, metrics: Sequence[str], mismatch: float
+    ) -> ChannelLossAccumulator:
+        """An accumulator on the host that holds `sums`, float64 [C + 1, K] as `sums()` has them."""
+        made = cls(channels, metrics=metrics)
+        made._sums.copy_(sums.t())
+        made._mismatch.fill_(mismatch)
+        return made
 
     @property
     def num_columns(self) -> int:
@@ -152,13 +163,14 @@ class ChannelLossAccumulator:
 
     def compute_by_channel(self) -> dict[str, dict[str, float]]:
         """{channel: {metric: value}} for the channels that have tokens, `unlabeled` last."""
-        rows = self.sums().tolist()
-        total = sum(row[0] for row in rows)
-        named = [*zip(self.table.names, rows[1:], strict=True), (UNLABELED, rows[0])]
+        # `unlabeled` is the first row, and comes last.
+        names, sums = (*self.table.names, UNLABELED), self.sums().roll(-1, dims=0)
+        tokens = sums[:, COLUMNS.index("tokens")]
+        with_tokens = (tokens > 0).nonzero().flatten()
+        total = float(tokens.sum())
         return {
-            name: channel_values(dict(zip(COLUMNS, row, strict=True)), total, self.metrics)
-            for name, row in named
-            if row[0] > 0
+            names[index]: channel_values(dict(zip(COLUMNS, row, strict=True)), total, self.metrics)
+            for index, row in zip(with_tokens.tolist(), sums[with_tokens].tolist(), strict=True)
         }
 
     def mismatch(self) -> float:

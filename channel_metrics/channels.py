@@ -148,6 +148,12 @@ class ChannelTable:
         self._check_keys(name)
         return self._ids.setdefault(name, len(self._ids))
 
+    def open_copy(self) -> ChannelTable:
+        """An independent table of the same names and key format, which any name may join."""
+        copy = ChannelTable(key_format=self.key_format)
+        copy._ids, copy._by_key = dict(self._ids), dict(self._by_key)
+        return copy
+
     def ids(self, names: Iterable[str | None]) -> list[int]:
         """The ids of `names`; None is unlabeled, an unknown name does what `unknown` says."""
         return [UNLABELED_ID if name is None else self._id(name) for name in names]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from channel_metrics.errors import ConfigError
 
@@ -56,29 +56,39 @@ def channel_values(
     A value without a denominator (accuracy that nobody measured) is absent. `all_tokens` are
     the supervised tokens of all channels in the window.
     """
-    finite = sums["tokens"] - sums["nonfinite"]
-    loss = sums["nll"] / finite if finite else None
-    values = {
-        "loss": loss,
-        "weighted_loss": _ratio(sums["weighted_nll"], sums["weight"]),
-        "token_acc": _ratio(sums["correct"], sums["judged"]),
-        "ppl": None if loss is None else _exp(loss),
-        "tokens": sums["tokens"],
-        "samples": sums["samples"],
-        "share": _ratio(sums["tokens"], all_tokens),
-    }
-    chosen = {name: values[name] for name in metrics}
+    chosen: dict[str, float] = {}
+    for name in metrics:
+        value = _VALUES[name](sums, all_tokens)
+        if value is not None:
+            chosen[name] = value
     if sums["nonfinite"]:
         chosen["nonfinite"] = sums["nonfinite"]
-    return {name: value for name, value in chosen.items() if value is not None}
+    return chosen
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:
     return numerator / denominator if denominator else None
 
 
-def _exp(value: float) -> float:
+def _loss(sums: Mapping[str, float]) -> float | None:
+    return _ratio(sums["nll"], sums["tokens"] - sums["nonfinite"])
+
+
+def _ppl(sums: Mapping[str, float]) -> float | None:
+    loss = _loss(sums)
     try:
-        return math.exp(value)
+        return None if loss is None else math.exp(loss)
     except OverflowError:
         return math.inf
+
+
+# One function per metric: with many channels, what nobody asked for is a large part of the time.
+_VALUES: dict[str, Callable[[Mapping[str, float], float], float | None]] = {
+    "loss": lambda sums, all_tokens: _loss(sums),
+    "weighted_loss": lambda sums, all_tokens: _ratio(sums["weighted_nll"], sums["weight"]),
+    "token_acc": lambda sums, all_tokens: _ratio(sums["correct"], sums["judged"]),
+    "ppl": lambda sums, all_tokens: _ppl(sums),
+    "tokens": lambda sums, all_tokens: sums["tokens"],
+    "samples": lambda sums, all_tokens: sums["samples"],
+    "share": lambda sums, all_tokens: _ratio(sums["tokens"], all_tokens),
+}

@@ -17,6 +17,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from channel_metrics.agreement import AgreedNames
 from channel_metrics.channels import ChannelTable, sanitize
 from channel_metrics.config import refuse_unknown_keys
 from channel_metrics.errors import ConfigError
@@ -148,8 +149,8 @@ class ProbeSums:
         clock: Sequence[float],
         device: torch.device,
     ) -> None:
-        self.agreed_names = tuple(map(str, range(num_datasets)))
-        self.table = ChannelTable(self.agreed_names)
+        self.agreed_names = AgreedNames(map(str, range(num_datasets)))
+        self.table = ChannelTable(self.agreed_names.names)
         self.device = device
         self._rows, self._clock = rows, clock
 

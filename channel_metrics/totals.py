@@ -27,30 +27,34 @@ class RunTotals:
     """{channel: supervised tokens and sequences since the run began}, over all ranks."""
 
     def __init__(self) -> None:
-        self._totals: dict[str, dict[str, int]] = {}
+        # {channel: (tokens, samples)}
+        self._totals: dict[str, tuple[int, int]] = {}
 
     def of(self, channel: str) -> dict[str, int]:
         """{"tokens_total": ..., "samples_total": ...} of one channel; zeros if it is unknown."""
-        return dict(self._totals.get(channel, {"tokens_total": 0, "samples_total": 0}))
+        return _named(self._totals.get(channel, (0, 0)))
 
     def add(self, window: ChannelLossAccumulator) -> RunTotals:
         """Add a window that `sync` has summed over all ranks."""
-        for name, row in zip((UNLABELED, *window.table.names), window.sums().tolist(), strict=True):
-            if row[_TOKENS] or row[_SAMPLES]:
-                before = self.of(name)
-                self._totals[name] = {
-                    "tokens_total": before["tokens_total"] + int(row[_TOKENS]),
-                    "samples_total": before["samples_total"] + int(row[_SAMPLES]),
-                }
+        names, counts = (UNLABELED, *window.table.names), window.sums()[:, [_TOKENS, _SAMPLES]]
+        seen = counts.any(dim=1).nonzero().flatten()
+        # float64 holds counts below 2**53 exactly.
+        for index, (tokens, samples) in zip(
+            seen.tolist(), counts[seen].long().tolist(), strict=True
+        ):
+            before = self._totals.get(names[index], (0, 0))
+            self._totals[names[index]] = (before[0] + tokens, before[1] + samples)
         return self
 
     def copy(self) -> RunTotals:
         """An independent copy."""
-        return RunTotals().load_state_dict(self.state_dict())
+        copy = RunTotals()
+        copy._totals = dict(self._totals)
+        return copy
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
-        channels = {name: dict(totals) for name, totals in self._totals.items()}
+        channels = {name: _named(totals) for name, totals in self._totals.items()}
         return {"version": _VERSION, "channels": channels}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> RunTotals:
@@ -61,7 +65,7 @@ class RunTotals:
                 "they were written by another version of channel_metrics."
             )
         self._totals = {
-            str(name): {key: int(totals[key]) for key in ("tokens_total", "samples_total")}
+            str(name): (int(totals["tokens_total"]), int(totals["samples_total"]))
             for name, totals in state["channels"].items()
         }
         return self
@@ -83,3 +87,7 @@ class RunTotals:
                 f"{path} must hold the totals of a run, but cannot be read ({error!r}); delete "
                 "it to resume with totals that start at zero."
             ) from None
+
+
+def _named(totals: tuple[int, int]) -> dict[str, int]:
+    return {"tokens_total": totals[0], "samples_total": totals[1]}

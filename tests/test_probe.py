@@ -96,11 +96,12 @@ def test_sums_come_back_by_number_with_the_clock() -> None:
     rows = torch.arange(24, dtype=torch.float64).view(2, 12)
     device = torch.device("cpu")
     sums = ProbeSums(rows, num_datasets=2, clock=(3.0, 4.0), device=device)
-    found, clock, mismatch = sum_over_ranks(sums, alone=True)
-    torch.testing.assert_close(torch.stack([found["0"], found["1"]]), rows)
+    names, (clock, *found), mismatch = sum_over_ranks(sums, alone=True)
+    torch.testing.assert_close(torch.stack(found), rows)
+    assert names == ("0", "1")
     assert clock[:3].tolist() == [3.0, 4.0, 0.0] and mismatch == 0
     nothing = ProbeSums(None, num_datasets=2, clock=(), device=device)
-    assert not sum_over_ranks(nothing, alone=True)[0]["1"].any()
+    assert not sum_over_ranks(nothing, alone=True).sums.any()
 
 
 # ---- the budget -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 
-from channel_metrics import ChannelError, ChannelLossAccumulator, sync
+from channel_metrics import ChannelError, ChannelLossAccumulator, ChannelMetricsError, sync
+from channel_metrics.agreement import AgreedNames
 from channel_metrics.errors import StoppedError
 from channel_metrics.faults import FaultGuard
 from channel_metrics.metrics import WINDOW_METRICS
@@ -34,6 +36,26 @@ WINDOWS: list[list[Window]] = [
     ],
     [[(["a", "rare"], [float(rank), 0.125])] for rank in range(4)],
 ]
+
+
+# Names that each of four ranks meets in three windows, and the all-reduces of each window: one;
+# one more for the rows of names that are new on all ranks; two more for the union of names that
+# are not. Then the names of all windows, as all ranks of four order them.
+Names = list[str]
+TABLES: dict[str, tuple[list[list[Names]], list[int], list[str]]] = {
+    "equal": ([[["b", "a"]] * 4] * 3, [2, 1, 1], ["a", "b"]),
+    "in another order": (
+        [[["b", "a", "c"], ["c", "a", "b"]] * 2, [["a"], ["c", "b"]] * 2, [["b"]] * 4],
+        [2, 1, 1],
+        ["a", "b", "c"],
+    ),
+    "different": ([[["b"], ["a"], ["d"], ["c"]], [["a"], ["b"]] * 2, [[]] * 4],
+                  [4, 1, 1], ["a", "b", "c", "d"]),
+    "none at one rank": ([[["b"], []] * 2, [["a"], []] * 2, [[], ["b", "a"]] * 2],
+                         [4, 4, 1], ["b", "a"]),
+    "growing": ([[["m"]] * 4, [["z", "m"], ["m", "z"]] * 2, [["a"], ["m", "b"]] * 2],
+                [2, 2, 4], ["m", "z", "a", "b"]),
+}  # fmt: skip
 
 
 def fill(accumulator: ChannelLossAccumulator, window: Window) -> None:
@@ -88,12 +110,58 @@ def ranks_sync() -> dict[str, Any]:
         assert torch.equal(accumulator.sums(), before)
         accumulator.reset()
     seen["empty"] = (sync(accumulator).compute(), collectives.take())
+    seen["agreed"] = [agreeing(table, rank, collectives) for table in TABLES]
+    seen["random"] = [random_windows(seed, rank, size) for seed in range(3)]
+    seen["unequal"] = unequal_order(rank, collectives)
     seen["groups"] = in_groups(rank, size)
     seen["mismatch"] = [reported(off if rank == 0 else 0.0) for off in (0.0, 1e-6, 0.5)]
     seen["both"] = reported(0.5)
     seen["colliding"] = colliding_names(rank)
     seen["stopped"] = [stopped_rank(rank, place, collectives) for place in ("before", "inside")]
     return seen
+
+
+def agreeing(name: str, rank: int, collectives: CountedCollectives) -> Any:
+    """Collectives per window, and {name: tokens} in the last, in the order of the names."""
+    accumulator = ChannelLossAccumulator(metrics=["tokens"])
+    collectives.take()
+    calls = []
+    for names in TABLES[name][0]:
+        for channel in names[rank]:
+            fill(accumulator, [([channel], [1.0])])
+        total = sync(accumulator)
+        calls.append(collectives.take())
+    return calls, dict(zip(total.table.names, total.sums()[1:, 0].tolist(), strict=True))
+
+
+def random_windows(seed: int, rank: int, size: int) -> list[dict[str, float]]:
+    """What is computed in six windows, in which this rank counts its part of random batches."""
+    accumulator = ChannelLossAccumulator(metrics=WINDOW_METRICS)
+    computed = []
+    for window in drawn(seed):
+        fill(accumulator.reset(), [batch for i, batch in enumerate(window) if i % size == rank])
+        computed.append(sync(accumulator).compute())
+    return computed
+
+
+def drawn(seed: int) -> list[Window]:
+    """Six windows of up to six batches, with more and more names."""
+    rng = random.Random(seed)
+    known = [[*map(str, range(2 * window + 1)), None] for window in range(6)]
+    return [
+        [(rng.choices(names, k=2), [rng.random(), rng.random()]) for _ in range(rng.randrange(7))]
+        for names in known
+    ]
+
+
+def unequal_order(rank: int, collectives: CountedCollectives) -> tuple[str, dict[str, int]]:
+    """The ranks take the same names for agreed, but not in the same order."""
+    accumulator = ChannelLossAccumulator(["a", "b"])
+    accumulator.agreed_names = AgreedNames(["b", "a"] if rank == 1 else ["a", "b"])
+    collectives.take()
+    with pytest.raises(ChannelMetricsError) as refused:
+        sync(accumulator)
+    return str(refused.value), collectives.take()
 
 
 def stopped_rank(rank: int, place: str, collectives: CountedCollectives) -> tuple[bool, Any]:
@@ -115,11 +183,11 @@ def stopped_rank(rank: int, place: str, collectives: CountedCollectives) -> tupl
 
 
 def in_groups(rank: int, size: int) -> dict[str, float]:
-    """Two groups of half the ranks each: each knows only its own sums and names."""
+    """Two groups of half the ranks each: each knows its own sums and names only."""
     half = size // 2
     groups = [dist.new_group(list(range(i * half, (i + 1) * half))) for i in range(2)]
     accumulator = ChannelLossAccumulator(metrics=["tokens"])
-    fill(accumulator, [([f"half{rank // half}"], [1.0])])
+    fill(accumulator, [([f"half{rank // half}", f"rank{rank}"], [1.0, 1.0])])
     return sync(accumulator, groups[rank // half]).compute()
 
 
@@ -152,12 +220,19 @@ def test_ranks_together_equal_one_process(world_size: int) -> None:
     later = (*first, "late") if world_size == 4 else first
     assert ranks[0]["names"] == [first, later, later]
     steady = {"all_reduce": 1}
-    meeting = {"all_reduce": 2, "all_gather_object": 1}
+    # Names that differ between the ranks: their union, and then their rows.
+    meeting = {"all_reduce": 4}
     for rank, seen in enumerate(ranks):
         assert seen["collectives"] == [meeting, meeting if world_size == 4 else steady, steady]
         assert seen["empty"] == ({}, steady)
+        check_agreed(seen["agreed"], world_size)
+        for seed, computed in enumerate(seen["random"]):
+            assert computed == [pytest.approx(alone([w]), rel=1e-12) for w in drawn(seed)]
+        assert "in the same order" in seen["unequal"][0] and seen["unequal"][1] == steady
         half = world_size // 2
-        assert seen["groups"] == {f"half{rank // half}_tokens": float(half)}
+        first_of_half = rank // half * half
+        own = {f"rank{i}_tokens": 1.0 for i in range(first_of_half, first_of_half + half)}
+        assert seen["groups"] == {f"half{rank // half}_tokens": float(half), **own}
         # Below the tolerance it is rounding; what several ranks report adds up.
         assert seen["mismatch"] == [0.0, 0.0, 0.5]
         assert seen["both"] == pytest.approx(0.5 * world_size)
@@ -165,6 +240,14 @@ def test_ranks_together_equal_one_process(world_size: int) -> None:
         # A rank that stopped keeps nobody waiting: all are off after one all-reduce.
         assert seen["stopped"] == [(True, steady)] * 2
     assert len({seen["colliding"] for seen in ranks}) == 1
+
+
+def check_agreed(found: list[Any], world_size: int) -> None:
+    for (windows, num_calls, order), (calls, tokens) in zip(TABLES.values(), found, strict=True):
+        assert calls == [{"all_reduce": number} for number in num_calls]
+        seen = [name for window in windows for names in window[:world_size] for name in names]
+        assert tokens == Counter(seen)
+        assert list(tokens) == [name for name in order if name in seen]
 
 
 def fails_on_rank_one() -> int:
@@ -189,6 +272,9 @@ def test_one_process(dtype: torch.dtype) -> None:
     assert "loss/b" in total.compute()
     assert total.compute() == accumulator.compute()
     assert torch.equal(total.sums(), accumulator.sums())
+    assert list(total.compute_by_channel()) == ["b", "a", "rare", "unlabeled"]
+    total.table.add("of the sums only")
+    assert accumulator.table.names == ("b", "a", "rare")
     accumulator.reset()
     assert total.compute() != {}
     assert [reported(off) for off in (0.0, 1e-6, 0.5)] == pytest.approx([0.0, 0.0, 0.5])

@@ -156,7 +156,7 @@ class DatasetMetricsCallback(transformers.TrainerCallback):
             rows = self._reader.measure(self._batches_of(step)).cpu()
         self._told = self._clock()
         clock = (1.0, train_seconds, self._rest_seconds + self._told - began)
-        sums, times, _ = sum_over_ranks(
+        _, sums, _ = sum_over_ranks(
             ProbeSums(
                 rows, num_datasets=len(self.records), clock=clock, device=self._reader.device
             ),
@@ -164,12 +164,13 @@ class DatasetMetricsCallback(transformers.TrainerCallback):
             guard=self._guard,
         )
         # Means over the ranks: the same on all of them, and so is the next step.
-        num_ranks, train_seconds, probe_seconds = times[:3].tolist()
+        times, *rows_of_datasets = sums.tolist()
+        num_ranks, train_seconds, probe_seconds = times[:3]
         self._budget.add(
             step, train_seconds=train_seconds / num_ranks, probe_seconds=probe_seconds / num_ranks
         )
         self._probed_step, self._train_seconds = step, 0.0
-        return {name: sums[str(number)].tolist() for number, name in enumerate(self.records)}
+        return dict(zip(self.records, rows_of_datasets, strict=True))
 
     def _log(self, sums: Mapping[str, list[float]], step: int, control: Any) -> None:
         values: dict[str, float] = {}

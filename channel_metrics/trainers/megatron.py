@@ -215,12 +215,9 @@ class MegatronChannelMetrics:
         )
 
     def _new_sums(self) -> ChannelLossAccumulator:
-        sums = ChannelLossAccumulator(
+        return ChannelLossAccumulator(
             self.table, metrics=self.config.window_metrics, device=_sync_device()
         )
-        # All ranks were given the same names; those met on the way are agreed on at the next sync.
-        sums.agreed_names = self.table.names
-        return sums
 
 
 def _of_shape(name: str, values: Tensor, losses: Tensor) -> Tensor:

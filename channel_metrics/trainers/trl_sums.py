@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from channel_metrics.agreement import AgreedNames
 from channel_metrics.channels import UNLABELED, ChannelTable
 from channel_metrics.errors import ChannelError
 from channel_metrics.faults import FaultGuard
@@ -30,7 +31,7 @@ class ChannelSums:
     def __init__(self, table: ChannelTable, columns: Sequence[str]) -> None:
         self.table = table
         self.columns = tuple(columns)
-        self.agreed_names: tuple[str, ...] = ()
+        self.agreed_names = AgreedNames()
         self._sums = torch.zeros(1, len(self.columns), dtype=torch.float64)
         self._mismatch = torch.zeros((), dtype=torch.float64)
 
@@ -105,10 +106,15 @@ def sums_of_all_ranks(
 
     The first column counts the samples. alone, guard: as in `channel_metrics.sync.sync`.
     """
-    named, unlabeled, mismatch = sum_over_ranks(window, alone=alone, guard=guard)
-    rows = {name: row.tolist() for name, row in {**named, UNLABELED: unlabeled}.items()}
-    columns = window.columns
-    return {n: dict(zip(columns, r, strict=True)) for n, r in rows.items() if r[0]}, mismatch
+    names, sums, mismatch = sum_over_ranks(window, alone=alone, guard=guard)
+    # `unlabeled` is the first row, and comes last.
+    names, sums = (*names, UNLABELED), sums.roll(-1, dims=0)
+    with_samples = sums[:, 0].nonzero().flatten().tolist()
+    values = sums[with_samples].tolist()
+    return {
+        names[row]: dict(zip(window.columns, of_row, strict=True))
+        for row, of_row in zip(with_samples, values, strict=True)
+    }, mismatch
 
 
 def ratio(numerator: float, denominator: float) -> float | None:
