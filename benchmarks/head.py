@@ -1,11 +1,7 @@
-"""Head and loss alone, forward and backward: HF's default without metrics, and losses that chunk.
-
-python -m benchmarks.head VARIANT     # one fresh process: the peak memory, in KiB
-"""
+"""Head and loss alone, forward and backward: HF's default without metrics, and others with them."""
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import asdict
 from functools import partial
@@ -13,7 +9,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks.step import HIDDEN, NUM_ROWS, ROW_LENGTH, VOCABULARY, peak_of, report_peak
+from benchmarks.step import HIDDEN, NUM_ROWS, ROW_LENGTH, VOCABULARY, peaks_of
 from benchmarks.timing import compare
 from channel_metrics import ChannelLossAccumulator
 from channel_metrics.linear_losses import Backend, linear_cross_entropy
@@ -38,13 +34,8 @@ def run(max_seconds: float = 70) -> list[dict[str, object]]:
 
 
 def peak_memory() -> list[dict[str, object]]:
-    """What head and loss add to the resident memory at their peak."""
-    peaks = {name: peak_of("benchmarks.head", name) for name in VARIANTS}
-    default = peaks[VARIANTS[0]]
-    return [
-        {"variant": name, "peak_mib": round(peak / 1024, 1), "ratio": round(peak / default, 4)}
-        for name, peak in peaks.items()
-    ]
+    """What the tensors of head and loss hold at their peak, hidden states and weight included."""
+    return peaks_of({name: partial(_step, name) for name in VARIANTS})
 
 
 def _step(variant: str) -> None:
@@ -70,7 +61,3 @@ def _step(variant: str) -> None:
         labels=target.view(shape),
         correct=tokens.correct.view(shape),
     )
-
-
-if __name__ == "__main__":
-    report_peak(partial(_step, sys.argv[1]))
