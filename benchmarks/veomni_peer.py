@@ -48,15 +48,16 @@ class VeOmni:
 
         def call() -> None:
             self._begin()
-            self.computer._result = self.computer._aggregate_by_source(
-                per_token_loss=losses,
-                labels_flat=labels,
-                attention_mask_flat=None,
-                source_ids=self._ids,
-                position_ids=self._positions,
-                ignore_index=-100,
-                strict=True,
-            )
+            with torch.no_grad():
+                self.computer._result = self.computer._aggregate_by_source(
+                    per_token_loss=losses,
+                    labels_flat=labels,
+                    attention_mask_flat=None,
+                    source_ids=self._ids,
+                    position_ids=self._positions,
+                    ignore_index=-100,
+                    strict=True,
+                )
             self._end()
 
         return call
@@ -68,6 +69,12 @@ class VeOmni:
         with self.computer.capture():
             yield
         self._end()
+
+    def projected_again(self, hidden: Tensor, weight: Tensor, target: Tensor) -> None:
+        """One micro-batch beside a fused loss: hidden [T, H], weight [V, H], shifted target [T]."""
+        with torch.no_grad():
+            losses = self.computer._per_token_ce(None, target, None, hidden, weight, -100)
+        self.aggregation(losses, target != -100)()
 
     def log(self) -> dict[int, Any]:
         """The sums of a step over all ranks; of one rank here, told that there are two."""
