@@ -44,6 +44,8 @@ lint: env ## ruff, mypy, import-linter
 	$(BIN)/lint-imports
 
 bench: env ## Measure what it costs, beside others; writes benchmarks/results/ and docs/benchmarks.*
+	@$(BIN)/python -m pip install --quiet --no-input --no-deps -r constraints/bench.txt 2>&1 \
+		| { grep -v '^WARNING: Location' || true; }
 	$(BIN)/python -m benchmarks
 
 clean: ## Remove environments, caches and build products

@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.peers import start_one_rank, swift_hf_loop, swift_megatron
+from benchmarks.peers import start_one_rank
+from benchmarks.swift_peer import SwiftLoop, swift_megatron
 from benchmarks.update import Case, make_tokens
+from benchmarks.veomni_peer import VeOmni
 from channel_metrics import ChannelLossAccumulator
 from channel_metrics.sync import sync
 
@@ -23,26 +25,30 @@ _READS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
 _COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor")
 
 
-class _Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operators for which a host would wait for its device."""
+# Operators that give another look at the same memory: a device has nothing to do for them.
+_VIEWS = ("alias", "detach", "expand", "narrow", "select", "slice", "unbind", "view")
+
+
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operators, and those for which a host would wait for its device."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
+        self.num_operators = self.num_syncs = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         indices = [x for x in tree_leaves(args[1:]) if isinstance(x, torch.Tensor)]
         # Indexing is tagged for the sake of bool masks; with integers the shape is known.
         static = func is torch.ops.aten.index.Tensor and all(x.dtype != torch.bool for x in indices)
-        self.count += bool(_READS_VALUES & set(func.tags)) and not static
+        self.num_operators += func.overloadpacket.__name__ not in _VIEWS
+        self.num_syncs += bool(_READS_VALUES & set(func.tags)) and not static
         return func(*args, **(kwargs or {}))
 
 
 def run() -> list[dict[str, object]]:
-    """Waits per micro-batch, and collectives per micro-batch and log window."""
+    """Operators and waits per micro-batch, collectives per micro-batch and log window."""
     start_one_rank()
     tokens = make_tokens(CASE)
-    given = (tokens.losses, tokens.mask, tokens.bounds)
     names = [f"channel{i}" for i in tokens.ids.tolist()]
     distinct = sorted(set(names))
     on_meta = ChannelLossAccumulator(distinct, device="meta")
@@ -58,27 +64,35 @@ def run() -> list[dict[str, object]]:
         )
 
     sync(ours)  # the first one agrees on the names
-    rows = [_row("ours", update, lambda: sync(ours))]
-    rows.append(_row("ms-swift, HF", swift_hf_loop(*given, names), None))
-    rows.append(_row("ms-swift, Megatron", swift_megatron(*given, names), None))
-    return rows
+    loop = SwiftLoop(names, tokens.bounds)
+    megatron = swift_megatron(tokens.losses, tokens.mask, tokens.bounds, names)
+    veomni = VeOmni.of_packed(tokens.ids.tolist(), tokens.bounds)
+    return [
+        _row("ours", update, lambda: sync(ours)),
+        _row(
+            "ms-swift, HF", lambda: loop.update(tokens.losses, tokens.unshifted_labels()), loop.log
+        ),
+        # What it reduces in each micro-batch is what its log shows.
+        _row("ms-swift, Megatron", megatron, lambda: None),
+        _row("VeOmni", veomni.aggregation(tokens.losses, tokens.mask), veomni.log),
+    ]
 
 
 def _row(
-    variant: str, micro_batch: Callable[[], object], log: Callable[[], object] | None
+    variant: str, micro_batch: Callable[[], object], log: Callable[[], object]
 ) -> dict[str, object]:
-    with _Syncs() as syncs, _counted_collectives() as in_batch:
+    with _Operators() as operators, _counted_collectives() as in_batch:
         micro_batch()
     with _counted_collectives() as in_log:
-        if log is not None:
-            log()
+        log()
     return {
         "variant": variant,
         "num_sequences": CASE.num_sequences,
         "num_channels": CASE.num_channels,
-        "syncs_per_micro_batch": syncs.count,
+        "operators_per_micro_batch": operators.num_operators,
+        "syncs_per_micro_batch": operators.num_syncs,
         "collectives_per_micro_batch": len(in_batch),
-        "collectives_per_log": len(in_log) if log is not None else None,
+        "collectives_per_log": len(in_log),
     }
 
 

@@ -1,20 +1,18 @@
-"""Head and loss alone, forward and backward: HF's default without metrics, and losses that chunk.
-
-python -m benchmarks.head VARIANT     # one fresh process: the peak memory, in KiB
-"""
+"""Head and loss alone, forward and backward: HF's default without metrics, and others with them."""
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from benchmarks.step import HIDDEN, NUM_ROWS, ROW_LENGTH, VOCABULARY, peak_of, report_peak
+from benchmarks.step import HIDDEN, NUM_ROWS, ROW_LENGTH, VOCABULARY, peaks_of
 from benchmarks.timing import compare
+from benchmarks.veomni_peer import VeOmni
 from channel_metrics import ChannelLossAccumulator
 from channel_metrics.linear_losses import Backend, linear_cross_entropy
 
@@ -25,7 +23,8 @@ BACKENDS: dict[str, Backend] = {
     "chunked, channels": "chunked",
     "torch chunked, channels": "torch",
 }
-VARIANTS = ("HF default, no metrics", *BACKENDS)
+DEFAULT, SECOND = "HF default, no metrics", "torch chunked, VeOmni's second projection"
+VARIANTS = (DEFAULT, *BACKENDS, SECOND)
 
 
 def run(max_seconds: float = 70) -> list[dict[str, object]]:
@@ -38,25 +37,39 @@ def run(max_seconds: float = 70) -> list[dict[str, object]]:
 
 
 def peak_memory() -> list[dict[str, object]]:
-    """What head and loss add to the resident memory at their peak."""
-    peaks = {name: peak_of("benchmarks.head", name) for name in VARIANTS}
-    default = peaks[VARIANTS[0]]
-    return [
-        {"variant": name, "peak_mib": round(peak / 1024, 1), "ratio": round(peak / default, 4)}
-        for name, peak in peaks.items()
-    ]
+    """What the tensors of head and loss hold at their peak, beside hidden states and weight."""
+    return peaks_of({name: partial(_step, name) for name in VARIANTS})
 
 
-def _step(variant: str) -> None:
+@cache
+def _tensors() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     num_tokens = NUM_ROWS * ROW_LENGTH
     hidden = torch.randn(num_tokens, HIDDEN, generator=generator).requires_grad_()
     weight = torch.randn(VOCABULARY, HIDDEN, generator=generator).mul_(0.02).requires_grad_()
     target = torch.randint(VOCABULARY, (num_tokens,), generator=generator)
     target[::5] = -100
-    if variant == VARIANTS[0]:
+    return hidden, weight, target
+
+
+def _step(variant: str) -> None:
+    hidden, weight, target = _tensors()
+    _forward_and_backward(variant, hidden, weight, target)
+    hidden.grad = weight.grad = None
+
+
+def _forward_and_backward(variant: str, hidden: Tensor, weight: Tensor, target: Tensor) -> None:
+    if variant == DEFAULT:
         # transformers' ForCausalLMLoss: logits, in float32, to the mean.
         F.cross_entropy(F.linear(hidden, weight).float(), target).backward()  # type: ignore[no-untyped-call]
+        return
+    if variant == SECOND:
+        loss, _ = linear_cross_entropy(
+            hidden, weight, target, reduction="mean", backend="torch", with_correct=False
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        positions = torch.arange(ROW_LENGTH).expand(NUM_ROWS, -1)
+        VeOmni(list(range(NUM_ROWS)), positions).projected_again(hidden, weight, target)
         return
     loss, tokens = linear_cross_entropy(
         hidden, weight, target, reduction="mean", backend=BACKENDS[variant]
@@ -70,7 +83,3 @@ def _step(variant: str) -> None:
         labels=target.view(shape),
         correct=tokens.correct.view(shape),
     )
-
-
-if __name__ == "__main__":
-    report_peak(partial(_step, sys.argv[1]))

@@ -1,25 +1,23 @@
-"""The channel losses of ms-swift, run from its own installed source, and other ways to do it.
+"""Other ways to get channel losses, and how the source of other projects is run.
 
-ms-swift's two are lines inside larger methods, whose modules need a GPU stack to be imported.
-Their source is cut out of the installed package by its syntax tree and run as it is.
+What they do is a part of larger modules, which need a GPU stack to be imported. Their source is
+taken out of the installed package by its syntax tree, and run as it is.
 """
 
 from __future__ import annotations
 
 import ast
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from types import CodeType, SimpleNamespace
-from typing import Any
+from types import CodeType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["segment_reduction", "start_one_rank", "swift_hf_loop", "swift_megatron"]
+__all__ = ["Call", "compiled", "definition", "segment_reduction", "source_tree", "start_one_rank"]
 
 Call = Callable[[], object]
 
@@ -31,104 +29,35 @@ def start_one_rank() -> None:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
 
 
-def swift_hf_loop(losses: Tensor, mask: Tensor, bounds: Tensor, channels: list[str]) -> Call:
-    """ms-swift's Seq2SeqTrainer: a slice, a selection and an `.item()` per sequence."""
-    tree = _tree("swift/trainers/seq2seq_trainer.py")
-    block = next(
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If)
-        and ast.unparse(node.test) == "self.args.enable_channel_loss"
-        and any(isinstance(child, ast.For) for child in node.body)
-    )
-    code = _compiled(block)
-    mean_metric: Any = _class("swift/metrics/utils.py", ("Metric", "MeanMetric"))["MeanMetric"]
-    labels = torch.where(mask, 1, -100).roll(1)
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(enable_channel_loss=True),
-        custom_metrics={"train": defaultdict(lambda: mean_metric(device="cpu"))},
-        template=SimpleNamespace(sequence_parallel_size=1, padding_free=True),
-        get_cu_seqlens=lambda *_: bounds,
-    )
-    names = {
-        "self": trainer,
-        "torch": torch,
-        "mode": "train",
-        "labels": labels,
-        "channels": channels,
-        "inputs": {},
-        "text_position_ids": None,
-        "outputs": SimpleNamespace(loss=losses),
-    }
-    return lambda: exec(code, dict(names))
-
-
-def swift_megatron(losses: Tensor, mask: Tensor, bounds: Tensor, channels: list[str]) -> Call:
-    """ms-swift's MegatronTrainer, padding-free: per token ids, and collectives each time."""
-    start_one_rank()
-    group = SimpleNamespace(get_data_parallel_group=lambda **_: dist.group.WORLD)
-    names: dict[str, Any] = {
-        "torch": torch,
-        "dist": dist,
-        "defaultdict": defaultdict,
-        "mpu": group,
-        "get_current_device": lambda: "cpu",
-    }
-    for file, name in (("trainer", "_compute_channel_loss"), ("base", "_all_reduce_metric")):
-        exec(_function(f"swift/megatron/trainers/{file}.py", name), names)
-    trainer: Any = SimpleNamespace(
-        args=SimpleNamespace(padding_free=True, context_parallel_size=1),
-        _all_reduce_metric=_bound(names["_all_reduce_metric"]),
-    )
-    packed = SimpleNamespace(seq_lens=bounds.diff(), cu_seqlens_q=bounds)
-    compute: Any = names["_compute_channel_loss"]
-    return lambda: compute(trainer, losses[None], mask[None], channels, packed)
-
-
 def segment_reduction(losses: Tensor, mask: Tensor, bounds: Tensor, ids: Tensor) -> Call:
     """The least that plain PyTorch needs for [sum, count] per channel of a packed batch."""
     num_channels = int(ids.max()) + 1
 
     def call() -> Tensor:
         lengths = bounds.diff().long()
-        columns = torch.stack([losses * mask, mask.to(losses)], dim=-1)
-        sums = torch.segment_reduce(columns, "sum", lengths=lengths, axis=0, unsafe=True)
-        return sums.new_zeros(num_channels, 2).index_add_(0, ids, sums)
+        columns = torch.stack([losses * mask, mask.to(losses)])
+        sums = [
+            torch.segment_reduce(column, "sum", lengths=lengths, unsafe=True) for column in columns
+        ]
+        return losses.new_zeros(2, num_channels).index_add_(1, ids, torch.stack(sums))
 
     return call
 
 
-def _bound(function: Callable[..., Any]) -> Callable[..., Any]:
-    if "self" in function.__code__.co_varnames[:1]:
-        return lambda *args, **kwargs: function(None, *args, **kwargs)
-    return function
-
-
-def _tree(path: str) -> ast.Module:
-    file = Path(str(metadata.distribution("ms-swift").locate_file(path)))
+def source_tree(package: str, path: str) -> ast.Module:
+    """The syntax tree of a file of an installed package."""
+    file = Path(str(metadata.distribution(package).locate_file(path)))
     return ast.parse(file.read_text())
 
 
-def _compiled(*nodes: ast.stmt) -> CodeType:
-    module = ast.Module(body=list(nodes), type_ignores=[])
-    return compile(ast.fix_missing_locations(module), "ms-swift", "exec")
-
-
-def _function(path: str, name: str) -> CodeType:
-    node = next(
-        n for n in ast.walk(_tree(path)) if isinstance(n, ast.FunctionDef) and n.name == name
-    )
+def definition(tree: ast.Module, name: str) -> CodeType:
+    """The function `name`, a method too, as code that defines it by itself."""
+    node = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name)
     node.decorator_list = []
-    return _compiled(node)
+    return compiled([node])
 
 
-def _class(path: str, wanted: tuple[str, ...]) -> dict[str, Any]:
-    import abc
-
-    import numpy as np
-
-    names: dict[str, Any] = {"ABC": abc.ABC, "abstractmethod": abc.abstractmethod}
-    names |= {"torch": torch, "np": np, "dist": dist, "get_current_device": lambda: "cpu"}
-    nodes = [n for n in _tree(path).body if isinstance(n, ast.ClassDef) and n.name in wanted]
-    exec(_compiled(*nodes), names)
-    return names
+def compiled(nodes: list[ast.stmt]) -> CodeType:
+    """The statements as a module."""
+    module = ast.Module(body=nodes, type_ignores=[])
+    return compile(ast.fix_missing_locations(module), "peer", "exec")

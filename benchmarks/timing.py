@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import channel_metrics
 
-__all__ = ["Timing", "compare", "machine", "one_thread", "peak_kib", "resident_kib"]
+__all__ = ["Timing", "compare", "machine", "one_thread", "peak_mib"]
 
 Call = Callable[[], object]
 
@@ -45,7 +48,8 @@ def compare(
 ) -> list[Timing]:
     """Time all calls, round by round; the first one is what the others are measured against.
 
-    num_calls: calls timed together, for those that are near the resolution of the clock.
+    num_calls: calls timed together, for those that are near the resolution of the clock; one
+        more goes before them, so that no variant finds the caches as another has left them.
     max_seconds: no round is begun after this time, but two are always done.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -54,6 +58,8 @@ def compare(
         if number >= num_warmup + 2 and time.monotonic() - begun > max_seconds:
             break
         for name, call in calls.items():
+            if num_calls > 1:
+                call()
             start = clock()
             for _ in range(num_calls):
                 call()
@@ -88,7 +94,7 @@ def one_thread() -> Iterator[None]:
 
 def machine() -> dict[str, object]:
     """What the numbers depend on."""
-    names = ("torch", "transformers", "ms-swift", "megatron-core")
+    names = ("torch", "transformers", "ms-swift", "veomni")
     return {
         "processor": _processor(),
         "num_cpus": os.cpu_count(),
@@ -101,19 +107,20 @@ def machine() -> dict[str, object]:
     }
 
 
-def resident_kib() -> int:
-    """Resident memory of this process now."""
-    return _status("VmRSS")
+def peak_mib(call: Call) -> float:
+    """The most memory that tensors made inside `call` hold at one time, in MiB.
 
-
-def peak_kib() -> int:
-    """The most this process has had; not `ru_maxrss`, which a child inherits from its parent."""
-    return _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    By torch's own record of what it allocates and frees: to the byte the same each time.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    events: Any = recorded.profiler
+    changes: list[tuple[int, int]] = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in events.kineto_results.events()
+        if event.name() == "[memory]"
+    )
+    return max(accumulate(size for _, size in changes)) / 2**20
 
 
 def _ratios(taken: list[float], baseline: list[float]) -> list[float]:

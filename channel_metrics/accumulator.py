@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,6 @@ from channel_metrics.metrics import DEFAULT_METRICS, channel_values, check_metri
 from channel_metrics.statistics import (
     COLUMNS,
     NUM_COLUMNS,
-    TokenValues,
     sequence_sums,
     table_rows,
     token_sums,
@@ -38,6 +38,7 @@ from channel_metrics.validation import can_read, check_ids, check_layout, token_
 __all__ = ["ChannelLossAccumulator"]
 
 _STATE_VERSION = 1
+_NLL, _NONFINITE = COLUMNS.index("nll"), COLUMNS.index("nonfinite")
 
 
 class ChannelLossAccumulator:
@@ -126,13 +127,16 @@ class ChannelLossAccumulator:
         ids = self._channel_ids(channels, token_losses.device)
         # One id for one token of shape [1] is the id of a sequence: without bounds, [T] is one.
         per_token = cu_seqlens is None and ids.shape == token_losses.shape and ids.shape != (1,)
-        if not per_token:
-            check_layout(values.losses, ids, cu_seqlens)
         # On the host, losses are taken to be finite, and looked at only if their sums are not.
         on_host = can_read(token_losses)
-        sums = self._sums_of(values, cu_seqlens, per_token=per_token, finite=on_host)
-        if on_host and not math.isfinite(sums.sum()):
-            sums = self._sums_of(values, cu_seqlens, per_token=per_token, finite=False)
+        if per_token:
+            sums_of = partial(token_sums, values, self.dtype)
+        else:
+            covered = check_layout(values.losses, ids, cu_seqlens)
+            sums_of = partial(sequence_sums, values, cu_seqlens, self.dtype, covered=covered)
+        sums = sums_of(finite=on_host)
+        if on_host and not math.isfinite(sums.sum().item()):
+            sums = sums_of(finite=False)
         self._add_rows(sums, ids.flatten())
         if reported_sum is not None:
             self._compare(sums, reported_sum)
@@ -226,18 +230,6 @@ class ChannelLossAccumulator:
                 self._lost = torch.nn.functional.pad(self._lost, (0, missing))
         return self._sums.shape[1]
 
-    def _sums_of(
-        self, values: TokenValues, cu_seqlens: Tensor | None, *, per_token: bool, finite: bool
-    ) -> Tensor:
-        if per_token:
-            return token_sums(values, self.dtype, finite=finite)
-        covered = (
-            cu_seqlens is not None
-            and can_read(cu_seqlens)
-            and int(cu_seqlens[-1]) == values.losses.numel()
-        )
-        return sequence_sums(values, cu_seqlens, self.dtype, finite=finite, covered=covered)
-
     def _add_rows(self, sums: Tensor, ids: Tensor) -> None:
         rows = table_rows(ids, self._rows(), sums.shape[1], checked=can_read(ids))
         if self.dtype == torch.float64:
@@ -259,14 +251,14 @@ class ChannelLossAccumulator:
         sums.copy_(total)
 
     def _compare(self, sums: Tensor, reported_sum: Tensor) -> None:
-        nll, nonfinite = (sums[COLUMNS.index(name)].sum() for name in ("nll", "nonfinite"))
-        reported = reported_sum.detach().to(nll)
-        scale = torch.maximum(nll.abs(), reported.abs()).clamp(min=torch.finfo(self.dtype).tiny)
-        off = (nll - reported).abs() / scale
-        # With non-finite tokens, or a mean over none, the trainer's own sum is not finite.
-        comparable = (nonfinite == 0) & torch.isfinite(reported)
-        worst = torch.maximum(self._mismatch, off.where(comparable, off.new_zeros(())))
-        self._mismatch.copy_(worst)
+        of_all = sums.sum(1)
+        nll, reported = of_all[_NLL], reported_sum.detach().to(sums)
+        off = (nll - reported).abs() / torch.maximum(nll.abs(), reported.abs())
+        # Not finite where both are 0, or where the trainer's own sum is (a mean over no tokens).
+        off = torch.nan_to_num(off, nan=0, posinf=0)
+        if len(of_all) > _NONFINITE:
+            off = off * (of_all[_NONFINITE] == 0)
+        torch.maximum(self._mismatch, off, out=self._mismatch)
 
     def _merge_same_table(self, other: ChannelLossAccumulator) -> None:
         missing = self._rows() - other._sums.shape[1]

@@ -50,7 +50,7 @@ class _ChunkedSum(torch.autograd.Function):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         nll = hidden.new_empty(target.shape, dtype=exact)
         correct = torch.zeros_like(target, dtype=torch.bool)
-        wanted = [with_grad and ctx.needs_input_grad[i] for i in range(3)]
+        wanted = [with_grad and needed for needed in ctx.needs_input_grad[:3]]
         # Weights sum over all chunks: in float32, whatever they are kept in.
         dtypes = (hidden.dtype, exact, exact)
         grads = [
@@ -59,17 +59,7 @@ class _ChunkedSum(torch.autograd.Function):
         ]
         for start in range(0, len(target), head.chunk_size):
             part = slice(start, start + head.chunk_size)
-            logits = F.linear(hidden[part], weight, bias)
-            counted = target[part] != head.ignore_index
-            chosen = target[part].where(counted, 0).unsqueeze(1)
-            if head.with_correct:
-                correct[part] = is_correct(logits, target[part])
-            log_probs = F.log_softmax(logits, dim=-1, dtype=exact)
-            nll[part] = -log_probs.gather(1, chosen).squeeze(1).where(counted, 0)
-            if any(wanted):
-                log_probs.exp_().scatter_add_(1, chosen, log_probs.new_full(chosen.shape, -1.0))
-                slope = log_probs.mul_(counted.unsqueeze(1)).to(logits.dtype)
-                _accumulate(grads, slope, hidden, weight, part)
+            _one_chunk(head, part, nll, correct, grads)
         ctx.save_for_backward(*grads)
         ctx.dtypes = [None if v is None else v.dtype for v in (hidden, weight, bias)]
         ctx.mark_non_differentiable(nll, correct)
@@ -83,6 +73,27 @@ class _ChunkedSum(torch.autograd.Function):
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*grads, None)
+
+
+def _one_chunk(
+    head: HeadInputs, part: slice, nll: Tensor, correct: Tensor, grads: list[Tensor | None]
+) -> None:
+    """Fill in nll and correctness of the rows `part`, and add their gradients.
+
+    A function of its own, so that the logits of one chunk are gone when those of the next are made.
+    """
+    hidden, target = head.hidden, head.target[part]
+    logits = F.linear(hidden[part], head.weight, head.bias)
+    counted = target != head.ignore_index
+    chosen = target.where(counted, 0).unsqueeze(1)
+    if head.with_correct:
+        correct[part] = is_correct(logits, target)
+    log_probs = F.log_softmax(logits, dim=-1, dtype=nll.dtype)
+    nll[part] = -log_probs.gather(1, chosen).squeeze(1).where(counted, 0)
+    if any(grad is not None for grad in grads):
+        log_probs.exp_().scatter_add_(1, chosen, log_probs.new_full(chosen.shape, -1.0))
+        slope = log_probs.mul_(counted.unsqueeze(1)).to(logits.dtype)
+        _accumulate(grads, slope, hidden, head.weight, part)
 
 
 def _accumulate(

@@ -50,29 +50,31 @@ class Boundaries:
         return kept_before[self.cu_seqlens.long()].to(torch.int32)
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
-    """Raise `BoundaryError` unless `cu_seqlens` [N + 1] rises from 0 to at most `num_tokens`.
+def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> int:
+    """The last bound of `cu_seqlens` [N + 1], which rises from 0 to at most `num_tokens`.
 
-    Reads the values: call it for tensors on the host only.
+    Raises `BoundaryError` if it does not. Reads the values: call it for tensors on the host only.
     """
     check_cu_seqlens_type(cu_seqlens)
-    if int(cu_seqlens[0]) != 0:
+    first, last = int(cu_seqlens[0].item()), int(cu_seqlens[-1].item())
+    if first != 0:
         raise BoundaryError(
-            f"cu_seqlens must start at 0, but starts at {int(cu_seqlens[0])}; it holds cumulative "
+            f"cu_seqlens must start at 0, but starts at {first}; it holds cumulative "
             "sequence lengths, the first bound is the start of the first sequence."
         )
     # Neighbours of [0, 2**31) differ by what fits into the type of the bounds.
-    if cu_seqlens.numel() > 1 and int(cu_seqlens.diff().min()) < 0:
+    if cu_seqlens.numel() > 1 and cu_seqlens.diff().min().item() < 0:
         at = int((cu_seqlens.diff() < 0).nonzero()[0])
         raise BoundaryError(
             f"cu_seqlens must not decrease, but goes from {int(cu_seqlens[at])} to "
             f"{int(cu_seqlens[at + 1])} at entry {at + 1}; pass cumulative lengths, not lengths."
         )
-    if int(cu_seqlens[-1]) > num_tokens:
+    if last > num_tokens:
         raise BoundaryError(
-            f"cu_seqlens ends at {int(cu_seqlens[-1])}, but the batch holds {num_tokens} tokens; "
+            f"cu_seqlens ends at {last}, but the batch holds {num_tokens} tokens; "
             "take the boundaries from the same micro-batch as the tokens."
         )
+    return last
 
 
 def check_cu_seqlens_type(cu_seqlens: Tensor) -> None:

@@ -26,19 +26,20 @@ __all__ = [
     "token_sums",
 ]
 
-# Everything is a sum: over tokens, or (samples) over sequences. What not every caller has comes
-# last, so that it can be left out.
+# Everything is a sum: over tokens, or (samples) over sequences. What not every micro-batch has
+# comes last, so that it can be left out.
 COLUMNS = (
     "tokens",  # supervised tokens
     "samples",  # sequences with at least one position
     "nll",  # finite token losses
-    "nonfinite",  # supervised tokens whose loss is NaN or infinite, kept out of the sums
     "correct",  # tokens whose target was predicted
     "judged",  # tokens for which correctness was given: the denominator of `correct`
+    "nonfinite",  # supervised tokens whose loss is NaN or infinite, kept out of the sums
     "weighted_nll",  # weight * loss
     "weight",  # the denominator of `weighted_nll`
 )
 NUM_COLUMNS = len(COLUMNS)
+_INDEX = {name: index for index, name in enumerate(COLUMNS)}
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,16 @@ class TokenValues:
         )
 
 
-def num_columns_of(values: TokenValues) -> int:
-    """How many of COLUMNS, from the left, these values can fill; the others stay zero."""
+def num_columns_of(values: TokenValues, *, finite: bool = False) -> int:
+    """How many of COLUMNS, from the left, these values can fill; the others stay zero.
+
+    finite: see `sequence_sums`.
+    """
     if values.weights is not None:
         return NUM_COLUMNS
-    return COLUMNS.index("weighted_nll" if values.correct is not None else "correct")
+    if not finite:
+        return _INDEX["nonfinite"] + 1
+    return _INDEX["correct" if values.correct is None else "nonfinite"]
 
 
 def sequence_sums(
@@ -87,26 +93,18 @@ def sequence_sums(
     the sums. covered: the last bound is known to be T; the result is [K, N].
     """
     columns = _token_columns(values, dtype, finite=finite)
+    num_columns = num_columns_of(values, finite=finite)
     if cu_seqlens is None:
-        shape = values.losses.shape
-        rows = shape[0] if len(shape) == 2 else 1
-        sums = {n: c.reshape(rows, shape[-1]).sum(-1, dtype=dtype) for n, c in columns.items()}
-        sums["samples"] = torch.full_like(sums["tokens"], 1.0 if shape[-1] > 0 else 0.0)
-        return _assemble(sums, values)
+        return _row_sums(columns, values, dtype, num_columns)
     if not covered:
         cu_seqlens = torch.nn.functional.pad(cu_seqlens, (0, 1), value=values.losses.numel())
     lengths = cu_seqlens.diff().long()
-    # unsafe=True: the check that the lengths fit would read them, a device-to-host sync.
-    sums = {
-        name: torch.segment_reduce(
-            column.flatten().to(dtype), "sum", lengths=lengths, unsafe=True, initial=0
-        )
-        for name, column in columns.items()
-    }
-    sums["samples"] = (lengths > 0).to(dtype)
+    samples = (lengths > 0).to(dtype)
     if not covered:
-        sums["samples"][-1:] = 0
-    return _assemble(sums, values)
+        samples[-1:] = 0
+    sums = _segment_sums(list(columns.values()), lengths, dtype)
+    by_name = dict(zip(columns, sums.unbind(), strict=True), samples=samples)
+    return _in_order(by_name, values, num_columns)
 
 
 def token_sums(
@@ -118,7 +116,8 @@ def token_sums(
     does not know how many sequences it holds a part of.
     """
     columns = _token_columns(values, dtype, finite=finite)
-    return _assemble({n: c.flatten().to(dtype) for n, c in columns.items()}, values)
+    tokens = {name: column.flatten().to(dtype) for name, column in columns.items()}
+    return _in_order(tokens, values, num_columns_of(values, finite=finite))
 
 
 def table_rows(ids: Tensor, num_rows: int, num_sums: int, *, checked: bool = False) -> Tensor:
@@ -140,7 +139,7 @@ def group_sums(sums: Tensor, ids: Tensor, num_rows: int) -> Tensor:
 
 
 def _token_columns(values: TokenValues, dtype: torch.dtype, *, finite: bool) -> dict[str, Tensor]:
-    """The token tensors whose sums, in `dtype`, are the columns; `judged` equals `tokens`."""
+    """The token tensors whose sums, in `dtype`, are the columns."""
     losses, mask = values.losses.detach(), values.mask
     # As 0 and 1 of one byte, masks are converted and multiplied several times faster.
     columns = {"tokens": mask.view(torch.uint8)}
@@ -152,7 +151,7 @@ def _token_columns(values: TokenValues, dtype: torch.dtype, *, finite: bool) -> 
         if weights is not None:
             columns["weight"] = weights * columns["tokens"]
     else:
-        is_finite = torch.isfinite(losses)
+        is_finite = losses.abs() < torch.inf  # half of the kernels of torch.isfinite
         counted = mask & is_finite
         columns["nll"] = losses.where(counted, 0)
         columns["nonfinite"] = (mask & ~is_finite).view(torch.uint8)
@@ -163,9 +162,40 @@ def _token_columns(values: TokenValues, dtype: torch.dtype, *, finite: bool) -> 
     return columns
 
 
-def _assemble(sums: dict[str, Tensor], values: TokenValues) -> Tensor:
+def _row_sums(
+    columns: dict[str, Tensor], values: TokenValues, dtype: torch.dtype, num_columns: int
+) -> Tensor:
+    """[K, N]: every row is one sequence."""
+    shape = values.losses.shape
+    rows, size = shape if len(shape) == 2 else (1, *shape)
+    sums = values.losses.new_zeros((num_columns, rows), dtype=dtype)
+    for name, column in columns.items():
+        # Straight to its place: beside the sum of a row, every further operator is felt.
+        torch.sum(column.reshape(rows, size), -1, dtype=dtype, out=sums[_INDEX[name]])
+    sums[_INDEX["samples"]].fill_(1.0 if size > 0 else 0.0)
+    if values.correct is not None:
+        sums[_INDEX["judged"]] = sums[_INDEX["tokens"]]
+    return sums
+
+
+def _segment_sums(columns: list[Tensor], lengths: Tensor, dtype: torch.dtype) -> Tensor:
+    """[k, N] sums of k columns of T tokens each, in segments of `lengths` [N] that add up to T."""
+    # Behind each other they are one axis, and one reduction; on a device it is several kernels.
+    flat = lengths.new_empty((len(columns), columns[0].numel()), dtype=dtype)
+    for row, column in enumerate(columns):
+        flat[row].copy_(column.flatten())
+    # unsafe=True: the check that the lengths fit would read them, a device-to-host sync.
+    sums = torch.segment_reduce(
+        flat.view(-1), "sum", lengths=torch.cat([lengths] * len(columns)), unsafe=True, initial=0
+    )
+    return sums.view(len(columns), -1)
+
+
+def _in_order(sums: dict[str, Tensor], values: TokenValues, num_columns: int) -> Tensor:
     """Sums by name -> one tensor [K, ...] in the order of COLUMNS, zero where absent."""
     if values.correct is not None:
         sums["judged"] = sums["tokens"]
-    absent = torch.zeros_like(sums["tokens"])
-    return torch.stack([sums.get(name, absent) for name in COLUMNS[: num_columns_of(values)]])
+    wanted = COLUMNS[:num_columns]
+    if not sums.keys() >= set(wanted):
+        sums = dict.fromkeys(wanted, torch.zeros_like(sums["tokens"])) | sums
+    return torch.stack([sums[name] for name in wanted])

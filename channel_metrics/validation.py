@@ -36,13 +36,14 @@ def token_values(
             "token_losses must have shape [num_tokens] or [batch, sequence], but has "
             f"{list(token_losses.shape)}; a reduced loss cannot be split into channels."
         )
+    shape = token_losses.shape
     for name, value in (
         ("labels", labels),
         ("loss_mask", loss_mask),
         ("correct", correct),
         ("weights", weights),
     ):
-        if value is not None and value.shape != token_losses.shape:
+        if value is not None and value.shape != shape:
             raise ChannelMetricsError(
                 f"{name} must have the shape of token_losses {list(token_losses.shape)}, but "
                 f"has {list(value.shape)}; shift and flatten both in the same way."
@@ -68,28 +69,34 @@ def check_ids(ids: Tensor, num_channels: int) -> None:
         )
 
 
-def check_layout(losses: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Raise `ChannelError` unless there is one id per sequence, `BoundaryError` for bad bounds."""
+def check_layout(losses: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether the sequences are known to cover all tokens.
+
+    Raises `ChannelError` unless there is one id per sequence, `BoundaryError` for bad bounds.
+    """
+    covered = cu_seqlens is None
     if cu_seqlens is not None:
         check_cu_seqlens_type(cu_seqlens)
         if can_read(cu_seqlens):
-            check_cu_seqlens(cu_seqlens, losses.numel())
+            covered = check_cu_seqlens(cu_seqlens, losses.numel()) == losses.numel()
         held = cu_seqlens.numel() - 1
-        source = f"cu_seqlens has {held + 1} bounds"
     else:
         held = losses.shape[0] if losses.dim() == 2 else 1
-        source = f"token_losses has shape {list(losses.shape)} and cu_seqlens is not given"
     if ids.dim() != 1 or ids.numel() != held:
+        source = f"cu_seqlens has {held + 1} bounds"
+        if cu_seqlens is None:
+            source = f"token_losses has shape {list(losses.shape)} and cu_seqlens is not given"
         came = f"{ids.numel()} entries" if ids.dim() == 1 else f"shape {list(ids.shape)}"
         raise ChannelError(
             f"channels has {came} but the batch holds {held} sequences ({source}); pass one "
             "channel per sequence."
         )
+    return covered
 
 
 def can_read(values: Tensor) -> bool:
     """Whether looking at values is free: no device has to be waited for, no graph is traced."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+    return values.is_cpu and not torch.compiler.is_compiling()
 
 
 def _mask(losses: Tensor, labels: Tensor | None, loss_mask: Tensor | None) -> Tensor:

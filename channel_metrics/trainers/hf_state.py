@@ -92,7 +92,8 @@ class ChannelState:
         how many records are no repetitions, see `real_records`; None means all.
         """
         self.per_token = batch.per_token
-        values, reported = self.token_values(labels, observation, causal=causal)
+        by_rows = batch.cu_seqlens is None
+        values, reported = self.token_values(labels, observation, causal=causal, by_rows=by_rows)
         if real is not None and real[0] < real[1]:
             batch, values = self._without_repetitions(batch, values, real)
             reported = None
@@ -110,11 +111,17 @@ class ChannelState:
         )
 
     def token_values(
-        self, labels: Tensor, observation: Observation, *, causal: bool | None
+        self,
+        labels: Tensor,
+        observation: Observation,
+        *,
+        causal: bool | None,
+        by_rows: bool = False,
     ) -> tuple[TokenValues, Tensor | None]:
         """The values of all positions of `labels`, and the sum that the model's loss is made of.
 
-        That sum is None where the loss does not pass transformers' cross entropy.
+        That sum is None where the loss does not pass transformers' cross entropy. by_rows: every
+        row is one sequence, so that a shift inside the rows would change no sum.
         """
         found = self._captured_losses(observation, labels)
         reported = None if found is None else found.reported_sum
@@ -127,7 +134,7 @@ class ChannelState:
             None if found.correct is None else found.correct.view(labels.shape),
             None if weights is None else weights.view(labels.shape),
         )
-        return (values.in_target_frame() if self.shifts else values), reported
+        return (values.in_target_frame() if self.shifts and not by_rows else values), reported
 
     def _weights(self, nll: Tensor) -> Tensor | None:
         """The weight that the trainer gives to each nll, [T]; None where it gives none."""
