@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cluster, counts, head, imports, scale, step, update
+from benchmarks import cluster, counts, formulations, head, imports, scale, step, update
 from benchmarks.report import write_report
 from benchmarks.timing import machine
 
@@ -23,6 +23,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "imports": lambda: {"rows": [imports.run()]},
     "counts": lambda: {"rows": counts.run()},
     "update": lambda: {"rows": update.run(), "growth": update.growth()},
+    "formulations": lambda: {"rows": formulations.run()},
     "scale": lambda: {
         "rows": scale.run(),
         "host": scale.host(),
