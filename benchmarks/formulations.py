@@ -33,7 +33,7 @@ def run(num_rounds: int = 100) -> list[dict[str, object]]:
             torch.testing.assert_close(call().double(), expected, rtol=1e-5, atol=0, msg=name)
         with one_thread():
             timings = compare(
-                {"masked sum": partial(masked_sum, tokens)} | calls,
+                {"masked sum": partial(masked_sum, tokens), **calls},
                 num_rounds=num_rounds,
                 num_calls=3,
                 num_warmup=5,

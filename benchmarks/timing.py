@@ -112,7 +112,6 @@ def peak_mib(call: Call) -> float:
 
     By torch's own record of what it allocates and frees: to the byte the same each time.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else two lines for each
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     events: Any = recorded.profiler

@@ -234,7 +234,7 @@ class ChannelLossAccumulator:
         rows = table_rows(ids, self._rows(), sums.shape[1], checked=can_read(ids))
         if self.dtype == torch.float64:
             # Straight into the table: what this costs does not grow with it.
-            self._sums.narrow(0, 0, len(sums)).index_add_(1, rows, sums)
+            self._sums.narrow(0, 0, sums.shape[0]).index_add_(1, rows, sums)
         else:
             zeros = sums.new_zeros(len(sums), self._rows())
             self._add(zeros.index_add_(1, rows, sums))

@@ -168,11 +168,14 @@ def _row_sums(
     """[K, N]: every row is one sequence."""
     shape = values.losses.shape
     rows, size = shape if len(shape) == 2 else (1, *shape)
-    sums = values.losses.new_zeros((num_columns, rows), dtype=dtype)
+    # Each sum goes straight to its place: beside the sums of rows, every operator more is felt.
+    sums = values.losses.new_ones((num_columns, rows), dtype=dtype)
+    if not size or num_columns > _INDEX["nonfinite"]:
+        sums.zero_()
+        sums[_INDEX["samples"]] = 1.0 if size > 0 else 0.0
     for name, column in columns.items():
-        # Straight to its place: beside the sum of a row, every further operator is felt.
-        torch.sum(column.reshape(rows, size), -1, dtype=dtype, out=sums[_INDEX[name]])
-    sums[_INDEX["samples"]].fill_(1.0 if size > 0 else 0.0)
+        of_rows = column if column.dim() == 2 else column.view(1, size)
+        torch.sum(of_rows, -1, dtype=dtype, out=sums[_INDEX[name]])
     if values.correct is not None:
         sums[_INDEX["judged"]] = sums[_INDEX["tokens"]]
     return sums

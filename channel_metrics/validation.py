@@ -61,7 +61,7 @@ def check_ids(ids: Tensor, num_channels: int) -> None:
         raise ChannelError(f"channels must be int64 ids or a list of names, but is {ids.dtype}.")
     if not can_read(ids) or not ids.numel():
         return
-    lowest, highest = map(int, ids.aminmax())
+    lowest, highest = (int(bound.item()) for bound in ids.aminmax())
     if highest >= num_channels or lowest < -1:
         raise ChannelError(
             f"channel ids must be -1 (unlabeled) or 0 to {num_channels - 1}, but range "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 MISSING = (
-    "the report is tested in Chromium, and {} is not there; on Debian: "
+    "the report is tested in Chromium, and {} is not there; CI runs it; on Debian: "
     "apt-get install -y chromium chromium-driver"
 )
 FLAGS = (
@@ -27,13 +28,13 @@ FLAGS = (
 
 
 def start_browser(profile: Path) -> Any:
-    """A driver; fails the test where there is no browser: nothing else would show that."""
+    """A driver. Without a browser the test is skipped, but in CI it fails: nothing else runs it."""
     from selenium import webdriver
 
     paths = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
     for name, path in paths.items():
         if path is None:
-            pytest.fail(MISSING.format(name))
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(MISSING.format(name))
     options = webdriver.ChromeOptions()
     options.binary_location = paths["chromium"]
     for flag in (*FLAGS, f"--user-data-dir={profile}"):
