@@ -19,10 +19,12 @@ help: ## This list
 env: .venv/.stamp ## Create .venv (Python 3.11), at exact versions
 env-latest: .venv-latest/.stamp ## Create .venv-latest (newest releases), at exact versions
 
-.venv/.stamp: pyproject.toml scripts/make_env constraints/main.in constraints/main.txt
+SOURCES := pyproject.toml scripts/make_env constraints/sources.txt
+
+.venv/.stamp: $(SOURCES) constraints/main.in constraints/main.txt
 	@scripts/make_env main
 
-.venv-latest/.stamp: pyproject.toml scripts/make_env constraints/latest.in constraints/latest.txt
+.venv-latest/.stamp: $(SOURCES) constraints/latest.in constraints/latest.txt
 	@scripts/make_env latest
 
 demo: env ## Train a tiny model on four channels and show their losses
@@ -44,8 +46,6 @@ lint: env ## ruff, mypy, import-linter
 	$(BIN)/lint-imports
 
 bench: env ## Measure what it costs, beside others; writes benchmarks/results/ and docs/benchmarks.*
-	@$(BIN)/python -m pip install --quiet --no-input --no-deps -r constraints/bench.txt 2>&1 \
-		| { grep -v '^WARNING: Location' || true; }
 	$(BIN)/python -m benchmarks
 
 clean: ## Remove environments, caches and build products

@@ -7,6 +7,7 @@ taken out of the installed package by its syntax tree, and run as it is.
 from __future__ import annotations
 
 import ast
+import sys
 import tempfile
 from collections.abc import Callable
 from importlib import metadata
@@ -17,7 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Call", "compiled", "definition", "segment_reduction", "source_tree", "start_one_rank"]
+__all__ = [
+    "Call",
+    "compiled",
+    "definition",
+    "found_package",
+    "segment_reduction",
+    "source_tree",
+    "start_one_rank",
+]
 
 Call = Callable[[], object]
 
@@ -45,9 +54,15 @@ def segment_reduction(losses: Tensor, mask: Tensor, bounds: Tensor, ids: Tensor)
 
 
 def source_tree(package: str, path: str) -> ast.Module:
-    """The syntax tree of a file of an installed package."""
-    file = Path(str(metadata.distribution(package).locate_file(path)))
+    """The syntax tree of a file of a package, installed or among the sources (`make env`)."""
+    file = Path(str(found_package(package).locate_file(path)))
     return ast.parse(file.read_text())
+
+
+def found_package(name: str) -> metadata.Distribution:
+    """What is known of a package, installed or among the sources."""
+    places = [*sys.path, str(Path(sys.prefix) / "sources")]
+    return next(iter(metadata.distributions(name=name, path=places)))
 
 
 def definition(tree: ast.Module, name: str) -> CodeType:

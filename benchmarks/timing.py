@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import channel_metrics
+from benchmarks.peers import Call, found_package
 
 __all__ = ["Timing", "compare", "machine", "one_thread", "peak_mib"]
-
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "device": "cpu",
         "channel_metrics": channel_metrics.__version__,
-        **{name: metadata.version(name) for name in names},
+        **{name: found_package(name).version for name in names},
     }
 
 

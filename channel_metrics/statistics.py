@@ -87,9 +87,9 @@ def sequence_sums(
 ) -> Tensor:
     """[K, N + 1] sums per sequence; the last one holds what lies past the last bound.
 
-    K is `num_columns_of(values)`. Without `cu_seqlens`, values of shape [B, S] mean one sequence
-    per row, and [T] one sequence; then nothing lies past them, and the result is [K, N].
-    finite: all losses and weights are known to be finite, so that nothing has to be kept out of
+    K is `num_columns_of(values, finite=finite)`. Without `cu_seqlens`, values of shape [B, S] mean
+    one sequence per row, and [T] one sequence; then nothing lies past them, and the result is
+    [K, N]. finite: all losses and weights are known to be finite, so that nothing is kept out of
     the sums. covered: the last bound is known to be T; the result is [K, N].
     """
     columns = _token_columns(values, dtype, finite=finite)

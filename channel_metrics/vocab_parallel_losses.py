@@ -1,6 +1,6 @@
 """Cross entropy from a head whose vocabulary is split over the tensor-parallel ranks.
 
-The kernels are Megatron's and transformer-engine's. Both return the loss of each token, and both
+The kernels are Megatron's and transformer-engine's. Both return the loss of each token, and may
 overwrite the logits, so correctness is taken before they run.
 
 Letters: S sequence positions, B rows, T tokens, H hidden size, V the vocabulary of one rank.
@@ -46,7 +46,7 @@ def megatron_token_losses(
 def te_token_losses(
     head: HeadInputs, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The same of transformer-engine's kernel. Never run by us: it needs a GPU."""
+    """The same of transformer-engine's kernel. We ran it in Triton's interpreter only."""
     try:
         module = importlib.import_module("transformer_engine.pytorch.cross_entropy")
     except ImportError:

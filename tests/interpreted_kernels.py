@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from te_source import load_transformer_engine
 from torch import Tensor
 
 from channel_metrics.linear_losses import Backend, linear_cross_entropy
@@ -69,6 +70,9 @@ def main() -> None:
     results = {}
     if "liger" in sys.argv:
         results["liger"] = measure("liger", torch.float32)
+    if "te" in sys.argv:
+        load_transformer_engine()
+        results["te"] = measure("te", torch.float32)
     if "cce" in sys.argv:
         from cut_cross_entropy import cce_lse_forward
 
