@@ -8,6 +8,8 @@ from typing import Any
 
 __all__ = ["write_report"]
 
+# By number of tokens: the most that `update` was meant to take.
+GOALS = {65_536: 2.5, 8_192: 4.0}
 _MARK = "<!-- tables: written by python -m benchmarks -->"
 
 
@@ -50,6 +52,12 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def _colour(variant: str) -> str:
+    if variant.startswith("update"):
+        return "tab:blue"
+    return "tab:gray" if variant in ("masked sum", "plain segment reduction") else "tab:orange"
+
+
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib as mpl
 
@@ -61,8 +69,12 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(sizes), figsize=(11, 4), sharex=True)
     for axis, size in zip(axes, sizes, strict=True):
         chosen = [row for row in rows if row["num_tokens"] == size][::-1]
-        bars = axis.barh([row["variant"] for row in chosen], [row["ratio"] for row in chosen])
-        axis.bar_label(bars, fmt="%.1f")
+        names, ratios = ([row[key] for row in chosen] for key in ("variant", "ratio"))
+        bars = axis.barh(names, ratios, color=[_colour(name) for name in names])
+        axis.bar_label(bars, [f"{ratio:.3g}" for ratio in ratios], padding=2)
+        axis.axvline(GOALS[size], color="black", linestyle=":", linewidth=1)
+        axis.text(GOALS[size], len(names) - 0.4, "goal", ha="center", va="bottom", fontsize=8)
+        axis.margins(x=0.15, y=0.05)
         axis.set(xscale="log", title=f"{size:,} tokens", xlabel="times one masked sum")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
