@@ -60,6 +60,8 @@ def _rank(
         world_size=world_size,
         timeout=timedelta(seconds=TIMEOUT_SECONDS // 2),
     )
+    # A rank that ends while another still connects makes that one fail.
+    dist.barrier()
     try:
         torch.save(fn(*args), Path(folder) / f"{rank}.pt")
     except BaseException:
