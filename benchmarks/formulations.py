@@ -49,6 +49,8 @@ def _calls(tokens: Tokens, case: Case) -> dict[str, Call]:
     lengths = bounds.diff().long()
     counts = torch.segment_reduce(mask.double(), "sum", lengths=lengths)
     of_token = ids.repeat_interleave(lengths)
+    by_channel = of_token.argsort(stable=True)
+    channel_lengths = of_token.bincount(minlength=size)
 
     def segments(dtype: torch.dtype) -> Tensor:
         columns = torch.cat([(losses * mask).to(dtype), mask.to(dtype)])
@@ -75,6 +77,13 @@ def _calls(tokens: Tokens, case: Case) -> dict[str, Call]:
     def tokens_by_id() -> Tensor:
         return _grouped(torch.stack([(losses * mask).double(), mask.double()]), of_token, size)
 
+    def sorted_by_channel() -> Tensor:
+        columns = [(losses * mask)[by_channel].double(), mask[by_channel].double()]
+        sums = [
+            torch.segment_reduce(c, "sum", lengths=channel_lengths, unsafe=True) for c in columns
+        ]
+        return torch.stack(sums)
+
     def one_hot_product() -> Tensor:
         one_hot = F.one_hot(of_token, size).to(losses.dtype)
         return torch.stack([losses * mask, mask.to(losses.dtype)]) @ one_hot
@@ -87,6 +96,7 @@ def _calls(tokens: Tokens, case: Case) -> dict[str, Call]:
         "prefix sums in pairs": partial(prefix, True),
         "prefix sums in pairs, tokens known": prefix_of_losses,
         "index_add of tokens, ids per token known": tokens_by_id,
+        "tokens sorted by channel, order known": sorted_by_channel,
         "product with a one-hot, ids per token known": one_hot_product,
     }
 

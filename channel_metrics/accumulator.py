@@ -124,7 +124,7 @@ class ChannelLossAccumulator:
         `BoundaryError`, naming the argument, what was expected, and what came.
         """
         values = token_values(token_losses, labels, loss_mask, correct, weights)
-        ids = self._channel_ids(channels, token_losses.device)
+        ids, checked = self._channel_ids(channels, token_losses.device)
         # One id for one token of shape [1] is the id of a sequence: without bounds, [T] is one.
         per_token = cu_seqlens is None and ids.shape == token_losses.shape and ids.shape != (1,)
         # On the host, losses are taken to be finite, and looked at only if their sums are not.
@@ -137,7 +137,7 @@ class ChannelLossAccumulator:
         sums = sums_of(finite=on_host)
         if on_host and not math.isfinite(sums.sum().item()):
             sums = sums_of(finite=False)
-        self._add_rows(sums, ids.flatten())
+        self._add_rows(sums, ids.flatten(), checked)
         if reported_sum is not None:
             self._compare(sums, reported_sum)
         return self
@@ -230,8 +230,8 @@ class ChannelLossAccumulator:
                 self._lost = torch.nn.functional.pad(self._lost, (0, missing))
         return self._sums.shape[1]
 
-    def _add_rows(self, sums: Tensor, ids: Tensor) -> None:
-        rows = table_rows(ids, self._rows(), sums.shape[1], checked=can_read(ids))
+    def _add_rows(self, sums: Tensor, ids: Tensor, checked: bool) -> None:
+        rows = table_rows(ids, self._rows(), sums.shape[1], checked=checked)
         if self.dtype == torch.float64:
             # Straight into the table: what this costs does not grow with it.
             self._sums.narrow(0, 0, sums.shape[0]).index_add_(1, rows, sums)
@@ -275,13 +275,16 @@ class ChannelLossAccumulator:
             moved = part.to(self._sums)
             self._add(moved.new_zeros(NUM_COLUMNS, size).index_add_(1, index, moved.t()))
 
-    def _channel_ids(self, channels: Tensor | Sequence[str | None], device: torch.device) -> Tensor:
+    def _channel_ids(
+        self, channels: Tensor | Sequence[str | None], device: torch.device
+    ) -> tuple[Tensor, bool]:
+        """Ids, and whether they are known to be in the table."""
         if not isinstance(channels, Tensor):
             if isinstance(channels, str):
                 raise ChannelError(
                     f"channels must be one name per sequence, but is the string {channels!r}; "
                     "pass a list."
                 )
-            return torch.tensor(self.table.ids(channels), dtype=torch.int64, device=device)
-        check_ids(channels, len(self.table))
-        return channels
+            ids = torch.tensor(self.table.ids(channels), dtype=torch.int64, device=device)
+            return ids, True
+        return channels, check_ids(channels, len(self.table))

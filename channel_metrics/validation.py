@@ -55,18 +55,24 @@ def token_values(
     return TokenValues(token_losses, _mask(token_losses, labels, loss_mask), correct, weights)
 
 
-def check_ids(ids: Tensor, num_channels: int) -> None:
-    """Raise `ChannelError` unless `ids` are integers and, where that can be seen, in the table."""
+def check_ids(ids: Tensor, num_channels: int) -> bool:
+    """Whether `ids` are known to be in the table.
+
+    Raises `ChannelError` unless they are integers and, where that can be seen, in the table.
+    """
     if ids.dtype not in (torch.int64, torch.int32):
         raise ChannelError(f"channels must be int64 ids or a list of names, but is {ids.dtype}.")
-    if not can_read(ids) or not ids.numel():
-        return
+    if not can_read(ids):
+        return False
+    if not ids.numel():
+        return True
     lowest, highest = (int(bound.item()) for bound in ids.aminmax())
     if highest >= num_channels or lowest < -1:
         raise ChannelError(
             f"channel ids must be -1 (unlabeled) or 0 to {num_channels - 1}, but range "
             f"from {lowest} to {highest}; ids and table are out of step."
         )
+    return True
 
 
 def check_layout(losses: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> bool:
