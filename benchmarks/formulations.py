@@ -1,4 +1,4 @@
-"""Ways to add up a packed batch per channel, without any check: what `update` could be made of.
+"""Ways to add up a packed batch per channel: what `update` could be made of.
 
 Each gives [nll, tokens] per channel from the same losses, mask, bounds and ids. They say how near
 plain PyTorch can come to one masked sum; docs/benchmarks.md says which is used, and why.
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.timing import compare, one_thread
 from benchmarks.update import CASES, Case, Tokens, make_tokens, masked_sum
+from channel_metrics.validation import check_ids, check_layout
 
 __all__ = ["run"]
 
@@ -51,6 +52,7 @@ def _calls(tokens: Tokens, case: Case) -> dict[str, Call]:
     of_token = ids.repeat_interleave(lengths)
     by_channel = of_token.argsort(stable=True)
     channel_lengths = of_token.bincount(minlength=size)
+    picked = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
     def segments(dtype: torch.dtype) -> Tensor:
         columns = torch.cat([(losses * mask).to(dtype), mask.to(dtype)])
@@ -74,6 +76,18 @@ def _calls(tokens: Tokens, case: Case) -> dict[str, Call]:
         sums = torch.stack([_prefix_sums(losses * mask, bounds, True), counts])
         return _grouped(sums, ids, size)
 
+    def sparse_products(checked: bool) -> Tensor:
+        if checked:
+            check_ids(ids, size)
+            check_layout(losses, ids, bounds)
+        entries = losses.to(torch.float64)
+        matrix = torch.sparse_csr_tensor(
+            bounds, mask.int(), entries, size=(ids.numel(), 2), check_invariants=False
+        )
+        of_losses = torch.mv(matrix, picked)
+        matrix.values().fill_(1)
+        return _grouped(torch.stack([of_losses, torch.mv(matrix, picked)]), ids, size)
+
     def tokens_by_id() -> Tensor:
         return _grouped(torch.stack([(losses * mask).double(), mask.double()]), of_token, size)
 
@@ -92,6 +106,8 @@ def _calls(tokens: Tokens, case: Case) -> dict[str, Call]:
         "segment_reduce, float32": partial(segments, torch.float32),
         "segment_reduce, float64": partial(segments, torch.float64),
         "segment_reduce, float64, tokens known": segments_of_losses,
+        "sparse products": partial(sparse_products, False),
+        "sparse products, ids and bounds checked": partial(sparse_products, True),
         "prefix sums": partial(prefix, False),
         "prefix sums in pairs": partial(prefix, True),
         "prefix sums in pairs, tokens known": prefix_of_losses,

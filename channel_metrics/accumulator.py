@@ -14,9 +14,7 @@ Letters: B rows, S row length, T = num_tokens, N = num_sequences, C channels, K 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from torch import Tensor
 from channel_metrics.agreement import AgreedNames
 from channel_metrics.channels import UNLABELED, ChannelTable, metric_key
 from channel_metrics.errors import ChannelError, ChannelMetricsError
+from channel_metrics.host_sums import sums_if_finite
 from channel_metrics.metrics import DEFAULT_METRICS, channel_values, check_metrics
 from channel_metrics.statistics import (
     COLUMNS,
@@ -72,6 +71,7 @@ class ChannelLossAccumulator:
             self._sums = torch.zeros(size, dtype=self.dtype, device=device)
             self._lost = torch.zeros_like(self._sums)
             self._mismatch = torch.zeros((), dtype=self.dtype, device=device)
+        self._views: dict[int, Tensor] = {}
 
     @classmethod
     def of_sums(
@@ -124,20 +124,18 @@ class ChannelLossAccumulator:
         `BoundaryError`, naming the argument, what was expected, and what came.
         """
         values = token_values(token_losses, labels, loss_mask, correct, weights)
-        ids, checked = self._channel_ids(channels, token_losses.device)
+        ids, lowest = self._channel_ids(channels, token_losses.device)
         # One id for one token of shape [1] is the id of a sequence: without bounds, [T] is one.
         per_token = cu_seqlens is None and ids.shape == token_losses.shape and ids.shape != (1,)
+        layout = None if per_token else check_layout(values.losses, ids, cu_seqlens)
         # On the host, losses are taken to be finite, and looked at only if their sums are not.
         on_host = can_read(token_losses)
-        if per_token:
-            sums_of = partial(token_sums, values, self.dtype)
-        else:
-            covered = check_layout(values.losses, ids, cu_seqlens)
-            sums_of = partial(sequence_sums, values, cu_seqlens, self.dtype, covered=covered)
-        sums = sums_of(finite=on_host)
-        if on_host and not math.isfinite(sums.sum().item()):
-            sums = sums_of(finite=False)
-        self._add_rows(sums, ids.flatten(), checked)
+        sums = sums_if_finite(values, cu_seqlens, layout, self.dtype) if on_host else None
+        if sums is None and per_token:
+            sums = token_sums(values, self.dtype)
+        elif sums is None:
+            sums = sequence_sums(values, cu_seqlens, self.dtype)
+        self._add_rows(sums, ids.flatten(), lowest)
         if reported_sum is not None:
             self._compare(sums, reported_sum)
         return self
@@ -230,14 +228,26 @@ class ChannelLossAccumulator:
                 self._lost = torch.nn.functional.pad(self._lost, (0, missing))
         return self._sums.shape[1]
 
-    def _add_rows(self, sums: Tensor, ids: Tensor, checked: bool) -> None:
-        rows = table_rows(ids, self._rows(), sums.shape[1], checked=checked)
-        if self.dtype == torch.float64:
-            # Straight into the table: what this costs does not grow with it.
-            self._sums.narrow(0, 0, sums.shape[0]).index_add_(1, rows, sums)
+    def _add_rows(self, sums: Tensor, ids: Tensor, lowest: int | None) -> None:
+        """lowest: see `check_ids`."""
+        size = self._rows()
+        if self.dtype != torch.float64:
+            rows = table_rows(ids, size, sums.shape[1], checked=lowest is not None)
+            self._add(sums.new_zeros(len(sums), size).index_add_(1, rows, sums))
+        # Else straight into the table: what this costs does not grow with it.
+        elif lowest is not None and lowest >= 0 and sums.shape[1] == ids.numel():
+            self._labeled(sums.shape[0]).index_add_(1, ids, sums)
         else:
-            zeros = sums.new_zeros(len(sums), self._rows())
-            self._add(zeros.index_add_(1, rows, sums))
+            rows = table_rows(ids, size, sums.shape[1], checked=lowest is not None)
+            self._sums[: len(sums)].index_add_(1, rows, sums)
+
+    def _labeled(self, num_columns: int) -> Tensor:
+        """[num_columns, C] of the sums: row 0, `unlabeled`, is left out."""
+        view = self._views.get(num_columns)
+        if view is None or view._base is not self._sums:
+            with torch.inference_mode(False):  # kept: it takes as long to make as to add to
+                view = self._views[num_columns] = self._sums[:num_columns, 1:]
+        return view
 
     def _add(self, added: Tensor) -> None:
         """`added` [K, C + 1] may leave out the last columns."""
@@ -277,14 +287,14 @@ class ChannelLossAccumulator:
 
     def _channel_ids(
         self, channels: Tensor | Sequence[str | None], device: torch.device
-    ) -> tuple[Tensor, bool]:
-        """Ids, and whether they are known to be in the table."""
+    ) -> tuple[Tensor, int | None]:
+        """Ids, and the lowest of them where known, see `check_ids`."""
         if not isinstance(channels, Tensor):
             if isinstance(channels, str):
                 raise ChannelError(
                     f"channels must be one name per sequence, but is the string {channels!r}; "
                     "pass a list."
                 )
-            ids = torch.tensor(self.table.ids(channels), dtype=torch.int64, device=device)
-            return ids, True
+            ids = self.table.ids(channels)
+            return torch.tensor(ids, dtype=torch.int64, device=device), min(ids, default=0)
         return channels, check_ids(channels, len(self.table))

@@ -50,10 +50,11 @@ class Boundaries:
         return kept_before[self.cu_seqlens.long()].to(torch.int32)
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> int:
-    """The last bound of `cu_seqlens` [N + 1], which rises from 0 to at most `num_tokens`.
+def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> tuple[int, int]:
+    """The last bound of `cu_seqlens` [N + 1], and the length of the shortest sequence (0 of none).
 
-    Raises `BoundaryError` if it does not. Reads the values: call it for tensors on the host only.
+    Raises `BoundaryError` unless the bounds rise from 0 to at most `num_tokens`. Reads the values:
+    call it for tensors on the host only.
     """
     check_cu_seqlens_type(cu_seqlens)
     first, last = int(cu_seqlens[0].item()), int(cu_seqlens[-1].item())
@@ -63,7 +64,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> int:
             "sequence lengths, the first bound is the start of the first sequence."
         )
     # Neighbours of [0, 2**31) differ by what fits into the type of the bounds.
-    if cu_seqlens.numel() > 1 and cu_seqlens.diff().min().item() < 0:
+    shortest = int(cu_seqlens.diff().min().item()) if cu_seqlens.numel() > 1 else 0
+    if shortest < 0:
         at = int((cu_seqlens.diff() < 0).nonzero()[0])
         raise BoundaryError(
             f"cu_seqlens must not decrease, but goes from {int(cu_seqlens[at])} to "
@@ -74,7 +76,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> int:
             f"cu_seqlens ends at {last}, but the batch holds {num_tokens} tokens; "
             "take the boundaries from the same micro-batch as the tokens."
         )
-    return last
+    return last, shortest
 
 
 def check_cu_seqlens_type(cu_seqlens: Tensor) -> None:

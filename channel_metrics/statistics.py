@@ -8,7 +8,8 @@ groups of a contiguous [N] is several times cheaper than adding up rows of [N, K
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ __all__ = [
     "sequence_sums",
     "table_rows",
     "token_sums",
+    "with_rest",
 ]
 
 # Everything is a sum: over tokens, or (samples) over sequences. What not every micro-batch has
@@ -42,8 +44,7 @@ NUM_COLUMNS = len(COLUMNS)
 _INDEX = {name: index for index, name in enumerate(COLUMNS)}
 
 
-@dataclass(frozen=True)
-class TokenValues:
+class TokenValues(NamedTuple):
     """What is known of each position of a micro-batch; all tensors of one shape, [T] or [B, S].
 
     losses: nll in nats, any float dtype. mask: bool, the supervised positions. correct: bool,
@@ -55,20 +56,24 @@ class TokenValues:
     correct: Tensor | None = None
     weights: Tensor | None = None
 
+    def map(self, moved: Callable[[Tensor], Tensor]) -> TokenValues:
+        """The same, each tensor moved in the same way."""
+        return TokenValues(
+            losses=moved(self.losses),
+            mask=moved(self.mask),
+            correct=None if self.correct is None else moved(self.correct),
+            weights=None if self.weights is None else moved(self.weights),
+        )
+
     def in_target_frame(self) -> TokenValues:
         """The same values at the positions they speak about, see `to_target_frame`."""
-        return TokenValues(
-            losses=to_target_frame(self.losses),
-            mask=to_target_frame(self.mask),
-            correct=None if self.correct is None else to_target_frame(self.correct),
-            weights=None if self.weights is None else to_target_frame(self.weights),
-        )
+        return self.map(to_target_frame)
 
 
 def num_columns_of(values: TokenValues, *, finite: bool = False) -> int:
     """How many of COLUMNS, from the left, these values can fill; the others stay zero.
 
-    finite: see `sequence_sums`.
+    finite: all losses and weights are known to be finite.
     """
     if values.weights is not None:
         return NUM_COLUMNS
@@ -78,33 +83,28 @@ def num_columns_of(values: TokenValues, *, finite: bool = False) -> int:
 
 
 def sequence_sums(
-    values: TokenValues,
-    cu_seqlens: Tensor | None,
-    dtype: torch.dtype = torch.float64,
-    *,
-    finite: bool = False,
-    covered: bool = False,
+    values: TokenValues, cu_seqlens: Tensor | None, dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """[K, N + 1] sums per sequence; the last one holds what lies past the last bound.
 
-    K is `num_columns_of(values, finite=finite)`. Without `cu_seqlens`, values of shape [B, S] mean
-    one sequence per row, and [T] one sequence; then nothing lies past them, and the result is
-    [K, N]. finite: all losses and weights are known to be finite, so that nothing is kept out of
-    the sums. covered: the last bound is known to be T; the result is [K, N].
+    K is `num_columns_of(values)`. Without `cu_seqlens`, values of shape [B, S] mean one sequence
+    per row, and [T] one sequence; then nothing lies past them, and the result is [K, N].
     """
-    columns = _token_columns(values, dtype, finite=finite)
-    num_columns = num_columns_of(values, finite=finite)
+    columns = _token_columns(values, dtype, finite=False)
+    num_columns = num_columns_of(values)
     if cu_seqlens is None:
         return _row_sums(columns, values, dtype, num_columns)
-    if not covered:
-        cu_seqlens = torch.nn.functional.pad(cu_seqlens, (0, 1), value=values.losses.numel())
-    lengths = cu_seqlens.diff().long()
+    lengths = with_rest(cu_seqlens, values).diff().long()
     samples = (lengths > 0).to(dtype)
-    if not covered:
-        samples[-1:] = 0
+    samples[-1:] = 0
     sums = _segment_sums(list(columns.values()), lengths, dtype)
     by_name = dict(zip(columns, sums.unbind(), strict=True), samples=samples)
     return _in_order(by_name, values, num_columns)
+
+
+def with_rest(cu_seqlens: Tensor, values: TokenValues) -> Tensor:
+    """[N + 2] bounds: one sequence more, of what lies past the last one."""
+    return torch.nn.functional.pad(cu_seqlens, (0, 1), value=values.losses.numel())
 
 
 def token_sums(

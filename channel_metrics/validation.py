@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from channel_metrics.cu_seqlens import check_cu_seqlens, check_cu_seqlens_type
 from channel_metrics.errors import ChannelError, ChannelMetricsError
 from channel_metrics.statistics import TokenValues
 
-__all__ = ["IGNORE_INDEX", "can_read", "check_ids", "check_layout", "token_values"]
+__all__ = ["IGNORE_INDEX", "Layout", "can_read", "check_ids", "check_layout", "token_values"]
 
 IGNORE_INDEX = -100
 
@@ -37,17 +39,10 @@ def token_values(
             f"{list(token_losses.shape)}; a reduced loss cannot be split into channels."
         )
     shape = token_losses.shape
-    for name, value in (
-        ("labels", labels),
-        ("loss_mask", loss_mask),
-        ("correct", correct),
-        ("weights", weights),
-    ):
-        if value is not None and value.shape != shape:
-            raise ChannelMetricsError(
-                f"{name} must have the shape of token_losses {list(token_losses.shape)}, but "
-                f"has {list(value.shape)}; shift and flatten both in the same way."
-            )
+    _check_shape("labels", labels, shape)
+    _check_shape("loss_mask", loss_mask, shape)
+    _check_shape("correct", correct, shape)
+    _check_shape("weights", weights, shape)
     if labels is not None and labels.is_floating_point():
         raise ChannelMetricsError(f"labels must be integer token ids, but is {labels.dtype}.")
     if correct is not None and correct.dtype != torch.bool:
@@ -55,39 +50,48 @@ def token_values(
     return TokenValues(token_losses, _mask(token_losses, labels, loss_mask), correct, weights)
 
 
-def check_ids(ids: Tensor, num_channels: int) -> bool:
-    """Whether `ids` are known to be in the table.
+class Layout(NamedTuple):
+    """What is known of the sequences of a micro-batch.
+
+    covered: they hold all tokens. filled: none is empty.
+    """
+
+    covered: bool
+    filled: bool
+
+
+def check_ids(ids: Tensor, num_channels: int) -> int | None:
+    """The lowest of `ids`, at least -1, if they are known to be in the table; else None.
 
     Raises `ChannelError` unless they are integers and, where that can be seen, in the table.
     """
     if ids.dtype not in (torch.int64, torch.int32):
         raise ChannelError(f"channels must be int64 ids or a list of names, but is {ids.dtype}.")
     if not can_read(ids):
-        return False
+        return None
     if not ids.numel():
-        return True
-    lowest, highest = (int(bound.item()) for bound in ids.aminmax())
+        return 0
+    bounds = ids.aminmax()
+    lowest, highest = int(bounds[0].item()), int(bounds[1].item())
     if highest >= num_channels or lowest < -1:
         raise ChannelError(
             f"channel ids must be -1 (unlabeled) or 0 to {num_channels - 1}, but range "
             f"from {lowest} to {highest}; ids and table are out of step."
         )
-    return True
+    return lowest
 
 
-def check_layout(losses: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether the sequences are known to cover all tokens.
+def check_layout(losses: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> Layout:
+    """What is known of the sequences.
 
     Raises `ChannelError` unless there is one id per sequence, `BoundaryError` for bad bounds.
     """
-    covered = cu_seqlens is None
-    if cu_seqlens is not None:
-        check_cu_seqlens_type(cu_seqlens)
-        if can_read(cu_seqlens):
-            covered = check_cu_seqlens(cu_seqlens, losses.numel()) == losses.numel()
-        held = cu_seqlens.numel() - 1
-    else:
+    if cu_seqlens is None:
+        layout = Layout(covered=True, filled=losses.numel() > 0)
         held = losses.shape[0] if losses.dim() == 2 else 1
+    else:
+        layout = _layout(cu_seqlens, losses.numel())
+        held = cu_seqlens.numel() - 1
     if ids.dim() != 1 or ids.numel() != held:
         source = f"cu_seqlens has {held + 1} bounds"
         if cu_seqlens is None:
@@ -97,12 +101,28 @@ def check_layout(losses: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> bool
             f"channels has {came} but the batch holds {held} sequences ({source}); pass one "
             "channel per sequence."
         )
-    return covered
+    return layout
 
 
 def can_read(values: Tensor) -> bool:
     """Whether looking at values is free: no device has to be waited for, no graph is traced."""
     return values.is_cpu and not torch.compiler.is_compiling()
+
+
+def _check_shape(name: str, value: Tensor | None, shape: torch.Size) -> None:
+    if value is not None and value.shape != shape:
+        raise ChannelMetricsError(
+            f"{name} must have the shape of token_losses {list(shape)}, but has "
+            f"{list(value.shape)}; shift and flatten both in the same way."
+        )
+
+
+def _layout(cu_seqlens: Tensor, num_tokens: int) -> Layout:
+    if not can_read(cu_seqlens):
+        check_cu_seqlens_type(cu_seqlens)
+        return Layout(covered=False, filled=False)
+    last, shortest = check_cu_seqlens(cu_seqlens, num_tokens)
+    return Layout(last == num_tokens, shortest > 0)
 
 
 def _mask(losses: Tensor, labels: Tensor | None, loss_mask: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ def first_records(
     else:
         return None
     positions = torch.arange(values.mask.numel(), device=values.mask.device)
-    kept = replace(values, mask=values.mask & (positions < end).view(shape))
+    kept = values._replace(mask=values.mask & (positions < end).view(shape))
     if bounds is None:
         if batch.per_token:
             return batch, kept

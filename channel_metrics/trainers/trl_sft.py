@@ -57,7 +57,7 @@ class _SFTState(ChannelState):
         cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.clamp(max=end)
         return (
             replace(batch, cu_seqlens=cu_seqlens),
-            replace(values, mask=values.mask & inside),
+            values._replace(mask=values.mask & inside),
         )
 
     def _captured_losses(self, observation: Observation, labels: Tensor) -> TokenLosses | None:

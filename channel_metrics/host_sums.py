@@ -1,0 +1,157 @@
+"""Sums per sequence of finite values on the host, where an operator costs more than its tokens.
+
+`cu_seqlens` [N + 1] is what a sparse matrix in CSR format calls its row pointers. With the mask of
+a token as its column and its loss as its entry, the product of that matrix and the vector [0, 1]
+is the sum of the supervised losses of each sequence: no pass to mask tokens, none to find their
+sequences. Only a torch with MKL has this product.
+
+Letters: T = num_tokens, N = num_sequences, K = columns.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from channel_metrics.statistics import (
+    COLUMNS,
+    TokenValues,
+    num_columns_of,
+    token_sums,
+    with_rest,
+)
+from channel_metrics.validation import Layout
+
+__all__ = ["finite_sequence_sums", "has_sparse_products", "sums_if_finite"]
+
+_TOKENS, _SAMPLES, _NLL, _CORRECT, _JUDGED, _NONFINITE, _WEIGHTED_NLL, _WEIGHT = range(len(COLUMNS))
+
+
+def sums_if_finite(
+    values: TokenValues, cu_seqlens: Tensor | None, layout: Layout | None, dtype: torch.dtype
+) -> Tensor | None:
+    """[K, N] sums, of tokens if there is no layout; None if a loss or a weight is not finite.
+
+    None, too, if this torch has no faster way than that of a device.
+    """
+    if layout is None:
+        sums = token_sums(values, dtype, finite=True)
+    elif cu_seqlens is None or (has_sparse_products() and values.losses.numel() < 2**31):
+        sums = finite_sequence_sums(values, cu_seqlens, layout, dtype)
+    else:
+        return None
+    return sums if math.isfinite(sums.sum().item()) else None
+
+
+def finite_sequence_sums(
+    values: TokenValues,
+    cu_seqlens: Tensor | None,
+    layout: Layout,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """What `sequence_sums` gives, if all losses and weights are finite; else it is not, either.
+
+    K is `num_columns_of(values, finite=True)`. For tensors on the host, and bounds that have been
+    checked. Where they are known to cover all tokens, the result is [K, N].
+    """
+    if cu_seqlens is None:
+        if values.losses.dim() == 1:
+            values = values.map(partial(torch.unsqueeze, dim=0))
+        num_sequences = values.losses.shape[0]
+    else:
+        if values.losses.dim() == 2:
+            values = values.map(torch.flatten)
+        if not layout.covered:
+            cu_seqlens = with_rest(cu_seqlens, values)
+        num_sequences = cu_seqlens.numel() - 1
+    num_columns = num_columns_of(values, finite=True)
+    sums = torch.ones((num_columns, num_sequences), dtype=dtype, device="cpu")
+    if not (layout.covered and layout.filled):
+        sums[_SAMPLES] = _samples(values, cu_seqlens, layout.covered)
+    if num_columns > _NONFINITE:
+        sums[_CORRECT : _NONFINITE + 1] = 0
+    if cu_seqlens is None:
+        _add_up_rows(sums, values)
+    else:
+        _multiply(sums, values, cu_seqlens)
+    if values.correct is not None:
+        sums[_JUDGED] = sums[_TOKENS]
+    return sums
+
+
+def _samples(values: TokenValues, cu_seqlens: Tensor | None, covered: bool) -> Tensor:
+    if cu_seqlens is None:
+        return values.losses.new_tensor(values.losses.numel() > 0)
+    samples = cu_seqlens.diff() > 0
+    if not covered:
+        samples[-1] = False
+    return samples
+
+
+def _add_up_rows(sums: Tensor, values: TokenValues) -> None:
+    """Every row of the values, [N, S], is one sequence."""
+    # As 0 and 1 of one byte, masks are converted and multiplied several times faster.
+    mask, dtype = values.mask.view(torch.uint8), sums.dtype
+    losses = values.losses.detach() * mask
+    torch.sum(mask, -1, dtype=dtype, out=sums[_TOKENS])
+    torch.sum(losses, -1, dtype=dtype, out=sums[_NLL])
+    if values.correct is not None:
+        correct = (values.correct & values.mask).view(torch.uint8)
+        torch.sum(correct, -1, dtype=dtype, out=sums[_CORRECT])
+    if values.weights is not None:
+        weights = values.weights.detach().to(dtype) * mask
+        torch.sum(weights, -1, out=sums[_WEIGHT])
+        torch.sum(weights * losses.to(dtype), -1, out=sums[_WEIGHTED_NLL])
+
+
+def _multiply(sums: Tensor, values: TokenValues, cu_seqlens: Tensor) -> None:
+    """Sequences of the values, [T], lie between the bounds."""
+    losses, dtype = values.losses.detach(), sums.dtype
+    # A byte of the mask that is neither 0 nor 1 is supervised, too, and reads no foreign memory.
+    picked = _picked(dtype)
+    matrix = torch.sparse_csr_tensor(
+        cu_seqlens.to(torch.int32).contiguous(),
+        values.mask.view(torch.uint8).to(torch.int32),
+        losses.to(dtype, copy=True),
+        size=(sums.shape[1], 256),
+        device="cpu",
+        check_invariants=False,  # a row has the same column more than once
+    )
+    entries = matrix.values()
+    torch.mv(matrix, picked, out=sums[_NLL])
+    if values.weights is not None:
+        weights = values.weights.detach()
+        torch.mul(weights.to(dtype), entries, out=entries)
+        torch.mv(matrix, picked, out=sums[_WEIGHTED_NLL])
+        entries.copy_(weights)
+        torch.mv(matrix, picked, out=sums[_WEIGHT])
+    entries.fill_(1)
+    torch.mv(matrix, picked, out=sums[_TOKENS])
+    if values.correct is not None:
+        matrix.col_indices().copy_(values.correct & values.mask)
+        torch.mv(matrix, picked, out=sums[_CORRECT])
+
+
+@cache
+def _picked(dtype: torch.dtype) -> Tensor:
+    """[256]: what each byte of a mask counts for."""
+    with torch.inference_mode(False):
+        return torch.arange(256, device="cpu").gt(0).to(dtype)
+
+
+@cache
+def has_sparse_products() -> bool:
+    """Whether this torch multiplies CSR matrices on the host."""
+    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return False
+    with warnings.catch_warnings():
+        # That they are in beta is said once in a process: here, to nobody.
+        warnings.simplefilter("ignore")
+        with torch.device("cpu"):
+            bounds, columns = torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
+            torch.sparse_csr_tensor(bounds, columns, torch.zeros(0), size=(1, 1))
+    return True
