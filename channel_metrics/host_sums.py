@@ -28,6 +28,7 @@ from channel_metrics.validation import Layout
 
 __all__ = ["finite_sequence_sums", "has_sparse_products", "sums_if_finite"]
 
+_HOST = torch.device("cpu")
 _TOKENS, _SAMPLES, _NLL, _CORRECT, _JUDGED, _NONFINITE, _WEIGHTED_NLL, _WEIGHT = range(len(COLUMNS))
 
 
@@ -69,7 +70,7 @@ def finite_sequence_sums(
             cu_seqlens = with_rest(cu_seqlens, values)
         num_sequences = cu_seqlens.numel() - 1
     num_columns = num_columns_of(values, finite=True)
-    sums = torch.ones((num_columns, num_sequences), dtype=dtype, device="cpu")
+    sums = torch.ones((num_columns, num_sequences), dtype=dtype, device=_HOST)
     if not (layout.covered and layout.filled):
         sums[_SAMPLES] = _samples(values, cu_seqlens, layout.covered)
     if num_columns > _NONFINITE:
@@ -118,7 +119,7 @@ def _multiply(sums: Tensor, values: TokenValues, cu_seqlens: Tensor) -> None:
         values.mask.view(torch.uint8).to(torch.int32),
         losses.to(dtype, copy=True),
         size=(sums.shape[1], 256),
-        device="cpu",
+        device=_HOST,
         check_invariants=False,  # a row has the same column more than once
     )
     entries = matrix.values()
@@ -140,7 +141,7 @@ def _multiply(sums: Tensor, values: TokenValues, cu_seqlens: Tensor) -> None:
 def _picked(dtype: torch.dtype) -> Tensor:
     """[256]: what each byte of a mask counts for."""
     with torch.inference_mode(False):
-        return torch.arange(256, device="cpu").gt(0).to(dtype)
+        return torch.arange(256, device=_HOST).gt(0).to(dtype)
 
 
 @cache
@@ -151,7 +152,7 @@ def has_sparse_products() -> bool:
     with warnings.catch_warnings():
         # That they are in beta is said once in a process: here, to nobody.
         warnings.simplefilter("ignore")
-        with torch.device("cpu"):
+        with _HOST:
             bounds, columns = torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
             torch.sparse_csr_tensor(bounds, columns, torch.zeros(0), size=(1, 1))
     return True
