@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from functools import cache, partial
 
 import torch
@@ -57,7 +58,7 @@ def finite_sequence_sums(
     """What `sequence_sums` gives, if all losses and weights are finite; else it is not, either.
 
     K is `num_columns_of(values, finite=True)`. For tensors on the host, and bounds that have been
-    checked. Where they are known to cover all tokens, the result is [K, N].
+    checked, where `has_sparse_products`. If they cover all tokens, the result is [K, N].
     """
     if cu_seqlens is None:
         if values.losses.dim() == 1:
@@ -75,12 +76,13 @@ def finite_sequence_sums(
         sums[_SAMPLES] = _samples(values, cu_seqlens, layout.covered)
     if num_columns > _NONFINITE:
         sums[_CORRECT : _NONFINITE + 1] = 0
+    columns = sums.unbind()
     if cu_seqlens is None:
-        _add_up_rows(sums, values)
+        _add_up_rows(columns, values, dtype)
     else:
-        _multiply(sums, values, cu_seqlens)
+        _multiply(columns, values, cu_seqlens, dtype)
     if values.correct is not None:
-        sums[_JUDGED] = sums[_TOKENS]
+        columns[_JUDGED].copy_(columns[_TOKENS])
     return sums
 
 
@@ -93,48 +95,53 @@ def _samples(values: TokenValues, cu_seqlens: Tensor | None, covered: bool) -> T
     return samples
 
 
-def _add_up_rows(sums: Tensor, values: TokenValues) -> None:
+def _add_up_rows(columns: Sequence[Tensor], values: TokenValues, dtype: torch.dtype) -> None:
     """Every row of the values, [N, S], is one sequence."""
     # As 0 and 1 of one byte, masks are converted and multiplied several times faster.
-    mask, dtype = values.mask.view(torch.uint8), sums.dtype
-    losses = values.losses.detach() * mask
-    torch.sum(mask, -1, dtype=dtype, out=sums[_TOKENS])
-    torch.sum(losses, -1, dtype=dtype, out=sums[_NLL])
+    mask = values.mask.view(torch.uint8)
+    losses = _detached(values.losses) * mask
+    torch.sum(mask, -1, dtype=dtype, out=columns[_TOKENS])
+    torch.sum(losses, -1, dtype=dtype, out=columns[_NLL])
     if values.correct is not None:
         correct = (values.correct & values.mask).view(torch.uint8)
-        torch.sum(correct, -1, dtype=dtype, out=sums[_CORRECT])
+        torch.sum(correct, -1, dtype=dtype, out=columns[_CORRECT])
     if values.weights is not None:
-        weights = values.weights.detach().to(dtype) * mask
-        torch.sum(weights, -1, out=sums[_WEIGHT])
-        torch.sum(weights * losses.to(dtype), -1, out=sums[_WEIGHTED_NLL])
+        weights = _detached(values.weights).to(dtype) * mask
+        torch.sum(weights, -1, out=columns[_WEIGHT])
+        torch.sum(weights * losses.to(dtype), -1, out=columns[_WEIGHTED_NLL])
 
 
-def _multiply(sums: Tensor, values: TokenValues, cu_seqlens: Tensor) -> None:
+def _multiply(
+    columns: Sequence[Tensor], values: TokenValues, cu_seqlens: Tensor, dtype: torch.dtype
+) -> None:
     """Sequences of the values, [T], lie between the bounds."""
-    losses, dtype = values.losses.detach(), sums.dtype
     # A byte of the mask that is neither 0 nor 1 is supervised, too, and reads no foreign memory.
     picked = _picked(dtype)
     matrix = torch.sparse_csr_tensor(
         cu_seqlens.to(torch.int32).contiguous(),
-        values.mask.view(torch.uint8).to(torch.int32),
-        losses.to(dtype, copy=True),
-        size=(sums.shape[1], 256),
+        values.mask.to(torch.int32),
+        _detached(values.losses).to(dtype, copy=True),
+        size=(cu_seqlens.numel() - 1, 256),
         device=_HOST,
         check_invariants=False,  # a row has the same column more than once
     )
     entries = matrix.values()
-    torch.mv(matrix, picked, out=sums[_NLL])
+    torch.mv(matrix, picked, out=columns[_NLL])
     if values.weights is not None:
-        weights = values.weights.detach()
+        weights = _detached(values.weights)
         torch.mul(weights.to(dtype), entries, out=entries)
-        torch.mv(matrix, picked, out=sums[_WEIGHTED_NLL])
+        torch.mv(matrix, picked, out=columns[_WEIGHTED_NLL])
         entries.copy_(weights)
-        torch.mv(matrix, picked, out=sums[_WEIGHT])
+        torch.mv(matrix, picked, out=columns[_WEIGHT])
     entries.fill_(1)
-    torch.mv(matrix, picked, out=sums[_TOKENS])
+    torch.mv(matrix, picked, out=columns[_TOKENS])
     if values.correct is not None:
         matrix.col_indices().copy_(values.correct & values.mask)
-        torch.mv(matrix, picked, out=sums[_CORRECT])
+        torch.mv(matrix, picked, out=columns[_CORRECT])
+
+
+def _detached(values: Tensor) -> Tensor:
+    return values.detach() if values.requires_grad else values
 
 
 @cache
