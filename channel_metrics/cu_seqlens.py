@@ -57,26 +57,33 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> tuple[int, int]:
     call it for tensors on the host only.
     """
     check_cu_seqlens_type(cu_seqlens)
-    first, last = int(cu_seqlens[0].item()), int(cu_seqlens[-1].item())
+    ends = cu_seqlens.aminmax()
+    lowest, highest = int(ends[0].item()), int(ends[1].item())
+    # Neighbours of [0, 2**31) differ by what fits into the type of the bounds.
+    shortest = int(cu_seqlens.diff().aminmax()[0].item()) if cu_seqlens.numel() > 1 else 0
+    if lowest != 0 or shortest < 0 or highest > num_tokens:
+        raise _bounds_error(cu_seqlens, num_tokens)
+    return highest, shortest
+
+
+def _bounds_error(cu_seqlens: Tensor, num_tokens: int) -> BoundaryError:
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0:
-        raise BoundaryError(
+        return BoundaryError(
             f"cu_seqlens must start at 0, but starts at {first}; it holds cumulative "
             "sequence lengths, the first bound is the start of the first sequence."
         )
-    # Neighbours of [0, 2**31) differ by what fits into the type of the bounds.
-    shortest = int(cu_seqlens.diff().min().item()) if cu_seqlens.numel() > 1 else 0
-    if shortest < 0:
-        at = int((cu_seqlens.diff() < 0).nonzero()[0])
-        raise BoundaryError(
+    falls = (cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()
+    if len(falls):
+        at = int(falls[0])
+        return BoundaryError(
             f"cu_seqlens must not decrease, but goes from {int(cu_seqlens[at])} to "
             f"{int(cu_seqlens[at + 1])} at entry {at + 1}; pass cumulative lengths, not lengths."
         )
-    if last > num_tokens:
-        raise BoundaryError(
-            f"cu_seqlens ends at {last}, but the batch holds {num_tokens} tokens; "
-            "take the boundaries from the same micro-batch as the tokens."
-        )
-    return last, shortest
+    return BoundaryError(
+        f"cu_seqlens ends at {last}, but the batch holds {num_tokens} tokens; "
+        "take the boundaries from the same micro-batch as the tokens."
+    )
 
 
 def check_cu_seqlens_type(cu_seqlens: Tensor) -> None:

@@ -46,7 +46,11 @@ def sums_if_finite(
         sums = finite_sequence_sums(values, cu_seqlens, layout, dtype)
     else:
         return None
-    return sums if math.isfinite(sums.sum().item()) else None
+    if not sums.numel():
+        return sums
+    # Neither bound is finite if one of the sums is NaN.
+    lowest, highest = sums.aminmax()
+    return sums if math.isfinite(highest.item() - lowest.item()) else None
 
 
 def finite_sequence_sums(
