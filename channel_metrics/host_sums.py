@@ -157,13 +157,17 @@ def _picked(dtype: torch.dtype) -> Tensor:
 
 @cache
 def has_sparse_products() -> bool:
-    """Whether this torch multiplies CSR matrices on the host."""
+    """Whether this torch multiplies CSR matrices on the host, and sees what their parts become.
+
+    That is tried, once in a process: a torch that copies the parts would be wrong in silence.
+    """
     if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return False
-    with warnings.catch_warnings():
-        # That they are in beta is said once in a process: here, to nobody.
+    with warnings.catch_warnings(), _HOST:
+        # torch says, once in a process, that CSR matrices are in beta: here, to nobody.
         warnings.simplefilter("ignore")
-        with _HOST:
-            bounds, columns = torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
-            torch.sparse_csr_tensor(bounds, columns, torch.zeros(0), size=(1, 1))
-    return True
+        ones, bounds = torch.ones(3), torch.tensor([0, 3], dtype=torch.int32)
+        mask, correct = torch.tensor([[True, True, False], [True, False, True]])
+        tried = TokenValues(losses=ones * 2, mask=mask, correct=correct, weights=ones * 3)
+        sums = finite_sequence_sums(tried, bounds, Layout(covered=True, filled=True))
+    return sums.flatten().tolist() == [2, 1, 4, 1, 2, 0, 12, 6]

@@ -142,6 +142,16 @@ def test_what_is_set_around(
     assert outside.tolist() == PACKED
 
 
+def test_a_torch_that_copies_parts_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = torch.Tensor.values
+    monkeypatch.setattr(torch.Tensor, "values", lambda matrix: parts(matrix).clone())
+    has_sparse_products.cache_clear()
+    assert not has_sparse_products()
+    monkeypatch.undo()
+    has_sparse_products.cache_clear()
+    assert has_sparse_products()
+
+
 def test_strides() -> None:
     values, bounds = packed()
     apart = values.map(lambda tensor: torch.stack([tensor, tensor], 1)[:, 0])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed import aborted_after_work
 from swift_files import CHANNELS, arguments, make_data, make_model
 
 pytestmark = pytest.mark.skipif(
@@ -36,7 +37,8 @@ class Ended:
 
     def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
         self.output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, self.output[-4000:]
+        ended = process.returncode == 0 or aborted_after_work(self.output, "End time of running")
+        assert ended, self.output[-4000:]
         lines = (folder / "logging.jsonl").read_text().splitlines()
         self.log: Log = [json.loads(line) for line in lines]
 
