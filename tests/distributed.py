@@ -42,9 +42,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
 def aborted_after_work(output: str, last_words: str) -> bool:
     """Whether a torchrun over gloo that failed had done its work, and said its `last_words`.
 
-    Now and then torch (2.13) aborts a process in its very end: on two busy cores, 23 of 84 torchruns
-    of three lines (init_process_group, all_gather_object) did, and 3 of 50 that ended with a barrier
-    and destroy_process_group.
+    Now and then torch (2.13) aborts a process in its very end: on two busy cores, 23 of 84
+    torchruns of three lines (init_process_group, all_gather_object) did, and 3 of 50 that ended
+    with a barrier and destroy_process_group.
     """
     return "terminate called without an active exception" in output and last_words in output
 
