@@ -135,7 +135,7 @@ class ChannelLossAccumulator:
             sums = token_sums(values, self.dtype)
         elif sums is None:
             sums = sequence_sums(values, cu_seqlens, self.dtype)
-        self._add_rows(sums, ids.flatten(), lowest)
+        self._add_rows(sums, ids.flatten() if per_token else ids, lowest)
         if reported_sum is not None:
             self._compare(sums, reported_sum)
         return self

@@ -120,16 +120,16 @@ def _multiply(
 ) -> None:
     """Sequences of the values, [T], lie between the bounds."""
     # A byte of the mask that is neither 0 nor 1 is supervised, too, and reads no foreign memory.
-    picked = _picked(dtype)
+    picked, kinds = _picked(dtype), values.mask.to(torch.int32)
+    entries = _detached(values.losses).to(dtype, copy=True)
     matrix = torch.sparse_csr_tensor(
         cu_seqlens.to(torch.int32).contiguous(),
-        values.mask.to(torch.int32),
-        _detached(values.losses).to(dtype, copy=True),
+        kinds,
+        entries,
         size=(cu_seqlens.numel() - 1, 256),
         device=_HOST,
         check_invariants=False,  # a row has the same column more than once
     )
-    entries = matrix.values()
     torch.mv(matrix, picked, out=columns[_NLL])
     if values.weights is not None:
         weights = _detached(values.weights)
@@ -140,7 +140,7 @@ def _multiply(
     entries.fill_(1)
     torch.mv(matrix, picked, out=columns[_TOKENS])
     if values.correct is not None:
-        matrix.col_indices().copy_(values.correct & values.mask)
+        kinds.copy_(values.correct & values.mask)
         torch.mv(matrix, picked, out=columns[_CORRECT])
 
 

@@ -89,8 +89,13 @@ def check_layout(losses: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> Layo
     if cu_seqlens is None:
         layout = Layout(covered=True, filled=losses.numel() > 0)
         held = losses.shape[0] if losses.dim() == 2 else 1
+    elif can_read(cu_seqlens):
+        last, shortest = check_cu_seqlens(cu_seqlens, losses.numel())
+        layout = Layout(last == losses.numel(), shortest > 0)
+        held = cu_seqlens.numel() - 1
     else:
-        layout = _layout(cu_seqlens, losses.numel())
+        check_cu_seqlens_type(cu_seqlens)
+        layout = Layout(covered=False, filled=False)
         held = cu_seqlens.numel() - 1
     if ids.dim() != 1 or ids.numel() != held:
         source = f"cu_seqlens has {held + 1} bounds"
@@ -115,14 +120,6 @@ def _check_shape(name: str, value: Tensor | None, shape: torch.Size) -> None:
             f"{name} must have the shape of token_losses {list(shape)}, but has "
             f"{list(value.shape)}; shift and flatten both in the same way."
         )
-
-
-def _layout(cu_seqlens: Tensor, num_tokens: int) -> Layout:
-    if not can_read(cu_seqlens):
-        check_cu_seqlens_type(cu_seqlens)
-        return Layout(covered=False, filled=False)
-    last, shortest = check_cu_seqlens(cu_seqlens, num_tokens)
-    return Layout(last == num_tokens, shortest > 0)
 
 
 def _mask(losses: Tensor, labels: Tensor | None, loss_mask: Tensor | None) -> Tensor:

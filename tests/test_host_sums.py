@@ -143,8 +143,12 @@ def test_what_is_set_around(
 
 
 def test_a_torch_that_copies_parts_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = torch.Tensor.values
-    monkeypatch.setattr(torch.Tensor, "values", lambda matrix: parts(matrix).clone())
+    make = torch.sparse_csr_tensor
+
+    def copy(*parts: Tensor, **options: object) -> Tensor:
+        return make(*(part.clone() for part in parts), **options)
+
+    monkeypatch.setattr(torch, "sparse_csr_tensor", copy)
     has_sparse_products.cache_clear()
     assert not has_sparse_products()
     monkeypatch.undo()
