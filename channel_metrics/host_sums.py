@@ -30,7 +30,9 @@ from channel_metrics.validation import Layout
 __all__ = ["finite_sequence_sums", "has_sparse_products", "sums_if_finite"]
 
 _HOST = torch.device("cpu")
-_TOKENS, _SAMPLES, _NLL, _CORRECT, _JUDGED, _NONFINITE, _WEIGHTED_NLL, _WEIGHT = range(len(COLUMNS))
+_TOKENS, _SAMPLES, _NLL = map(COLUMNS.index, ("tokens", "samples", "nll"))
+_CORRECT, _JUDGED, _NONFINITE = map(COLUMNS.index, ("correct", "judged", "nonfinite"))
+_WEIGHTED_NLL, _WEIGHT = map(COLUMNS.index, ("weighted_nll", "weight"))
 
 
 def sums_if_finite(
