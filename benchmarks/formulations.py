@@ -6,6 +6,7 @@ plain PyTorch can come to one masked sum; docs/benchmarks.md says which is used,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.timing import compare, one_thread
 from benchmarks.update import CASES, Case, Tokens, make_tokens, masked_sum
+from channel_metrics.host_sums import has_sparse_products
 from channel_metrics.validation import check_ids, check_layout
 
 __all__ = ["run"]
@@ -25,6 +27,7 @@ Call = Callable[[], Tensor]
 
 def run(num_rounds: int = 100) -> list[dict[str, object]]:
     """All of them, in both cases; their sums are compared first."""
+    assert has_sparse_products(), "this torch cannot do what is measured here"
     rows: list[dict[str, object]] = []
     for case in CASES:
         tokens = make_tokens(case)
@@ -76,17 +79,21 @@ def _calls(tokens: Tokens, case: Case) -> dict[str, Call]:
         sums = torch.stack([_prefix_sums(losses * mask, bounds, True), counts])
         return _grouped(sums, ids, size)
 
-    def sparse_products(checked: bool) -> Tensor:
+    def sparse_products(checked: bool, whole: bool) -> Tensor:
+        """whole: with the number of sequences, and a look for what is not finite."""
         if checked:
             check_ids(ids, size)
             check_layout(losses, ids, bounds)
-        entries = losses.to(torch.float64)
+        sums = torch.ones((3 if whole else 2, ids.numel()), dtype=torch.float64)
         matrix = torch.sparse_csr_tensor(
-            bounds, mask.int(), entries, size=(ids.numel(), 2), check_invariants=False
+            bounds, mask.int(), losses.double(), size=(ids.numel(), 2), check_invariants=False
         )
-        of_losses = torch.mv(matrix, picked)
+        torch.mv(matrix, picked, out=sums[0])
         matrix.values().fill_(1)
-        return _grouped(torch.stack([of_losses, torch.mv(matrix, picked)]), ids, size)
+        torch.mv(matrix, picked, out=sums[1])
+        if whole:
+            assert math.isfinite(sums.sum().item())
+        return _grouped(sums, ids, size)[:2]
 
     def tokens_by_id() -> Tensor:
         return _grouped(torch.stack([(losses * mask).double(), mask.double()]), of_token, size)
@@ -106,8 +113,10 @@ def _calls(tokens: Tokens, case: Case) -> dict[str, Call]:
         "segment_reduce, float32": partial(segments, torch.float32),
         "segment_reduce, float64": partial(segments, torch.float64),
         "segment_reduce, float64, tokens known": segments_of_losses,
-        "sparse products": partial(sparse_products, False),
-        "sparse products, ids and bounds checked": partial(sparse_products, True),
+        "sparse products": partial(sparse_products, False, False),
+        "sparse products, ids and bounds checked": partial(sparse_products, True, False),
+        "sparse products, samples and finiteness": partial(sparse_products, False, True),
+        "sparse products, all of these": partial(sparse_products, True, True),
         "prefix sums": partial(prefix, False),
         "prefix sums in pairs": partial(prefix, True),
         "prefix sums in pairs, tokens known": prefix_of_losses,

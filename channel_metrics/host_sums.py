@@ -79,7 +79,7 @@ def finite_sequence_sums(
     num_columns = num_columns_of(values, finite=True)
     sums = torch.ones((num_columns, num_sequences), dtype=dtype, device=_HOST)
     if not (layout.covered and layout.filled):
-        sums[_SAMPLES] = _samples(values, cu_seqlens, layout.covered)
+        sums[_SAMPLES] = _samples(values, cu_seqlens, layout)
     if num_columns > _NONFINITE:
         sums[_CORRECT : _NONFINITE + 1] = 0
     columns = sums.unbind()
@@ -92,11 +92,11 @@ def finite_sequence_sums(
     return sums
 
 
-def _samples(values: TokenValues, cu_seqlens: Tensor | None, covered: bool) -> Tensor:
+def _samples(values: TokenValues, cu_seqlens: Tensor | None, layout: Layout) -> Tensor | bool:
     if cu_seqlens is None:
-        return values.losses.new_tensor(values.losses.numel() > 0)
+        return values.losses.numel() > 0
     samples = cu_seqlens.diff() > 0
-    if not covered:
+    if not layout.covered:
         samples[-1] = False
     return samples
 

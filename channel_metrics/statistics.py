@@ -168,11 +168,9 @@ def _row_sums(
     """[K, N]: every row is one sequence."""
     shape = values.losses.shape
     rows, size = shape if len(shape) == 2 else (1, *shape)
-    # Each sum goes straight to its place: beside the sums of rows, every operator more is felt.
-    sums = values.losses.new_ones((num_columns, rows), dtype=dtype)
-    if not size or num_columns > _INDEX["nonfinite"]:
-        sums.zero_()
-        sums[_INDEX["samples"]] = 1.0 if size > 0 else 0.0
+    sums = values.losses.new_zeros((num_columns, rows), dtype=dtype)
+    if size:
+        sums[_INDEX["samples"]] = 1.0
     for name, column in columns.items():
         of_rows = column if column.dim() == 2 else column.view(1, size)
         torch.sum(of_rows, -1, dtype=dtype, out=sums[_INDEX[name]])

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from reference import IGNORED, Batch
 
 from channel_metrics import ChannelLossAccumulator, ChannelTable
+from channel_metrics.statistics import TokenValues
+from channel_metrics.validation import token_values
 
 NAMES = ("a", "b", "c")
 
@@ -40,6 +42,12 @@ class Case:
         shaped = {k: v.view(self.shape) for k, v in given.items() if v is not None}
         bounds = torch.tensor(batch.bounds, dtype=torch.int32) if self.pass_bounds else None
         return {**shaped, "channels": list(batch.channels), "cu_seqlens": bounds}
+
+    def values(self, dtype: torch.dtype = torch.float64) -> TokenValues:
+        """The same, without channels and bounds."""
+        given = self.tensors(dtype)
+        names = ("token_losses", "labels", "loss_mask", "correct", "weights")
+        return token_values(*(given.get(name) for name in names))
 
 
 def _optional(values: Any, dtype: torch.dtype) -> torch.Tensor | None:

@@ -17,15 +17,9 @@ from torch import Tensor
 from channel_metrics import ChannelLossAccumulator, host_sums
 from channel_metrics.host_sums import finite_sequence_sums, has_sparse_products, sums_if_finite
 from channel_metrics.statistics import TokenValues, sequence_sums
-from channel_metrics.validation import Layout, token_values
+from channel_metrics.validation import Layout
 
 DTYPES = ((torch.float64, 1e-14), (torch.float32, 1e-5))
-
-
-def values_of(case: Case, dtype: torch.dtype = torch.float64) -> TokenValues:
-    given = case.tensors(dtype)
-    names = ("token_losses", "labels", "loss_mask", "correct", "weights")
-    return token_values(*(given.get(name) for name in names))
 
 
 def layout_of(bounds: Tensor | None, num_tokens: int) -> Layout:
@@ -58,7 +52,7 @@ def test_the_host_adds_up_like_a_device(
 ) -> None:
     bounds = None if by_rows else torch.tensor(case.batch.bounds, dtype=bound_dtype)
     for losses_dtype in (torch.float64, torch.float32, torch.bfloat16):
-        values = values_of(case.in_dtype(losses_dtype), losses_dtype)
+        values = case.in_dtype(losses_dtype).values(losses_dtype)
         for dtype, rtol in DTYPES:
             careful = sequence_sums(values, bounds, dtype)
             layout = layout_of(bounds, values.losses.numel())

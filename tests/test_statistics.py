@@ -19,19 +19,12 @@ from channel_metrics.statistics import (
     sequence_sums,
     token_sums,
 )
-from channel_metrics.validation import token_values
 
 SAMPLES = COLUMNS.index("samples")
 
 
 def column(sums: Tensor, name: str) -> list[float]:
     return sums[COLUMNS.index(name)].tolist()
-
-
-def values_of(case: Case) -> TokenValues:
-    given = case.tensors()
-    names = ("token_losses", "labels", "loss_mask", "correct", "weights")
-    return token_values(*(given.get(name) for name in names))
 
 
 def test_sums_per_sequence() -> None:
@@ -72,7 +65,7 @@ def test_two_groupings_share_the_sums_per_sequence() -> None:
 def test_token_ids_say_the_same_as_boundaries(case: Case) -> None:
     bounds = torch.tensor(case.batch.bounds, dtype=torch.int32)
     ids = torch.tensor([-1 if c is None else "abc".index(c) for c in case.batch.channels]).long()
-    values = values_of(case)
+    values = case.values()
     by_bounds = group_sums(sequence_sums(values, bounds), ids, 4)
     token_ids = token_channel_ids(ids, bounds, len(case.batch.losses))
     by_token = group_sums(token_sums(values), token_ids, 4)
@@ -83,7 +76,7 @@ def test_token_ids_say_the_same_as_boundaries(case: Case) -> None:
 
 @given(cases(finite=True))
 def test_finite_losses_need_no_care(case: Case) -> None:
-    values = values_of(case)
+    values = case.values()
     for dtype, rtol in ((torch.float64, 1e-14), (torch.float32, 1e-5)):
         careful, plain = token_sums(values, dtype), token_sums(values, dtype, finite=True)
         torch.testing.assert_close(plain, careful[: len(plain)], rtol=rtol, atol=0)
@@ -96,9 +89,9 @@ def test_rows_are_sequences(case: Case) -> None:
         case = Case(case.batch, (1, len(case.batch.losses)), True)
     rows, size = case.shape
     bounds = torch.arange(rows + 1, dtype=torch.int32) * size
-    by_bounds = sequence_sums(values_of(case), bounds)
+    by_bounds = sequence_sums(case.values(), bounds)
     assert not by_bounds[:, -1].any()  # nothing lies past the last bound
-    by_rows = sequence_sums(values_of(case), None)
+    by_rows = sequence_sums(case.values(), None)
     torch.testing.assert_close(by_rows, by_bounds[:, :-1], rtol=1e-14, atol=0)
 
 
