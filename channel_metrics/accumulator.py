@@ -245,8 +245,8 @@ class ChannelLossAccumulator:
         """[num_columns, C] of the sums: row 0, `unlabeled`, is left out."""
         view = self._views.get(num_columns)
         if view is None or view._base is not self._sums:
-            with torch.inference_mode(False):  # kept: it takes as long to make as to add to
-                view = self._views[num_columns] = self._sums[:num_columns, 1:]
+            # Kept: it takes as long to make as to add to.
+            view = self._views[num_columns] = self._sums[:num_columns, 1:]
         return view
 
     def _add(self, added: Tensor) -> None:

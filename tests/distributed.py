@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 TIMEOUT_SECONDS = 180
 # Gloo's workers drop the tensors of a collective a moment after it. An interpreter (3.11) that ends
-# in that moment ends the worker inside of a destructor, which aborts the process: 23 of 84 torchruns
+# in that moment ends the worker inside a destructor, which aborts the process: 23 of 84 torchruns
 # of init_process_group and all_gather_object did, on two busy cores, and none of 62 that waited.
 SECONDS_FOR_WORKERS = 0.1
 
