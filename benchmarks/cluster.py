@@ -1,7 +1,7 @@
 """Arithmetic, not measurements: what a sync sends, and how long that takes, on many ranks.
 
-The bytes are those of the protocol (`channel_metrics.exchange`), and a test compares them with the
-protocol itself. The times follow from a network that is assumed, see `Network`.
+The bytes are those of the protocol (`channel_metrics.ranks.exchange`), and a test compares them
+with the protocol itself. The times follow from a network that is assumed, see `Network`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from channel_metrics.agreement import DIGEST_SIZE
-from channel_metrics.name_union import union_of_names
-from channel_metrics.statistics import NUM_COLUMNS
+from channel_metrics.core.sums import NUM_COLUMNS
+from channel_metrics.ranks.agreed_names import DIGEST_SIZE
+from channel_metrics.ranks.name_union import union_of_names
 
 __all__ = ["Network", "rows", "union_on_host", "vectors"]
 

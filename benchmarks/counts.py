@@ -16,7 +16,7 @@ from benchmarks.swift_peer import SwiftLoop, swift_megatron
 from benchmarks.update import Case, make_tokens
 from benchmarks.veomni_peer import VeOmni
 from channel_metrics import ChannelLossAccumulator
-from channel_metrics.sync import sync
+from channel_metrics.ranks.sync import sync
 
 __all__ = ["run"]
 

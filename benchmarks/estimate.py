@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from channel_metrics.analysis.keys import GLOBAL, Key
-from channel_metrics.analysis.mix import with_estimates
-from channel_metrics.analysis.readings import Problems, Reading
+from channel_metrics.analysis.estimate.mix import with_estimates
+from channel_metrics.analysis.readers.keys import GLOBAL, Key
+from channel_metrics.analysis.readers.readings import Problems, Reading
 from channel_metrics.analysis.run import Run, run_from_readings
-from channel_metrics.train import train
-from channel_metrics.train_config import load_config
+from channel_metrics.demo.config import load_config
+from channel_metrics.demo.train import train
 
 __all__ = ["compare", "hide", "main", "read_history"]
 

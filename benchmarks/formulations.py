@@ -17,8 +17,8 @@ from torch import Tensor
 
 from benchmarks.timing import compare, one_thread
 from benchmarks.update import CASES, Case, Tokens, make_tokens, masked_sum
-from channel_metrics.host_sums import has_sparse_products
-from channel_metrics.validation import check_ids, check_layout
+from channel_metrics.core.checks import check_ids, check_layout
+from channel_metrics.core.host_sums import has_sparse_products
 
 __all__ = ["run"]
 

@@ -14,7 +14,7 @@ from benchmarks.step import HIDDEN, NUM_ROWS, ROW_LENGTH, VOCABULARY, peaks_of
 from benchmarks.timing import compare
 from benchmarks.veomni_peer import VeOmni
 from channel_metrics import ChannelLossAccumulator
-from channel_metrics.linear_losses import Backend, linear_cross_entropy
+from channel_metrics.losses.linear import Backend, linear_cross_entropy
 
 __all__ = ["peak_memory", "run"]
 

@@ -1,7 +1,7 @@
 """Many ranks in one process, without a network: their vectors are added up one after the other.
 
-It runs the protocol itself (`channel_metrics.exchange`), so the vectors counted here are those
-that would be sent; what a network and other processes take does not come into it.
+It runs the protocol itself (`channel_metrics.ranks.exchange`), so the vectors counted here are
+those that would be sent; what a network and other processes take does not come into it.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def _train(options: dict[str, Any] | None) -> tuple[float, list[dict[str, float]
     from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
-    from channel_metrics.trainers.hf_probe import DatasetMetricsCallback
+    from channel_metrics.trainers.hf.probe import DatasetMetricsCallback
 
     torch.manual_seed(0)
     config: Any = Qwen2Config(

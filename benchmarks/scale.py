@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from benchmarks.timing import one_thread
 from channel_metrics import ChannelLossAccumulator
-from channel_metrics.sync import sync
-from channel_metrics.totals import RunTotals
+from channel_metrics.core.totals import RunTotals
+from channel_metrics.ranks.sync import sync
 
 __all__ = ["host", "run"]
 
@@ -54,7 +54,7 @@ def host(num_rounds: int = 5) -> list[dict[str, object]]:
 def _simulate(num_ranks: int, num_rounds: int) -> list[dict[str, object]]:
     context: Any = multiprocessing.get_context("spawn" if num_ranks == 1 else "forkserver")
     if num_ranks > 1:
-        context.set_forkserver_preload(["torch", "channel_metrics.sync"])
+        context.set_forkserver_preload(["torch", "channel_metrics.ranks.sync"])
     with tempfile.TemporaryDirectory() as folder:
         receiving, sending = context.Pipe(duplex=False)
         processes = [

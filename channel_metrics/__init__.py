@@ -9,11 +9,11 @@
 {'bbu_loss': 2.0, 'bbu_tokens': 2.0, 'rru_loss': 5.0, 'rru_tokens': 1.0}
 """
 
-from channel_metrics.accumulator import ChannelLossAccumulator
-from channel_metrics.boundaries import Boundaries, boundaries_from_batch
-from channel_metrics.channels import ChannelTable
-from channel_metrics.collator import ChannelCollator
 from channel_metrics.config import MetricsConfig
+from channel_metrics.core.accumulator import ChannelLossAccumulator
+from channel_metrics.core.boundaries import Boundaries, boundaries_from_batch
+from channel_metrics.core.labels import ChannelTable
+from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.errors import (
     BoundaryError,
     ChannelError,
@@ -21,7 +21,7 @@ from channel_metrics.errors import (
     ConfigError,
     UnsupportedVersionError,
 )
-from channel_metrics.sync import sync
+from channel_metrics.ranks.sync import sync
 
 __all__ = [
     "Boundaries",

@@ -7,16 +7,16 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
-from channel_metrics.channels import DEFAULT_FIELDS, ChannelTable, Unknown
-from channel_metrics.errors import ConfigError
-from channel_metrics.faults import OnError
-from channel_metrics.metrics import (
+from channel_metrics.core.faults import OnError
+from channel_metrics.core.labels import DEFAULT_FIELDS, ChannelTable, Unknown
+from channel_metrics.core.metrics import (
     ALL_METRICS,
     DEFAULT_METRICS,
     RUN_METRICS,
     WINDOW_METRICS,
     check_metrics,
 )
+from channel_metrics.errors import ConfigError
 
 __all__ = ["MetricsConfig", "refuse_unknown_keys"]
 
@@ -35,7 +35,7 @@ class MetricsConfig:
     """What a channel outside the declared ones does: "add", "unlabeled" or "error"."""
 
     metrics: tuple[str, ...] = DEFAULT_METRICS
-    """What is logged per channel, see `channel_metrics.metrics`."""
+    """What is logged per channel, see `channel_metrics.core.metrics`."""
 
     eval_channels: tuple[str, ...] = ()
     """The channels that evaluation logs; empty means all of them."""

@@ -18,9 +18,9 @@ import transformers
 from channel_metrics.patches import announce
 
 from channel_metrics.config import MetricsConfig
-from channel_metrics.faults import FaultGuard
+from channel_metrics.core.faults import FaultGuard
+from channel_metrics.data.yaml import CONFIG_VARIABLE, load_metrics_config
 from channel_metrics.trainers.hf import ChannelMetricsMixin, attach, check_trainer
-from channel_metrics.yaml_files import CONFIG_VARIABLE, load_metrics_config
 
 __all__ = ["apply", "is_applied", "revert"]
 

@@ -31,16 +31,16 @@ import megatron.core
 from channel_metrics.patches import announce
 
 from channel_metrics.errors import UnsupportedVersionError
-from channel_metrics.trainers import megatron_arguments
-from channel_metrics.trainers.megatron_cuts import (
+from channel_metrics.trainers.megatron import arguments as megatron_arguments
+from channel_metrics.trainers.megatron.cuts import (
     MARK,
     follow_cuts,
     megatron_modules,
     replace_everywhere,
 )
-from channel_metrics.trainers.megatron_log import write
-from channel_metrics.trainers.megatron_run import MegatronRun
-from channel_metrics.trainers.megatron_step import counting_forward_step
+from channel_metrics.trainers.megatron.log import write
+from channel_metrics.trainers.megatron.run import MegatronRun
+from channel_metrics.trainers.megatron.step import counting_forward_step
 
 __all__ = ["apply", "current_run", "is_applied", "revert"]
 

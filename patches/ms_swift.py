@@ -27,16 +27,16 @@ from swift.pipelines import SwiftSft
 from swift.trainers import Seq2SeqTrainer
 
 from channel_metrics.config import MetricsConfig
-from channel_metrics.faults import FaultGuard
+from channel_metrics.core.faults import FaultGuard
+from channel_metrics.data.yaml import CONFIG_VARIABLE, load_metrics_config
 from channel_metrics.trainers.hf import attach, check_trainer
-from channel_metrics.trainers.hf_mixin import ChannelMetricsMixin
-from channel_metrics.trainers.swift_data import CHANNEL_COLUMN, with_channel_column
-from channel_metrics.trainers.swift_loss import check_loss_functions
-from channel_metrics.trainers.swift_megatron_patch import (
+from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
+from channel_metrics.trainers.swift.data import CHANNEL_COLUMN, with_channel_column
+from channel_metrics.trainers.swift.loss import check_loss_functions
+from channel_metrics.trainers.swift_megatron.patch import (
     patch_megatron_trainer,
     unpatch_megatron_trainer,
 )
-from channel_metrics.yaml_files import CONFIG_VARIABLE, load_metrics_config
 
 __all__ = ["apply", "is_applied", "revert"]
 

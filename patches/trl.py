@@ -19,10 +19,10 @@ from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import SFTTrainer
 
 from channel_metrics.config import MetricsConfig
-from channel_metrics.faults import FaultGuard
-from channel_metrics.trainers.trl_packing import check_packing
-from channel_metrics.trainers.trl_sft import SFTChannelMetricsMixin, prepare_dataset
-from channel_metrics.yaml_files import CONFIG_VARIABLE, load_metrics_config
+from channel_metrics.core.faults import FaultGuard
+from channel_metrics.data.yaml import CONFIG_VARIABLE, load_metrics_config
+from channel_metrics.trainers.trl.packing import check_packing
+from channel_metrics.trainers.trl.sft import SFTChannelMetricsMixin, prepare_dataset
 
 __all__ = ["apply", "is_applied", "revert"]
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from te_source import load_transformer_engine
 from torch import Tensor
 
-from channel_metrics.linear_losses import Backend, linear_cross_entropy
+from channel_metrics.losses.linear import Backend, linear_cross_entropy
 
 
 @triton.jit

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from reference import IGNORED, Batch
 
 from channel_metrics import ChannelLossAccumulator, ChannelTable
-from channel_metrics.statistics import TokenValues
-from channel_metrics.validation import token_values
+from channel_metrics.core.checks import token_values
+from channel_metrics.core.sums import TokenValues
 
 NAMES = ("a", "b", "c")
 

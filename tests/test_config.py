@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from channel_metrics import ChannelMetricsError, ConfigError, MetricsConfig
-from channel_metrics.channels import DEFAULT_FIELDS
 from channel_metrics.config import refuse_unknown_keys
-from channel_metrics.metrics import DEFAULT_METRICS
+from channel_metrics.core.labels import DEFAULT_FIELDS
+from channel_metrics.core.metrics import DEFAULT_METRICS
 
 
 def test_defaults() -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from channel_metrics.analysis.report_command import add_report_command
-from channel_metrics.analysis.watch_command import add_watch_command
+from channel_metrics.analysis.report.command import add_report_command
+from channel_metrics.analysis.watch.command import add_watch_command
 from channel_metrics.errors import ChannelMetricsError
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ def add_commands(
 def _load(paths: Sequence[Path], format: str | None, channels: Sequence[str] | None) -> list[Run]:
     from dataclasses import replace
 
+    from channel_metrics.analysis.readers.sources import pick_source
     from channel_metrics.analysis.run import load_run, run_names
-    from channel_metrics.analysis.sources import pick_source
 
     loaded = []
     for path, name in zip(paths, run_names(paths), strict=True):
@@ -113,7 +113,7 @@ def _load(paths: Sequence[Path], format: str | None, channels: Sequence[str] | N
 def _with_estimates(
     runs: list[Run], samples: Path | None, sample_data: Path | None, batch_size: int | None
 ) -> list[Run]:
-    from channel_metrics.analysis.mix import load_mix, with_estimates
+    from channel_metrics.analysis.estimate.mix import load_mix, with_estimates
 
     if samples is None:
         if sample_data or batch_size:
@@ -156,14 +156,14 @@ def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
 
 
 def _default_folder(run: Path) -> Path:
-    from channel_metrics.analysis.sources import OUTPUT_FOLDER
+    from channel_metrics.analysis.readers.sources import OUTPUT_FOLDER
 
     return (run if run.is_dir() else run.parent) / OUTPUT_FOLDER
 
 
 def _show(run: Run, console: Console) -> None:
-    from channel_metrics.analysis.findings import final_rows
-    from channel_metrics.summary import render
+    from channel_metrics.analysis.report.findings import final_rows
+    from channel_metrics.analysis.summary import render
 
     typer.echo(f"{run.name}: {len(run.store):,} values of {len(run.channels())} channels")
     typer.echo(f"read from {run.origin}")

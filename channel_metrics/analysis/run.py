@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from channel_metrics.analysis.keys import GLOBAL, Key, decode_keys
-from channel_metrics.analysis.readings import Problems, Progress, Reading
-from channel_metrics.analysis.sources import pick_source
+from channel_metrics.analysis.readers.keys import GLOBAL, Key, decode_keys
+from channel_metrics.analysis.readers.readings import Problems, Progress, Reading
+from channel_metrics.analysis.readers.sources import pick_source
 from channel_metrics.analysis.store import SeriesStore, SeriesWriter
-from channel_metrics.channels import UNLABELED
+from channel_metrics.core.labels import UNLABELED
 from channel_metrics.errors import ChannelMetricsError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from channel_metrics.analysis.keys import Key
+from channel_metrics.analysis.readers.keys import Key
 from channel_metrics.extras import need
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from channel_metrics.analysis.keys import Key
-from channel_metrics.analysis.readings import Problems
+from channel_metrics.analysis.readers.keys import Key
+from channel_metrics.analysis.readers.readings import Problems
 from channel_metrics.analysis.run import Run, run_from_readings
 
 CHANNELS = ("bbu", "rru", "lvis")

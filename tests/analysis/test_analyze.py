@@ -13,7 +13,7 @@ from pyarrow import parquet
 from typer.testing import CliRunner
 
 from channel_metrics.analysis.run import load_run
-from channel_metrics.cli import app
+from channel_metrics.cli.main import app
 
 MEMORY = """
 import resource, sys

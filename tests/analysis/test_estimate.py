@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from benchmarks.estimate import compare, hide
 from channel_metrics import ChannelMetricsError
-from channel_metrics.analysis.estimate import Estimate, estimate_curves
-from channel_metrics.analysis.keys import GLOBAL
-from channel_metrics.analysis.mix import with_estimates
+from channel_metrics.analysis.estimate.estimator import Estimate, estimate_curves
+from channel_metrics.analysis.estimate.mix import with_estimates
+from channel_metrics.analysis.readers.keys import GLOBAL
 
 NAMES = ("bbu", "rru", "lvis", "chat")
 Floats = NDArray[np.float64]

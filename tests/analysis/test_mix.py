@@ -11,8 +11,8 @@ import pytest
 from analysis_tools import run_of, series_of, write_jsonl
 
 from channel_metrics import ChannelMetricsError
-from channel_metrics.analysis.keys import GLOBAL
-from channel_metrics.analysis.mix import load_mix, windows_of, with_estimates, with_mix
+from channel_metrics.analysis.estimate.mix import load_mix, windows_of, with_estimates, with_mix
+from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.run import load_run
 
 NAMES = ("a", "b", "c")

@@ -26,12 +26,12 @@ from analysis_tools import (
 )
 
 from channel_metrics import ChannelMetricsError
-from channel_metrics.analysis.keys import GLOBAL
-from channel_metrics.analysis.readings import Problems, lines_of
+from channel_metrics.analysis.readers.keys import GLOBAL
+from channel_metrics.analysis.readers.readings import Problems, lines_of
+from channel_metrics.analysis.readers.samples import read_sample_order
 from channel_metrics.analysis.run import RUN_FILE, Run, load_run, run_names
-from channel_metrics.analysis.samples import read_sample_order
 from channel_metrics.analysis.store import SeriesWriter
-from channel_metrics.trainers.megatron_log import log_line
+from channel_metrics.trainers.megatron.log import log_line
 
 HISTORY = make_history()
 BIG_ENOUGH_FOR_TWO_BLOCKS = make_history(steps=200)
@@ -319,7 +319,7 @@ def test_many_broken_lines_are_all_counted_and_a_few_shown(tmp_path: Path) -> No
 
 
 def test_a_line_without_end_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("channel_metrics.analysis.readings.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("channel_metrics.analysis.readers.readings.MAX_LINE_BYTES", 100)
     path = tmp_path / "a"
     path.write_text("x" * 1050 + "\nnext\n")
     problems, read = Problems(), []

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from report_runs import HOSTILE_NAMES, run_with, troubled_run
 
 from channel_metrics.analysis import report as report_module
-from channel_metrics.analysis.page_data import dump_json
-from channel_metrics.analysis.pictures import PALETTE
-from channel_metrics.analysis.report import MAX_BYTES, write_report
-from channel_metrics.analysis.report_views import rank_channels, shown, view_run
+from channel_metrics.analysis.report.html import MAX_BYTES, write_report
+from channel_metrics.analysis.report.page_data import dump_json
+from channel_metrics.analysis.report.pictures import PALETTE
+from channel_metrics.analysis.report.views import rank_channels, shown, view_run
 from channel_metrics.analysis.run import Run
 from channel_metrics.errors import ChannelMetricsError
 

@@ -13,11 +13,11 @@ from analysis_tools import make_history, run_of, write_jsonl
 from report_runs import HOSTILE_NAMES, run_with
 from typer.testing import CliRunner
 
-from channel_metrics.analysis import report_command
-from channel_metrics.analysis.pictures import write_pictures
-from channel_metrics.analysis.report_command import report_of_training
-from channel_metrics.analysis.report_views import shown
-from channel_metrics.cli import app
+from channel_metrics.analysis.report import command as report_command
+from channel_metrics.analysis.report.command import report_of_training
+from channel_metrics.analysis.report.pictures import write_pictures
+from channel_metrics.analysis.report.views import shown
+from channel_metrics.cli.main import app
 
 SVG = "{http://www.w3.org/2000/svg}"
 

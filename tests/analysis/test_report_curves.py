@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_runs import run_with, troubled_run
 
-from channel_metrics.analysis.curves import Curve, curves_of, own_tokens, pick_points
-from channel_metrics.analysis.keys import GLOBAL
-from channel_metrics.analysis.moving import MovingMeans
+from channel_metrics.analysis.readers.keys import GLOBAL
+from channel_metrics.analysis.report.curves import Curve, curves_of, own_tokens, pick_points
+from channel_metrics.analysis.report.moving import MovingMeans
 from channel_metrics.analysis.run import Run
 
 VALUES = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=400)

@@ -13,8 +13,8 @@ from analysis_tools import make_history, run_of, series_of
 from browser import Report, start_browser
 from report_runs import HOSTILE_NAMES, run_with, troubled_run
 
-from channel_metrics.analysis.report import write_report
-from channel_metrics.analysis.report_views import rank_channels, shown
+from channel_metrics.analysis.report.html import write_report
+from channel_metrics.analysis.report.views import rank_channels, shown
 
 pytestmark = pytest.mark.skipif(
     sys.version_info >= (3, 12),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from channel_metrics.analysis.smoother import Rows, Walk, equations_of, fit_curves
+from channel_metrics.analysis.estimate.smoother import Rows, Walk, equations_of, fit_curves
 
 KNOTS, CHANNELS, ROWS = 5, 3, 17
 WALK = Walk(level=2.0, shared=1.5, own=0.7)
@@ -75,7 +75,7 @@ def test_likelihoods_of_walks_differ_as_those_of_the_dense_matrix(
 
 def test_rows_are_summed_in_parts_as_in_one(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = equations_of(rows, KNOTS)
-    monkeypatch.setattr("channel_metrics.analysis.smoother._CHUNK", 2)
+    monkeypatch.setattr("channel_metrics.analysis.estimate.smoother._CHUNK", 2)
     for one, other in zip(whole, equations_of(rows, KNOTS), strict=True):
         assert np.allclose(one, other, rtol=1e-12, atol=1e-12)
 

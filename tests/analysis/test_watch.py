@@ -30,15 +30,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from channel_metrics import ChannelMetricsError
-from channel_metrics.analysis import follow
-from channel_metrics.analysis.findings import final_rows
-from channel_metrics.analysis.follow import Follower
-from channel_metrics.analysis.keys import Key
+from channel_metrics.analysis.readers.keys import Key
+from channel_metrics.analysis.report.findings import final_rows
 from channel_metrics.analysis.run import RUN_FILE, load_run
-from channel_metrics.analysis.traces import Trace, traces_of
-from channel_metrics.analysis.watch import line_of, render, sparkline, view_of
-from channel_metrics.cli import app
-from channel_metrics.trainers.megatron_log import log_line
+from channel_metrics.analysis.watch import follow
+from channel_metrics.analysis.watch.follow import Follower
+from channel_metrics.analysis.watch.screen import line_of, render, sparkline, view_of
+from channel_metrics.analysis.watch.traces import Trace, traces_of
+from channel_metrics.cli.main import app
+from channel_metrics.trainers.megatron.log import log_line
 
 HISTORY = make_history(60)
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -631,7 +631,7 @@ def in_a_terminal(*args: str, rows: int, columns: int) -> Iterator[tuple[Any, An
     # The leader of a session gets the first terminal that it opens: Ctrl-C is then a signal.
     start = (
         "import os, sys; os.close(os.open(sys.argv.pop(1), os.O_RDWR)); "
-        "from channel_metrics.cli import main; main()"
+        "from channel_metrics.cli.main import main; main()"
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
     job = subprocess.Popen(

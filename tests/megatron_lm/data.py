@@ -105,7 +105,7 @@ class Data:
 
     def tokenizer(self) -> str:
         """The folder of the tokenizer of the SFT sets."""
-        from channel_metrics.tiny import byte_tokenizer
+        from channel_metrics.demo.tiny import byte_tokenizer
 
         path = self.folder / "tokenizer"
         if not path.exists():

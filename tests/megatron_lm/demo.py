@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from channel_metrics.analysis.report_command import report_of_training
+from channel_metrics.analysis.report.command import report_of_training
 from channel_metrics.analysis.run import RUN_FILE
-from channel_metrics.encoding import encode
-from channel_metrics.mixture import source_records
-from channel_metrics.summary import render, summarize
-from channel_metrics.tiny import byte_tokenizer
-from channel_metrics.train_config import Source, load_config
+from channel_metrics.analysis.summary import render, summarize
+from channel_metrics.demo.config import Source, load_config
+from channel_metrics.demo.encoding import encode
+from channel_metrics.demo.mixture import source_records
+from channel_metrics.demo.tiny import byte_tokenizer
 from megatron_lm.data import write_indexed
 from megatron_lm.launch import Launcher, Run
 

@@ -162,7 +162,7 @@ def rank_main(job: dict[str, Any], rank: int, port: int) -> int:
 def start(script: str, args: list[str], channel_metrics: list[str] | None) -> None:
     """What `python SCRIPT ARGS` does, or `channel-metrics run OPTIONS SCRIPT ARGS`."""
     if channel_metrics is not None:
-        from channel_metrics.cli import main
+        from channel_metrics.cli.main import main
 
         sys.argv = ["channel-metrics", "run", *channel_metrics, script, *args]
         return main()
@@ -223,7 +223,7 @@ def prepare() -> None:
         "transformers.models.auto.tokenization_auto",
         "sentencepiece",
         "tiktoken",
-        "channel_metrics.cli",
+        "channel_metrics.cli.main",
     ):
         importlib.import_module(name)
     cpu.install_megatron()

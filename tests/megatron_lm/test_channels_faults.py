@@ -136,7 +136,7 @@ def test_a_loss_that_is_not_finite_is_counted_apart(launcher: Launcher, data: Da
 
 def wrong_loss_mask() -> oracle.Result:
     """The script binds a mask of another shape than the losses."""
-    from channel_metrics.trainers import megatron_step
+    from channel_metrics.trainers.megatron import step as megatron_step
 
     real = megatron_step.loss_mask_of
     megatron_step.loss_mask_of = lambda loss_func: real(loss_func)[:, :-1]

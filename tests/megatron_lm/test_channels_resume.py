@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from channel_metrics.trainers.megatron_run import TOTALS_FILE
+from channel_metrics.trainers.megatron.run import TOTALS_FILE
 from megatron_lm import oracle
 from megatron_lm.data import Data
 from megatron_lm.launch import Launcher, Run, needs_megatron_training

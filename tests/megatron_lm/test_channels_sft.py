@@ -136,7 +136,7 @@ def test_a_conversation_without_a_channel_is_unlabeled(
 
 
 def test_pack_channel_ids_against_a_loop() -> None:
-    from channel_metrics.trainers.megatron_data import pack_channel_ids
+    from channel_metrics.trainers.megatron.data import pack_channel_ids
 
     rng = random.Random(0)
     for _ in range(50):

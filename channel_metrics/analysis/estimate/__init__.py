@@ -1,0 +1,1 @@
+"""Channel losses where only the loss of each window is known."""

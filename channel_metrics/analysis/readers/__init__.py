@@ -1,0 +1,1 @@
+"""Logs in every format, read into one table."""

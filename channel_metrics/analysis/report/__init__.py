@@ -1,0 +1,14 @@
+"""The report: one HTML file that needs nothing else."""
+
+from typing import Any
+
+__all__ = ["write_report"]
+
+
+def __getattr__(name: str) -> Any:
+    # Late: those who need a part of this package do not wait for the rest.
+    if name == "write_report":
+        from channel_metrics.analysis.report.html import write_report
+
+        return write_report
+    raise AttributeError(name)

@@ -1,0 +1,90 @@
+"""The command `channel-metrics report`, and the report at the end of a training."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from channel_metrics.errors import ChannelMetricsError
+
+if TYPE_CHECKING:
+    from channel_metrics.analysis.run import Run
+
+__all__ = ["REPORT_FILE", "add_report_command", "report_of_training"]
+
+REPORT_FILE = "report.html"
+
+Load = Callable[[Sequence[Path], "str | None", "Sequence[str] | None"], "list[Run]"]
+
+
+def add_report_command(
+    app: typer.Typer, reported: Callable[[], AbstractContextManager[None]], load: Load
+) -> None:
+    """Add `report` to `app`; load: reads run folders or logs, in one format, with known names."""
+
+    @app.command("report")
+    def report(  # noqa: PLR0917 - the options of a command
+        runs: Annotated[
+            list[Path],
+            typer.Argument(help="Run folders or log files; several are compared with the first."),
+        ],
+        output: Annotated[
+            Path | None,
+            typer.Option(help=f"Default: {REPORT_FILE} in the (first) run folder."),
+        ] = None,
+        pictures: Annotated[
+            bool, typer.Option(help="Write the main plots as PNG and SVG beside it, too.")
+        ] = True,
+        title: Annotated[str, typer.Option(help="Default: the names of the runs.")] = "",
+        format: Annotated[
+            str | None, typer.Option("--format", help="Which log to read; see analyze.")
+        ] = None,
+        channel: Annotated[
+            list[str] | None, typer.Option("--channel", help="A name that is a channel.")
+        ] = None,
+    ) -> None:
+        """Write one HTML file about runs, which needs no network: curves, mix, findings, table."""
+        with reported():
+            from channel_metrics.analysis.report.html import write_report
+
+            loaded = load(runs, format, channel)
+            file = output or _folder(runs[0]) / REPORT_FILE
+            size = write_report(loaded, file, title=title)
+            typer.echo(f"report:   {file} ({size.num_bytes / 1e6:.1f} MB)")
+            if size.num_left_out:
+                typer.echo(f"note:     {size.num_left_out} small channels were left out", err=True)
+            if pictures:
+                from channel_metrics.analysis.report.pictures import write_pictures
+
+                folder = file.parent / f"{file.stem}_pictures"
+                written = write_pictures(loaded, folder)
+                typer.echo(f"pictures: {folder} ({', '.join(path.name for path in written)})")
+
+
+def report_of_training(folder: Path, format: str, channels: Sequence[str] = ()) -> str:
+    """Write the report of a run that has just ended; returns a line that says where it is.
+
+    format: which of the logs in `folder` is read. channels: names that are channels.
+
+    Without the extra it says how to get it. An error is told, not raised: the training is done.
+    """
+    if not all(map(importlib.util.find_spec, ("jinja2", "numpy"))):
+        return "report:      none; pip install 'channel_metrics[report]' brings it"
+    from channel_metrics.analysis.report.html import write_report
+    from channel_metrics.analysis.run import load_run
+
+    file = folder / REPORT_FILE
+    try:
+        write_report([load_run(folder, format=format, channels=channels)], file)
+    except (ChannelMetricsError, OSError) as error:
+        return f"report:      none, because of an error: {error}"
+    return f"report:      {file}"
+
+
+def _folder(run: Path) -> Path:
+    return run if run.is_dir() else run.parent

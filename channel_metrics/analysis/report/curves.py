@@ -1,0 +1,192 @@
+"""What is drawn of a run: curves of few points, whatever its length, over steps and own tokens.
+
+Of each stretch of a long curve the first, lowest, highest and last value are kept, so no peak is
+lost. A smooth curve is made of all points, before any is left out: sums over a moving window,
+divided once, as everywhere in this library. Nothing is drawn across a gap.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from channel_metrics.analysis.readers.keys import GLOBAL
+from channel_metrics.analysis.report.findings import Gap, find_gaps, loss_metric
+from channel_metrics.analysis.report.moving import MAX_MEANS, MovingMeans, values_at
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from channel_metrics.analysis.run import Run
+    from channel_metrics.analysis.store import Steps, Values
+
+    Indices = NDArray[np.int64]
+
+__all__ = ["METRICS", "Curve", "curves_of", "own_tokens", "pick_points", "splits_of"]
+
+METRICS = ("loss", "token_acc", "share")
+_SPLITS = ("train", "eval", "test", "probe")
+
+# A shorter curve is not made smooth: one sees what there is.
+_MIN_SMOOTHED = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One metric of one channel; values [N] that are NaN break the line."""
+
+    channel: str
+    """The channel, or `GLOBAL`."""
+
+    metric: str
+    """One of `METRICS`."""
+
+    split: str
+    """`train`, `eval`, `test` or `probe`."""
+
+    steps: Steps
+    """int64 [N], in order."""
+
+    values: Values
+    """float64 [N]."""
+
+    tokens: Steps | None
+    """Supervised tokens of the channel up to each step, int64 [N]; None if none were counted."""
+
+    num_points: int
+    """How many the log has; N is less where some were left out."""
+
+    band: Values | None = None
+    """The low and high ends of an interval, float64 [2, N], where the log has one."""
+
+    is_estimate: bool = False
+    """Not measured, but estimated from the loss of the whole run."""
+
+    is_smooth: bool = False
+    """A moving mean, of all points."""
+
+
+def splits_of(run: Run) -> list[str]:
+    """The splits that have a loss or an accuracy, in a fixed order."""
+    found = {key.split for key in run.keys if key.metric.startswith(METRICS)}
+    return [split for split in _SPLITS if split in found]
+
+
+def curves_of(run: Run, channels: Iterable[str], limit: int) -> Iterator[Curve]:
+    """All curves of `channels` and of the run's own loss and accuracy; at most `limit` points each.
+
+    limit: at least 5. A smooth curve is a `Curve` of its own, which follows the one it is made of.
+    """
+    gaps = defaultdict(list)
+    for gap in find_gaps(run):
+        gaps[gap.channel].append(gap)
+    means = MovingMeans(run)
+    for split in splits_of(run):
+        for channel in (GLOBAL, *channels):
+            # The mix of an evaluation is that of its data, and no curve.
+            for metric in METRICS if split == "train" else METRICS[:2]:
+                curve = _curve(run, channel, metric, split, limit)
+                if curve is None:
+                    continue
+                broken_at = gaps[channel] if split == "train" else []
+                yield _broken(curve, broken_at)
+                if split == "train" and curve.num_points >= _MIN_SMOOTHED:
+                    yield _broken(_smooth(run, curve, means, min(limit, MAX_MEANS)), broken_at)
+
+
+def own_tokens(run: Run, channel: str, steps: Steps) -> Steps | None:
+    """Supervised tokens that a channel was trained on up to each of `steps`, int64 [N].
+
+    None if the log does not count them.
+    """
+    logged, counts = run.series(channel, "tokens_total")
+    if not len(logged):
+        logged, counts = run.series(channel, "tokens")
+        counts = np.cumsum(np.nan_to_num(counts))
+    if not len(logged):
+        return None
+    places = np.searchsorted(logged, steps, side="right")
+    totals = np.concatenate([[0.0], np.nan_to_num(counts)])[places]
+    return np.asarray(np.rint(totals).astype(np.int64))
+
+
+def pick_points(values: Values, limit: int) -> Indices:
+    """Indices of at most `limit` points, in order, that keep the shape of `values` [N].
+
+    N points are cut into stretches of even length, and of each the lowest and the highest are kept,
+    and one that is NaN or infinite, if there is any; and the first and the last of all.
+    """
+    count = len(values)
+    if count <= limit:
+        return np.arange(count)
+    edges = np.linspace(0, count, max(1, (limit - 2) // 3) + 1).astype(np.int64).tolist()
+    finite = np.isfinite(values)
+    low, high = np.where(finite, values, np.inf), np.where(finite, values, -np.inf)
+    picked = [0, count - 1]
+    for first, end in pairwise(edges):
+        stretch = slice(first, end)
+        picked += [first + int(low[stretch].argmin()), first + int(high[stretch].argmax())]
+        if not finite[stretch].all():
+            picked.append(first + int(finite[stretch].argmin()))
+    return np.unique(picked)
+
+
+def _curve(run: Run, channel: str, metric: str, split: str, limit: int) -> Curve | None:
+    name = (loss_metric(run, channel, split) if metric == "loss" else metric) or metric
+    steps, values = run.series(channel, name, split)
+    if not len(steps):
+        return None
+    picked = pick_points(values, limit)
+    band = _band(run, channel, name, split, steps)
+    return Curve(
+        channel=channel,
+        metric=metric,
+        split=split,
+        steps=steps[picked],
+        values=np.where(np.isfinite(values), values, np.nan)[picked],
+        tokens=_tokens(run, channel, steps[picked]),
+        num_points=len(steps),
+        band=None if band is None else band[:, picked],
+        is_estimate=name == "loss_estimate",
+    )
+
+
+def _smooth(run: Run, curve: Curve, means: MovingMeans, limit: int) -> Curve:
+    metric = "loss_estimate" if curve.is_estimate else curve.metric
+    steps, values = means.of(curve.channel, metric, limit)
+    tokens = _tokens(run, curve.channel, steps)
+    return replace(curve, steps=steps, values=values, tokens=tokens, band=None, is_smooth=True)
+
+
+def _tokens(run: Run, channel: str, steps: Steps) -> Steps | None:
+    return None if channel == GLOBAL else own_tokens(run, channel, steps)
+
+
+def _band(run: Run, channel: str, metric: str, split: str, steps: Steps) -> Values | None:
+    """The interval that was logged with a value, float64 [2, N] at the steps of the value."""
+    ends = [run.series(channel, f"{metric}_{end}", split) for end in ("low", "high")]
+    if not all(len(end_steps) for end_steps, _ in ends):
+        return None
+    return np.stack([values_at(steps, *end) for end in ends])
+
+
+def _broken(curve: Curve, gaps: Iterable[Gap]) -> Curve:
+    """The curve with a NaN inside each gap: a line across it would be made up."""
+    places = [int(np.searchsorted(curve.steps, gap.last_step)) for gap in gaps]
+    inside = [place for place in places if 0 < place < len(curve.steps)]
+    if not inside:
+        return curve
+    return replace(
+        curve,
+        steps=np.insert(curve.steps, inside, curve.steps[inside]),
+        values=np.insert(curve.values, inside, np.nan),
+        tokens=None
+        if curve.tokens is None
+        else np.insert(curve.tokens, inside, curve.tokens[inside]),
+        band=None if curve.band is None else np.insert(curve.band, inside, np.nan, axis=1),
+    )

@@ -1,0 +1,261 @@
+"""What the curves say: the final table, channels that got worse, gaps, the self-check."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from channel_metrics.analysis.readers.keys import GLOBAL
+from channel_metrics.analysis.run import Run
+from channel_metrics.analysis.summary import ChannelRow
+
+if TYPE_CHECKING:
+    from channel_metrics.analysis.store import Steps, Values
+
+__all__ = [
+    "Gap",
+    "SelfCheck",
+    "Worse",
+    "final_rows",
+    "find_gaps",
+    "find_worse",
+    "loss_metric",
+    "self_check",
+]
+
+# A rise is told from noise if it is this many standard errors of the two means that are compared.
+_MIN_SIGMAS = 3.0
+_MIN_POINTS = 8
+# A gap is this many windows in a row without the channel, beyond what its own rhythm explains.
+_GAP_FACTOR = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worse:
+    """A channel whose loss rose over the later part of the run, while the run's own fell."""
+
+    channel: str
+    split: str
+    from_step: int
+    """The step of its lowest (smoothed) loss; where the comparison begins."""
+    rise: float
+    """How much its loss rose since, in nats."""
+    global_change: float
+    """How much the run's own loss changed over the same steps, in nats; negative."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """A stretch of the run in which a channel had no tokens."""
+
+    channel: str
+    first_step: int
+    """The last step before the gap; the first of the run if it came late."""
+    last_step: int
+    """The first step after it; the last of the run if it never came back."""
+    windows: int
+    """How many logged windows are without it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfCheck:
+    """The token-weighted mean of the channels against the loss that the trainer logged."""
+
+    windows: int
+    """Windows that have all that is needed."""
+    largest: float
+    """The largest relative difference."""
+    median: float
+    """The median of the relative differences."""
+    step: int
+    """Where the largest one is."""
+
+
+def loss_metric(run: Run, channel: str, split: str = "train") -> str | None:
+    """Which loss a channel has: measured, else estimated; None if it has none."""
+    return next((m for m in ("loss", "loss_estimate") if run.has(channel, m, split)), None)
+
+
+def final_rows(run: Run) -> list[ChannelRow]:
+    """One row per channel of the training; None where the log does not say."""
+    names = run.channels("train") or run.channels()
+    tokens = {name: _total(run, name, "tokens") for name in names}
+    samples = {name: _total(run, name, "samples") for name in names}
+    shares = {name: _mean_share(run, name) for name in names}
+    rows = []
+    for name in names:
+        metric = loss_metric(run, name) or "loss"
+        losses = _finite(run.series(name, metric)[1])
+        accuracies = _finite(run.series(name, "token_acc")[1])
+        eval_losses = _finite(run.series(name, "loss", "eval")[1])
+        share = _part(tokens, name)
+        rows.append(
+            ChannelRow(
+                channel=name,
+                first_loss=losses[0] if losses else None,
+                last_loss=losses[-1] if losses else None,
+                token_acc=accuracies[-1] if accuracies else None,
+                eval_loss=eval_losses[-1] if eval_losses else None,
+                tokens=tokens[name],
+                share=shares[name] if share is None else share,
+                record_share=_part(samples, name),
+            )
+        )
+    return rows
+
+
+def find_worse(run: Run, split: str = "train") -> list[Worse]:
+    """Channels whose loss rises over the later part of the run while the run's own falls.
+
+    Compared are means over a fifth of a channel's points: its lowest such mean, and its last. A
+    rise counts if it is clear of the noise, which is judged by the scatter within both.
+    """
+    import numpy as np
+
+    global_steps, global_losses = run.series(GLOBAL, "loss", split)
+    found = []
+    for name in run.channels(split):
+        steps, losses = run.series(name, loss_metric(run, name, split) or "loss", split)
+        keep = np.isfinite(losses)
+        steps, losses = steps[keep], losses[keep]
+        width = len(losses) // 5
+        if len(losses) < _MIN_POINTS or width < 2:
+            continue
+        sums = np.concatenate([[0.0], np.cumsum(losses)])
+        means = (sums[width:] - sums[:-width]) / width
+        low = int(means.argmin())
+        if low + width > len(losses) - width:
+            continue
+        before, after = losses[low : low + width], losses[-width:]
+        rise = float(after.mean() - before.mean())
+        error = math.sqrt(_scatter(before) / width + _scatter(after) / width)
+        change = _change(global_steps, global_losses, steps[low : low + width], steps[-width:])
+        if rise > _MIN_SIGMAS * error and change is not None and change < 0:
+            found.append(
+                Worse(
+                    channel=name,
+                    split=split,
+                    from_step=int(steps[low + width // 2]),
+                    rise=rise,
+                    global_change=change,
+                )
+            )
+    return sorted(found, key=lambda worse: -worse.rise)
+
+
+def find_gaps(run: Run) -> list[Gap]:
+    """Stretches without a channel, longer than its own rhythm explains; longest first."""
+    import numpy as np
+
+    windows = np.unique(
+        np.concatenate([np.empty(0, np.int64), *(_present(run, n) for n in run.channels("train"))])
+    )
+    found = []
+    for name in run.channels("train"):
+        present = np.isin(windows, _present(run, name)).nonzero()[0]
+        if not len(present):
+            continue
+        edges = np.concatenate([[-1], present, [len(windows)]])
+        missing = np.diff(edges) - 1
+        # In a channel that comes with probability p, a gap of n windows has probability (1-p)^n.
+        usual = len(windows) / len(present)
+        limit = max(2.0, _GAP_FACTOR * usual)
+        for index in (missing >= limit).nonzero()[0]:
+            first, last = int(edges[index]), int(edges[index + 1])
+            found.append(
+                Gap(
+                    channel=name,
+                    first_step=int(windows[max(first, 0)]),
+                    last_step=int(windows[min(last, len(windows) - 1)]),
+                    windows=int(missing[index]),
+                )
+            )
+    return sorted(found, key=lambda gap: -gap.windows)
+
+
+def self_check(run: Run) -> SelfCheck | None:
+    """Compare Σ loss·tokens / Σ tokens with the trainer's loss; None if the log lacks one of them.
+
+    They are equal where a window is one step. Over several steps a trainer usually logs the mean
+    of the steps' means, which differs a little.
+    """
+    import numpy as np
+
+    steps, losses = run.series(GLOBAL, "loss")
+    nll, tokens, tokens_without_loss = (np.zeros(len(steps)) for _ in range(3))
+    for name in run.channels("train"):
+        counts = _on(steps, *run.series(name, "tokens"))
+        values = _on(steps, *run.series(name, "loss"))
+        counted = np.where(np.isfinite(counts), counts, 0.0)
+        usable = np.isfinite(values)
+        nll += np.where(usable, values, 0.0) * counted
+        tokens += np.where(usable, counted, 0.0)
+        tokens_without_loss += np.where(usable, 0.0, counted)
+    good = (tokens > 0) & (tokens_without_loss == 0) & np.isfinite(losses) & (losses != 0)
+    if not good.any():
+        return None
+    off = np.abs(nll[good] / tokens[good] - losses[good]) / np.abs(losses[good])
+    worst = int(off.argmax())
+    return SelfCheck(
+        windows=int(good.sum()),
+        largest=float(off[worst]),
+        median=float(np.median(off)),
+        step=int(steps[good][worst]),
+    )
+
+
+def _present(run: Run, name: str) -> Steps:
+    """The steps at which a channel was logged with tokens, or without a count."""
+    metrics = [m for m in ("tokens", "samples", "loss") if run.has(name, m)]
+    steps, values = run.series(name, metrics[0] if metrics else "loss")
+    return steps if metrics[:1] == ["loss"] else steps[values > 0]
+
+
+def _on(steps: Steps, own_steps: Steps, values: Values) -> Values:
+    """The values at `steps`, NaN where there is none."""
+    import numpy as np
+
+    found = np.full(len(steps), np.nan)
+    _, here, there = np.intersect1d(steps, own_steps, return_indices=True)
+    found[here] = values[there]
+    return found
+
+
+def _change(steps: Steps, losses: Values, before: Steps, after: Steps) -> float | None:
+    """The change of a mean loss between two stretches of steps."""
+    import numpy as np
+
+    means = []
+    for part in (before, after):
+        inside = (steps >= part[0]) & (steps <= part[-1]) & np.isfinite(losses)
+        if not inside.any():
+            return None
+        means.append(float(losses[inside].mean()))
+    return means[1] - means[0]
+
+
+def _scatter(values: Values) -> float:
+    """The variance of single points, without that of a slow trend."""
+    import numpy as np
+
+    return float(np.mean(np.diff(values) ** 2) / 2)
+
+
+def _finite(values: Values) -> list[float]:
+    return [value for value in values.tolist() if math.isfinite(value)]
+
+
+def _total(run: Run, name: str, metric: str) -> int | None:
+    values = _finite(run.series(name, metric)[1])
+    return int(sum(values)) if values else None
+
+
+def _mean_share(run: Run, name: str) -> float | None:
+    shares = _finite(run.series(name, "share")[1])
+    return sum(shares) / len(shares) if shares else None
+
+
+def _part(totals: dict[str, int | None], name: str) -> float | None:
+    part, whole = totals[name], sum(total or 0 for total in totals.values())
+    return part / whole if part is not None and whole else None

@@ -1,0 +1,197 @@
+"""The report: one HTML file that needs nothing else, whatever the runs hold.
+
+    write_report([load_run(Path("runs/debug"))], Path("report.html"))
+
+Names and logs are hostile input. jinja2 escapes all of them, the numbers for the script stand in a
+JSON element that nothing can leave, and the page forbids itself, by its content security policy,
+every script and style but its own (by their hashes), and every request.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from channel_metrics.analysis.report.page_data import dump_json, page_data
+from channel_metrics.analysis.report.views import RunView, rank_channels, shown, view_run
+from channel_metrics.errors import ChannelMetricsError
+from channel_metrics.extras import need
+
+if TYPE_CHECKING:
+    from channel_metrics.analysis.run import Run
+
+__all__ = ["MAX_BYTES", "ReportSize", "write_report"]
+
+MAX_BYTES = 6_000_000
+
+_MAX_RUNS = 8
+_MAX_CHANNELS = 1000
+_MAX_POINTS = 2000
+_MIN_POINTS = 20
+# Points of all curves together, to begin with; fewer if the page is too large then.
+_ALL_POINTS = 200_000
+_CURVES_PER_CHANNEL = 3
+_NOTHING, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+_SCRIPTS = ("data", "format", "state", "lines", "cursor", "chart", "legend", "tables", "main")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSize:
+    """How large a report became, and what had to be left out for it."""
+
+    num_bytes: int
+    """Of the file."""
+
+    max_points: int
+    """At most so many points are drawn of one curve."""
+
+    num_channels: int
+    """Channels that are shown."""
+
+    num_left_out: int
+    """Channels, those with the fewest tokens, that are not."""
+
+
+def write_report(runs: Sequence[Run], path: Path, *, title: str = "") -> ReportSize:
+    """Write the report of `runs`, which are compared where there are several.
+
+    The file has at most `MAX_BYTES`: curves are thinned out until it fits, and channels with few
+    tokens left out if that is not enough; the page says so. Raises `ChannelMetricsError` for no
+    runs, or too many to tell apart.
+    """
+    if not 0 < len(runs) <= _MAX_RUNS:
+        raise ChannelMetricsError(
+            f"expected 1 to {_MAX_RUNS} runs to compare, but got {len(runs)}; name fewer."
+        )
+    ranked = rank_channels(runs)
+    channels = ranked[:_MAX_CHANNELS]
+    points = _first_limit(len(channels) * len(runs))
+    views = _views(runs, channels)
+    while True:
+        text = _render(views, channels, len(ranked) - len(channels), points, title)
+        page = text.encode("utf-8", errors="replace")
+        if len(page) < MAX_BYTES:
+            break
+        if points > _MIN_POINTS:
+            points = max(_MIN_POINTS, points * 2 // 3)
+        else:
+            fitting = len(channels) * MAX_BYTES / len(page)
+            channels = channels[: int(fitting * 0.9)]
+            views = _views(runs, channels)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(page)
+    return ReportSize(
+        num_bytes=len(page),
+        max_points=points,
+        num_channels=len(channels),
+        num_left_out=len(ranked) - len(channels),
+    )
+
+
+def _first_limit(num_channels: int) -> int:
+    num_curves = _CURVES_PER_CHANNEL * max(1, num_channels)
+    return min(_MAX_POINTS, max(_MIN_POINTS, _ALL_POINTS // num_curves))
+
+
+def _views(runs: Sequence[Run], channels: Sequence[str]) -> list[RunView]:
+    indices = {name: index for index, name in enumerate(channels)}
+    return [view_run(run, index, indices) for index, run in enumerate(runs)]
+
+
+def _render(
+    views: Sequence[RunView], channels: Sequence[str], num_left_out: int, points: int, title: str
+) -> str:
+    markup: Any = need("markupsafe", extra="report").Markup
+    data = page_data(views, channels, points)
+    style, script = _file("page.css"), _script()
+    text: str = _template().render(
+        title=shown(title or " · ".join(view.run.name for view in views)),
+        runs=views,
+        num_channels=len(channels),
+        num_left_out=num_left_out,
+        thinned=_thinned(data),
+        max_points=points,
+        names=data["channels"],
+        widest=_widest(views),
+        style=markup(style),
+        script=markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        data=markup(dump_json(data)),
+    )
+    return text.lstrip()
+
+
+def _template() -> Any:
+    jinja2: Any = need("jinja2", extra="report")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "loss": _loss,
+        "percent": _percent,
+        "points": _points,
+        "count": _count,
+        "tiny": _tiny,
+    }
+    return environment.from_string(_file("page.html"))
+
+
+def _script() -> str:
+    parts = "\n".join(_file(f"{name}.js") for name in _SCRIPTS)
+    return f'(() => {{\n"use strict";\n{parts}\n}})();\n'
+
+
+def _file(name: str) -> str:
+    folder = resources.files("channel_metrics.analysis.report") / "page"
+    return (folder / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _thinned(data: dict[str, Any]) -> int:
+    """The most points that a curve has in the log, if some of it are not drawn; else 0."""
+    curves = [curve for curve in data["curves"] if "smooth" not in curve]
+    longest = max((curve["points"] for curve in curves), default=0)
+    return longest if any(c["points"] > len(c["steps"]) for c in curves) else 0
+
+
+def _widest(views: Sequence[RunView]) -> float:
+    """The largest part of the mix, to which its bars are drawn."""
+    parts = [
+        part
+        for view in views
+        for row in view.rows
+        for part in (row.configured, row.row.share, row.row.record_share)
+        if part
+    ]
+    return max(parts, default=1.0)
+
+
+def _loss(value: float | None) -> str:
+    return _NOTHING if value is None else f"{value:.4f}"
+
+
+def _percent(value: float | None, spec: str = ".1%") -> str:
+    return _NOTHING if value is None else format(value, spec).replace("-", _MINUS)
+
+
+def _points(value: float | None) -> str:
+    """A difference of two shares, in percentage points."""
+    return _NOTHING if value is None else f"{100 * value:+.1f}".replace("-", _MINUS)
+
+
+def _tiny(value: float) -> str:
+    """A relative difference."""
+    return "less than 0.001%" if value < 1e-5 else f"{value:.3%}"
+
+
+def _count(value: int | None) -> str:
+    return _NOTHING if value is None else f"{value:,}"

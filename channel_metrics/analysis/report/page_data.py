@@ -1,0 +1,94 @@
+"""The numbers of the report as JSON that can stand inside an HTML page.
+
+Channels and runs are spoken of by index. A curve is `{run, channel, metric, split, steps, values}`
+and maybe `tokens` (the channel's own, up to each step), `low`, `high`, `smooth`, `estimate`; steps
+and tokens are written as differences, values have six digits, null breaks the line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from channel_metrics.analysis.readers.keys import GLOBAL
+from channel_metrics.analysis.report.curves import Curve, curves_of
+from channel_metrics.analysis.report.views import shown
+
+if TYPE_CHECKING:
+    from channel_metrics.analysis.report.views import RunView
+    from channel_metrics.analysis.store import Steps
+
+__all__ = ["dump_json", "page_data"]
+
+# The run's own values belong to no channel.
+_WHOLE_RUN = -1
+
+
+def page_data(views: Sequence[RunView], channels: Sequence[str], limit: int) -> dict[str, Any]:
+    """What the script of the page draws; limit: points per curve."""
+    numbers = {name: number for number, name in enumerate(channels)} | {GLOBAL: _WHOLE_RUN}
+    curves = []
+    for view in views:
+        own = [name for name in channels if name in set(view.run.channels())]
+        curves += [_curve(curve, view.index, numbers) for curve in curves_of(view.run, own, limit)]
+    return {
+        "channels": [shown(name) for name in channels],
+        "runs": [view.name for view in views],
+        "rows": [
+            {
+                "run": view.index,
+                "channel": row.index,
+                "tokens": row.row.tokens,
+                "loss": _digits(row.row.last_loss),
+                "change": _digits(row.row.change),
+            }
+            for view in views
+            for row in view.rows
+        ],
+        "curves": curves,
+    }
+
+
+def dump_json(value: Any) -> str:
+    """JSON in ASCII without `<`, `>` and `&`, so nothing in it can end or open an element."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _curve(curve: Curve, run: int, numbers: dict[str, int]) -> dict[str, Any]:
+    item: dict[str, Any] = {
+        "run": run,
+        "channel": numbers[curve.channel],
+        "metric": curve.metric,
+        "split": curve.split,
+        "steps": _differences(curve.steps),
+        "values": _rounded(curve.values.tolist()),
+        "points": curve.num_points,
+    }
+    if curve.tokens is not None:
+        item["tokens"] = _differences(curve.tokens)
+    if curve.band is not None:
+        low, high = curve.band
+        item |= {"low": _rounded(low.tolist()), "high": _rounded(high.tolist())}
+    flags = {"smooth": curve.is_smooth, "estimate": curve.is_estimate}
+    return item | {name: True for name, on in flags.items() if on}
+
+
+def _differences(steps: Steps) -> list[int]:
+    return [int(step) for step in np.diff(steps, prepend=0)]
+
+
+def _rounded(values: Iterable[float]) -> list[float | None]:
+    return [_digits(value) for value in values]
+
+
+def _digits(value: float | None) -> float | None:
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.6g}")

@@ -1,0 +1,242 @@
+"""What the report says in words and tables: one object per run, per row, per finding."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from channel_metrics.analysis.readers.keys import GLOBAL
+from channel_metrics.analysis.report.curves import METRICS, splits_of
+from channel_metrics.analysis.report.findings import (
+    SelfCheck,
+    final_rows,
+    find_gaps,
+    find_worse,
+    self_check,
+)
+from channel_metrics.core.labels import UNLABELED
+
+if TYPE_CHECKING:
+    from channel_metrics.analysis.report.findings import Gap, Worse
+    from channel_metrics.analysis.run import Run
+    from channel_metrics.analysis.summary import ChannelRow
+
+__all__ = ["ChannelView", "GapView", "RunView", "WorseView", "rank_channels", "shown", "view_run"]
+
+_MAX_NAME = 160
+# The share of the records is off if it is clear of what the drawing of them explains.
+_MIX_SIGMAS = 4.0
+_MIX_POINTS = 0.02
+# Above this the sums and the trainer's loss differ by more than digits.
+_EXACT = 1e-3
+_CLOSE = 0.05
+# Persian and emoji need them.
+_JOINERS = (0x200C, 0x200D)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelView:
+    """A channel in a run: a row of the tables."""
+
+    run: int
+    """The index of the run."""
+
+    index: int
+    """The index of the channel in the report."""
+
+    name: str
+    """For people."""
+
+    row: ChannelRow
+    """Its values."""
+
+    configured: float | None
+    """The configured part of the records, of 1."""
+
+    samples: int | None
+    """Records that were seen."""
+
+    nonfinite: int
+    """Tokens whose loss was NaN or infinite."""
+
+    is_estimate: bool
+    """Its loss is an estimate."""
+
+    @property
+    def off(self) -> float | None:
+        """Achieved part of the records minus the configured one."""
+        if self.configured is None or self.row.record_share is None:
+            return None
+        return self.row.record_share - self.configured
+
+    @property
+    def is_off(self) -> bool:
+        """Whether that is more than the drawing of records explains."""
+        if self.off is None or not self.samples or self.configured is None:
+            return False
+        whole = self.samples / self.row.record_share if self.row.record_share else self.samples
+        sigma = math.sqrt(self.configured * (1 - self.configured) / whole)
+        return abs(self.off) > max(_MIX_POINTS, _MIX_SIGMAS * sigma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorseView:
+    """A channel that gets worse."""
+
+    index: int
+    name: str
+    worse: Worse
+
+
+@dataclass(frozen=True, kw_only=True)
+class GapView:
+    """A stretch without a channel, with its place in the run, 0 to 100."""
+
+    index: int
+    name: str
+    gap: Gap
+    place: tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunView:
+    """Everything that is said about one run."""
+
+    index: int
+    name: str
+    run: Run
+    steps: tuple[int, int]
+    """The first and the last one."""
+
+    losses: tuple[float, float] | None
+    """The run's own, first and last."""
+
+    rows: Sequence[ChannelView]
+    worse: Sequence[WorseView]
+    gaps: Sequence[GapView]
+    check: SelfCheck | None
+
+    @property
+    def tokens(self) -> int | None:
+        """Supervised tokens of all channels."""
+        counts = [view.row.tokens for view in self.rows if view.row.tokens is not None]
+        return sum(counts) if counts else None
+
+    @property
+    def verdict(self) -> str:
+        """`exact`, `close` or `differs`; empty without a check."""
+        if self.check is None:
+            return ""
+        if self.check.largest <= _EXACT:
+            return "exact"
+        return "close" if self.check.median <= _CLOSE else "differs"
+
+    @property
+    def off(self) -> list[ChannelView]:
+        """The channels whose part of the mix is not the configured one."""
+        return [view for view in self.rows if view.is_off]
+
+    @property
+    def nonfinite(self) -> list[ChannelView]:
+        """The channels that had tokens without a finite loss."""
+        return [view for view in self.rows if view.nonfinite]
+
+    @property
+    def num_findings(self) -> int:
+        """How many there are to look at."""
+        found = len(self.worse) + len(self.gaps) + len(self.off) + len(self.nonfinite)
+        return found + (self.verdict == "differs")
+
+
+def view_run(run: Run, index: int, channels: Mapping[str, int]) -> RunView:
+    """Look at a run; channels: the indices of those that are shown."""
+    global_losses = [v for v in run.series(GLOBAL, "loss")[1].tolist() if math.isfinite(v)]
+    first, last = _span(run)
+    return RunView(
+        index=index,
+        name=shown(run.name),
+        run=run,
+        steps=(first, last),
+        losses=(global_losses[0], global_losses[-1]) if global_losses else None,
+        rows=[
+            _channel(run, row, index, channels[row.channel])
+            for row in final_rows(run)
+            if row.channel in channels
+        ],
+        worse=[
+            WorseView(index=channels[worse.channel], name=shown(worse.channel), worse=worse)
+            for split in splits_of(run)
+            for worse in find_worse(run, split)
+            if worse.channel in channels
+        ],
+        gaps=[
+            GapView(
+                index=channels[gap.channel],
+                name=shown(gap.channel),
+                gap=gap,
+                place=(_part(gap.first_step, first, last), _part(gap.last_step, first, last)),
+            )
+            for gap in find_gaps(run)
+            if gap.channel in channels
+        ],
+        check=self_check(run),
+    )
+
+
+def rank_channels(runs: Sequence[Run]) -> list[str]:
+    """All channels of all runs, those with most tokens first; `unlabeled` last."""
+    tokens: dict[str, float] = {}
+    for run in runs:
+        for name in run.channels():
+            count = float(run.series(name, "tokens")[1].sum())
+            tokens[name] = max(tokens.get(name, 0.0), count)
+    return sorted(tokens, key=lambda name: (name == UNLABELED, -tokens[name]))
+
+
+def shown(name: str) -> str:
+    """A name that people can read, whatever is in it: one line, control characters to be seen."""
+    cut = name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}… ({len(name):,} characters)"
+    return "".join(map(_visible, cut)) or "(no name)"
+
+
+def _visible(character: str) -> str:
+    code = ord(character)
+    # Controls, lone surrogates, and what would reorder or hide the text around it.
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+        return character if code in _JOINERS else f"⟨{code:04X}⟩"
+    return character
+
+
+def _channel(run: Run, row: ChannelRow, number: int, index: int) -> ChannelView:
+    whole = sum(run.ratios.values())
+    ratio = run.ratios.get(row.channel)
+    samples = [v for v in run.series(row.channel, "samples")[1].tolist() if math.isfinite(v)]
+    nonfinite = run.series(row.channel, "nonfinite")[1].tolist()
+    return ChannelView(
+        run=number,
+        index=index,
+        name=shown(row.channel),
+        row=row,
+        configured=ratio / whole if ratio is not None and whole else None,
+        samples=round(sum(samples)) if samples else None,
+        nonfinite=round(sum(v for v in nonfinite if math.isfinite(v))),
+        is_estimate=not run.has(row.channel, "loss") and run.has(row.channel, "loss_estimate"),
+    )
+
+
+def _span(run: Run) -> tuple[int, int]:
+    series = [
+        run.series(key.channel, key.metric, key.split)[0]
+        for key in run.keys
+        # Megatron writes some of its own values over samples, not steps.
+        if key.channel or key.metric in METRICS
+    ]
+    ends = [(int(steps[0]), int(steps[-1])) for steps in series if len(steps)] or [(0, 0)]
+    return min(first for first, _ in ends), max(last for _, last in ends)
+
+
+def _part(step: int, first: int, last: int) -> float:
+    return 100 * (step - first) / (last - first) if last > first else 0.0

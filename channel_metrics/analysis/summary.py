@@ -1,0 +1,152 @@
+"""The table at the end of a run: from the trainer's `log_history`, one row per channel.
+
+>>> rows = summarize([{"bbu_loss": 2.0, "bbu_tokens": 8}, {"bbu_loss": 1.0, "bbu_tokens": 8}],
+...                  ["bbu"])
+>>> rows[0].first_loss, rows[0].last_loss, rows[0].tokens, rows[0].share
+(2.0, 1.0, 16, 1.0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from channel_metrics.core.labels import UNLABELED, metric_key
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["ChannelRow", "render", "summarize"]
+
+Log = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelRow:
+    """What became of one channel; None where the logs do not say."""
+
+    channel: str
+    """The name, as declared."""
+
+    first_loss: float | None
+    """The loss of its first window."""
+
+    last_loss: float | None
+    """The loss of its last window."""
+
+    token_acc: float | None
+    """The accuracy of its last window."""
+
+    eval_loss: float | None
+    """The loss of its last evaluation."""
+
+    tokens: int | None
+    """Supervised tokens of all windows."""
+
+    share: float | None
+    """`tokens`, of those of all channels."""
+
+    record_share: float | None
+    """Records of all windows, of those of all channels; what a ratio of records speaks of."""
+
+    @property
+    def change(self) -> float | None:
+        """Relative change of the loss from the first to the last window."""
+        if not self.first_loss or self.last_loss is None:
+            return None
+        return self.last_loss / self.first_loss - 1
+
+
+def summarize(
+    log_history: Sequence[Log], channels: Iterable[str], key_format: str = "{channel}_{metric}"
+) -> list[ChannelRow]:
+    """One row for every channel that the logs speak of, in the given order; `unlabeled` last."""
+    rows = []
+    names = list(dict.fromkeys([*channels, UNLABELED]))
+    tokens = {name: _total(log_history, metric_key(key_format, name, "tokens")) for name in names}
+    samples = {name: _total(log_history, metric_key(key_format, name, "samples")) for name in names}
+    for name in names:
+        losses, accuracies, eval_losses = (
+            _values(log_history, prefix + metric_key(key_format, name, metric))
+            for prefix, metric in (("", "loss"), ("", "token_acc"), ("eval_", "loss"))
+        )
+        if losses or eval_losses or tokens[name]:
+            row = ChannelRow(
+                channel=name,
+                first_loss=losses[0] if losses else None,
+                last_loss=losses[-1] if losses else None,
+                token_acc=accuracies[-1] if accuracies else None,
+                eval_loss=eval_losses[-1] if eval_losses else None,
+                tokens=tokens[name],
+                share=_share(tokens, name),
+                record_share=_share(samples, name),
+            )
+            rows.append(row)
+    return rows
+
+
+def render(
+    rows: Sequence[ChannelRow],
+    *,
+    ratios: Mapping[str, float] | None = None,
+    domains: Mapping[str, str] | None = None,
+) -> Table:
+    """A rich table of `rows`; ratios are shown beside the shares of the records, as parts of 1."""
+    from rich import box
+    from rich.table import Table
+
+    ratios, domains = ratios or {}, domains or {}
+    whole = sum(ratios.values())
+    table = Table(title="channels", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("channel", style="bold", no_wrap=True)
+    table.add_column("domain", no_wrap=True)
+    for heading in (
+        "first loss",
+        "last loss",
+        "change",
+        "token acc",
+        "eval loss",
+        "tokens",
+        "token share",
+        "record share",
+        "ratio",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.channel,
+            domains.get(row.channel, "-"),
+            _number(row.first_loss),
+            _number(row.last_loss),
+            _percent(row.change, "+.1%"),
+            _percent(row.token_acc),
+            _number(row.eval_loss),
+            "-" if row.tokens is None else f"{row.tokens:,}",
+            _percent(row.share),
+            _percent(row.record_share),
+            _percent(ratios[row.channel] / whole if row.channel in ratios else None),
+        )
+    return table
+
+
+def _values(log_history: Sequence[Log], key: str) -> list[float]:
+    return [float(log[key]) for log in log_history if log.get(key) is not None]
+
+
+def _total(log_history: Sequence[Log], key: str) -> int | None:
+    values = _values(log_history, key)
+    return int(sum(values)) if values else None
+
+
+def _share(totals: Mapping[str, int | None], name: str) -> float | None:
+    part, whole = totals[name], sum(total or 0 for total in totals.values())
+    return part / whole if part is not None and whole else None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _percent(value: float | None, spec: str = ".1%") -> str:
+    return "-" if value is None else format(value, spec)

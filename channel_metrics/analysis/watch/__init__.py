@@ -1,0 +1,1 @@
+"""The log of a running job, live in the terminal."""

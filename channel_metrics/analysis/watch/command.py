@@ -1,0 +1,182 @@
+"""The command `channel-metrics watch`: the log of a running job, live in the terminal."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from channel_metrics.errors import ChannelMetricsError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from channel_metrics.analysis.watch.follow import Follower
+    from channel_metrics.analysis.watch.screen import View
+
+__all__ = ["add_watch_command"]
+
+# Of the window, without the header, the head of the table, the row of the run and the note below.
+_OTHER_LINES = 11
+
+
+def add_watch_command(
+    app: typer.Typer,
+    reported: Callable[[], AbstractContextManager[None]],
+    console: Callable[[], Console],
+) -> None:
+    """Add `watch` to `app`; reported: turns our errors into messages; console: makes one."""
+
+    @app.command("watch")
+    def watch(  # noqa: PLR0917 - the options of a command
+        run: Annotated[Path, typer.Argument(help="Run folder or log file; it may be made later.")],
+        interval: Annotated[
+            float, typer.Option(min=0.05, help="Seconds between looks at the log.")
+        ] = 2.0,
+        once: Annotated[bool, typer.Option("--once", help="Show one table and end.")] = False,
+        sort: Annotated[
+            str, typer.Option(help="share, loss, change (largest first), name, or log.")
+        ] = "share",
+        top: Annotated[
+            int | None,
+            typer.Option(min=1, help="At most so many channels. Default: as many as have room."),
+        ] = None,
+        format: Annotated[
+            str | None, typer.Option("--format", help="Which log to read; see analyze.")
+        ] = None,
+        channel: Annotated[
+            list[str] | None, typer.Option("--channel", help="A name that is a channel.")
+        ] = None,
+    ) -> None:
+        """Follow the log of a running job: the channels as a table that is kept up to date.
+
+        Where the output is no terminal, a line of text for each new step that is seen. Ctrl-C ends
+        it, with exit code 0; with --once, exit code 2 if there is nothing to show.
+        """
+        with reported():
+            _Watch(
+                run, format=format, channels=channel or [], order=sort, top=top, console=console()
+            ).start(interval, once)
+
+
+class _Watch:
+    def __init__(
+        self,
+        run: Path,
+        *,
+        format: str | None,
+        channels: list[str],
+        order: str,
+        top: int | None,
+        console: Console,
+    ) -> None:
+        from channel_metrics.extras import need
+
+        need("numpy", extra="report")
+        from channel_metrics.analysis.readers.readings import Problems
+        from channel_metrics.analysis.watch.follow import Follower
+        from channel_metrics.analysis.watch.screen import ORDERS
+
+        if order not in ORDERS:
+            raise ChannelMetricsError(
+                f"--sort: expected one of {', '.join(ORDERS)}, but got {order!r}."
+            )
+        self.follower: Follower = Follower(run, format)
+        self.console = console
+        self._channels = channels
+        self._ratios: dict[str, float] = {}
+        self._ratio_problems = Problems()
+        self._order = order
+        self._top = top
+        self._view: View | None = None
+
+    def start(self, interval: float, once: bool) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # Names may hold what the terminal cannot show.
+            sys.stdout.reconfigure(errors="replace")
+        try:
+            if once:
+                self._show_once()
+            elif self.console.is_terminal and not self.console.is_dumb_terminal:
+                self._draw(interval)
+            else:
+                self._write_lines(interval)
+        except KeyboardInterrupt:
+            pass  # The way to end it.
+        finally:
+            self.follower.close()
+
+    def _show_once(self) -> None:
+        self._look(to_end=True)
+        if not self.follower.traces:
+            raise ChannelMetricsError(self.follower.waiting_for)
+        self.console.print(self._screen(self._top))
+
+    def _draw(self, interval: float) -> None:
+        from rich.live import Live
+        from rich.text import Text
+
+        first = Text(f"reading {self._name()} ...")
+        with Live(first, console=self.console, auto_refresh=False) as live:
+            live.refresh()
+            while True:
+                self._look()
+                room = max(1, self.console.height - _OTHER_LINES)
+                live.update(self._screen(min(self._top or room, room)), refresh=True)
+                time.sleep(interval)
+
+    def _write_lines(self, interval: float) -> None:
+        from channel_metrics.analysis.report.views import shown
+        from channel_metrics.analysis.watch.screen import line_of
+
+        said, step = "", None
+        while True:
+            view = self._look()
+            if self.follower.waiting_for not in ("", said):
+                typer.echo(f"waiting: {shown(self.follower.waiting_for)}", err=True)
+            said = self.follower.waiting_for
+            if view.step is not None and view.step != step:
+                step = view.step
+                typer.echo(line_of(view, self._top))
+                sys.stdout.flush()
+            time.sleep(interval)
+
+    def _look(self, *, to_end: bool = False) -> View:
+        from channel_metrics.analysis.run import configured_ratios
+        from channel_metrics.analysis.watch.screen import view_of
+
+        if self.follower.look(to_end=to_end) or self._view is None:
+            if not self._ratios and not self._ratio_problems.count:
+                # Written when the training begins, which may be later than this.
+                self._ratios = configured_ratios(self.follower.run, self._ratio_problems)
+            names = [*self._channels, *self._ratios]
+            self._view = view_of(self.follower.traces, channels=names, order=self._order)
+        return self._view
+
+    def _screen(self, max_rows: int | None) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        from channel_metrics.analysis.report.views import shown
+        from channel_metrics.analysis.watch.screen import header, render
+
+        view = self._view
+        assert view is not None
+        is_ascii = not self.console.encoding.lower().startswith("utf")
+        lines = header(self.follower, view)
+        lines += [shown(example) for example in self._ratio_problems.examples]
+        if not self.follower.traces:
+            return Group(*map(Text, lines))
+        texts = [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
+        return Group(*texts, render(view, max_rows=max_rows, is_ascii=is_ascii))
+
+    def _name(self) -> str:
+        from channel_metrics.analysis.report.views import shown
+
+        return shown(str(self.follower.run))

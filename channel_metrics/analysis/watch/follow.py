@@ -1,0 +1,155 @@
+"""The log of a job that is running, looked at again and again.
+
+Logs of lines are read from where the last look ended; the other formats, which cannot be continued
+in the middle, are read anew when their files have changed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from channel_metrics.analysis.readers.readings import Problems, Reading
+from channel_metrics.analysis.readers.sources import FORMATS, Source, find_sources
+from channel_metrics.analysis.watch.tail import LINE_FORMATS, Tail
+from channel_metrics.analysis.watch.traces import Trace, Traces, traces_of
+from channel_metrics.errors import ChannelMetricsError
+
+__all__ = ["Follower"]
+
+# Written with checkpoints only; whatever else there is grows with the run.
+_WRITTEN_LATE = ("trainer_state",)
+_SECONDS_BETWEEN_SEARCHES = 10.0
+# Reading a whole log again takes at most one part in so many of the time.
+_REST = 10.0
+_LONG_AGO = float("-inf")
+
+
+class Follower:
+    """What the log of `run` holds so far; nothing of it needs to exist yet.
+
+    format: which log, where a folder has several. Default: the first of the order of `sources`,
+    but the state of a trainer last.
+    """
+
+    def __init__(self, run: Path, format: str | None = None) -> None:
+        if format is not None and format not in FORMATS:
+            raise ChannelMetricsError(
+                f"expected one of the formats {', '.join(FORMATS)}, but got {format!r}."
+            )
+        self.run = run
+        self.format = format
+        self.problems = Problems()
+        self.traces: Traces = {}
+        self.source: Source | None = None
+        self.waiting_for = ""
+        """Why nothing can be read at the moment; empty if something can."""
+        self._tail: Tail | None = None
+        self._searched = self._rest_until = _LONG_AGO
+        self._seen: tuple[object, ...] = ()
+        self._is_behind = False
+
+    def look(self, *, to_end: bool = False) -> bool:
+        """Read what is new; whether there was anything. to_end: also a last line without its end.
+
+        Raises `ChannelMetricsError` for what waiting does not mend.
+        """
+        try:
+            if time.monotonic() - self._searched > _SECONDS_BETWEEN_SEARCHES:
+                self._search()
+            if self.source is None:
+                self._searched = _LONG_AGO
+                return False
+            changed = self._look_at_lines(self._tail, to_end) if self._tail else self._look_anew()
+        except OSError as error:
+            # Files of a running job come and go.
+            self.waiting_for = f"{error.filename or self.run}: {error.strerror or error}"
+            self._searched = _LONG_AGO
+            return False
+        self.waiting_for = "" if self.traces else f"{self.source.files[-1]} holds no values yet"
+        return changed
+
+    def close(self) -> None:
+        """Give the file back that is followed."""
+        if self._tail:
+            self._tail.close()
+
+    def _search(self) -> None:
+        """Choose the source again, if there is any."""
+        try:
+            found = find_sources(self.run)
+        except ChannelMetricsError as error:
+            self.waiting_for = str(error)
+            return
+        finally:
+            self._searched = time.monotonic()
+        wanted = [source for source in found if self.format in (None, source.format)]
+        if not wanted:
+            others = ", ".join(source.format for source in found)
+            self.waiting_for = f"{self.run} has no log of format {self.format!r} yet, but {others}"
+            return
+        self._choose(min(wanted, key=lambda source: source.format in _WRITTEN_LATE))
+
+    def _choose(self, source: Source) -> None:
+        is_same = self.source is not None and self.source.format == source.format
+        if self._tail and is_same and not self._tail.is_older_than(source.files[-1]):
+            return  # Our own file, or what it is called since it was rotated.
+        if self._tail:
+            self._tail.close()
+        self.source, self._tail = source, None
+        if source.format in LINE_FORMATS:
+            self._tail = Tail(source.files[-1], source.format, self.problems)
+
+    def _look_at_lines(self, tail: Tail, to_end: bool) -> bool:
+        if not tail.is_open or self._is_behind:
+            if time.monotonic() < self._rest_until and tail.is_open:
+                return False
+            tail.open()
+            return self._load(tail.readings(to_end=to_end))
+        happened = tail.what_happened()
+        changed = happened != "overwritten" and self._append(tail.readings())
+        if happened:
+            # A log that was rotated goes on; one that goes back is that of another run.
+            tail.open()
+            changed = self._append(tail.readings(), after=self._last_step()) or changed
+        return self._look_at_lines(tail, to_end) if self._is_behind else changed
+
+    def _append(self, readings: Iterable[Reading], after: int | None = None) -> bool:
+        """Add new readings; after: the step that all of them must follow."""
+        changed = False
+        for step, key, value in readings:
+            is_late = after is not None and step <= after
+            if is_late or not self.traces.setdefault(key, Trace()).add(step, value):
+                # As after a resume, or in another run; put in order by reading all of it.
+                self._is_behind = True
+                return changed
+            changed = True
+        return changed
+
+    def _look_anew(self) -> bool:
+        assert self.source is not None
+        stats = [(file, os.stat(file)) for file in self.source.files]
+        now = tuple((file, s.st_size, s.st_mtime_ns, s.st_ino) for file, s in stats)
+        if now == self._seen or time.monotonic() < self._rest_until:
+            return False
+        changed = self._load(self.source.readings(self.problems, lambda _: None))
+        self._seen = now
+        return changed
+
+    def _load(self, readings: Iterable[Reading]) -> bool:
+        """Read a whole log, and forget what was known; whether there is anything in it."""
+        begin = time.monotonic()
+        self.problems.count = 0
+        self.problems.examples.clear()
+        # Files that are written anew are empty for a moment.
+        traces = traces_of(readings)
+        self.traces = traces or self.traces
+        self._is_behind = False
+        end = time.monotonic()
+        self._rest_until = end + _REST * (end - begin)
+        return bool(traces)
+
+    def _last_step(self) -> int | None:
+        return max((t.step for t in self.traces.values() if t.step is not None), default=None)

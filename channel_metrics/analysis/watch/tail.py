@@ -1,0 +1,105 @@
+"""The lines that were added to a log since the last look, whatever happens to the file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from channel_metrics.analysis.readers.json_logs import read_json_line
+from channel_metrics.analysis.readers.readings import MAX_LINE_BYTES, Problems, Reading
+from channel_metrics.analysis.readers.text_logs import read_metric_line
+
+__all__ = ["LINE_FORMATS", "Tail"]
+
+LINE_FORMATS = ("jsonl", "text")
+
+# A file that was overwritten and is already as long again has other bytes before our place.
+_MARK_BYTES = 256
+
+
+class Tail:
+    """A log of lines, read from where the last look ended."""
+
+    def __init__(self, path: Path, format: str, problems: Problems) -> None:
+        self.path = path
+        self._is_json = format == "jsonl"
+        self._problems = problems
+        self._file: BinaryIO | None = None
+        self._offset = self._number = 0
+        self._mark = b""
+        # Within a line that is longer than any log line.
+        self._is_inside = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was looked at before."""
+        return self._file is not None
+
+    def open(self) -> None:
+        """Begin at the first line of what is at the path now. Raises `OSError`."""
+        file = self.path.open("rb")
+        self.close()
+        self._file = file
+        self._offset = self._number = 0
+        self._mark, self._is_inside = b"", False
+
+    def close(self) -> None:
+        """Give the file back."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def is_older_than(self, path: Path) -> bool:
+        """Whether `path` is another file than this one, and was written to later."""
+        if path == self.path or self._file is None:
+            return path != self.path
+        return path.stat().st_mtime > os.fstat(self._file.fileno()).st_mtime
+
+    def what_happened(self) -> Literal["", "overwritten", "replaced"]:
+        """`overwritten`: the same file, other content; `replaced`: another file is at the path.
+
+        Raises `FileNotFoundError` if there is none.
+        """
+        assert self._file is not None
+        own, now = os.fstat(self._file.fileno()), self.path.stat()
+        if (own.st_dev, own.st_ino) != (now.st_dev, now.st_ino):
+            return "replaced"
+        self._file.seek(self._offset - len(self._mark))
+        same = self._file.read(len(self._mark)) == self._mark
+        return "" if same and own.st_size >= self._offset else "overwritten"
+
+    def readings(self, *, to_end: bool = False) -> Iterator[Reading]:
+        """The values of the new lines; a line without an end is being written and is left.
+
+        to_end: it is read, too, because nobody will look again.
+        """
+        assert self._file is not None
+        self._file.seek(self._offset)
+        while line := self._file.readline(MAX_LINE_BYTES):
+            is_whole = line.endswith(b"\n")
+            if not is_whole and len(line) < MAX_LINE_BYTES and not to_end:
+                return
+            self._offset += len(line)
+            self._mark = (self._mark + line)[-_MARK_BYTES:]
+            if not self._is_inside:
+                self._number += 1
+                yield from self._parse(line, is_whole)
+            self._is_inside = not is_whole
+
+    def _parse(self, raw: bytes, is_whole: bool) -> Iterator[Reading]:
+        if not is_whole and len(raw) == MAX_LINE_BYTES:
+            self._problems.add(self.path, self._number, f"is longer than {len(raw):,} bytes")
+            return
+        line = raw.decode("utf-8-sig", errors="replace").rstrip("\r\n")
+        if not line.strip():
+            return
+        if self._is_json:
+            yield from read_json_line(line, self.path, self._number, self._problems)
+        elif (found := read_metric_line(line)) is not None:
+            yield from found
+            if not found:
+                self._problems.add(
+                    self.path, self._number, "names an iteration, but holds no `key: value`"
+                )

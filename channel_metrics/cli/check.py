@@ -1,0 +1,192 @@
+"""`channel-metrics check`: which channels the data has, before it costs GPU hours.
+
+Files are read line by line and never held: a file of any size can be checked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from channel_metrics.config import MetricsConfig
+from channel_metrics.core.labels import UNLABELED, channels_of
+from channel_metrics.data.jsonl import read_jsonl, text_of
+from channel_metrics.demo.config import TrainConfig, load_config
+from channel_metrics.demo.mixture import source_records
+from channel_metrics.demo.tiny import load_tokenizer
+from channel_metrics.errors import ChannelError, ChannelMetricsError, ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["CheckResult", "check_data", "check_records", "find_problems", "render"]
+
+BYTES_PER_TOKEN = 4
+
+Located = tuple[str, Mapping[str, Any]]
+CountTokens = Callable[[Mapping[str, Any]], float]
+
+
+@dataclass(kw_only=True)
+class CheckResult:
+    """What was found; None as a channel or field stands for the records without one."""
+
+    fields: tuple[str, ...]
+    """The fields that were looked at, in order."""
+
+    tokens_by: str
+    """How tokens were counted."""
+
+    found_in: Counter[str | None] = field(default_factory=Counter)
+    """Records whose channel came from each field."""
+
+    num_records: Counter[str | None] = field(default_factory=Counter)
+    """Records (sequences, where a record packs several) of each channel."""
+
+    num_tokens: defaultdict[str | None, float] = field(default_factory=lambda: defaultdict(float))
+    """Tokens of each channel, all roles together."""
+
+    problems: list[str] = field(default_factory=list)
+    """Names that a run would refuse, or that mean something else."""
+
+    @property
+    def has_channel(self) -> bool:
+        """Whether any record has one."""
+        return any(name is not None for name in self.num_records)
+
+
+def check_data(
+    data: Sequence[Path], *, fields: Sequence[str] = (), config_path: Path | None = None
+) -> CheckResult:
+    """Check JSONL files, or (as the only item of `data`, or as `config_path` alone) a train config.
+
+    fields: looked at instead of those of the config, or of the default ones.
+    config_path: its fields and its tokenizer are taken.
+    Raises `ChannelMetricsError` for data that cannot be read.
+    """
+    runs = [path for path in data if path.suffix in (".yaml", ".yml")]
+    if (runs and (len(data) > 1 or config_path)) or not (data or config_path):
+        raise ConfigError(
+            f"check takes JSONL files, or the YAML of one run, but got {len(data)} paths, "
+            f"{len(runs)} of them YAML; see channel-metrics check --help."
+        )
+    path = runs[0] if runs else config_path
+    run = load_config(path) if path else None
+    metrics = run.metrics if run else MetricsConfig()
+    metrics = replace(metrics, fields=tuple(fields)) if fields else metrics
+    whole_run = run is not None and (runs or not data)
+    records = train_records(run) if run is not None and whole_run else file_records(data)
+    count_tokens, tokens_by = _token_counter(run)
+    return check_records(records, metrics, count_tokens=count_tokens, tokens_by=tokens_by)
+
+
+def check_records(
+    records: Iterable[Located], metrics: MetricsConfig, *, count_tokens: CountTokens, tokens_by: str
+) -> CheckResult:
+    """Count `records`, given as (where it stands, record), by channel.
+
+    Raises `ChannelError`, with the place, for a channel field that holds no name.
+    """
+    result = CheckResult(fields=metrics.fields, tokens_by=tokens_by)
+    for where, record in records:
+        try:
+            names = channels_of(record, metrics.fields)
+            result.found_in[_winning_field(record, metrics.fields)] += 1
+        except ChannelError as error:
+            raise ChannelError(f"{where}: {error}") from None
+        tokens = count_tokens(record)
+        for name in names:
+            result.num_records[name] += 1
+            # Which part of a pack belongs to whom is not in the record: even parts.
+            result.num_tokens[name] += tokens / len(names)
+    result.problems += find_problems(result.num_records, metrics)
+    return result
+
+
+def find_problems(names: Iterable[str | None], metrics: MetricsConfig) -> list[str]:
+    """Why a run with channels `names` would be refused, or would not mean what it says."""
+    problems = []
+    table = metrics.new_table(_reserved_keys())
+    for name in sorted(name for name in names if name is not None):
+        if name == UNLABELED:
+            problems.append(
+                f"a channel is called {UNLABELED!r}, which is what records without a channel are "
+                "counted under; rename it to tell them apart."
+            )
+            continue
+        try:
+            table.ids([name])
+        except ChannelMetricsError as error:
+            problems.append(str(error))
+    return problems
+
+
+def bytes_as_tokens(record: Mapping[str, Any]) -> float:
+    """A token for every four bytes of the record's text (of the whole record, if it has none)."""
+    text = text_of(record)
+    whole = json.dumps(record, ensure_ascii=False) if text is None else text
+    return len(whole.encode("utf-8", "replace")) / BYTES_PER_TOKEN
+
+
+def file_records(paths: Iterable[Path]) -> Iterator[Located]:
+    """The records of JSONL files, with file and line."""
+    for path in paths:
+        for number, record in read_jsonl(path):
+            yield f"{path}:{number}", record
+
+
+def train_records(config: TrainConfig) -> Iterator[Located]:
+    """The training records of a train config, annotated as the run would do it."""
+    for source in config.sources:
+        for number, record in enumerate(source_records(source), 1):
+            yield f"source {source.name!r}, record {number}", record
+
+
+def render(result: CheckResult) -> Table:
+    """A rich table of the channels."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title="channels found", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("channel", style="bold", no_wrap=True)
+    for heading in ("records", "share", f"tokens ({result.tokens_by})", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    records, tokens = result.num_records.total(), sum(result.num_tokens.values())
+    for name in sorted(result.num_records, key=lambda name: (name is None, name or "")):
+        count, size = result.num_records[name], result.num_tokens[name]
+        table.add_row(
+            "(no channel)" if name is None else name,
+            f"{count:,}",
+            f"{count / records:.1%}",
+            f"{round(size):,}",
+            f"{size / tokens:.1%}" if tokens else "-",
+        )
+    return table
+
+
+def _winning_field(record: Mapping[str, Any], fields: Sequence[str]) -> str | None:
+    return next((name for name in fields if channels_of(record, [name]) != [None]), None)
+
+
+def _token_counter(run: TrainConfig | None) -> tuple[CountTokens, str]:
+    if run is None:
+        return bytes_as_tokens, f"estimated, {BYTES_PER_TOKEN} bytes each"
+    tokenizer = load_tokenizer(run.tokenizer)
+
+    def count(record: Mapping[str, Any]) -> float:
+        text = text_of(record)
+        return bytes_as_tokens(record) if text is None else len(tokenizer(text)["input_ids"])
+
+    return count, f"tokenizer {Path(run.tokenizer).name}"
+
+
+def _reserved_keys() -> Collection[str]:
+    try:
+        from channel_metrics.trainers.hf.state import RESERVED_KEYS
+    except ModuleNotFoundError:
+        return ()  # Without transformers there is no trainer whose keys could be overwritten.
+    return RESERVED_KEYS

@@ -1,0 +1,210 @@
+"""The command `channel-metrics`: train, check, run, and those of `analysis.commands`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+from channel_metrics.errors import ChannelMetricsError
+
+try:
+    import typer
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"the commands need {missing.name}, which is not installed; run: "
+        "pip install 'channel_metrics[cli]'"
+    ) from None
+
+from channel_metrics.analysis.commands import add_commands
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from channel_metrics.cli.check import CheckResult
+    from channel_metrics.demo.config import TrainConfig
+    from channel_metrics.demo.train import TrainSummary
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Exact training metrics per dataset: bbu_loss, lvis_token_acc, tokens, share.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# Wide enough that no table is cut where nobody can widen the window.
+_PLAIN_WIDTH = 160
+
+
+def main() -> None:
+    """Entry point. A script is started after click is done, which would catch its exceptions."""
+    scripts: list[Callable[[], None]] = []
+    try:
+        app(obj=scripts)
+    except SystemExit as done:
+        if done.code or not scripts:
+            raise
+    for start in scripts:
+        start()
+
+
+@app.command("train")
+def train_command(
+    config: Annotated[Path, typer.Argument(help="YAML: sources, model, training, metrics.")],
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Run folder. Default: training.output_dir, else runs/NAME-OF-CONFIG."),
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
+) -> None:
+    """Train with the transformers Trainer on a mixture of sources, and show every channel.
+
+    Exit code 2 if the config or the data cannot be used; the message says what to do.
+    """
+    with _reported_errors():
+        from channel_metrics.demo.config import load_config
+        from channel_metrics.demo.train import is_interactive, train
+
+        settings = load_config(config)
+        folder = output_dir or Path(settings.training.get("output_dir") or f"runs/{config.stem}")
+        summary = train(
+            settings, output_dir=folder, max_steps=max_steps, quiet=not is_interactive()
+        )
+        if summary.is_main:
+            _show_run(summary, settings)
+
+
+@app.command("check")
+def check_command(
+    data: Annotated[
+        list[Path] | None, typer.Argument(help="JSONL files, or the YAML of a run.")
+    ] = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(help="Record field that holds the channel (dotted; repeatable)."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML of a run: its fields, tokenizer and (without DATA) its sources."),
+    ] = None,
+) -> None:
+    """Show which channels the data has: field, records, tokens, names that would be refused.
+
+    Exit code 0 if training could use the channels; 1 if there are none, or some would be refused;
+    2 if the data cannot be read.
+    """
+    with _reported_errors():
+        from channel_metrics.cli.check import check_data
+
+        result = check_data(data or [], fields=field or [], config_path=config)
+        _show_check(result)
+    if result.problems or not result.has_channel:
+        raise typer.Exit(1)
+
+
+@app.command("run", context_settings={"allow_interspersed_args": False})
+def run_command(
+    context: typer.Context,
+    script: Annotated[str, typer.Argument(help="The training script.")],
+    args: Annotated[
+        list[str] | None, typer.Argument(help="Everything after SCRIPT belongs to it.")
+    ] = None,
+    patch: Annotated[
+        list[str] | None, typer.Option(help="What to patch, e.g. hf_trainer (repeatable).")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML of the metrics: fields, channels, metrics, keys.")
+    ] = None,
+) -> None:
+    """Run an unmodified training script with channel metrics.
+
+    Options of ours come before SCRIPT. Output, exit code and signals are those of the script.
+    """
+    start = partial(_run_script, script, list(args or []), list(patch or []), config)
+    if isinstance(context.obj, list):
+        context.obj.append(start)
+    else:
+        start()
+
+
+def _run_script(script: str, args: list[str], patches: list[str], config: Path | None) -> None:
+    from channel_metrics.cli.run_script import run_script
+
+    try:
+        run_script(script, args, patches, config)
+    except ChannelMetricsError as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        if any(frame.f_globals.get("__name__") == "runpy" for frame, _ in frames):
+            raise  # It is the script's, and so is its traceback.
+        _fail(error)
+
+
+@contextmanager
+def _reported_errors() -> Iterator[None]:
+    """Our own errors end the command with their message and exit code 2; others keep tracebacks."""
+    try:
+        yield
+    except ChannelMetricsError as error:
+        _fail(error)
+
+
+def _fail(error: ChannelMetricsError) -> NoReturn:
+    typer.echo(f"error: {error}", err=True)
+    raise SystemExit(2) from None
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # Channels may have brackets in their names, which are no markup.
+    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+    return Console(width=width, highlight=False, markup=False)
+
+
+add_commands(app, _reported_errors, _console)
+
+
+def _show_run(summary: TrainSummary, settings: TrainConfig) -> None:
+    from channel_metrics.analysis.report.command import report_of_training
+    from channel_metrics.analysis.summary import render
+
+    console = _console()
+    table = render(
+        summary.rows,
+        ratios={source.name: source.ratio for source in settings.sources},
+        domains={source.name: source.domain for source in settings.sources},
+    )
+    console.print(table)
+    if summary.num_skipped:
+        console.print(
+            f"{summary.num_skipped} records were left out: their answers begin after max_length = "
+            f"{settings.max_length} tokens."
+        )
+    # Not through rich, which would wrap a path or take its brackets for markup.
+    typer.echo(f"run folder:  {summary.output_dir}")
+    typer.echo(f"TensorBoard: tensorboard --logdir {shlex.quote(str(summary.output_dir))}")
+    typer.echo(report_of_training(summary.output_dir, "trainer_state"))
+
+
+def _show_check(result: CheckResult) -> None:
+    from channel_metrics.cli.check import render
+
+    for name in result.fields:
+        typer.echo(f"field {name}: channel of {result.found_in[name]:,} records")
+    if result.found_in[None]:
+        typer.echo(f"no field: {result.found_in[None]:,} records, counted as unlabeled")
+    _console().print(render(result))
+    for problem in result.problems:
+        typer.echo(f"problem: {problem}")
+    if not result.has_channel:
+        typer.echo(
+            "no record has a channel: name the field that holds it with --field, or add one.",
+            err=True,
+        )

@@ -1,0 +1,1 @@
+"""What is measured, and how it is added up. Imports torch and nothing else."""

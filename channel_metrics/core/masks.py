@@ -1,0 +1,156 @@
+"""Boundaries out of masks and position ids: what padded and packed batches carry instead.
+
+Letters: B rows, S row length. Pure, and meant for the host: the functions read values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from channel_metrics.core.cu_seqlens import Boundaries, rows_as_sequences, sequence_index
+from channel_metrics.errors import BoundaryError
+
+__all__ = [
+    "boundaries_from_attention_mask",
+    "boundaries_from_position_ids",
+    "boundaries_from_seq_idx",
+]
+
+
+def boundaries_from_attention_mask(attention_mask: Tensor) -> Boundaries:
+    """From a 2-D mask [B, S] of 0/1 or of segment numbers, or a 4-D block-diagonal one.
+
+    0/1: every row is one sequence, left and right padding alike. Segment numbers 1..n (0 is
+    padding): every number of a row is one sequence. 4-D [B, 1, S, S], bool or additive float:
+    a sequence is a block, causal or not; positions that attend to nothing are padding.
+    """
+    if attention_mask.dim() == 4:
+        return _from_block_diagonal(attention_mask)
+    if attention_mask.dim() != 2:
+        raise BoundaryError(
+            "attention_mask must be [B, S] or block-diagonal [B, 1, S, S], but has shape "
+            f"{list(attention_mask.shape)}; pass cu_seqlens for other layouts."
+        )
+    if attention_mask.is_floating_point() or attention_mask.is_complex():
+        raise BoundaryError(
+            f"a 2-D attention_mask must be bool or integer, but is {attention_mask.dtype}."
+        )
+    numbers = attention_mask.long()
+    if numbers.numel() and int(numbers.min()) < 0:
+        raise BoundaryError(
+            f"attention_mask must hold 0/1 or segment numbers, but holds {int(numbers.min())}."
+        )
+    if numbers.numel() and int(numbers.max()) > 1:
+        return _from_segment_numbers(numbers)
+    num_rows, row_length = attention_mask.shape
+    keep = numbers.bool().flatten()
+    return Boundaries(rows_as_sequences(num_rows, row_length), None if bool(keep.all()) else keep)
+
+
+def boundaries_from_position_ids(
+    position_ids: Tensor, attention_mask: Tensor | None = None
+) -> Boundaries:
+    """From position ids [B, S] or [T] that restart at 0 with every sequence (padding-free).
+
+    A 0/1 `attention_mask` [B, S] names the pad positions, which never start a sequence. Every
+    row starts a sequence. A tail of pads that is not masked cannot be told from sequences of
+    length 1; the number of channels will not fit it, and that is an error.
+    """
+    if position_ids.dim() == 1:
+        position_ids = position_ids.unsqueeze(0)
+    if position_ids.dim() != 2:
+        raise BoundaryError(
+            "position_ids must be [B, S] or [num_tokens] to give boundaries, but has shape "
+            f"{list(position_ids.shape)}; pass cu_seqlens for multi-axis position ids."
+        )
+    keep = torch.ones_like(position_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        if attention_mask.shape != position_ids.shape:
+            raise BoundaryError(
+                f"attention_mask has shape {list(attention_mask.shape)} but position_ids has "
+                f"{list(position_ids.shape)}; they describe the same tokens."
+            )
+        keep = attention_mask.bool()
+    return _from_starts((position_ids == 0) & keep, keep)
+
+
+def boundaries_from_seq_idx(seq_idx: Tensor) -> Boundaries:
+    """From `seq_idx` [B, S] or [T]: the number of the sequence each token is in (-1 is padding)."""
+    if seq_idx.dim() == 1:
+        seq_idx = seq_idx.unsqueeze(0)
+    if seq_idx.dim() != 2 or seq_idx.is_floating_point():
+        raise BoundaryError(
+            "seq_idx must be an integer tensor [B, S] or [num_tokens], but is "
+            f"{seq_idx.dtype} of shape {list(seq_idx.shape)}."
+        )
+    return _from_segment_numbers((seq_idx + 1).long())
+
+
+def _from_starts(starts: Tensor, keep: Tensor) -> Boundaries:
+    """[B, S] sequence starts (kept positions only) and kept positions -> boundaries.
+
+    Pads before the first start of a row belong to that first sequence, all others to the
+    sequence before them: then no position is without an owner.
+    """
+    num_rows, row_length = starts.shape
+    starts = starts | (keep & (keep.cumsum(1) == 1))
+    opens = starts & (starts.cumsum(1) > 1)
+    if row_length == 0:
+        return Boundaries(rows_as_sequences(num_rows, 0))
+    opens[:, 0] = True
+    bounds = opens.flatten().nonzero().flatten()
+    end = bounds.new_tensor([num_rows * row_length])
+    keep = keep.flatten()
+    return Boundaries(torch.cat([bounds, end]).to(torch.int32), None if bool(keep.all()) else keep)
+
+
+def _from_segment_numbers(numbers: Tensor) -> Boundaries:
+    """[B, S] segment numbers, 0 for padding; a new number opens a sequence."""
+    keep = numbers > 0
+    if not bool(keep.any(1).all()):
+        row = int((~keep.any(1)).nonzero()[0])
+        raise BoundaryError(
+            f"row {row} of the segment numbers holds padding only, so its sequences cannot be "
+            "counted; drop the row or pass cu_seqlens."
+        )
+    before = _kept_before(keep)
+    previous = torch.where(before >= 0, numbers.gather(1, before.clamp(min=0)), 0)
+    return _from_starts(keep & (numbers != previous), keep)
+
+
+def _kept_before(keep: Tensor) -> Tensor:
+    """[B, S]: the last kept position before each one, else -1: pads in a row open nothing."""
+    index = torch.where(keep, torch.arange(keep.shape[1]).expand_as(keep), -1)
+    return torch.nn.functional.pad(index.cummax(1).values, (1, 0), value=-1)[:, :-1]
+
+
+def _from_block_diagonal(mask: Tensor) -> Boundaries:
+    if mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
+        raise BoundaryError(
+            "a 4-D attention_mask must be [B, 1, S, S] to give boundaries, but has shape "
+            f"{list(mask.shape)}; pass cu_seqlens."
+        )
+    if mask.is_floating_point() and mask.numel() and float(mask.max()) > 0:
+        raise BoundaryError(
+            "a 4-D float attention_mask must be additive (0 where attention is allowed, negative "
+            f"elsewhere), but holds {float(mask.max())}; pass 0/1 masks as bool."
+        )
+    # Additive masks hold 0 where attention is allowed and a large negative number elsewhere.
+    allowed = mask[:, 0] >= 0 if mask.is_floating_point() else mask[:, 0].bool()
+    keep = allowed.diagonal(dim1=1, dim2=2)
+    before = _kept_before(keep)
+    joined = allowed.gather(2, before.clamp(min=0).unsqueeze(2)).squeeze(2) & (before >= 0)
+    boundaries = _from_starts(keep & ~joined, keep)
+    size = mask.shape[-1]
+    owner = sequence_index(boundaries.cu_seqlens, keep.numel()).view(keep.shape)
+    same = (owner[:, :, None] == owner[:, None, :]) & keep[:, :, None] & keep[:, None, :]
+    causal = same & torch.ones(size, size, dtype=torch.bool).tril()
+    # What pad positions attend to says nothing.
+    allowed = allowed & keep[:, :, None]
+    if not (torch.equal(allowed, causal) or torch.equal(allowed, same)):
+        raise BoundaryError(
+            "a 4-D attention_mask must be block-diagonal (causal or full inside each block) to "
+            "give boundaries, but this one is not; pass cu_seqlens."
+        )
+    return boundaries

@@ -1,0 +1,1 @@
+"""Channels in records and batches: collators, scans, files."""

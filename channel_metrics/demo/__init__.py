@@ -1,0 +1,1 @@
+"""The trainer application behind `channel-metrics train`."""

@@ -1,0 +1,205 @@
+"""`channel-metrics train`: the transformers Trainer on a mixture, with channel metrics."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from channel_metrics.analysis.run import RUN_FILE
+from channel_metrics.analysis.summary import ChannelRow, summarize
+from channel_metrics.core.labels import channels_of, field_roots
+from channel_metrics.data.jsonl import check_record, read_jsonl
+from channel_metrics.demo.config import ProbeSection, TrainConfig
+from channel_metrics.demo.encoding import check_tokenizer, encode
+from channel_metrics.demo.mixture import Mixture, build_mixture
+from channel_metrics.demo.tiny import load_tokenizer, tiny_model
+from channel_metrics.errors import ConfigError
+from channel_metrics.extras import need
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+__all__ = ["TrainSummary", "train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSummary:
+    """What a run leaves behind."""
+
+    rows: list[ChannelRow]
+    """One per channel."""
+
+    output_dir: Path
+    """The run folder: TensorBoard's files, `trainer_state.json`, the configured ratios (for the
+    report), and checkpoints if any."""
+
+    log_history: list[dict[str, Any]] = field(repr=False)
+    """What the trainer logged."""
+
+    is_main: bool
+    """False in all processes of a distributed run but the first one."""
+
+    num_skipped: int
+    """Records that were left out, because nothing of them could be learned."""
+
+
+def train(
+    config: TrainConfig, *, output_dir: Path, max_steps: int | None = None, quiet: bool = True
+) -> TrainSummary:
+    """Train as `config` says; `output_dir` and `max_steps` go before what it says in `training`.
+
+    quiet: no progress bars. Raises `ConfigError` before training for a config that cannot run.
+    """
+    _check_fields(config)
+    if quiet:
+        need("datasets", extra="hf").disable_progress_bars()
+    overrides = {} if max_steps is None else {"max_steps": max_steps}
+    arguments = _arguments(replace(config, training=config.training | overrides), output_dir, quiet)
+    tokenizer = load_tokenizer(config.tokenizer)
+    mixture = build_mixture(config, tokenizer)
+    if mixture.val is None and arguments.eval_strategy != "no":
+        raise ConfigError(
+            f"training sets eval_strategy {config.training['eval_strategy']!r}, but no source has "
+            "val_path or val_samples; give one of them records for evaluation."
+        )
+    trainer = _trainer(config, arguments, tokenizer, mixture)
+    trainer.train()
+    _finish(trainer)
+    if trainer.is_world_process_zero():
+        _write_ratios(config, output_dir)
+    logs: list[dict[str, Any]] = trainer.state.log_history
+    return TrainSummary(
+        rows=summarize(logs, _channels(config, mixture), config.metrics.key_format),
+        output_dir=output_dir,
+        log_history=logs,
+        is_main=trainer.is_world_process_zero(),
+        num_skipped=mixture.num_skipped,
+    )
+
+
+def _check_fields(config: TrainConfig) -> None:
+    if "metadata" not in field_roots(config.metrics.fields):
+        raise ConfigError(
+            "metrics.fields must name a field in metadata, which is what records keep, but is "
+            f"{list(config.metrics.fields)}; metadata._fusion_source is the name of the source."
+        )
+
+
+def _arguments(config: TrainConfig, output_dir: Path, quiet: bool) -> TrainingArguments:
+    transformers = need("transformers", extra="hf")
+    torch = need("torch", extra="hf")
+    # torch.accelerator came with torch 2.6.
+    has_accelerator = getattr(torch, "accelerator", torch.cuda).is_available()
+    defaults = {
+        "seed": config.seed,
+        "report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
+        "disable_tqdm": quiet,
+        # Pinning warns where there is no accelerator to pin for.
+        "dataloader_pin_memory": has_accelerator,
+        # Without it, several processes on CPUs would each train a model of their own.
+        "use_cpu": not has_accelerator,
+    }
+    values = defaults | config.training | {"output_dir": str(output_dir)}
+    try:
+        arguments: TrainingArguments = transformers.TrainingArguments(**values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"transformers refuses the values in training: {error}") from error
+    return arguments
+
+
+def _model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    if config.model.tiny is not None:
+        return tiny_model(
+            config.model.tiny, tokenizer, max_length=config.max_length, seed=config.seed
+        )
+    model: PreTrainedModel = need("transformers", extra="hf").AutoModelForCausalLM.from_pretrained(
+        config.model.name
+    )
+    embeddings: Any = model.get_input_embeddings()
+    held = embeddings.weight.shape[0]
+    if held < len(tokenizer):
+        raise ConfigError(
+            f"model {config.model.name!r} has {held} embeddings, but tokenizer "
+            f"{config.tokenizer!r} has {len(tokenizer)} tokens; take the model's own tokenizer."
+        )
+    return model
+
+
+def _trainer(
+    config: TrainConfig,
+    arguments: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    mixture: Mixture,
+) -> Trainer:
+    from transformers import DataCollatorForSeq2Seq, Trainer
+
+    from channel_metrics.trainers.hf import attach
+
+    trainer = Trainer(
+        model=_model(config, tokenizer),
+        args=arguments,
+        train_dataset=mixture.train,
+        eval_dataset=mixture.val,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )
+    if config.probe is not None:
+        trainer.add_callback(_probe(config.probe, tokenizer, config.max_length))
+    return attach(trainer, config.metrics_of_run())
+
+
+def _probe(section: ProbeSection, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Any:
+    from channel_metrics.trainers.hf.probe import DatasetMetricsCallback
+
+    sources: dict[str, list[dict[str, Any]]] = {}
+    for name, path in section.sources.items():
+        sources[name] = []
+        for number, record in read_jsonl(path):
+            check_record(record, f"{path}:{number}")
+            sources[name].append(record)
+    every = (record for records in sources.values() for record in records)
+    chat = any(record.get("messages") is not None for record in every)
+    check_tokenizer(tokenizer, chat=chat)
+    # Only the chosen records are encoded.
+    encoded = partial(encode, tokenizer=tokenizer, max_length=max_length)
+    return DatasetMetricsCallback(sources, section, encode=encoded)
+
+
+def _finish(trainer: Trainer) -> None:
+    """Evaluate the final weights, unless that was done, and complete the run folder."""
+    step = trainer.state.global_step
+    done = any("eval_loss" in log and log["step"] == step for log in trainer.state.log_history)
+    if trainer.eval_dataset is not None and not done:
+        trainer.evaluate()
+    if trainer.args.save_strategy != "no":
+        trainer.save_model()
+    trainer.save_state()
+
+
+def _write_ratios(config: TrainConfig, output_dir: Path) -> None:
+    """Keep what was configured, for the report; the trainer's own files do not have it."""
+    ratios = {source.name: source.ratio for source in config.sources}
+    (output_dir / RUN_FILE).write_text(json.dumps({"ratios": ratios}) + "\n", encoding="utf-8")
+
+
+def _channels(config: TrainConfig, mixture: Mixture) -> Sequence[str]:
+    """The channels of the data: the sources first, in their order, then any other."""
+    found = {
+        name
+        for metadata in mixture.train["metadata"]
+        for name in channels_of({"metadata": metadata}, config.metrics.fields)
+        if name is not None
+    }
+    sources = [source.name for source in config.sources if source.name in found]
+    return [*sources, *sorted(found.difference(sources))]
+
+
+def is_interactive() -> bool:
+    """Whether somebody watches: progress bars go to stderr."""
+    return sys.stderr.isatty()

@@ -1,0 +1,124 @@
+"""The channels while a run goes on: a table under the progress bar, columns in a notebook.
+
+In a terminal the rows of the table are tqdm bars without a bar, below the trainer's own, so they
+share the screen with whatever else writes through tqdm. Redirected output gets nothing from here:
+the trainer's own log lines hold every value.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import transformers
+from tqdm.auto import tqdm
+
+from channel_metrics.core.faults import FaultGuard
+
+__all__ = ["LiveTable", "table_lines", "wants_live_table"]
+
+ChannelValues = Mapping[str, Mapping[str, float]]
+
+_MAX_ROWS = 12
+_NOTEBOOK = "NotebookProgressCallback"
+
+
+def wants_live_table(trainer: Any) -> bool:
+    """Whether somebody looks: a terminal with progress bars, or a notebook."""
+    in_notebook = any(
+        type(callback).__name__ == _NOTEBOOK for callback in trainer.callback_handler.callbacks
+    )
+    return in_notebook or (sys.stderr.isatty() and not trainer.args.disable_tqdm)
+
+
+def table_lines(values: ChannelValues, before: ChannelValues) -> list[str]:
+    """The table as lines: loss, its change since the window before, accuracy, share.
+
+    The channels with the most tokens come first; what does not fit is counted in a last line.
+    """
+    ranked = sorted(values, key=lambda name: -values[name].get("share", 0.0))
+    lines = [f"{'channel':<20} {'loss':>9} {'change':>9} {'acc':>7} {'share':>7}"]
+    for name in ranked[:_MAX_ROWS]:
+        row = values[name]
+        change = _difference(row.get("loss"), before.get(name, {}).get("loss"))
+        lines.append(
+            f"{_fit(name, 20):<20} {_number(row.get('loss'), '9.4f')} {_number(change, '+9.4f')} "
+            f"{_number(row.get('token_acc'), '7.1%')} {_number(row.get('share'), '7.1%')}"
+        )
+    if len(ranked) > _MAX_ROWS:
+        lines.append(f"and {len(ranked) - _MAX_ROWS} more channels")
+    return lines
+
+
+class LiveTable(transformers.TrainerCallback):
+    """Shows each train window when it has been closed and logged.
+
+    closed: gives the values of the window that this log has closed, empty if it closed none.
+    callbacks: the trainer's own, among which a notebook's table is looked for.
+    """
+
+    def __init__(
+        self,
+        closed: Callable[[], ChannelValues],
+        callbacks: Sequence[Any],
+        guard: FaultGuard | None = None,
+    ) -> None:
+        self._closed = closed
+        self._guard = guard or FaultGuard()
+        self._callbacks = callbacks
+        self._before: ChannelValues = {}
+        self._bars: list[tqdm[Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw the window that has just been closed, on the first process only."""
+        with self._guard.guarded():
+            window = self._closed()
+            if window and state.is_world_process_zero:
+                self._show(window, args, state)
+
+    def _show(self, window: ChannelValues, args: Any, state: Any) -> None:
+        notebook = next((c for c in self._callbacks if type(c).__name__ == _NOTEBOOK), None)
+        if notebook is not None:
+            # With evaluations, the notebook's rows are those of the evaluations.
+            if notebook.training_tracker is not None and args.eval_strategy == "no":
+                notebook.training_tracker.write_line({"Step": state.global_step} | _columns(window))
+        elif sys.stderr.isatty():
+            self._draw(table_lines(window, self._before))
+        self._before = {**self._before, **window}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the table off the screen."""
+        for bar in self._bars:
+            bar.close()
+        self._bars = []
+
+    def _draw(self, lines: list[str]) -> None:
+        while len(self._bars) < len(lines):
+            self._bars.append(
+                tqdm(total=0, position=len(self._bars) + 1, bar_format="{desc}", leave=False)
+            )
+        for bar, line in zip(self._bars, lines + [""] * len(self._bars), strict=False):
+            bar.set_description_str(line)
+
+
+def _columns(window: ChannelValues) -> dict[str, float]:
+    return {
+        f"{name} {metric}": window[name][metric]
+        for name in window
+        for metric in ("loss", "token_acc")
+        if metric in window[name]
+    }
+
+
+def _difference(now: float | None, before: float | None) -> float | None:
+    return None if now is None or before is None else now - before
+
+
+def _number(value: float | None, form: str) -> str:
+    width = int(form.strip("+").split(".")[0].rstrip("%"))
+    return f"{'':>{width}}" if value is None else f"{value:{form}}"
+
+
+def _fit(name: str, width: int) -> str:
+    return name if len(name) <= width else name[: width - 1] + "…"

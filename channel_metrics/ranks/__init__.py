@@ -1,0 +1,1 @@
+"""Sums of one rank -> sums of all ranks."""

@@ -1,0 +1,120 @@
+"""The part of a Trainer's batch that is ours: taken out before the model sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
+from torch import Tensor
+
+from channel_metrics.capture.transformers import shifted_labels
+from channel_metrics.core.sums import TokenValues
+from channel_metrics.trainers.hf.data import BOUNDS_KEY
+
+__all__ = [
+    "BatchChannels",
+    "first_records",
+    "labels_of",
+    "real_records",
+    "repeats_unseen",
+    "take_channels",
+]
+
+
+@dataclass(frozen=True)
+class BatchChannels:
+    """channels: per sequence (ids or names), or ids of the targets [B, S], see `parallel`.
+    cu_seqlens: int32 [num_sequences + 1], None where every row is one sequence."""
+
+    channels: Tensor | list[str | None]
+    cu_seqlens: Tensor | None
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the channels are ids of tokens."""
+        return isinstance(self.channels, Tensor) and self.channels.dim() == 2
+
+    @property
+    def num_sequences(self) -> int:
+        """The number of sequences (of rows, for ids per token)."""
+        return len(self.channels)
+
+
+def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | None:
+    """Remove our keys from `inputs`; None if they are not there."""
+    channels, cu_seqlens = inputs.pop("channels", None), inputs.pop(BOUNDS_KEY, None)
+    return None if channels is None else BatchChannels(channels, cu_seqlens)
+
+
+def labels_of(batch: BatchChannels, inputs: Mapping[str, Any]) -> Any:
+    """The labels that the channels stand beside: as they are, or shifted for ids per token."""
+    labels = inputs.get("labels")
+    if not batch.per_token:
+        return labels
+    shifted = inputs.get("shift_labels")
+    return shifted_labels(labels) if shifted is None and isinstance(labels, Tensor) else shifted
+
+
+def real_records(accelerator: Any, data_rank: int, data_size: int) -> tuple[int, int] | None:
+    """(records that are no repetitions, records) of this rank in an evaluation batch.
+
+    None means that there are no repetitions. accelerate repeats the first samples so that all
+    ranks get even last batches, and drops them again when it gathers for metrics, by this same
+    count. In training they are kept: the model is trained on them.
+    """
+    state = accelerator.gradient_state
+    if data_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return None
+    remainder, loader = int(state.remainder), state.active_dataloader
+    if isinstance(loader, DataLoaderDispatcher):
+        # Dispatched: the last batch of all ranks is filled up to the next multiple of them.
+        per_rank = -(-remainder // data_size)
+    elif accelerator.even_batches:
+        per_rank = loader.total_batch_size // data_size
+    else:
+        return None
+    return min(max(remainder - data_rank * per_rank, 0), per_rank), per_rank
+
+
+def repeats_unseen(loader: Any, accelerator: Any) -> bool:
+    """Whether accelerate may repeat records of a stream whose length nobody knows."""
+    stream = isinstance(getattr(loader, "dataset", None), IterableDatasetShard)
+    return stream and accelerator.num_processes > 1
+
+
+def first_records(
+    batch: BatchChannels, values: TokenValues, count: int, per_rank: int
+) -> tuple[BatchChannels, TokenValues] | None:
+    """Only the first `count` of `per_rank` records; nothing is read from the device.
+
+    None if it cannot be told what a record is: neither a row nor a sequence.
+    """
+    shape, bounds = values.mask.shape, batch.cu_seqlens
+    rows = shape[0] if len(shape) == 2 else 1
+    if rows == per_rank:
+        end: Any = count * shape[-1]
+    elif batch.num_sequences == per_rank and bounds is not None:
+        end = bounds[count]
+    else:
+        return None
+    positions = torch.arange(values.mask.numel(), device=values.mask.device)
+    kept = values._replace(mask=values.mask & (positions < end).view(shape))
+    if bounds is None:
+        if batch.per_token:
+            return batch, kept
+        # Without bounds a row is a sequence, and would count as one sample.
+        return BatchChannels(batch.channels[:count], None), _rows(kept, count)
+    # Sequences behind the end become empty: no tokens, no samples.
+    return BatchChannels(batch.channels, bounds.clamp(max=end)), kept
+
+
+def _rows(values: TokenValues, count: int) -> TokenValues:
+    return TokenValues(
+        values.losses[:count],
+        values.mask[:count],
+        None if values.correct is None else values.correct[:count],
+        None if values.weights is None else values.weights[:count],
+    )

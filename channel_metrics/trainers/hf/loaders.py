@@ -1,0 +1,153 @@
+"""The data side of the Trainer mixin: its collator learns the channels.
+
+The collator is only wrapped while a data loader is made: what the user sees as
+`trainer.data_collator` stays theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from channel_metrics.data.collator import ChannelCollator
+from channel_metrics.errors import ConfigError
+from channel_metrics.trainers.hf.batch import repeats_unseen
+from channel_metrics.trainers.hf.data import declare_channels, wrap_collator
+from channel_metrics.trainers.hf.parallel import (
+    RankLayout,
+    RowCollator,
+    TargetIdCollator,
+    check_keeps_rows,
+    layout_of,
+)
+from channel_metrics.trainers.hf.state import ChannelState
+
+__all__ = ["ChannelLoadersMixin"]
+
+if TYPE_CHECKING:
+    import transformers
+
+    class _TrainerBase(transformers.Trainer):
+        """What the mixins stand before, as far as types go."""
+
+        train_dataset: Any
+        eval_dataset: Any
+        _signature_columns: Any
+else:
+    _TrainerBase = object
+
+
+class ChannelLoadersMixin(_TrainerBase):
+    """Makes data loaders whose batches carry `channels`."""
+
+    channel_metrics: ChannelState | None = None
+
+    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._channel_collator(self.train_dataset, "train"):
+            return super().get_train_dataloader(*args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        with self._channel_collator(dataset, "eval"):
+            loader = super().get_eval_dataloader(eval_dataset)
+        if self.channel_metrics is not None:
+            with self.channel_metrics.guard.guarded():
+                self._warn_of_repetitions(self.channel_metrics, loader)
+        return loader
+
+    def _warn_of_repetitions(self, state: ChannelState, loader: Any) -> None:
+        if repeats_unseen(loader, self.accelerator):
+            state.warn_once(
+                "every rank reads the evaluation stream itself (dispatch_batches=False): if its "
+                "records do not fill the last batch of all ranks, accelerate repeats the first "
+                "ones, which cannot be told from others here, and they are counted twice."
+            )
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        with self._channel_collator(test_dataset, "test"):
+            return super().get_test_dataloader(test_dataset)
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        if not isinstance(self.data_collator, ChannelCollator):
+            return super()._remove_unused_columns(dataset, description=description)
+        self._set_signature_columns_if_needed()
+        before = self._signature_columns
+        self._signature_columns = [*before, *self.data_collator.roots]
+        try:
+            return super()._remove_unused_columns(dataset, description=description)
+        finally:
+            self._signature_columns = before
+
+    def _get_collator_with_removed_columns(
+        self, data_collator: Callable[..., Any], description: str | None = None
+    ) -> Callable[..., Any]:
+        remove = super()._get_collator_with_removed_columns
+        if not isinstance(data_collator, ChannelCollator):
+            return remove(data_collator, description=description)
+        # Ours must be the outer one: it needs the columns that the other one removes.
+        return data_collator.around(remove(data_collator.base, description=description))
+
+    def _rank_layout(self) -> RankLayout:
+        """How the ranks of this run divide the batches."""
+        found = getattr(self, "get_tp_size", lambda: 1)()
+        return layout_of(self.accelerator, tp_size=found)
+
+    def _collator_kind(self, dataset: Any, description: str, known: bool) -> type[ChannelCollator]:
+        """What the way of the batches to the ranks asks of their channels."""
+        dispatched = self.accelerator.dispatch_batches
+        if dispatched is None:
+            dispatched = isinstance(dataset, torch.utils.data.IterableDataset)
+        dispatched = dispatched and self.accelerator.num_processes > 1
+        cut = self._rank_layout().shards_rows
+        if (dispatched or cut) and not known:
+            reason, remedy = (
+                ("rows are cut along the sequence (cp_size or sp_size > 1)", "")
+                if cut
+                else (
+                    "one process sends the batches of a stream to the others (dispatch_batches)",
+                    ', or set accelerator_config={"dispatch_batches": False}',
+                )
+            )
+            raise ConfigError(
+                f"{reason}, so channels must be ids, but the {description} set cannot be scanned "
+                f"for names ({type(dataset).__name__}); declare `channels` in the metrics config"
+                f"{remedy}."
+            )
+        if dispatched:
+            check_keeps_rows(self.data_collator)
+        return TargetIdCollator if cut else RowCollator if dispatched else ChannelCollator
+
+    @contextmanager
+    def _channel_collator(self, dataset: Any, description: str) -> Iterator[None]:
+        """While this lasts, `data_collator` also gives the channels of a batch of `dataset`."""
+        state, before = self.channel_metrics, self.data_collator
+        if state is not None and state.guard.measuring:
+            with state.guard.guarded():
+                self.data_collator = self._with_channels(state, dataset, description)
+        try:
+            yield
+        finally:
+            self.data_collator = before
+
+    def _with_channels(self, state: ChannelState, dataset: Any, description: str) -> Any:
+        """The trainer's own collator, wrapped for a data loader of `dataset`."""
+        if isinstance(self.data_collator, ChannelCollator):
+            return self.data_collator
+        fields, table = state.config.fields, state.table
+        scanned = declare_channels(dataset, fields=fields, table=table, description=description)
+        known = scanned or bool(state.config.channels)
+        self._set_signature_columns_if_needed()
+        return wrap_collator(
+            self.data_collator,
+            fields=fields,
+            table=table if known else None,
+            signature_columns=self._signature_columns,
+            remove_unused_columns=self.args.remove_unused_columns,
+            kind=self._collator_kind(dataset, description, known),
+            guard=state.guard,
+        )

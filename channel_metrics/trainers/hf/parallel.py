@@ -1,0 +1,218 @@
+"""Ranks that share a batch, and batches that are cut along the sequence: who counts what.
+
+| mode | what a rank sees | who counts |
+|---|---|---|
+| data parallel, ZeRO, FSDP | its own rows | every rank |
+| tensor parallel | the rows of its group | the first rank of the group |
+| context parallel (torch) | a part of each row of its group | every rank, its part |
+| sequence parallel (DeepSpeed Ulysses) | in training a part of each row | every rank, its part |
+
+Ulysses is off in evaluation, and each rank has rows of its own. Where transformers does not cut
+the rows of an evaluation for context parallelism, its ranks hold the same: the first one counts.
+
+Parts of rows cannot be described by boundaries. There the batch holds one id per token, of the
+shape of the labels, and the position of an id is that of the token which predicts its target:
+so ids are cut by whatever cuts `shift_labels`.
+
+Letters: B rows, S row length, N = num_sequences.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DataCollatorWithFlattening
+
+from channel_metrics.core.boundaries import rows_as_sequences, token_channel_ids
+from channel_metrics.data.collator import ChannelCollator
+from channel_metrics.errors import ConfigError, UnsupportedVersionError
+
+__all__ = [
+    "RankLayout",
+    "RowCollator",
+    "TargetIdCollator",
+    "check_keeps_rows",
+    "layout_of",
+    "shard_with_labels",
+    "target_ids",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankLayout:
+    """How the ranks of this run divide the batches."""
+
+    tp_size: int = 1
+    tp_rank: int = 0
+    cp_size: int = 1
+    cp_rank: int = 0
+    sp_size: int = 1
+    data_size: int = 1
+    """The number of ranks, or groups of ranks, that read different rows."""
+    data_rank: int = 0
+
+    @property
+    def shards_rows(self) -> bool:
+        """Whether a rank trains on a part of each row."""
+        return self.cp_size > 1 or self.sp_size > 1
+
+    def counts(self, *, cut: bool) -> bool:
+        """Whether this rank counts its tokens: no token may be counted by two.
+
+        cut: whether the rows of the batch are cut between the context parallel ranks.
+        """
+        return self.tp_rank == 0 and (cut or self.cp_rank == 0)
+
+
+def layout_of(accelerator: Any, *, tp_size: int = 1) -> RankLayout:
+    """The layout of a run; tp_size: what the trainer found in the model or DeepSpeed's config.
+
+    Raises `UnsupportedVersionError` where ranks share batches in a way that cannot be seen.
+    """
+    sizes = getattr(accelerator, "parallelism_config", None)  # older accelerate has none
+    mesh = getattr(accelerator, "torch_device_mesh", None)
+    dims: Sequence[str] = () if mesh is None else mesh.mesh_dim_names or ()
+    tp_size = max(tp_size, getattr(sizes, "tp_size", None) or 1)
+    cp_size = getattr(sizes, "cp_size", None) or 1
+    sp_size = getattr(sizes, "sp_size", None) or 1
+    for name, size in (("tp", tp_size), ("cp", cp_size)):
+        if size > 1 and name not in dims:
+            raise UnsupportedVersionError(
+                f"{name}_size is {size}, but the device mesh of accelerate has the dimensions "
+                f"{list(dims)}: which ranks share a batch cannot be told, and tokens would be "
+                f"counted {size} times. Set the size in accelerate's ParallelismConfig, or "
+                "detach the metrics."
+            )
+    if sp_size > 1:
+        _check_ulysses(sizes)
+    shared = tp_size * cp_size
+    return RankLayout(
+        tp_size=tp_size,
+        tp_rank=mesh.get_local_rank("tp") if mesh is not None and tp_size > 1 else 0,
+        cp_size=cp_size,
+        cp_rank=mesh.get_local_rank("cp") if mesh is not None and cp_size > 1 else 0,
+        sp_size=sp_size,
+        data_size=accelerator.num_processes // shared,
+        data_rank=accelerator.process_index // shared,
+    )
+
+
+def _check_ulysses(sizes: Any) -> None:
+    """Raise `UnsupportedVersionError` unless rows are cut by a DeepSpeed that we know."""
+    if sizes.sp_backend != "deepspeed":
+        raise UnsupportedVersionError(
+            f"sequence parallelism was expected from DeepSpeed, but sp_backend is "
+            f"{sizes.sp_backend!r}; channel ids are cut with the labels by DeepSpeed only."
+        )
+    if not _ulysses_is_off_in_evaluation():
+        raise UnsupportedVersionError(
+            "sequence parallelism needs a DeepSpeed whose Ulysses can be off in evaluation "
+            "(register_with_transformers lacks disable_in_eval): there, the rows of different "
+            "ranks would attend to each other. Update DeepSpeed."
+        )
+
+
+@functools.cache
+def _ulysses_is_off_in_evaluation() -> bool:
+    ulysses = importlib.import_module("deepspeed.runtime.sequence_parallel.ulysses_sp")
+    register = ulysses.UlyssesSPAttentionHF.register_with_transformers
+    return "disable_in_eval" in inspect.signature(register).parameters
+
+
+def target_ids(ids: Tensor) -> Tensor:
+    """[B, S] ids of tokens -> ids of the targets they predict, as `shift_labels` has them."""
+    return torch.nn.functional.pad(ids[..., 1:], (0, 1), value=-1)
+
+
+class TargetIdCollator(ChannelCollator):
+    """`channels` is int64 [B, S]: for each position, the channel of the target it predicts."""
+
+    def _added_keys(
+        self, batch: Mapping[str, Any], channels: list[list[str | None]]
+    ) -> dict[str, Any]:
+        """Without boundaries: the channels of the sequences are written out over their tokens."""
+        added = super()._added_keys(batch, channels)
+        ids = _as_ids(added, "a batch is cut along the sequence (cp_size or sp_size > 1)")
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor) or labels.dim() != 2:
+            came = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+            raise UnsupportedVersionError(
+                "to cut channels along the sequence, the batch must have labels of shape "
+                f"[batch, sequence], but they are {came}."
+            )
+        bounds = added.get(self.bounds_key)
+        bounds = rows_as_sequences(*labels.shape) if bounds is None else bounds
+        of_tokens = token_channel_ids(ids, bounds, labels.numel()).view(labels.shape)
+        return {"channels": target_ids(of_tokens)}
+
+
+class RowCollator(ChannelCollator):
+    """For batches that one process sends to the others: only tensors with one entry per row."""
+
+    def _added_keys(
+        self, batch: Mapping[str, Any], channels: list[list[str | None]]
+    ) -> dict[str, Any]:
+        """The channels; raises `ConfigError` if rows and sequences are not the same."""
+        added = super()._added_keys(batch, channels)
+        _as_ids(added, "one process sends its batches to the others (dispatch_batches)")
+        if self.bounds_key in added:
+            raise ConfigError(_NOT_BY_ROWS.format(f"holds {len(added['channels'])} sequences"))
+        return added
+
+
+_NOT_BY_ROWS = (
+    "one process sends its batches to the others, cut by rows (dispatch_batches), so every row "
+    "must be one sequence, but a batch {} in its rows; set "
+    'accelerator_config={{"dispatch_batches": False}}.'
+)
+
+
+def check_keeps_rows(collator: Any) -> None:
+    """Raise `ConfigError` for a collator that is known to pack rows, before any batch is made.
+
+    On a batch, only the process that makes it could raise, and the others would wait for it.
+    """
+    if isinstance(collator, DataCollatorWithFlattening) or getattr(collator, "padding_free", False):
+        name = type(collator).__name__
+        raise ConfigError(_NOT_BY_ROWS.format(f"of {name} holds several sequences"))
+
+
+def _as_ids(added: Mapping[str, Any], reason: str) -> Tensor:
+    channels = added["channels"]
+    if not isinstance(channels, Tensor):
+        raise ConfigError(
+            f"{reason}, so channels must be ids, but the batch has names that are not in the "
+            f"table ({', '.join(sorted({str(name) for name in channels})[:8])}); declare "
+            '`channels` in the metrics config, with unknown="unlabeled" or "error".'
+        )
+    return channels
+
+
+def shard_with_labels(context: Callable[..., Any], ids: Any) -> Any:
+    """The context that cuts the buffers of a context parallel batch, with our ids among them.
+
+    context: what `Trainer._prepare_context_parallel_inputs` returns; the same object is returned
+    where nothing is cut. ids: the channels of the batch; cut if they are int64 [B, S].
+    """
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        return context
+    if not isinstance(context, functools.partial) or "buffers" not in context.keywords:
+        return context
+    cut = context.keywords
+    return functools.partial(
+        context.func,
+        *context.args,
+        **cut
+        | {
+            "buffers": [*cut["buffers"], ids],
+            "buffer_seq_dims": [*cut["buffer_seq_dims"], 1],
+            "no_restore_buffers": {*cut["no_restore_buffers"], ids},
+        },
+    )

@@ -1,0 +1,278 @@
+"""Probes in a transformers Trainer: a few samples per dataset, forward only, every so many steps.
+
+    probe = DatasetMetricsCallback({"canary": "canary.jsonl", "mmlu": mmlu}, every=100, batches=4)
+    trainer.add_callback(probe)
+    trainer.train()      # the logs hold dataset_canary_loss, dataset_canary_token_acc, ...
+
+Training is unchanged bit for bit, see `channel_metrics.probes.without_trace`. docs/probe.md says
+what is logged.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+import transformers
+
+from channel_metrics.config import refuse_unknown_keys
+from channel_metrics.core.faults import FaultGuard
+from channel_metrics.core.intervals import MOMENTS, Interval, ratio_interval
+from channel_metrics.core.labels import UNLABELED, metric_key
+from channel_metrics.core.metrics import ALL_METRICS
+from channel_metrics.errors import ConfigError
+from channel_metrics.probes.probe import ProbeBudget, ProbeConfig, ProbeSums, probe_keys
+from channel_metrics.probes.without_trace import keep_random_state, undisturbed
+from channel_metrics.ranks.sync import sum_over_ranks
+from channel_metrics.trainers.hf.mixin import check_trainer
+from channel_metrics.trainers.hf.probe_data import (
+    Collate,
+    ProbeBatch,
+    collator_of,
+    draw_batches,
+    read_sources,
+)
+from channel_metrics.trainers.hf.probe_forward import ProbeReader, layout_for_probes
+
+__all__ = ["DatasetMetricsCallback"]
+
+logger = logging.getLogger("channel_metrics")
+
+_WIDTH = len(MOMENTS)
+
+
+class DatasetMetricsCallback(transformers.TrainerCallback):
+    """Measures each dataset of `sources` every N optimizer steps, on separate batches.
+
+    sources: {name: dataset or path of a JSONL file}; records are what the trainer's collator
+        takes. The name is a part of the log keys.
+    config: see `ProbeConfig`; its fields can also be given as keywords (`every=50, batches=2`).
+    encode: record -> what the collator takes, for the chosen records only; None: as they are.
+    collator: None takes a copy of the trainer's.
+
+    trainer: set it if the callback's events are not called by the trainer that owns it; by
+        default that trainer is found when training begins.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Any],
+        config: ProbeConfig | None = None,
+        *,
+        encode: Callable[[Any], Any] | None = None,
+        collator: Collate | None = None,
+        **options: Any,
+    ) -> None:
+        refuse_unknown_keys(options, [field.name for field in fields(ProbeConfig)], "the probe")
+        self.config = replace(config or ProbeConfig(), **options)
+        self.records = read_sources(sources)
+        self.keys = probe_keys(list(self.records))
+        self.trainer: Any = None
+        self._encode, self._collator = encode, collator
+        self._guard = FaultGuard(self.config.on_error)
+        self._logging = False
+        self._clock = time.perf_counter
+
+    # ---- events ---------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw the samples; raises `ConfigError` for keys that are taken, and for bad data."""
+        self._trainer = self.trainer or _trainer_of(self)
+        check_trainer(type(self._trainer))
+        self._guard = FaultGuard(self.config.on_error)
+        self._reserve_keys()
+        self._layout = layout_for_probes(self._trainer)
+        self._reader = ProbeReader(self._trainer, self._layout)
+        self._budget = ProbeBudget(
+            self.config.every, self.config.max_overhead, step=state.global_step
+        )
+        with keep_random_state():
+            self._collate = collator_of(self._trainer, self._collator)
+        self._batches = self._draw(0)
+        self._probed_step: int | None = None
+        self._train_seconds = self._rest_seconds = 0.0
+        self._step_began: float | None = None
+        self._warned = False
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Step 0."""
+        # Not when training begins: other callbacks have not made their loggers ready by then.
+        if self.config.at_start and state.global_step == 0 and self._probed_step is None:
+            self._probe(state.global_step, control)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The clock of a training step starts."""
+        self._step_began = self._clock()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Probe where it is due."""
+        if self._step_began is not None:
+            self._train_seconds += self._clock() - self._step_began
+            self._step_began = None
+        ends = self.config.at_end and state.global_step >= state.max_steps
+        if ends or state.global_step >= self._budget.next_step:
+            self._probe(state.global_step, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last step of a run that somebody else stops early."""
+        stops = control.should_training_stop and self._probed_step != state.global_step
+        if stops and self.config.at_end:
+            self._probe(state.global_step, control)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Raises `ConfigError` if somebody else logs a key of this probe."""
+        taken = {key for of_name in self.keys.values() for key in of_name.values()}
+        taken &= set(logs or ())
+        if taken and not self._logging:
+            raise ConfigError(
+                f"the key {min(taken)!r} of a probe is also logged by another part of this run "
+                "(the trainer, its channel metrics, or a second probe); rename the dataset."
+            )
+
+    # ---- one probe ------------------------------------------------------------------------
+
+    def _probe(self, step: int, control: Any) -> None:
+        if self._guard.off:
+            return
+        asked = self._clock()
+        self._wait_for_device()
+        began = self._told = self._clock()
+        # What was still to be computed when the probe was called belongs to the training.
+        train_seconds = self._train_seconds + began - asked if step else 0.0
+        with self._guard.guarded(), undisturbed(self._reader.model):
+            sums = self._measure(step, began, train_seconds)
+            self._log(sums, step, control)
+        # Known to this rank only, so far: told with the next probe.
+        self._rest_seconds = self._clock() - self._told
+
+    def _measure(self, step: int, began: float, train_seconds: float) -> dict[str, list[float]]:
+        """{dataset: moments} of all ranks; the budget takes in what the probe cost."""
+        rows = None
+        with self._guard.guarded():
+            rows = self._reader.measure(self._batches_of(step)).cpu()
+        self._told = self._clock()
+        clock = (1.0, train_seconds, self._rest_seconds + self._told - began)
+        _, sums, _ = sum_over_ranks(
+            ProbeSums(
+                rows, num_datasets=len(self.records), clock=clock, device=self._reader.device
+            ),
+            alone=self._trainer.accelerator.num_processes == 1,
+            guard=self._guard,
+        )
+        # Means over the ranks: the same on all of them, and so is the next step.
+        times, *rows_of_datasets = sums.tolist()
+        num_ranks, train_seconds, probe_seconds = times[:3]
+        self._budget.add(
+            step, train_seconds=train_seconds / num_ranks, probe_seconds=probe_seconds / num_ranks
+        )
+        self._probed_step, self._train_seconds = step, 0.0
+        return dict(zip(self.records, rows_of_datasets, strict=True))
+
+    def _log(self, sums: Mapping[str, list[float]], step: int, control: Any) -> None:
+        values: dict[str, float] = {}
+        for name, of_name in sums.items():
+            values.update(_values(of_name, self.keys[name]))
+        if self._budget.overhead is not None:
+            values["probe_overhead"] = self._budget.overhead
+        values["probe_every"] = self._budget.distance
+        self._tell_if_stretched()
+        # A log takes back that a log was asked for; the trainer's own one of this step stays due.
+        should_log, self._logging = control.should_log, True
+        try:
+            # In evaluation mode, as after an evaluation: TRL leaves its training window open.
+            self._trainer.log(values)
+        finally:
+            self._logging = False
+            control.should_log |= should_log
+            self._trainer.control.should_log |= should_log
+
+    def _tell_if_stretched(self) -> None:
+        if self._budget.distance > self.config.every and not self._warned:
+            self._warned = True
+            logger.warning(
+                "a probe every %d steps would take more than max_overhead = %g of the training "
+                "time: the next one comes after %d (probe_every in the log). Measure fewer "
+                "batches, or allow more overhead.",
+                self.config.every,
+                self.config.max_overhead,
+                self._budget.distance,
+            )
+
+    def _batches_of(self, step: int) -> list[list[ProbeBatch]]:
+        return self._draw(step) if self.config.resample and step else self._batches
+
+    def _draw(self, draw: int) -> list[list[ProbeBatch]]:
+        return [
+            draw_batches(
+                name,
+                records,
+                config=self.config,
+                batch_size=self.config.batch_size or self._trainer.args.per_device_eval_batch_size,
+                collate=self._collate,
+                encode=self._encode,
+                layout=self._layout,
+                draw=draw,
+            )
+            for name, records in self.records.items()
+        ]
+
+    def _wait_for_device(self) -> None:
+        device = self._reader.device
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize()
+
+    def _reserve_keys(self) -> None:
+        """Refuse keys that the channel metrics of this trainer have; later channels must not."""
+        metrics = getattr(self._trainer, "channel_metrics", None)
+        if metrics is None:
+            return
+        table = metrics.table
+        taken = {key for of_name in self.keys.values() for key in of_name.values()}
+        for channel in (*table.names, UNLABELED):
+            for metric in (*ALL_METRICS, "nonfinite"):
+                key = metric_key(table.key_format, channel, metric)
+                if key in taken:
+                    raise ConfigError(
+                        f"the probe and channel {channel!r} would both be logged as {key!r}; "
+                        "rename the dataset of the probe, or choose another key_format."
+                    )
+        table.reserved |= taken
+
+
+def _values(sums: list[float], keys: Mapping[str, str]) -> dict[str, float]:
+    """What is logged of a dataset, from its moments; nothing where it has no token."""
+    of_loss, of_correct = sums[:_WIDTH], sums[_WIDTH:]
+    found: dict[str, Interval | None] = {
+        "loss": ratio_interval(of_loss, lowest=0.0),
+        "token_acc": ratio_interval(of_correct, lowest=0.0, highest=1.0),
+    }
+    values = {}
+    for metric, interval in found.items():
+        if interval is not None:
+            named = {"": interval.value, "_low": interval.low, "_high": interval.high}
+            values.update({keys[metric + end]: v for end, v in named.items() if v is not None})
+    nonfinite = of_correct[MOMENTS.index("n")] - of_loss[MOMENTS.index("n")]
+    if nonfinite:
+        values[keys["nonfinite"]] = nonfinite
+    return values
+
+
+def _trainer_of(callback: DatasetMetricsCallback) -> Any:
+    """The trainer whose event this is: callbacks are not told, but it is among their callers."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, transformers.Trainer) and any(
+            other is callback for other in caller.callback_handler.callbacks
+        ):
+            return caller
+        frame = frame.f_back
+    raise ConfigError(
+        "expected to be called by a transformers Trainer, but none that holds this callback was "
+        "found; set `callback.trainer = trainer` before training."
+    )

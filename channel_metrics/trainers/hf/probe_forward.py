@@ -1,0 +1,77 @@
+"""The forwards of one probe: batches of this rank -> sums that ranks can add up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from channel_metrics.capture.transformers import is_causal, observe_loss
+from channel_metrics.config import MetricsConfig
+from channel_metrics.core.intervals import moments
+from channel_metrics.core.sums import COLUMNS, sequence_sums
+from channel_metrics.errors import UnsupportedVersionError
+from channel_metrics.probes.probe import ProbeSums
+from channel_metrics.probes.without_trace import forward_module
+from channel_metrics.trainers.hf.parallel import RankLayout, layout_of
+from channel_metrics.trainers.hf.probe_data import ProbeBatch
+from channel_metrics.trainers.hf.state import ChannelState
+
+__all__ = ["ProbeReader", "layout_for_probes"]
+
+
+def layout_for_probes(trainer: Any) -> RankLayout:
+    """How ranks share the samples; raises `UnsupportedVersionError` where rows would be cut."""
+    layout = layout_of(trainer.accelerator, tp_size=getattr(trainer, "get_tp_size", lambda: 1)())
+    if layout.shards_rows:
+        raise UnsupportedVersionError(
+            "a probe runs whole rows, but this run cuts them along the sequence (cp_size = "
+            f"{layout.cp_size}, sp_size = {layout.sp_size}); leave the probe out, or use the "
+            "trainer's own evaluation."
+        )
+    return layout
+
+
+class ProbeReader:
+    """Runs batches through the model of a trainer, and adds up what their tokens say."""
+
+    def __init__(self, trainer: Any, layout: RankLayout) -> None:
+        self.model = forward_module(trainer.model_wrapped)
+        self.device: torch.device = trainer.args.device
+        self._prepare = trainer._prepare_input
+        self._counts = layout.counts(cut=False)
+        self._causal = is_causal(trainer.accelerator.unwrap_model(trainer.model))
+        self._state = ChannelState(MetricsConfig(metrics=("loss", "token_acc")))
+
+    def measure(self, datasets: Sequence[Sequence[ProbeBatch]]) -> Tensor:
+        """[datasets, K] on the device: moments of the losses, then of the correct tokens.
+
+        The caller has the model in evaluation mode, without gradients.
+        """
+        return torch.stack([self._of_dataset(batches) for batches in datasets])
+
+    def _of_dataset(self, batches: Sequence[ProbeBatch]) -> Tensor:
+        # Some devices have no float64.
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.zeros(ProbeSums.num_columns, dtype=dtype, device=self.device)
+        for batch in batches:
+            found = self._of_batch(batch, dtype)
+            # All ranks run the same number of forwards, also one that has nothing to add.
+            if batch.counts and self._counts:
+                total += found.to(total.device)
+        return total
+
+    def _of_batch(self, batch: ProbeBatch, dtype: torch.dtype) -> Tensor:
+        inputs = self._prepare(dict(batch.inputs))
+        labels = inputs["labels"]
+        with observe_loss(self.model, with_correct=True) as observation:
+            self.model(**inputs)
+        values, _ = self._state.token_values(labels, observation, causal=self._causal)
+        sums = sequence_sums(values, batch.cu_seqlens.to(values.losses.device), dtype)
+        column = dict(zip(COLUMNS, sums, strict=False))
+        finite = column["tokens"] - column["nonfinite"]
+        return torch.cat(
+            [moments(column["nll"], finite), moments(column["correct"], column["tokens"])]
+        )

@@ -1,0 +1,208 @@
+"""Megatron's command line: our options, and the channels that its data options mean."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from channel_metrics.config import MetricsConfig
+from channel_metrics.core.labels import ChannelTable
+from channel_metrics.errors import ConfigError, UnsupportedVersionError
+
+__all__ = [
+    "add_arguments",
+    "config_of",
+    "data_paths",
+    "dataset_name",
+    "declared_names",
+    "is_on",
+    "name_by_path",
+    "validate",
+]
+
+_MOCK = "mock"
+# What tools that make Megatron's data append to the name of a source.
+_ENDINGS = (".jsonl", ".json", ".bin", ".idx", "_text_document", "_document", "_text")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group "channel metrics" to Megatron's parser."""
+    group = parser.add_argument_group(title="channel metrics")
+    group.add_argument(
+        "--channels",
+        nargs="*",
+        default=None,
+        metavar="NAME",
+        help="Log loss, token accuracy, tokens and share per channel. One NAME per data set, in "
+        "the order of the blend; without names they are taken from the paths. With --sft, the "
+        "channels of the conversations.",
+    )
+    group.add_argument(
+        "--channels-config",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="YAML with fields, metrics, key_format and so on.",
+    )
+    group.add_argument(
+        "--channels-metrics",
+        nargs="+",
+        default=None,
+        metavar="METRIC",
+        help="What is logged per channel, e.g. loss token_acc ppl tokens share tokens_total.",
+    )
+    return parser
+
+
+def is_on(args: Any) -> bool:
+    """Whether `--channels` was given."""
+    return getattr(args, "channels", None) is not None
+
+
+def config_of(args: Any) -> MetricsConfig:
+    """The config that the options describe; raises `ConfigError`."""
+    config = MetricsConfig()
+    if args.channels_config is not None:
+        from channel_metrics.data.yaml import load_metrics_config
+
+        config = load_metrics_config(args.channels_config)
+    if args.channels_metrics is not None:
+        config = dataclasses.replace(config, metrics=tuple(args.channels_metrics))
+    return config
+
+
+def validate(args: Any) -> None:
+    """Raise `ConfigError` for options that cannot be followed; says nothing without ours."""
+    if not is_on(args):
+        for option in ("channels_config", "channels_metrics"):
+            if getattr(args, option, None) is not None:
+                name = "--" + option.replace("_", "-")
+                raise ConfigError(f"{name} was given without --channels; add --channels.")
+        return
+    config = config_of(args)
+    _refuse_unsupported(args, config)
+    ChannelTable(declared_names(args), key_format=config.key_format)
+
+
+def declared_names(args: Any) -> list[str]:
+    """The channels that are known before any data is read, in their order, each once."""
+    has_other_sources = getattr(args, "sft", False) or _is_external(args)
+    # Named in the records, or by the loader; but the data sets and the names must fit all the same.
+    names = name_by_path(args).values()
+    return list(dict.fromkeys(args.channels if has_other_sources else names))
+
+
+def name_by_path(args: Any) -> dict[str | None, str]:
+    """{path of a data set: its channel}, in the order of the blend; mock data has the path None.
+
+    With --sft, the names given are those of conversations; data sets are named by their paths.
+    A data loader of the script's own has no paths.
+    """
+    given = list(args.channels or ())
+    if _is_external(args):
+        return {}
+    paths = data_paths(args)
+    if not paths:
+        return _mock_name(args, given)
+    if getattr(args, "sft", False) or not given:
+        return dict(zip(paths, given if _fits(args, given, paths) else _short(paths), strict=True))
+    if len(given) == len(paths):
+        return dict(zip(paths, given, strict=True))
+    blends = _blends(args)
+    if all(len(blend) == len(given) for blend in blends):
+        # Each split has files of its own for the same sources.
+        return {path: name for blend in blends for path, name in zip(blend, given, strict=True)}
+    listed = "\n".join(f"  {path}" for path in paths)
+    raise ConfigError(
+        f"--channels got {len(given)} names ({', '.join(given)}), but the blend has "
+        f"{len(paths)} data sets; give one name for each, in this order, or none to take "
+        f"them from the paths:\n{listed}"
+    )
+
+
+def data_paths(args: Any) -> list[str]:
+    """The data sets of all splits, each once, in the order in which they are first named."""
+    return list(dict.fromkeys(path for blend in _blends(args) for path in blend))
+
+
+def _blends(args: Any) -> list[list[str]]:
+    """The paths of each blend: one for all splits, or one per split."""
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    blend, per_split = get_blend_and_blend_per_split(args)
+    return [list(found[0]) for found in (blend, *(per_split or ())) if found is not None]
+
+
+def dataset_name(path: str | None) -> str:
+    """The channel of a data set that no data option names."""
+    return _MOCK if path is None else _without_ending(path)[-1]
+
+
+def _is_external(args: Any) -> bool:
+    return getattr(args, "dataloader_type", None) == "external"
+
+
+def _fits(args: Any, given: Sequence[str], paths: Sequence[str]) -> bool:
+    """Whether names are those of data sets: an SFT blend without channels in its files."""
+    return len(paths) > 1 and len(given) == len(paths)
+
+
+def _mock_name(args: Any, given: list[str]) -> dict[str | None, str]:
+    if not getattr(args, "mock_data", False):
+        return {}
+    if len(given) > 1:
+        raise ConfigError(
+            f"--channels got {len(given)} names ({', '.join(given)}), but --mock-data is one "
+            "data set; give one name, or none."
+        )
+    return {None: given[0] if given else _MOCK}
+
+
+def _short(paths: Sequence[str]) -> list[str]:
+    """The last parts of each path, as few as tell it from the others."""
+    parts = [_without_ending(path) for path in paths]
+    chosen = [own[-1:] for own in parts]
+    while True:
+        counts = Counter(tuple(own) for own in chosen)
+        longer = [
+            full[-len(own) - 1 :] if counts[tuple(own)] > 1 else own
+            for full, own in zip(parts, chosen, strict=True)
+        ]
+        if longer == chosen:
+            return ["/".join(own) for own in chosen]
+        chosen = longer
+
+
+def _without_ending(path: str) -> list[str]:
+    *folders, name = PurePath(path).parts
+    for ending in _ENDINGS:
+        short = name.removesuffix(ending)
+        name = short or name
+    return [*(folder for folder in folders if folder != "/"), name]
+
+
+def _refuse_unsupported(args: Any, config: MetricsConfig) -> None:
+    if getattr(args, "yaml_cfg", None) is not None:
+        raise UnsupportedVersionError("--channels does not work with --yaml-cfg; use arguments.")
+    if getattr(args, "cuda_graph_impl", None) == "full_iteration":
+        raise ConfigError(
+            "--channels does not work with --cuda-graph-impl full_iteration: a captured "
+            "iteration runs no Python that could count; use another implementation."
+        )
+    if getattr(args, "perform_rl_step", False):
+        raise ConfigError("--channels does not work with --perform-rl-step; leave it out.")
+    if getattr(args, "hybrid_context_parallel", False) and "samples" in config.metrics:
+        raise ConfigError(
+            "samples cannot be counted with --hybrid-context-parallel, which spreads one sequence "
+            "over several micro-batches of several ranks; leave samples out of the metrics."
+        )
+    names = config.channels
+    if names and not getattr(args, "sft", False):
+        raise ConfigError(
+            "the file of --channels-config lists channels, but the data options name them here; "
+            "give the names to --channels."
+        )

@@ -1,0 +1,102 @@
+"""Channels and boundaries in the batches that ms-swift's template makes.
+
+The template keeps the channel of each sequence in the batch (`channel`: a list of names, in the
+order of the sequences), padded, packed or padding-free. They are turned into ids and boundaries
+here, on the host, in the collator.
+
+Batches of `GroupedPackingDataset` are understood too: `packed_group` names one group per pack,
+`packed_segments` holds the tokens of each pack (one number, or one per sequence).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor
+
+from channel_metrics.core.boundaries import Boundaries, boundaries_from_batch
+from channel_metrics.core.labels import channels_of
+from channel_metrics.data.collator import ChannelCollator
+from channel_metrics.errors import ChannelError
+
+__all__ = ["GROUP_KEY", "SEGMENTS_KEY", "SwiftCollator"]
+
+GROUP_KEY, SEGMENTS_KEY = "packed_group", "packed_segments"
+# The collator of an evaluation that generates answers passes records on.
+_RECORDS_KEY = "_data"
+
+Names = list[list[str | None]]
+
+
+class SwiftCollator(ChannelCollator):
+    """Around `template.data_collator`: `channels` and boundaries, from the `channel` of the batch.
+
+    What ms-swift itself put into the batch stays there.
+    """
+
+    def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
+        batch = collate(features)
+        if _RECORDS_KEY not in batch:
+            positions = batch.get("text_position_ids", batch.get("position_ids"))
+            view = {**batch, "position_ids": positions}
+            boundaries = boundaries_from_batch(view)
+            batch.update(self._added_keys(view, _names(batch, boundaries)))
+        return batch
+
+
+def _names(batch: Mapping[str, Any], boundaries: Boundaries) -> Names:
+    """The channels of the sequences, as `ChannelCollator` wants them: a list per record."""
+    if batch.get(GROUP_KEY) is not None:
+        return _names_of_packs(batch, boundaries)
+    channel = batch.get("channel")
+    if channel is None:
+        return [[None]] * boundaries.num_sequences
+    return [[name] for name in channels_of({"channel": list(channel)}, ("channel",))]
+
+
+def _names_of_packs(batch: Mapping[str, Any], boundaries: Boundaries) -> Names:
+    groups = channels_of({"group": _as_list(batch[GROUP_KEY])}, ("group",))
+    lengths = [_total(segments) for segments in _as_list(batch.get(SEGMENTS_KEY, ()))]
+    if len(lengths) != len(groups):
+        raise ChannelError(
+            f"{GROUP_KEY} names {len(groups)} groups, but {SEGMENTS_KEY} has {len(lengths)} "
+            "entries; they must have one entry per pack."
+        )
+    rows = batch["labels" if "labels" in batch else "input_ids"].shape[0]
+    if rows == len(groups) and rows > 1:
+        return [[group] for group in groups]
+    bounds = _bounds_without_padding(batch, boundaries, rows)
+    ends = list(accumulate(lengths))
+    if not set(ends) <= set(bounds):
+        raise ChannelError(
+            f"{SEGMENTS_KEY} lets packs end at {ends[:8]}, but sequences begin and end at "
+            f"{bounds[:8]}; a pack must hold whole sequences."
+        )
+    # Behind the last pack there is padding.
+    starts = [start for start in bounds[:-1] if start < ends[-1]]
+    held = Counter(bisect_right(ends, start) for start in starts)
+    return [[group] * held[pack] for pack, group in enumerate(groups)]
+
+
+def _bounds_without_padding(
+    batch: Mapping[str, Any], boundaries: Boundaries, rows: int
+) -> list[int]:
+    """Where sequences begin and end among the tokens that the packs were made of."""
+    mask = batch.get("attention_mask")
+    if rows == 1 or rows != boundaries.num_sequences or mask is None:
+        return [int(bound) for bound in boundaries.cu_seqlens.tolist()]
+    return [0, *accumulate(int(length) for length in (mask != 0).sum(-1).tolist())]
+
+
+def _as_list(values: Any) -> list[Any]:
+    if isinstance(values, str):
+        return [values]
+    return values.tolist() if isinstance(values, Tensor) else list(values)
+
+
+def _total(segments: Any) -> int:
+    return int(sum(segments)) if isinstance(segments, (list, tuple)) else int(segments)

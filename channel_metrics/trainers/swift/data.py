@@ -1,0 +1,66 @@
+"""The column `channel` in the data of ms-swift, which keeps it and drops others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset, IterableDataset, Value
+
+from channel_metrics.core.labels import channel_of, field_roots
+
+__all__ = ["CHANNEL_COLUMN", "records_of", "with_channel_column"]
+
+CHANNEL_COLUMN = "channel"
+_SCAN_ROWS = 65_536
+
+
+def with_channel_column(dataset: Any, fields: Sequence[str]) -> Any:
+    """`dataset` as it is before ms-swift's preprocessing, with the channels in its own column.
+
+    The first of the dotted `fields` that a record has wins. The same object is returned if there
+    is nothing to fill in. A dataset's channels are read once, a stream's on the way.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)) or not dataset.column_names:
+        return dataset
+    roots = [root for root in field_roots(fields) if root in dataset.column_names]
+    if not set(roots) - {CHANNEL_COLUMN}:
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(
+            _with_channel,
+            fn_kwargs={"fields": tuple(fields)},
+            features=_features(dataset),
+        )
+    names = [
+        channel_of(dict(zip(roots, values, strict=True)), fields)
+        for batch in dataset.select_columns(roots).with_format(None).iter(batch_size=_SCAN_ROWS)
+        for values in zip(*(batch[root] for root in roots), strict=True)
+    ]
+    if not any(name is not None for name in names):
+        return dataset
+    if CHANNEL_COLUMN in dataset.column_names:
+        dataset = dataset.remove_columns(CHANNEL_COLUMN)
+    return dataset.add_column(CHANNEL_COLUMN, names)
+
+
+def records_of(dataset: Any) -> Any:
+    """The dataset of records inside ms-swift's own wrappers: lazily encoded, packed.
+
+    What is inside a wrapper of somebody else's need not have the channels of its batches.
+    """
+    while type(dataset).__module__.split(".")[0] == "swift" and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return dataset
+
+
+def _features(dataset: Any) -> Any:
+    if dataset.features is None:
+        return None
+    features = dataset.features.copy()
+    features[CHANNEL_COLUMN] = Value("string")
+    return features
+
+
+def _with_channel(record: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
+    return {**record, CHANNEL_COLUMN: channel_of(record, fields)}

@@ -1,0 +1,144 @@
+"""Token losses out of ms-swift's own loss functions, while its trainer computes the loss.
+
+ms-swift computes the loss of each token itself where it weights tokens (`loss_scale`, DFT), where
+it logs channels, and under sequence parallelism; there, the values that it computes are kept. Else
+the model computes the loss, and `channel_metrics.capture.transformers` sees it.
+
+Letters: B rows, S row length, T = B * S, of what this rank holds.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from swift.trainers import seq2seq_trainer
+from swift.trainers import utils as loss_utils
+from torch import Tensor
+
+from channel_metrics.core.faults import FaultGuard
+from channel_metrics.errors import UnsupportedVersionError
+from channel_metrics.losses.cross_entropy import TokenLosses, is_correct, token_losses_of_logits
+
+__all__ = ["SeenLosses", "check_loss_functions", "observe_token_losses", "own_channel_loss_off"]
+
+_FUNCTIONS = ("per_token_loss_func", "per_token_loss_func_sp")
+
+
+@dataclass
+class SeenLosses:
+    """What one `compute_loss` of ms-swift let us see.
+
+    losses: nll, correctness and targets [T], None if it left the loss to the model. factor: what
+    DFT multiplied the nll with, None without DFT.
+    """
+
+    with_correct: bool
+    losses: TokenLosses | None = None
+    factor: Tensor | None = None
+
+    def keep(self, logits: Tensor, target: Tensor, losses: Tensor, *, dft: bool) -> None:
+        """logits [..., V], target and the losses that ms-swift computed [T]."""
+        logits, target = logits.detach().flatten(0, -2), target.reshape(-1).to(logits.device)
+        if dft:
+            # DFT has changed the losses in place: measured again, with a second softmax.
+            self.losses = token_losses_of_logits(logits, target, with_correct=self.with_correct)
+            self.factor = torch.exp(-self.losses.nll)
+            return
+        nll = losses.detach().reshape(-1).float()
+        with torch.no_grad():
+            correct = is_correct(logits, target) if self.with_correct else None
+        self.losses = TokenLosses(nll, correct, target, nll.sum())
+
+
+def check_loss_functions() -> None:
+    """Raise `UnsupportedVersionError` unless ms-swift computes token losses as we know it."""
+    for name in _FUNCTIONS:
+        function = getattr(seq2seq_trainer, name, None)
+        parameters = tuple(inspect.signature(function).parameters) if function else ()
+        if parameters[:3] != ("outputs", "labels", "enable_dft_loss"):
+            import swift
+
+            raise UnsupportedVersionError(
+                f"ms-swift {swift.__version__} has {name} with parameters {parameters}, but "
+                "(outputs, labels, enable_dft_loss, ...) were expected; use a tested version "
+                "(see docs/ms_swift.md)."
+            )
+
+
+@contextmanager
+def observe_token_losses(*, with_correct: bool, guard: FaultGuard) -> Iterator[SeenLosses]:
+    """Observe ms-swift's per-token loss functions inside the block."""
+    seen = SeenLosses(with_correct)
+    module: Any = seq2seq_trainer
+    utils: Any = loss_utils
+    rows, parts, gather = (
+        module.per_token_loss_func,
+        module.per_token_loss_func_sp,
+        utils.GatherLoss,
+    )
+
+    def of_rows(compute: Any, outputs: Any, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
+        losses = compute(outputs, labels, *args, **kwargs)
+        target = torch.roll(labels, shifts=-1, dims=-1)
+        seen.keep(outputs.logits, target, losses, dft=_dft(args, kwargs))
+        return losses
+
+    def of_parts(compute: Any, outputs: Any, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # The losses of this rank's parts are what is handed to the gathering of all parts.
+        gathered = _KeptGather(gather)
+        utils.GatherLoss = gathered
+        try:
+            losses = compute(outputs, labels, *args, **kwargs)
+        finally:
+            utils.GatherLoss = gather
+        seen.keep(outputs.logits, labels, gathered.first, dft=_dft(args, kwargs))
+        return losses
+
+    module.per_token_loss_func = lambda *a, **k: guard.shielded(rows, of_rows, *a, **k)
+    module.per_token_loss_func_sp = lambda *a, **k: guard.shielded(parts, of_parts, *a, **k)
+    try:
+        yield seen
+    finally:
+        module.per_token_loss_func, module.per_token_loss_func_sp = rows, parts
+
+
+class _KeptGather:
+    """Stands for `GatherLoss`, and keeps the first tensor that is gathered."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+        self._kept: list[Tensor] = []
+
+    def apply(self, loss: Tensor, *args: Any) -> Any:
+        self._kept.append(loss.detach())
+        return self.original.apply(loss, *args)
+
+    @property
+    def first(self) -> Tensor:
+        return self._kept[0]
+
+
+def _dft(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return bool(args[0] if args else kwargs.get("enable_dft_loss"))
+
+
+@contextmanager
+def own_channel_loss_off(args: Any, inputs: Any, *, inject: bool) -> Iterator[None]:
+    """ms-swift's compute_loss inside the block does not loop over the samples for their channels.
+
+    `enable_channel_loss` makes it compute losses per token, and so does a `loss_scale`. inject:
+    whether to give it one of ones, where nothing else makes it compute losses per token: the loss
+    that it optimises then stays bit for bit the same. Without, it is the model's own.
+    """
+    if inject and inputs.get("loss_scale") is None:
+        inputs["loss_scale"] = torch.ones_like(inputs["labels"], dtype=torch.float32)
+    args.enable_channel_loss = False
+    try:
+        yield
+    finally:
+        args.enable_channel_loss = True

@@ -1,0 +1,12 @@
+"""Channel metrics in ms-swift's Megatron trainer: `megatron sft` and `megatron pt`."""
+
+from __future__ import annotations
+
+from channel_metrics.trainers.swift_megatron.attaching import (
+    SwiftMegatronMixin,
+    attach,
+    check_megatron_trainer,
+    detach,
+)
+
+__all__ = ["SwiftMegatronMixin", "attach", "check_megatron_trainer", "detach"]

@@ -1,0 +1,124 @@
+"""The channels of one micro-batch in ms-swift's Megatron trainer, in the layout of its labels.
+
+ms-swift keeps the channel of each sequence in the batch (`channel`: names, in the order of the
+sequences) while it shifts the labels by one and cuts them for context parallelism. Here is what
+follows them, all of it on the host: no device is asked for anything.
+
+Letters: B rows, S row length (one row of packed sequences has B = 1), N = num_sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from channel_metrics.core.boundaries import token_channel_ids
+from channel_metrics.core.checks import IGNORE_INDEX
+from channel_metrics.core.labels import ChannelTable, channels_of
+from channel_metrics.errors import BoundaryError, ChannelError
+
+__all__ = ["SequenceChannels", "sequence_channels"]
+
+
+class SequenceChannels(list[str | None]):
+    """The names of the channels of N sequences, as ms-swift has them, and the ids of their tokens.
+
+    It goes where ms-swift's own list of names goes, from the batch to the loss function.
+
+    ids: int64, one per row [B], one per sequence [N] between `cu_seqlens`, or one per label
+        [B, S / context-parallel size].
+    cu_seqlens: int32 [N + 1], in the labels as they are shifted; None without packing.
+    sequences: int64 [N], where `ids` are per label.
+    num_crossings: supervised targets that are the first token of the next sequence.
+    """
+
+    def __init__(self, names: list[str | None], ids: Tensor) -> None:
+        super().__init__(names)
+        self.ids = ids
+        self.cu_seqlens: Tensor | None = None
+        self.sequences: Tensor | None = None
+        self.num_crossings = 0
+
+
+def sequence_channels(args: Any, given: Mapping[str, Any], table: ChannelTable) -> SequenceChannels:
+    """The channels of a micro-batch.
+
+    args: the arguments of the run. given: the micro-batch before ms-swift has prepared it, with
+    its `labels` [B, S] unshifted. Raises `ChannelError` if it does not name one channel per
+    sequence.
+    """
+    labels = given["labels"].cpu()
+    packed = _packed_seq_params(args, given)
+    names = _names(given, None if packed is None else "sequences of the pack", len(labels))
+    found = SequenceChannels(names, torch.tensor(table.ids(names), dtype=torch.int64))
+    bounds = None if packed is None else packed.cu_seqlens_q[: len(names) + 1]
+    if bounds is not None:
+        _check_bounds(bounds, found)
+        found.num_crossings = int((labels[0, bounds[1:-1].long()] != IGNORE_INDEX).sum())
+        # A shifted label stands one position before its token.
+        found.cu_seqlens = (bounds - 1).clamp(min=0)
+    if args.context_parallel_size > 1:
+        _cut_with_labels(args, found, labels, bounds, packed)
+    return found
+
+
+def _cut_with_labels(
+    args: Any, found: SequenceChannels, labels: Tensor, bounds: Tensor | None, packed: Any
+) -> None:
+    """Put ids in the place of the labels, and let ms-swift shift and cut them as labels."""
+    # By the name under which it is called: whatever a user has put there is what cuts the labels.
+    from swift.megatron.trainers import utils
+
+    if bounds is None:
+        ids = found.ids.unsqueeze(1).expand(labels.shape)
+    else:
+        ids = token_channel_ids(found.ids, bounds, labels.numel()).view(labels.shape)
+    probe = {"labels": ids.roll(-1, dims=-1), "packed_seq_params": packed}
+    found.sequences, found.cu_seqlens = found.ids, None
+    found.ids = utils.get_batch_on_this_cp_rank(args, probe)["labels"]
+
+
+def _packed_seq_params(args: Any, given: Mapping[str, Any]) -> Any:
+    """What ms-swift derives from the positions; on the host, and None where rows are padded."""
+    positions = given.get("text_position_ids")
+    positions = given.get("position_ids") if positions is None else positions
+    if not args.padding_free or positions is None:
+        return None
+    from swift.megatron.utils import get_packed_seq_params
+
+    return get_packed_seq_params(args, positions.cpu())
+
+
+def _names(given: Mapping[str, Any], held_in: str | None, num_rows: int) -> list[str | None]:
+    num_sequences: int | None = num_rows
+    if held_in is not None:
+        lengths = given.get("seq_lens")
+        num_sequences = given.get("num_samples") if lengths is None else len(lengths)
+    names = given.get("channel")
+    if num_sequences is None:
+        raise BoundaryError(
+            "a batch of packed sequences must say how many there are, in seq_lens (as ms-swift's "
+            f"own collator does) or num_samples, but it holds {', '.join(given)}; the padding "
+            "behind the last sequence looks like sequences too."
+        )
+    if names is None:
+        return [None] * num_sequences
+    names = channels_of({"channel": list(names)}, ("channel",))
+    if len(names) != num_sequences:
+        raise ChannelError(
+            f"channel has {len(names)} entries but the batch holds {num_sequences} "
+            f"{held_in or 'rows'}; a collator of your own must give one channel per sequence, in "
+            "their order."
+        )
+    return names
+
+
+def _check_bounds(bounds: Tensor, found: SequenceChannels) -> None:
+    if bounds.numel() != len(found) + 1:
+        raise BoundaryError(
+            f"the batch names {len(found)} sequences, but its position_ids start anew "
+            f"{bounds.numel() - 1} times; positions of each sequence must count from 0."
+        )

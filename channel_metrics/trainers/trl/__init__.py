@@ -1,0 +1,32 @@
+"""Channel metrics in TRL: SFT, DPO, reward models and GRPO. Keys and limits: docs/trl.md.
+
+    trainer = DPOTrainer(model, args=config, train_dataset=pairs, processing_class=tokenizer)
+    attach(trainer)              # bbu_rewards/margins, bbu_rewards/accuracies, bbu_loss, ...
+
+`attach` is that of transformers' Trainer and finds the right mixin by the trainer's class. With
+packing, and in trl 0.29 with Liger, SFTTrainer loses the channels in its constructor: there, the
+mixin or the patch.
+
+    class MySFT(SFTChannelMetricsMixin, SFTTrainer): ...
+"""
+
+from __future__ import annotations
+
+from channel_metrics.trainers.hf import attach, detach
+from channel_metrics.trainers.trl.dpo import DPOChannelMetricsMixin
+from channel_metrics.trainers.trl.grpo import GRPOChannelMetricsMixin
+from channel_metrics.trainers.trl.mixins import mixin_for
+from channel_metrics.trainers.trl.other import OtherChannelMetricsMixin
+from channel_metrics.trainers.trl.reward import RewardChannelMetricsMixin
+from channel_metrics.trainers.trl.sft import SFTChannelMetricsMixin
+
+__all__ = [
+    "DPOChannelMetricsMixin",
+    "GRPOChannelMetricsMixin",
+    "OtherChannelMetricsMixin",
+    "RewardChannelMetricsMixin",
+    "SFTChannelMetricsMixin",
+    "attach",
+    "detach",
+    "mixin_for",
+]

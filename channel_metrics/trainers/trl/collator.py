@@ -1,0 +1,121 @@
+"""Collators for what TRL's trainers make of records: pairs of two rows, and packs.
+
+Letters: B rows, S row length, T = B * S, N sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from channel_metrics.core.boundaries import Boundaries, boundaries_from_batch
+from channel_metrics.core.checks import IGNORE_INDEX
+from channel_metrics.core.faults import FaultGuard
+from channel_metrics.core.labels import UNLABELED_ID, ChannelTable, channel_of
+from channel_metrics.data.collator import ChannelCollator
+from channel_metrics.errors import ChannelError
+from channel_metrics.trainers.hf.data import BOUNDS_KEY
+from channel_metrics.trainers.hf.parallel import target_ids
+
+__all__ = ["PACK_BOUNDS_KEY", "TOKEN_FIELD", "PackCollator", "RecordCollator"]
+
+# A record's channel per token, as indices into the names that the packer knew.
+TOKEN_FIELD = "channel_ids"
+_LENGTHS_FIELD = "seq_lengths"
+# Where each pack ends in the flattened rows of the batch.
+PACK_BOUNDS_KEY = "channel_pack_bounds"
+
+
+class RecordCollator(ChannelCollator):
+    """One channel per record, whatever rows the wrapped collator makes of a record."""
+
+    def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
+        names = [channel_of(record, self.fields) for record in features]
+        batch = collate(features)
+        batch["channels"] = self._ids_or_names(names)
+        return batch
+
+
+class PackCollator(ChannelCollator):
+    """Channels of packs that carry one channel index per token.
+
+    names: what the indices mean. table: turns the names into ids; -1 stays unlabeled.
+
+    Where the batch keeps the sequences of a pack apart, `channels` has one id per sequence;
+    where it does not (cut sequences, rows without bounds), ids [B, S]: for each position, the
+    channel of the token that it predicts, see `target_ids`.
+    """
+
+    def __init__(
+        self,
+        base: Callable[[list[Any]], Any],
+        *,
+        names: Sequence[str],
+        table: ChannelTable,
+        guard: FaultGuard | None = None,
+    ) -> None:
+        super().__init__(
+            base, fields=(TOKEN_FIELD,), table=table, bounds_key=BOUNDS_KEY, guard=guard
+        )
+        self.names = tuple(names)
+        # The last entry is what index -1 reads.
+        self._ids = torch.tensor([*table.ids(names), UNLABELED_ID], dtype=torch.int64)
+
+    def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
+        tokens = [torch.as_tensor(_indices(record), dtype=torch.int64) for record in features]
+        lengths = [int(n) for record in features for n in record.get(_LENGTHS_FIELD) or ()]
+        batch = collate(features)
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor):
+            raise ChannelError(
+                f"a packed batch must hold `labels`, but holds {', '.join(batch)}; the channels "
+                "of its tokens cannot be matched. Use TRL's own collator."
+            )
+        boundaries = boundaries_from_batch(batch)
+        flat = self._ids[torch.cat(tokens)]
+        count = len(lengths)
+        added = {PACK_BOUNDS_KEY: _pack_bounds([len(of_pack) for of_pack in tokens], labels)}
+        if lengths and boundaries.cu_seqlens.diff()[:count].tolist() == lengths:
+            bounds = boundaries.cu_seqlens[: count + 1]
+            self._check_labels(labels, Boundaries(bounds, boundaries.keep))
+            added |= {"channels": flat[bounds[:-1].long()], self.bounds_key: bounds}
+        else:
+            added["channels"] = target_ids(_as_labels(flat, boundaries.keep, labels))
+        batch.update(added)
+        return batch
+
+
+def _indices(record: Mapping[str, Any]) -> Any:
+    if TOKEN_FIELD not in record or len(record[TOKEN_FIELD]) != len(record["input_ids"]):
+        raise ChannelError(
+            f"a packed record must have one entry of {TOKEN_FIELD!r} per token, but has columns "
+            f"{', '.join(record)}; something between the packing and the collator dropped or "
+            "changed it."
+        )
+    return record[TOKEN_FIELD]
+
+
+def _as_labels(flat: Tensor, keep: Tensor | None, labels: Tensor) -> Tensor:
+    """The ids of all real tokens, in order, at their positions in the rows of `labels`."""
+    placed = torch.full((labels.numel(),), UNLABELED_ID, dtype=torch.int64)
+    where = torch.arange(labels.numel()) if keep is None else keep.flatten().nonzero().flatten()
+    # A padding-free row may end in pads that no mask shows; their labels are ignored.
+    surplus = labels.flatten()[where[flat.numel() :]]
+    if where.numel() < flat.numel() or bool((surplus != IGNORE_INDEX).any()):
+        raise ChannelError(
+            f"the packs hold {flat.numel()} tokens, but the batch {where.numel()} (labels of "
+            f"shape {list(labels.shape)}); a collator that cuts or adds tokens must do the same "
+            f"to {TOKEN_FIELD!r}."
+        )
+    placed[where[: flat.numel()]] = flat
+    return placed.view(labels.shape)
+
+
+def _pack_bounds(lengths: list[int], labels: Tensor) -> Tensor:
+    """int64 [packs + 1]: by rows, or where one row holds all packs, by their tokens."""
+    if labels.shape[0] == len(lengths):
+        return torch.arange(len(lengths) + 1) * labels.shape[-1]
+    return torch.tensor([0, *lengths]).cumsum(0)

@@ -1,0 +1,73 @@
+"""Which columns TRL leaves of a dataset that it prepares, and the channels among the others."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+from datasets import Dataset
+
+from channel_metrics.core.labels import field_roots
+
+__all__ = ["column_names", "columns_left", "prepare_for_liger"]
+
+
+def column_names(dataset: Any) -> list[str]:
+    """The columns of a dataset; of a stream that does not say, those of its first record."""
+    names = getattr(dataset, "column_names", None)
+    return list(next(iter(dataset))) if names is None else list(names)
+
+
+def columns_left(
+    prepare: Callable[..., Any], arguments: dict[str, Any], columns: Collection[str]
+) -> list[str]:
+    """Those of `columns`, of tokenised records, that TRL's `_prepare_dataset` leaves.
+
+    prepare: that method, bound. arguments: those it was called with, by name. Versions of TRL
+    differ in it, so it is asked, with one record that nobody else sees.
+    """
+    args = copy.copy(arguments["args"])
+    args.shuffle_dataset, args.dataset_num_proc = False, None
+    if not arguments.get("packing"):
+        # Nothing is to be cut.
+        args.max_length = None
+    asked = {
+        "dataset": Dataset.from_list([{name: [1, 1] for name in columns}]),
+        "args": args,
+        "formatting_func": None,
+    }
+    with _no_progress_bars():
+        left = set(column_names(prepare(**(arguments | asked))))
+    return [name for name in columns if name in left]
+
+
+def prepare_for_liger(
+    prepare: Callable[..., Any], arguments: dict[str, Any], fields: Sequence[str]
+) -> Any:
+    """What TRL's `_prepare_dataset` makes with use_liger_kernel, and the columns of `fields`.
+
+    trl 0.29 keeps no more than the columns that its collator knows: the channel is dropped, and
+    so are labels that were given, which training must not get back.
+    """
+    unfused = copy.copy(arguments["args"])
+    unfused.use_liger_kernel = False
+    prepared = prepare(**(arguments | {"args": unfused}))
+    columns = column_names(prepared)
+    left = columns_left(prepare, arguments, columns)
+    kept = [name for name in columns if name in {*left, *fields, *field_roots(fields)}]
+    return prepared if kept == columns else prepared.select_columns(kept)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()

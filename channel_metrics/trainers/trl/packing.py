@@ -1,0 +1,171 @@
+"""TRL's packing, with the channel of every token packed along.
+
+TRL packs inside the constructor of SFTTrainer and keeps only the token columns. Here its own
+steps run apart: everything before packing (template, tokens, masks), then one more column with
+a channel index per token, then the same shuffle, TRL's own `pack_dataset` with the same
+arguments, and the same shuffle again. All columns that are there without us stay identical.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import trl
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+
+from channel_metrics.config import MetricsConfig
+from channel_metrics.core.labels import UNLABELED_ID, ChannelTable, channel_of, field_roots
+from channel_metrics.errors import ChannelError, UnsupportedVersionError
+from channel_metrics.trainers.hf.data import declare_channels
+from channel_metrics.trainers.hf.state import RESERVED_KEYS
+from channel_metrics.trainers.trl.collator import TOKEN_FIELD
+from channel_metrics.trainers.trl.columns import column_names, columns_left
+
+__all__ = ["check_packing", "pack_with_channels"]
+
+_PREPARE_PARAMETERS = (
+    "dataset",
+    "processing_class",
+    "args",
+    "packing",
+    "formatting_func",
+    "dataset_name",
+)
+_PACK_PARAMETERS = ("dataset", "seq_length", "strategy", "map_kwargs")
+
+Prepare = Callable[..., Any]
+
+
+def check_packing(prepare: Prepare | None, pack: Callable[..., Any] | None) -> None:
+    """Raise `UnsupportedVersionError` if this trl prepares or packs data in another way.
+
+    prepare: `SFTTrainer._prepare_dataset`, bound or not. pack: the `pack_dataset` that it calls.
+    """
+    for name, function, expected in (
+        ("SFTTrainer._prepare_dataset", prepare, _PREPARE_PARAMETERS),
+        ("pack_dataset", pack, _PACK_PARAMETERS),
+    ):
+        parameters = inspect.signature(function).parameters if function else ()
+        found = tuple(parameter for parameter in parameters if parameter != "self")
+        if found != expected:
+            raise UnsupportedVersionError(
+                f"{name} of trl must have the parameters {expected}, but trl {trl.__version__} "
+                f"has {found}; packing with channels needs a tested version (see docs/trl.md)."
+            )
+
+
+def pack_with_channels(
+    trainer: Any,
+    prepare: Prepare,
+    arguments: dict[str, Any],
+    config: MetricsConfig,
+    known: Sequence[str] = (),
+) -> tuple[Any, tuple[str, ...]]:
+    """The packed dataset with `channel_ids`, and the names that the indices in it mean.
+
+    prepare: TRL's own `_prepare_dataset`, bound. arguments: those it was called with, by name.
+    known: the names of datasets packed before; they keep their indices.
+    """
+    pack = _pack_dataset_of(type(trainer))
+    check_packing(prepare, pack)
+    args, dataset = arguments["args"], arguments["dataset"]
+    if args.max_length is None:
+        raise ValueError("When packing is enabled, `max_length` can't be `None`.")
+    table = config.new_table(RESERVED_KEYS)
+    for name in known:
+        table.add(name)
+    scanned = declare_channels(
+        dataset, fields=config.fields, table=table, description=arguments["dataset_name"]
+    )
+    if not scanned and not config.channels:
+        raise ChannelError(
+            "a stream that is packed must have its channels declared, since they are numbered "
+            "before they are met; set `channels` in the metrics config, or packing=False."
+        )
+    # What packing would not cut must not be cut: packing has its own way with long sequences.
+    unpacked = copy.copy(args)
+    unpacked.max_length, unpacked.shuffle_dataset, unpacked.use_liger_kernel = None, False, False
+    tokens = prepare(**(arguments | {"args": unpacked, "packing": False}))
+    map_kwargs: dict[str, Any] = {}
+    if isinstance(dataset, Dataset):
+        map_kwargs["desc"] = f"Packing {arguments['dataset_name']} dataset"
+        map_kwargs["num_proc"] = args.dataset_num_proc
+    kept = columns_left(prepare, arguments, column_names(tokens))
+    with PartialState().main_process_first():
+        rows = _with_token_channels(tokens, kept, config.fields, table)
+        if args.shuffle_dataset:
+            rows = rows.shuffle(seed=args.seed)
+        packed = pack(rows, args.max_length, args.packing_strategy, map_kwargs)
+    return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed, table.names
+
+
+def _pack_dataset_of(trainer_class: type) -> Any:
+    owner = next(c for c in trainer_class.__mro__ if c.__name__ == "SFTTrainer")
+    return getattr(sys.modules[owner.__module__], "pack_dataset", None)
+
+
+def _with_token_channels(
+    tokens: Any, kept: list[str], fields: Sequence[str], table: ChannelTable
+) -> Any:
+    sources = [n for n in column_names(tokens) if n in field_roots(fields) or n in fields]
+    options = {"fields": tuple(fields), "names": table.names, "unknown": table.unknown}
+    if not isinstance(tokens, Dataset):
+        added = tokens.map(_channels_of_batch, batched=True, fn_kwargs=options)
+        return added.select_columns([*kept, TOKEN_FIELD])
+    column = tokens.select_columns(list(dict.fromkeys(["input_ids", *sources])))
+    column = column.with_format("arrow").map(
+        _channels_of_table,
+        batched=True,
+        fn_kwargs=options,
+        remove_columns=column.column_names,
+        desc="Channels of the tokens",
+    )
+    kept_rows = tokens.select_columns(kept)
+    joined = concatenate_datasets([kept_rows.with_format(None), column.with_format(None)], axis=1)
+    form = kept_rows.format
+    if form["type"] in (None, "custom"):
+        return joined
+    return joined.with_format(form["type"], **form["format_kwargs"])
+
+
+def _channels_of_table(
+    rows: pa.Table, fields: tuple[str, ...], names: tuple[str, ...], unknown: Any
+) -> pa.Table:
+    """One column: the index of the row's channel, once per token, as lists like `input_ids`."""
+    ids = rows.column("input_ids").combine_chunks()
+    ids = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+    sizes = np.diff(np.asarray(ids.offsets))
+    sources = rows.drop_columns(["input_ids"])
+    records = sources.to_pylist() if sources.num_columns else [{}] * len(rows)
+    indices = np.repeat(np.array(_indices(records, fields, names, unknown), np.int32), sizes)
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    listed = type(ids).from_arrays(pa.array(offsets, type=ids.offsets.type), pa.array(indices))
+    return pa.table({TOKEN_FIELD: listed})
+
+
+def _channels_of_batch(
+    batch: dict[str, list[Any]], fields: tuple[str, ...], names: tuple[str, ...], unknown: Any
+) -> dict[str, list[Any]]:
+    """The same for a batch of a stream."""
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    indices = _indices(rows, fields, names, unknown)
+    sizes = [len(ids) for ids in batch["input_ids"]]
+    return {TOKEN_FIELD: [[i] * n for i, n in zip(indices, sizes, strict=True)]}
+
+
+def _indices(
+    records: Sequence[Any], fields: tuple[str, ...], names: tuple[str, ...], unknown: Any
+) -> list[int]:
+    found = [channel_of(record, fields) for record in records]
+    # The table is full: a name that would have to be added now has no number anywhere else.
+    table = ChannelTable(names, unknown="error" if unknown == "add" else unknown)
+    indices = table.ids(found)
+    assert all(UNLABELED_ID <= index < len(names) for index in indices)
+    return indices

@@ -1,0 +1,203 @@
+"""Channel metrics in TRL's SFTTrainer: packs, and losses that never become logits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from channel_metrics.capture.transformers import Observation, shifted_labels
+from channel_metrics.config import MetricsConfig
+from channel_metrics.core.labels import field_roots
+from channel_metrics.core.sums import TokenValues
+from channel_metrics.data.collator import ChannelCollator
+from channel_metrics.errors import ChannelError, ConfigError, UnsupportedVersionError
+from channel_metrics.losses.cross_entropy import TokenLosses
+from channel_metrics.trainers.hf.batch import BatchChannels
+from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
+from channel_metrics.trainers.hf.state import ChannelState
+from channel_metrics.trainers.trl.collator import PACK_BOUNDS_KEY, TOKEN_FIELD, PackCollator
+from channel_metrics.trainers.trl.columns import column_names, prepare_for_liger
+from channel_metrics.trainers.trl.packing import pack_with_channels
+
+__all__ = ["SFTChannelMetricsMixin", "prepare_dataset"]
+
+# The names that the packs of a trainer were numbered with, none where there are no packs; set on
+# the trainer itself, because it prepares its data before it has a state.
+_NAMES_ATTRIBUTE = "_channel_metrics_packed_names"
+
+
+class _SFTState(ChannelState):
+    """Knows the fused LM head of newer TRL, whose forward returns log probs and no logits."""
+
+    # What the model returned in this micro-batch, if it has a fused head.
+    fused: Any = None
+    # Where each pack of this micro-batch ends, if it holds packs.
+    pack_bounds: Tensor | None = None
+
+    def record(self, batch: BatchChannels, *args: Any, **kwargs: Any) -> None:
+        """Add one micro-batch; packs without bounds and others may take turns."""
+        if batch.per_token != self.per_token:
+            self.captured = self.shifts = None
+        super().record(batch, *args, **kwargs)
+
+    def _without_repetitions(
+        self, batch: BatchChannels, values: TokenValues, real: tuple[int, int]
+    ) -> tuple[BatchChannels, TokenValues]:
+        bounds = self.pack_bounds
+        if bounds is None or bounds.numel() != real[1] + 1:
+            return super()._without_repetitions(batch, values, real)
+        end: Any = bounds[real[0]]
+        positions = torch.arange(values.mask.numel(), device=values.mask.device)
+        inside = (positions < end).view(values.mask.shape)
+        cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.clamp(max=end)
+        return (
+            replace(batch, cu_seqlens=cu_seqlens),
+            values._replace(mask=values.mask & inside),
+        )
+
+    def _captured_losses(self, observation: Observation, labels: Tensor) -> TokenLosses | None:
+        fused, self.fused = self.fused, None
+        if fused is None:
+            return super()._captured_losses(observation, labels)
+        self.captured, self.shifts = True, not self.per_token
+        targets = labels if self.per_token else shifted_labels(labels)
+        if fused.log_probs.shape != targets[..., 1:].shape:
+            raise UnsupportedVersionError(
+                f"the log probs of the model must have shape {list(targets[..., 1:].shape)}, one "
+                f"less than the labels, but have {list(fused.log_probs.shape)} (prompt tuning, or "
+                "a sharded sequence); detach the metrics for this model."
+            )
+        pad = torch.nn.functional.pad
+        nll = pad(-fused.log_probs.detach().float(), (0, 1))
+        correct = fused.is_top1 if self.with_correct else None
+        return TokenLosses(
+            nll=nll.flatten(),
+            correct=None if correct is None else pad(correct, (0, 1)).flatten(),
+            target=targets.to(nll.device).flatten(),
+            reported_sum=nll.sum(),
+        )
+
+
+class SFTChannelMetricsMixin(ChannelMetricsMixin):
+    """Put before SFTTrainer: `class MySFT(SFTChannelMetricsMixin, SFTTrainer)`.
+
+    With packing, and in trl 0.29 with Liger, this or the patch is the only way: the constructor
+    drops the channels.
+    """
+
+    state_class = _SFTState
+    args: Any
+
+    def __init__(
+        self, *args: Any, channel_metrics: MetricsConfig | None = None, **kwargs: Any
+    ) -> None:
+        self._packing_config = channel_metrics or MetricsConfig()
+        super().__init__(*args, channel_metrics=channel_metrics, **kwargs)
+
+    def start_channel_metrics(self, config: MetricsConfig) -> None:
+        """Open the windows; raises `ChannelError` if the data was packed, or cut to the columns
+        that TRL keeps for Liger, without channels."""
+        late = not hasattr(self, _NAMES_ATTRIBUTE)
+        for description, dataset, packing in self._datasets():
+            fused = late and self.args.use_liger_kernel and description == "train"
+            if packing or fused:
+                _check_channels_left(dataset, config, description, packing)
+        super().start_channel_metrics(config)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        prepared = super()._prepare_inputs(inputs)
+        state: Any = self.channel_metrics
+        bounds = prepared.pop(PACK_BOUNDS_KEY, None)
+        if state is not None:
+            state.pack_bounds = bounds
+        return prepared
+
+    def _observed_loss(
+        self, compute: Any, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """TRL's own loss; the first outputs with log probs are those that it is made of."""
+        state: Any = self.channel_metrics
+
+        def keep_fused(_model: Any, _args: Any, outputs: Any) -> None:
+            if state.fused is None and getattr(outputs, "log_probs", None) is not None:
+                state.fused = outputs
+
+        handle = model.register_forward_hook(keep_fused)
+        try:
+            return super()._observed_loss(compute, model, inputs, *args, **kwargs)
+        finally:
+            handle.remove()
+            state.fused = None
+
+    def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.channel_metrics
+        config = self._packing_config if state is None else state.config
+        prepare = super()._prepare_dataset  # type: ignore[misc]
+        return prepare_dataset(self, prepare, config, *args, **kwargs)
+
+    def _datasets(self) -> Iterator[tuple[str, Any, bool]]:
+        """(name, dataset, whether TRL has packed it)"""
+        if (self.args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            return
+        packing = self.args.packing
+        yield "train", self.train_dataset, packing
+        eval_packing = packing if self.args.eval_packing is None else self.args.eval_packing
+        held = self.eval_dataset
+        for name, dataset in (held if isinstance(held, dict) else {"eval": held}).items():
+            yield name, dataset, eval_packing
+
+    def _with_channels(self, state: ChannelState, dataset: Any, description: str) -> Any:
+        names = getattr(self, _NAMES_ATTRIBUTE, ())
+        if not names or TOKEN_FIELD not in column_names(dataset):
+            return super()._with_channels(state, dataset, description)
+        if state.table.unknown == "add":
+            for name in names:
+                state.table.add(name)
+        if self._collator_kind(dataset, description, True) is not ChannelCollator:
+            raise ConfigError(
+                "packs are cut along the sequence (cp_size, sp_size), or sent by one process to "
+                "the others (dispatch_batches): their channels would be lost. Set both off, or "
+                "packing=False."
+            )
+        return PackCollator(self.data_collator, names=names, table=state.table, guard=state.guard)
+
+
+def prepare_dataset(
+    trainer: Any, prepare: Callable[..., Any], config: MetricsConfig, *args: Any, **kwargs: Any
+) -> Any:
+    """TRL's `_prepare_dataset`, but where it would drop the channels, they are kept.
+
+    Where it packs, they are packed along.
+    """
+    arguments = dict(inspect.signature(prepare).bind(*args, **kwargs).arguments)
+    names = getattr(trainer, _NAMES_ATTRIBUTE, ())
+    if arguments.get("packing"):
+        prepared, names = pack_with_channels(trainer, prepare, arguments, config, names)
+    elif arguments["args"].use_liger_kernel:
+        prepared = prepare_for_liger(prepare, arguments, config.fields)
+    else:
+        return prepare(*args, **kwargs)
+    setattr(trainer, _NAMES_ATTRIBUTE, names)
+    return prepared
+
+
+def _check_channels_left(
+    dataset: Any, config: MetricsConfig, description: str, packing: bool
+) -> None:
+    if dataset is None:
+        return
+    columns = column_names(dataset)
+    if TOKEN_FIELD in columns or set(columns) & {*config.fields, *field_roots(config.fields)}:
+        return
+    done, why = ("packed", "packing=True") if packing else ("prepared", "use_liger_kernel=True")
+    raise ChannelError(
+        f"the {description} set was {done} by SFTTrainer's constructor and has no channels left "
+        f"(columns {', '.join(columns)}); attach comes too late with {why}. Use `class "
+        "MySFT(SFTChannelMetricsMixin, SFTTrainer)` from channel_metrics.trainers.trl, or "
+        "`import channel_metrics.patches.trl` before the trainer is made."
+    )

@@ -1,0 +1,236 @@
+"""The accumulator against the oracle, the monoid laws, state, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import reference_metrics
+from strategies import NAMES, Case, accumulate, cases
+
+from channel_metrics import ChannelLossAccumulator, ChannelMetricsError, ChannelTable, ConfigError
+from channel_metrics.core.boundaries import token_channel_ids
+from channel_metrics.core.metrics import WINDOW_METRICS
+
+streams = st.lists(cases(), max_size=4)
+finite_streams = st.lists(cases(finite=True), min_size=1, max_size=4)
+
+
+def assert_same_sums(
+    left: ChannelLossAccumulator, right: ChannelLossAccumulator, rtol: float = 1e-13
+) -> None:
+    assert set(left.table.names) == set(right.table.names)
+    rows = [0, *(right.table.ids([name])[0] + 1 for name in left.table.names)]
+    torch.testing.assert_close(left.sums(), right.sums()[rows], rtol=rtol, atol=0)
+
+
+@given(streams, st.sampled_from(["names", "ids", "int32 ids"]))
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_equals_the_oracle(dtype: torch.dtype, stream: list[Case], form: str) -> None:
+    stream = [case.in_dtype(dtype) for case in stream]
+    accumulator = ChannelLossAccumulator(NAMES, metrics=WINDOW_METRICS)
+    for case in stream:
+        given = case.tensors(dtype)
+        if form != "names":
+            ids = torch.tensor(accumulator.table.ids(given["channels"]), dtype=torch.int64)
+            given["channels"] = ids if form == "ids" else ids.int()
+        accumulator.update(**given)
+    expected = reference_metrics([case.batch for case in stream])
+    assert accumulator.compute() == pytest.approx(expected, rel=1e-9)
+
+
+@given(finite_streams)
+def test_float32_fallback_equals_the_oracle(stream: list[Case]) -> None:
+    metrics = [name for name in WINDOW_METRICS if name != "ppl"]  # exp() of up to 100
+    accumulator = ChannelLossAccumulator(NAMES, metrics=metrics, dtype=torch.float32)
+    for case in stream:
+        accumulator.update(**case.tensors(torch.float32))
+    reference = reference_metrics([case.batch for case in stream])
+    expected = {key: value for key, value in reference.items() if not key.endswith("_ppl")}
+    assert accumulator.compute() == pytest.approx(expected, rel=1e-5)
+
+
+@given(streams)
+def test_token_ids_equal_sequence_ids(stream: list[Case]) -> None:
+    by_token = ChannelLossAccumulator(
+        NAMES, metrics=("loss", "weighted_loss", "token_acc", "share")
+    )
+    by_sequence = ChannelLossAccumulator(NAMES, metrics=by_token.metrics)
+    for case in stream:
+        given = case.tensors()
+        ids = torch.tensor(by_token.table.ids(given["channels"]), dtype=torch.int64)
+        by_sequence.update(**given)
+        bounds = torch.tensor(case.batch.bounds)
+        expanded = token_channel_ids(ids, bounds, len(case.batch.losses)).view(case.shape)
+        by_token.update(**{**given, "channels": expanded, "cu_seqlens": None})
+    assert by_token.compute() == pytest.approx(by_sequence.compute(), rel=1e-12)
+
+
+@given(finite_streams)
+def test_shares_add_up_and_losses_weigh_to_the_loss_of_all(stream: list[Case]) -> None:
+    accumulator = accumulate(stream)
+    values = accumulator.compute_by_channel()
+    if values:
+        assert sum(v["share"] for v in values.values()) == pytest.approx(1)
+    tokens = sum(v["tokens"] for v in values.values())
+    weighed = sum(v["loss"] * v["tokens"] for v in values.values())
+    assert tokens == accumulator.sums()[:, 0].sum()
+    assert weighed == pytest.approx(accumulator.sums()[:, 2].sum().item(), rel=1e-12)
+
+
+@given(streams)
+def test_identity(stream: list[Case]) -> None:
+    filled = accumulate(stream)
+    empty = ChannelLossAccumulator()
+    assert_same_sums(copy.deepcopy(filled).merge_state([empty]), filled, rtol=0)
+    assert_same_sums(empty.merge_state([filled]), filled, rtol=0)
+
+
+@given(streams, streams, streams)
+def test_associative_and_commutative(a: list[Case], b: list[Case], c: list[Case]) -> None:
+    def merged(*parts: ChannelLossAccumulator) -> ChannelLossAccumulator:
+        return ChannelLossAccumulator(["z"]).merge_state(parts)
+
+    x, y, z = (
+        accumulate(part, ChannelTable(names)) for part, names in ((a, "abc"), (b, "cba"), (c, ""))
+    )
+    assert_same_sums(merged(x, merged(y, z)), merged(merged(x, y), z))
+    assert_same_sums(merged(x, y), merged(y, x))
+
+
+@given(streams, st.randoms(use_true_random=False), st.integers(0, 4))
+def test_split_and_order_do_not_matter(stream: list[Case], random: Any, cut: int) -> None:
+    whole = accumulate(stream)
+    shuffled = random.sample(stream, len(stream))
+    first, second = accumulate(shuffled[:cut]), accumulate(shuffled[cut:])
+    assert_same_sums(first.merge_state([second]), whole)
+
+
+@given(streams, streams)
+def test_merge_before_update_equals_merge_after(first: list[Case], second: list[Case]) -> None:
+    before = ChannelLossAccumulator().merge_state([accumulate(first)])
+    after = accumulate(second)
+    for case in second:
+        before.update(**case.tensors())
+    assert_same_sums(before, after.merge_state([accumulate(first)]))
+
+
+def round_trips() -> list[Callable[[ChannelLossAccumulator], ChannelLossAccumulator]]:
+    def saved(accumulator: ChannelLossAccumulator) -> ChannelLossAccumulator:
+        file = io.BytesIO()
+        torch.save(accumulator.state_dict(), file)
+        file.seek(0)
+        return ChannelLossAccumulator().load_state_dict(torch.load(file, weights_only=True))
+
+    return [
+        saved,
+        copy.deepcopy,
+        lambda accumulator: pickle.loads(pickle.dumps(accumulator)),
+        lambda accumulator: ChannelLossAccumulator("xc").load_state_dict(accumulator.state_dict()),
+    ]
+
+
+@given(streams)
+@pytest.mark.parametrize("trip", round_trips(), ids=["save", "deepcopy", "pickle", "other-table"])
+def test_round_trip(
+    trip: Callable[[ChannelLossAccumulator], ChannelLossAccumulator], stream: list[Case]
+) -> None:
+    accumulator = accumulate(stream)
+    accumulator.update(torch.ones(2), channels=["a"], reported_sum=torch.tensor(4.0))
+    back = trip(accumulator)
+    assert back.compute_by_channel() == accumulator.compute_by_channel()
+    assert back.mismatch() == accumulator.mismatch() == 0.5
+    assert back.update(torch.ones(2), channels=["b"]).compute() != accumulator.compute()
+
+
+def test_loading_replaces_the_sums_and_survives_other_ids() -> None:
+    state = ChannelLossAccumulator().update(torch.ones(3), channels=["rru"]).state_dict()
+    accumulator = ChannelLossAccumulator(["bbu"], metrics=["tokens"])
+    accumulator.update(torch.ones(1, 2), channels=["bbu"], reported_sum=torch.tensor(7.0))
+    assert accumulator.load_state_dict(state).compute() == {"rru_tokens": 3.0}
+    assert accumulator.table.names == ("bbu", "rru")
+    assert accumulator.mismatch() == 0
+
+
+def test_reset_forgets_sums_and_keeps_names() -> None:
+    accumulator = ChannelLossAccumulator(metrics=["tokens"], dtype=torch.float32)
+    accumulator.update(torch.ones(2), channels=["a"], reported_sum=torch.tensor(9.0))
+    assert accumulator.reset() is accumulator
+    assert (accumulator.compute(), accumulator.mismatch()) == ({}, 0.0)
+    assert accumulator.update(torch.ones(2), channels=torch.tensor([0])).compute() == {
+        "a_tokens": 2.0
+    }
+
+
+ONES = torch.ones(4)
+IDS = torch.tensor([0, 1])
+BOUNDS = torch.tensor([0, 2, 4], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"channels": IDS[:1]}, "1 entries but the batch holds 2 sequences (cu_seqlens has 3"),
+        ({"channels": ["a", "b", "a"]}, "channels has 3 entries but the batch holds 2"),
+        ({"channels": IDS.view(1, 2)}, "channels has shape [1, 2] but the batch holds 2"),
+        ({"cu_seqlens": None}, "(token_losses has shape [4] and cu_seqlens is not given)"),
+        ({"cu_seqlens": None, "token_losses": ONES.view(4, 1)}, "2 entries but the batch holds 4"),
+        ({"channels": torch.tensor([0, 2])}, "-1 (unlabeled) or 0 to 1, but range from 0 to 2"),
+        ({"channels": torch.tensor([0, -2])}, "but range from -2 to 0"),
+        ({"channels": torch.tensor([0.0, 1.0])}, "a list of names, but is torch.float32"),
+        ({"channels": "ab"}, "is the string 'ab'; pass a list"),
+        ({"channels": ["a", ""]}, "must be a non-empty string, but is ''"),
+        ({"channels": ["a", "a!", "a?"]}, "'a!' and 'a?' would both be logged as 'a_'"),
+        ({"cu_seqlens": torch.tensor([1, 2, 4])}, "must start at 0, but starts at 1"),
+        ({"cu_seqlens": torch.tensor([0, 4, 3])}, "must not decrease, but goes from 4 to 3"),
+        ({"cu_seqlens": torch.tensor([0, 2, 5])}, "ends at 5, but the batch holds 4 tokens"),
+        ({"cu_seqlens": torch.tensor([0.0, 2, 4])}, "int32 or int64, but is torch.float32"),
+        ({"cu_seqlens": torch.tensor([[0, 2, 4]])}, "[num_sequences + 1], but has [1, 3]"),
+        ({"token_losses": torch.ones(())}, "[num_tokens] or [batch, sequence], but has []"),
+        ({"token_losses": torch.ones(1, 2, 2)}, "but has [1, 2, 2]; a reduced loss"),
+        ({"token_losses": IDS}, "floating point tensor of nll in nats, but is torch.int64"),
+        ({"token_losses": [1.0]}, "but is list"),
+        ({"labels": IDS}, "labels must have the shape of token_losses [4], but has [2]; shift"),
+        ({"labels": ONES}, "labels must be integer token ids, but is torch.float32"),
+        ({"loss_mask": ONES.view(2, 2)}, "loss_mask must have the shape of token_losses [4]"),
+        ({"weights": ONES[:3]}, "weights must have the shape of token_losses [4], but has [3]"),
+        ({"correct": ONES[:3].bool()}, "correct must have the shape"),
+        ({"correct": ONES}, "correct must be bool, but is torch.float32"),
+    ],
+)  # fmt: skip
+def test_refuses_and_loses_nothing(given: dict[str, Any], message: str) -> None:
+    accumulator = ChannelLossAccumulator(["a", "b"])
+    good = {"token_losses": ONES, "channels": IDS, "cu_seqlens": BOUNDS}
+    before = accumulator.update(**good).compute()  # type: ignore[arg-type]
+    with pytest.raises(ChannelMetricsError, match=re.escape(message)):
+        accumulator.update(**{**good, **given})
+    assert accumulator.compute() == before
+
+
+def test_refuses_other_metrics_and_foreign_states() -> None:
+    with pytest.raises(ConfigError, match="unknown metric 'acc'"):
+        ChannelLossAccumulator(metrics=["acc"])
+    accumulator = ChannelLossAccumulator().update(ONES, channels=["a"])
+    before = accumulator.compute()
+    for change in ({"version": 99}, {"columns": ["tokens"]}):
+        with pytest.raises(ChannelMetricsError, match="written by another version"):
+            accumulator.load_state_dict({**accumulator.state_dict(), **change})
+    with pytest.raises(ChannelMetricsError, match="has version None"):
+        accumulator.load_state_dict({})
+    assert accumulator.compute() == before
+
+
+def test_unknown_error_refuses_a_name() -> None:
+    table = ChannelTable(["a"], unknown="error")
+    with pytest.raises(ChannelMetricsError, match=r"'b' is not in the declared table \['a'\]"):
+        ChannelLossAccumulator(table).update(ONES, channels=["b"])

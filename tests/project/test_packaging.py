@@ -1,0 +1,142 @@
+"""What `pip install` gives: the wheel and the sdist hold the tree, and work away from it."""
+
+from __future__ import annotations
+
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from email.message import Message
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = """
+import sys
+from setuptools import build_meta
+target = sys.argv[1]  # the build replaces sys.argv
+build_meta.build_wheel(target)
+build_meta.build_sdist(target)
+"""
+
+
+def run(*command: str, cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def build(tree: Path, target: Path) -> tuple[Path, Path]:
+    """(wheel, sdist) of the tree; the build backend is called as pip would call it."""
+    target.mkdir()
+    run(sys.executable, "-c", BUILD, str(target), cwd=tree)
+    (wheel,) = target.glob("*.whl")
+    (sdist,) = target.glob("*.tar.gz")
+    return wheel, sdist
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Built from a copy: setuptools reuses what older builds left in the tree."""
+    folder = tmp_path_factory.mktemp("packaging")
+    tree = folder / "tree"
+    tree.mkdir()
+    for name in ("channel_metrics", "patches"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    return build(tree, folder / "dist")
+
+
+@pytest.fixture(scope="session")
+def installed(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a new environment that has the wheel, and the rest from this one."""
+    folder = tmp_path_factory.mktemp("installed")
+    run(sys.executable, "-m", "venv", "--without-pip", str(folder), cwd=folder)
+    python = folder / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--python", str(python))
+    run(*pip, "install", "--no-deps", "--no-index", str(built[0]), cwd=folder)
+    purelib = sysconfig.get_path("purelib", vars={"base": str(folder)})
+    # A folder in a .pth file: its own .pth files, the editable install among them, are not read.
+    (Path(purelib) / "rest.pth").write_text(sysconfig.get_path("purelib") + os.linesep)
+    return python
+
+
+def names_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def names_in_tree() -> set[str]:
+    package = ROOT / "channel_metrics"
+    paths = [*package.rglob("*.py"), *(package / "analysis" / "report" / "page").iterdir()]
+    files = {str(path.relative_to(ROOT)) for path in paths}
+    patches = (path.relative_to(ROOT / "patches") for path in (ROOT / "patches").rglob("*.py"))
+    return files | {f"channel_metrics/patches/{p}" for p in patches} | {"channel_metrics/py.typed"}
+
+
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(archive.read(name))
+
+
+def test_the_wheel_holds_the_tree_and_nothing_else(built: tuple[Path, Path]) -> None:
+    assert names_in(built[0]) == names_in_tree()
+
+
+def test_the_sdist_builds_the_same_wheel(built: tuple[Path, Path], tmp_path: Path) -> None:
+    with tarfile.open(built[1]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tree,) = tmp_path.iterdir()
+    wheel, _ = build(tree, tmp_path / "dist")
+    assert names_in(wheel) == names_in(built[0])
+
+
+def test_torch_is_the_only_dependency(built: tuple[Path, Path]) -> None:
+    required = metadata(built[0]).get_all("Requires-Dist", [])
+    assert [line for line in required if "extra ==" not in line] == ["torch>=2.4"]
+
+
+def test_no_extra_pins_or_caps_a_version(built: tuple[Path, Path]) -> None:
+    for line in metadata(built[0]).get_all("Requires-Dist", []):
+        requirement = line.partition(";")[0]
+        assert not set("<~!") & set(requirement), line
+        assert "==" not in requirement, line
+
+
+@pytest.mark.parametrize("name", ["transformers", "trl"])
+def test_the_lowest_promised_trainer_is_the_one_of_make_test(name: str) -> None:
+    promised = re.search(rf'"{name}>=([0-9.]+)"', (ROOT / "pyproject.toml").read_text())
+    pinned = re.search(rf"^{name}==([0-9.]+)$", (ROOT / "constraints/main.txt").read_text(), re.M)
+    assert promised and pinned
+    assert f"{pinned[1]}.".startswith(f"{promised[1]}.")
+
+
+def test_the_wheel_works_away_from_the_tree(installed: Path, tmp_path: Path) -> None:
+    code = """
+import importlib.metadata, importlib.util
+import channel_metrics, channel_metrics.patches, channel_metrics.patches.hf_trainer
+assert importlib.metadata.version("channel-metrics") == channel_metrics.__version__
+assert importlib.util.find_spec("patches") is None, "the short name belongs to checkouts only"
+print(channel_metrics.__file__)
+print(channel_metrics.patches.__file__)
+"""
+    printed = run(str(installed), "-c", code, cwd=tmp_path).splitlines()[-2:]
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(installed.parents[1])}))
+    assert printed == [
+        str(site / "channel_metrics" / "__init__.py"),
+        str(site / "channel_metrics" / "patches" / "__init__.py"),
+    ]
+
+
+def test_the_command_is_installed(installed: Path, tmp_path: Path) -> None:
+    printed = run(str(installed.parent / "channel-metrics"), "--help", cwd=tmp_path)
+    assert "train" in printed
+    assert "run" in printed

@@ -1,0 +1,135 @@
+"""`on_error`: an error in the metrics ends the run, or leaves it as it would be without them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from hf_launch import Launch, launch
+from hf_tools import channel_logs, make_records, train
+from transformers import Trainer
+
+from channel_metrics import ChannelCollator, MetricsConfig
+from channel_metrics.capture import transformers as hf_loss
+from channel_metrics.core.totals import RunTotals
+from channel_metrics.trainers.hf import attach
+from channel_metrics.trainers.hf import loaders as hf_loaders
+from channel_metrics.trainers.hf.state import ChannelState
+
+# Where it goes wrong: (owner, name), and the entries of the log that have channels all the same.
+FAULTS: dict[str, tuple[Any, str, int]] = {
+    "scanning the data": (hf_loaders, "declare_channels", 0),
+    "collating": (ChannelCollator, "_added_keys", 0),
+    "inside the model's loss": (hf_loss, "_two_steps", 0),
+    "recording": (ChannelState, "record", 0),
+    "closing a window": (ChannelState, "_write", 0),
+    "starting": (ChannelState, "start_run", 0),
+    # At the first checkpoint, after the first log.
+    "saving": (RunTotals, "save", 1),
+}
+
+
+def trained(folder: Path, on_error: Any = None) -> Trainer:
+    return train(
+        folder,
+        prepare=None
+        if on_error is None
+        else lambda trainer: attach(trainer, MetricsConfig(on_error=on_error)),
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        trainer_arguments={"eval_dataset": Dataset.from_list(make_records(10, seed=1))},
+    )
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def of_trainer(trainer: Trainer) -> list[dict[str, float]]:
+    keys = ("loss", "grad_norm", "eval_loss", "train_loss", "step", "epoch")
+    return [{k: entry[k] for k in keys if k in entry} for entry in trainer.state.log_history]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return trained(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(params=FAULTS)
+def left(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """One function of ours fails; the number of log entries that have channels nevertheless."""
+    owner, name, entries = FAULTS[request.param]
+
+    @functools.wraps(getattr(owner, name))
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(owner, name, failing)
+    return entries
+
+
+def test_warn_leaves_the_training_as_it_was(
+    tmp_path: Path, plain: Trainer, left: int, caplog
+) -> None:
+    trainer = trained(tmp_path, "warn")
+    assert torch.equal(weights(trainer), weights(plain))
+    assert of_trainer(trainer) == of_trainer(plain)
+    # One log and its evaluation before the checkpoint, or none.
+    assert len(channel_logs(trainer)) == 2 * left
+    warnings = [r.getMessage() for r in caplog.records if r.name == "channel_metrics"]
+    assert len(warnings) == 1
+    assert "training goes on: ZeroDivisionError: a fault of ours" in warnings[0]
+
+
+def test_raise_ends_the_run(tmp_path: Path, left: int) -> None:
+    with pytest.raises(ZeroDivisionError, match="a fault of ours"):
+        trained(tmp_path, "raise")
+
+
+def test_a_worker_process_says_it_and_the_run_goes_on(tmp_path: Path, plain: Trainer) -> None:
+    """The records' channels are lists that fit no batch: an error in each worker."""
+    records = [{**record, "channel": ["bbu", "rru"]} for record in make_records(64)]
+    off, on = (
+        train(
+            tmp_path,
+            records=records,
+            dataloader_num_workers=1,
+            prepare=prepare,
+        )
+        for prepare in (None, lambda t: attach(t, MetricsConfig(on_error="warn")))
+    )
+    assert torch.equal(weights(on), weights(off))
+    assert not channel_logs(on)
+
+
+def test_an_error_of_the_users_own_is_raised(tmp_path: Path) -> None:
+    class Own(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            raise KeyError("the user's own")
+
+    prepare: Callable[[Trainer], object] = lambda t: attach(t, MetricsConfig(on_error="warn"))  # noqa: E731
+    with pytest.raises(KeyError, match="the user's own"):
+        train(tmp_path, trainer_class=Own, prepare=prepare)
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    return launch("ddp", tmp_path_factory)
+
+
+@pytest.mark.parametrize("case", ["fault_in_a_batch", "fault_in_a_sync"])
+def test_a_fault_on_one_rank_keeps_no_other_waiting(ddp: Launch, case: str) -> None:
+    """Both ranks log one window, and train on as without metrics."""
+    plain, ranks = ddp.ranks("bits_off"), ddp.ranks(case)
+    for off, on in zip(plain, ranks, strict=True):
+        assert (on["weights"], on["random"]) == (off["weights"], off["random"])
+        keys = [sorted(k for k in e if k.endswith("_tokens")) for e in on["logs"] if "loss" in e]
+        assert keys[0] and not any(keys[1:])
+        assert on["off"]

@@ -1,0 +1,129 @@
+"""What W&B, MLflow, SwanLab and Trackio stored of a run, read back, is what the trainer logged."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trackers_run
+from paths import python_path
+
+# {key of the log: {step: value}}
+Curves = dict[str, dict[int, float]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trackers")
+    environ = {**os.environ, "PYTHONPATH": python_path()}
+    command = [sys.executable, trackers_run.__file__, str(folder)]
+    done = subprocess.run(
+        command, cwd=folder, env=environ, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def logged(folder: Path) -> Curves:
+    """The channel metrics of the log history."""
+    curves: Curves = {}
+    for entry in json.loads((folder / "log_history.json").read_text()):
+        for key, value in entry.items():
+            if key.startswith(("bbu_", "rru_", "lvis_", "lang_chat_")):
+                curves.setdefault(key, {})[entry["step"]] = value
+    assert {"bbu_loss", "bbu_token_acc", "lvis_tokens", "lang_chat_share"} <= curves.keys()
+    assert set(curves["bbu_loss"]) == {2, 4, 6}
+    return curves
+
+
+def check(stored: Curves, logged: Curves) -> None:
+    assert {key: stored.get(key) for key in logged} == logged
+
+
+def test_wandb_offline(folder: Path, logged: Curves) -> None:
+    from wandb.proto import wandb_internal_pb2
+
+    stored: Curves = {}
+    for data in wandb_records(next(folder.rglob("*.wandb"))):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        items = record.history.item if record.WhichOneof("record_type") == "history" else ()
+        row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+        for key, value in row.items():
+            stored.setdefault(key.removeprefix("train/"), {})[row["train/global_step"]] = value
+    check(stored, logged)
+
+
+def wandb_records(path: Path) -> Iterator[bytes]:
+    """The records of a .wandb file, by SwanLab's reader of it: wandb itself has none any more."""
+    from swanlab.converter.wb.wbdatastore import WBDataStoreReader
+
+    with WBDataStoreReader() as reader:
+        reader.open(path)
+        while (data := reader.scan()) is not None:
+            yield data
+
+
+def test_mlflow_file_store(folder: Path, logged: Curves, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"file:{folder / 'mlflow'}")
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    [run] = client.search_runs(experiments)
+    stored = {
+        key: {m.step: m.value for m in client.get_metric_history(run.info.run_id, key)}
+        for key in run.data.metrics
+    }
+    check(stored, logged)
+
+
+def test_swanlab_local(folder: Path, logged: Curves) -> None:
+    from swanlab.proto.swanlab.record.v1 import record_pb2
+    from swanlab.sdk.internal.core_python.store import DataStoreReader
+
+    reader = DataStoreReader()
+    reader.open(next((folder / "swanlab").rglob("*.swanlab")))
+    stored: Curves = {}
+    for data in reader:
+        record = record_pb2.Record()
+        record.ParseFromString(data)
+        if record.HasField("scalar"):
+            key = record.scalar.key.removeprefix("train/")
+            stored.setdefault(key, {})[record.scalar.step] = record.scalar.value.number
+    reader.close()
+    check(stored, logged)
+
+
+def test_trackio(folder: Path, logged: Curves) -> None:
+    stored: Curves = {}
+    with sqlite3.connect(folder / "trackio" / "channels.db") as connection:
+        rows = connection.execute("select metrics from metrics").fetchall()
+    connection.close()
+    for (metrics,) in rows:
+        row = json.loads(metrics)
+        for key, value in row.items():
+            # Trackio's own steps count the calls.
+            stored.setdefault(key.removeprefix("train/"), {})[row["train/global_step"]] = value
+    check(stored, logged)
+
+
+@pytest.mark.parametrize(("format", "below"), [("wandb", "."), ("mlflow", "mlflow")])
+def test_the_analysis_reads_what_they_stored(
+    folder: Path, logged: Curves, format: str, below: str
+) -> None:
+    from channel_metrics.analysis.run import load_run
+
+    run = load_run(folder / below, format=format)
+    for key, expected in logged.items():
+        for name in ("bbu", "rru", "lvis", "lang_chat"):
+            if key.startswith(f"{name}_"):
+                steps, values = run.series(name, key.removeprefix(f"{name}_"))
+                assert dict(zip(steps.tolist(), values.tolist(), strict=True)) == expected

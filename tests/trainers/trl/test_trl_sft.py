@@ -1,0 +1,168 @@
+"""SFTTrainer: padded, padding-free and packed data, against naive loops over what the model saw."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import set_seed
+from trl import SFTTrainer
+from trl_sft_tools import SPLIT, MySFT, Seen, config, expected, sft
+from trl_tools import (
+    CHANNELS,
+    logs,
+    text_records,
+    tiny_model,
+    token_records,
+    weights,
+    windows,
+    word,
+)
+
+from channel_metrics import ChannelError, MetricsConfig
+from channel_metrics.trainers.hf import attach
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "padding_free": {"padding_free": True, "max_length": None},
+    "bfd": {"packing": True, "packing_strategy": "bfd"},
+    "split": {"packing": True, "packing_strategy": SPLIT, "max_length": 7},
+    "wrapped": {"packing": True, "packing_strategy": "wrapped"},
+    "wrapped_free": {"packing": True, "packing_strategy": "wrapped", "padding_free": True},
+    "shuffled": {"packing": True, "shuffle_dataset": True},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_windows_hold_what_the_model_saw(tmp_path: Path, layout: str) -> None:
+    seen = Seen()
+    options = LAYOUTS[layout]
+    make = token_records if layout == "split" else text_records
+    trainer = sft(
+        tmp_path,
+        MySFT,
+        make(96),
+        before=seen,
+        learning_rate=0.0,
+        eval_dataset=Dataset.from_list(make(29, seed=5)),
+        eval_strategy="steps",
+        eval_steps=4,
+        **options,
+    )
+    found = logs(trainer)
+    batches = windows(seen.batches[True], 4)
+    assert len(found) == len(batches) == 2
+    for entry, window in zip(found, batches, strict=True):
+        assert entry == pytest.approx(expected(trainer.model, window), rel=2e-5)
+    evaluated = logs(trainer, "eval_")[-1]
+    assert evaluated == pytest.approx(
+        expected(trainer.model, seen.batches[False], "eval_"), rel=2e-5
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_is_the_same_with_and_without(tmp_path: Path, layout: str) -> None:
+    """Data and weights, bit for bit, with dropout."""
+    runs = []
+    for trainer_class in (SFTTrainer, MySFT):
+        seen = Seen()
+        model = tiny_model(attention_dropout=0.1)
+        trainer = sft(tmp_path, trainer_class, model=model, before=seen, **LAYOUTS[layout])
+        runs.append((trainer, seen.batches[True], torch.random.get_rng_state()))
+    (plain, plain_batches, plain_rng), (ours, our_batches, our_rng) = runs
+    assert not logs(plain) and logs(ours)
+    assert torch.equal(weights(plain), weights(ours))
+    assert torch.equal(plain_rng, our_rng)
+    for theirs, mine in zip(plain_batches, our_batches, strict=True):
+        assert theirs.keys() == mine.keys()
+        assert all(torch.equal(theirs[name], mine[name]) for name in theirs)
+    for key in ("loss", "grad_norm", "mean_token_accuracy"):
+        values = [[e.get(key) for e in t.state.log_history] for t in (plain, ours)]
+        assert values[0] == values[1]
+
+
+def test_attach_after_packing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ChannelError, match=r"was packed by SFTTrainer's constructor.*patches\.trl"):
+        sft(tmp_path, prepare=attach, packing=True)
+
+
+def test_attach_needs_no_more_without_packing(tmp_path: Path) -> None:
+    trainer = sft(tmp_path, prepare=attach)
+    assert logs(trainer) == logs(sft(tmp_path, MySFT))
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|endoftext|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["completion", "assistant"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_only_what_is_trained_is_counted(tmp_path: Path, kind: str, packing: bool) -> None:
+    from channel_metrics.demo.tiny import byte_tokenizer
+
+    rng = random.Random(0)
+    records: list[dict[str, Any]] = []
+    for name in CHANNELS * 12:
+        prompt, answer = word(rng, name, 2, 5), word(rng, name, 2, 9)
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        by_kind = {
+            "completion": {"prompt": prompt, "completion": answer},
+            "assistant": {"messages": turns},
+        }
+        records.append(by_kind[kind] | {"channel": name, "size": len(answer) + 1})
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    set_seed(0)
+    trainer = MySFT(
+        model=tiny_model(),
+        args=config(
+            tmp_path,
+            packing=packing,
+            assistant_only_loss=kind == "assistant",
+            completion_only_loss=kind == "completion",
+            max_steps=-1,
+            num_train_epochs=1,
+            gradient_accumulation_steps=1,
+            logging_steps=1,
+        ),
+        train_dataset=Dataset.from_list(records),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    for name in CHANNELS:
+        sizes = [record["size"] for record in records if record["channel"] == name]
+        assert sum(entry.get(f"{name}_tokens", 0) for entry in logs(trainer)) == sum(sizes)
+
+
+def test_the_patch_packs_the_channels_of_unmodified_scripts(tmp_path: Path, capfd: Any) -> None:
+    from transformers import Trainer
+
+    originals = SFTTrainer._prepare_dataset, Trainer.__init__
+    import channel_metrics.patches.trl as patch
+
+    try:
+        patched = SFTTrainer._prepare_dataset
+        assert patch.is_applied() and patched is not originals[0]
+        patch.apply()
+        assert SFTTrainer._prepare_dataset is patched
+        trainer = sft(tmp_path, packing=True)
+        mixed = sft(tmp_path, MySFT, packing=True)
+    finally:
+        patch.revert()
+    assert (SFTTrainer._prepare_dataset, Trainer.__init__) == originals
+    patch.revert()
+    assert not patch.is_applied()
+    assert logs(trainer) == logs(mixed) == logs(sft(tmp_path, MySFT, packing=True))
+    patch.apply(MetricsConfig(metrics=("tokens",)))
+    try:
+        assert {key[-7:] for key in logs(sft(tmp_path, packing=True))[0]} == {"_tokens"}
+    finally:
+        patch.revert()
+    assert "patched trl.SFTTrainer._prepare_dataset" in capfd.readouterr().err
