@@ -1,0 +1,295 @@
+"""What is counted and what is logged: columns are sums, metrics are formulas over sums.
+
+This is the one place where both are registered. Log keys, reserved keys, the readers of logs, the
+report and the reference in the docs read it when they need it, so an entry that is added here, or
+by `TOKENS.register`, is known everywhere:
+
+    TOKENS.register(
+        Column("easy", "tokens", "tokens with a loss below 1", per_token=lambda v: v.losses < 1),
+        Metric("easy_share", ("easy", "tokens"), lambda s: ratio(s["easy"], s["tokens"])),
+    )
+
+Nothing here imports torch: those who only read logs do not wait for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from channel_metrics.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from channel_metrics.core.sums import SequenceView, TokenView
+
+__all__ = ["DEFAULT_METRICS", "TOKENS", "Column", "Metric", "Schema", "ratio"]
+
+Sums = Mapping[str, float]
+
+DEFAULT_METRICS = ("loss", "token_acc", "tokens", "share")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One sum per channel.
+
+    per_token: the values of the tokens, of the shape of the losses; what is not supervised must
+        be 0. None where this micro-batch does not have them: then nothing is added.
+    per_sequence: the same for each sequence [N], where a token says too little.
+    Without both, the adapter gives the values itself (`ChannelMetrics.add`).
+    """
+
+    name: str
+    unit: str
+    """What is added up: `tokens`, `nats`, `sequences`, `pairs`."""
+    doc: str
+    total: bool = False
+    """Whether `<name>_total` counts it since the run began, across checkpoints."""
+    per_token: Callable[[TokenView], Tensor | None] | None = None
+    per_sequence: Callable[[SequenceView], Tensor | None] | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One value per channel and window.
+
+    formula: takes the sums of one channel by column name; `"all"` is the count column of the
+        schema, summed over all channels. It returns None for a value that is not there.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    """The columns that the formula reads."""
+    formula: Callable[[Sums], float | None]
+    unit: str = ""
+    doc: str = ""
+    label: str = ""
+    """The title of its chart in the report; no chart without one."""
+    adds_up: bool = False
+    """Whether the values of two windows may be added: counts. `peek` leaves them out."""
+    always: bool = False
+    """Logged whatever the config's `metrics` are."""
+    asked_by: tuple[str, ...] = ()
+    """The names in the config's `metrics` that ask for it; empty: its own."""
+    key: str = ""
+    """A key format of its own with `{channel}`, in place of the config's."""
+    unlabeled: str = "unlabeled"
+    """What its own key calls the tokens without a channel."""
+    every_channel: bool = False
+    """Whether it is logged for channels that `eval_channels` leaves out, too."""
+
+
+@dataclass
+class Schema:
+    """The columns and metrics of one unit: tokens, preference pairs, completions, probes.
+
+    unit: what `count` counts. count: the column that says whether a channel is in a window, and
+    whose share is a channel's share.
+    """
+
+    unit: str
+    count: str
+    columns: list[Column] = field(default_factory=list)
+    metrics: list[Metric] = field(default_factory=list)
+
+    def register(self, *entries: Column | Metric) -> None:
+        """Add columns and metrics; a metric's columns come before it.
+
+        Raises `ConfigError` for a name that is taken, and for a column that is not there.
+        """
+        for entry in entries:
+            if isinstance(entry, Column):
+                self._refuse_taken(entry.name, self.column_names)
+                self.columns.append(entry)
+                continue
+            self._refuse_taken(entry.name, self.metric_names)
+            missing = sorted(set(entry.needs) - {*self.column_names, "all"})
+            if missing:
+                raise ConfigError(
+                    f"metric {entry.name!r} needs the columns {', '.join(missing)}, but there are "
+                    f"{', '.join(self.column_names)}; register the column first."
+                )
+            self.metrics.append(entry)
+
+    def extended(self, *entries: Column | Metric) -> Schema:
+        """A copy with more entries; this schema stays as it is."""
+        copy = replace(self, columns=list(self.columns), metrics=list(self.metrics))
+        copy.register(*entries)
+        return copy
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """In the order of the table."""
+        return tuple(column.name for column in self.columns)
+
+    @property
+    def total_names(self) -> tuple[str, ...]:
+        """The columns that are kept as totals of the run."""
+        return tuple(column.name for column in self.columns if column.total)
+
+    @property
+    def run_metrics(self) -> tuple[str, ...]:
+        """`tokens_total` and the like: counted since the run began."""
+        return tuple(f"{name}_total" for name in self.total_names)
+
+    @property
+    def window_metrics(self) -> tuple[str, ...]:
+        """The metrics of a window that a config can ask for."""
+        return tuple(metric.name for metric in self.metrics if not metric.always)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """All metrics that can be logged."""
+        return (*(metric.name for metric in self.metrics), *self.run_metrics)
+
+    def metric(self, name: str) -> Metric | None:
+        """The metric of this name; None for a total of the run, or an unknown name."""
+        return next((metric for metric in self.metrics if metric.name == name), None)
+
+    def check(self, names: Iterable[str], known: Sequence[str] = ()) -> tuple[str, ...]:
+        """The names, each once; raises `ConfigError` for one that is not a metric.
+
+        known: the metrics that are allowed, by default all that a config can ask for.
+        """
+        known = known or (*self.window_metrics, *self.run_metrics)
+        chosen = tuple(dict.fromkeys(names))
+        for name in chosen:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ConfigError(f"unknown metric {name!r}; {hint}Known: {', '.join(known)}.")
+        return chosen
+
+    def chosen(self, names: Sequence[str]) -> list[Metric]:
+        """The metrics that a config with these `metrics` logs, in its order."""
+        asked = [
+            metric
+            for name in names
+            for metric in self.metrics
+            if not metric.always and name in (metric.asked_by or (metric.name,))
+        ]
+        return list(dict.fromkeys([*asked, *(m for m in self.metrics if m.always)]))
+
+    def values(self, sums: Sums, all_counted: float, metrics: Iterable[Metric]) -> dict[str, float]:
+        """The values of one channel from its sums; one without a denominator is absent.
+
+        all_counted: the count column, summed over all channels of the window.
+        """
+        given = {**sums, "all": all_counted}
+        found = ((metric.name, metric.formula(given)) for metric in metrics)
+        return {name: value for name, value in found if value is not None}
+
+    def _refuse_taken(self, name: str, taken: Sequence[str]) -> None:
+        if name in taken:
+            raise ConfigError(f"{name!r} is registered already for {self.unit}; choose another.")
+
+
+def ratio(numerator: float, denominator: float) -> float | None:
+    """None without a denominator."""
+    return numerator / denominator if denominator else None
+
+
+def _loss(sums: Sums) -> float | None:
+    return ratio(sums["nll"], sums["tokens"] - sums["nonfinite"])
+
+
+def _perplexity(sums: Sums) -> float | None:
+    loss = _loss(sums)
+    try:
+        return None if loss is None else math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+TOKENS = Schema("tokens", count="tokens")
+TOKENS.register(
+    Column("tokens", "tokens", "supervised tokens", total=True, per_token=lambda v: v.mask),
+    Column(
+        "samples",
+        "sequences",
+        "sequences with at least one position",
+        total=True,
+        per_sequence=lambda s: s.lengths > 0,
+    ),
+    Column("nll", "nats", "token losses that are finite", per_token=lambda v: v.nll),
+    Column("correct", "tokens", "tokens whose target was predicted", per_token=lambda v: v.hits),
+    Column(
+        "judged",
+        "tokens",
+        "tokens for which `correct` was given",
+        per_token=lambda v: None if v.correct is None else v.mask,
+    ),
+    Column(
+        "nonfinite",
+        "tokens",
+        "supervised tokens whose loss is NaN or infinite",
+        per_token=lambda v: v.mask & ~v.finite,
+    ),
+    Column(
+        "weighted_nll",
+        "nats",
+        "weight * loss",
+        per_token=lambda v: None if v.weight is None else v.weight * v.nll,
+    ),
+    Column("weight", "weight", "the weights of tokens", per_token=lambda v: v.weight),
+    Metric(
+        "loss",
+        ("nll", "tokens", "nonfinite"),
+        _loss,
+        unit="nats",
+        doc="nll / tokens; raw: before weights, label smoothing and loss scaling",
+        label="Loss (nats per token)",
+    ),
+    Metric(
+        "weighted_loss",
+        ("weighted_nll", "weight"),
+        lambda s: ratio(s["weighted_nll"], s["weight"]),
+        unit="nats",
+        doc="weighted nll / weight; only where tokens are weighted",
+    ),
+    Metric(
+        "token_acc",
+        ("correct", "judged"),
+        lambda s: ratio(s["correct"], s["judged"]),
+        doc="correct / tokens; a target that ties for the maximum counts as correct",
+        label="Token accuracy",
+    ),
+    Metric("ppl", ("nll", "tokens", "nonfinite"), _perplexity, doc="exp(loss)"),
+    Metric(
+        "tokens",
+        ("tokens",),
+        lambda s: s["tokens"],
+        unit="tokens",
+        doc="supervised tokens in the window",
+        adds_up=True,
+    ),
+    Metric(
+        "samples",
+        ("samples",),
+        lambda s: s["samples"],
+        unit="sequences",
+        doc="sequences in the window",
+        adds_up=True,
+    ),
+    Metric(
+        "share",
+        ("tokens",),
+        lambda s: ratio(s["tokens"], s["all"]),
+        doc="tokens / tokens of all channels, `unlabeled` among them",
+        label="Share of the tokens",
+    ),
+    Metric(
+        "nonfinite",
+        ("nonfinite",),
+        lambda s: s["nonfinite"] or None,
+        unit="tokens",
+        doc="tokens whose loss is NaN or infinite: in `tokens` and `share`, not in the loss",
+        adds_up=True,
+        always=True,
+    ),
+)
