@@ -12,7 +12,7 @@
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.accumulator import ChannelLossAccumulator
 from channel_metrics.core.boundaries import Boundaries, boundaries_from_batch
-from channel_metrics.core.labels import ChannelTable
+from channel_metrics.core.keys import ChannelTable
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.errors import (
     BoundaryError,

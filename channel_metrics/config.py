@@ -8,14 +8,9 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from channel_metrics.core.faults import OnError
-from channel_metrics.core.labels import DEFAULT_FIELDS, ChannelTable, Unknown
-from channel_metrics.core.metrics import (
-    ALL_METRICS,
-    DEFAULT_METRICS,
-    RUN_METRICS,
-    WINDOW_METRICS,
-    check_metrics,
-)
+from channel_metrics.core.keys import ChannelTable
+from channel_metrics.core.labels import DEFAULT_FIELDS, Unknown
+from channel_metrics.core.schema import DEFAULT_METRICS, TOKENS
 from channel_metrics.errors import ConfigError
 
 __all__ = ["MetricsConfig", "refuse_unknown_keys"]
@@ -35,7 +30,7 @@ class MetricsConfig:
     """What a channel outside the declared ones does: "add", "unlabeled" or "error"."""
 
     metrics: tuple[str, ...] = DEFAULT_METRICS
-    """What is logged per channel, see `channel_metrics.core.metrics`."""
+    """What is logged per channel, see `channel_metrics.core.schema`."""
 
     eval_channels: tuple[str, ...] = ()
     """The channels that evaluation logs; empty means all of them."""
@@ -46,8 +41,10 @@ class MetricsConfig:
     live_table: bool = True
     """Whether a terminal or a notebook shows the channels while the run goes on."""
 
-    on_error: OnError = "raise"
-    """What an error in the metrics does: "raise" ends the run, "warn" ends the metrics only."""
+    on_error: OnError | None = None
+    """What an error in the metrics does: "raise" ends the run, "warn" ends the metrics only.
+
+    None raises until the first train window has been logged, and warns afterwards."""
 
     def __post_init__(self) -> None:
         for name in ("fields", "channels", "metrics", "eval_channels"):
@@ -56,22 +53,24 @@ class MetricsConfig:
             if not listed or not all(isinstance(item, str) for item in value):
                 raise ConfigError(f"{name} must be a list of strings, but is {value!r}.")
             object.__setattr__(self, name, tuple(value))
-        if self.on_error not in get_args(OnError):
-            raise ConfigError(f'on_error must be "raise" or "warn", but is {self.on_error!r}.')
+        if self.on_error not in (None, *get_args(OnError)):
+            raise ConfigError(
+                f'on_error must be "raise", "warn" or None, but is {self.on_error!r}.'
+            )
         if not self.fields:
             raise ConfigError("fields must name at least one record field, but is empty.")
-        check_metrics(self.metrics, ALL_METRICS)
+        TOKENS.check(self.metrics)
         self.new_table()
 
     @property
     def window_metrics(self) -> tuple[str, ...]:
         """Those of `metrics` that are about one window."""
-        return tuple(name for name in self.metrics if name in WINDOW_METRICS)
+        return tuple(name for name in self.metrics if name in TOKENS.window_metrics)
 
     @property
     def run_metrics(self) -> tuple[str, ...]:
         """Those of `metrics` that are about the whole run."""
-        return tuple(name for name in self.metrics if name in RUN_METRICS)
+        return tuple(name for name in self.metrics if name in TOKENS.run_metrics)
 
     def new_table(self, reserved: Collection[str] = ()) -> ChannelTable:
         """A table of the declared channels; raises for names that cannot stand side by side."""

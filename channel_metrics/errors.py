@@ -9,6 +9,7 @@ __all__ = [
     "BoundaryError",
     "ChannelError",
     "ChannelMetricsError",
+    "CollectiveError",
     "ConfigError",
     "StoppedError",
     "UnsupportedVersionError",
@@ -25,6 +26,10 @@ class BoundaryError(ChannelMetricsError):
 
 class ChannelError(ChannelMetricsError):
     """Channel names or ids that are missing, unknown, ambiguous, or out of step with the batch."""
+
+
+class CollectiveError(ChannelMetricsError):
+    """A collective of ours that failed: always raised, for the ranks are out of step."""
 
 
 class ConfigError(ChannelMetricsError):

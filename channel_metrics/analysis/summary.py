@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from channel_metrics.core.labels import UNLABELED, metric_key
+from channel_metrics.core.keys import metric_key
+from channel_metrics.core.labels import UNLABELED
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from channel_metrics.analysis.readers.keys import Key
 from channel_metrics.analysis.run import Run
-from channel_metrics.core.labels import metric_key
+from channel_metrics.core.keys import metric_key
 from channel_metrics.extras import need
 
 if TYPE_CHECKING:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from channel_metrics.core.cu_seqlens import check_cu_seqlens, check_cu_seqlens_t
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.errors import ChannelError, ChannelMetricsError
 
-__all__ = ["IGNORE_INDEX", "Layout", "can_read", "check_ids", "check_layout", "token_values"]
+__all__ = ["IGNORE_INDEX", "can_read", "check_ids", "check_layout", "token_values"]
 
 IGNORE_INDEX = -100
 
@@ -50,27 +48,12 @@ def token_values(
     return TokenValues(token_losses, _mask(token_losses, labels, loss_mask), correct, weights)
 
 
-class Layout(NamedTuple):
-    """What is known of the sequences of a micro-batch.
-
-    covered: they hold all tokens. filled: none is empty.
-    """
-
-    covered: bool
-    filled: bool
-
-
-def check_ids(ids: Tensor, num_channels: int) -> int | None:
-    """The lowest of `ids`, at least -1, if they are known to be in the table; else None.
-
-    Raises `ChannelError` unless they are integers and, where that can be seen, in the table.
-    """
+def check_ids(ids: Tensor, num_channels: int) -> None:
+    """Raise `ChannelError` unless they are integers and, where that can be seen, in the table."""
     if ids.dtype not in (torch.int64, torch.int32):
         raise ChannelError(f"channels must be int64 ids or a list of names, but is {ids.dtype}.")
-    if not can_read(ids):
-        return None
-    if not ids.numel():
-        return 0
+    if not can_read(ids) or not ids.numel():
+        return
     bounds = ids.aminmax()
     lowest, highest = int(bounds[0].item()), int(bounds[1].item())
     if highest >= num_channels or lowest < -1:
@@ -78,35 +61,26 @@ def check_ids(ids: Tensor, num_channels: int) -> int | None:
             f"channel ids must be -1 (unlabeled) or 0 to {num_channels - 1}, but range "
             f"from {lowest} to {highest}; ids and table are out of step."
         )
-    return lowest
 
 
-def check_layout(losses: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> Layout:
-    """What is known of the sequences.
-
-    Raises `ChannelError` unless there is one id per sequence, `BoundaryError` for bad bounds.
-    """
+def check_layout(losses: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Raise `ChannelError` unless there is one id per sequence, `BoundaryError` for bad bounds."""
     if cu_seqlens is None:
-        layout = Layout(covered=True, filled=losses.numel() > 0)
         held = losses.shape[0] if losses.dim() == 2 else 1
-    elif can_read(cu_seqlens):
-        last, shortest = check_cu_seqlens(cu_seqlens, losses.numel())
-        layout = Layout(last == losses.numel(), shortest > 0)
-        held = cu_seqlens.numel() - 1
+        source = f"token_losses has shape {list(losses.shape)} and cu_seqlens is not given"
     else:
-        check_cu_seqlens_type(cu_seqlens)
-        layout = Layout(covered=False, filled=False)
+        if can_read(cu_seqlens):
+            check_cu_seqlens(cu_seqlens, losses.numel())
+        else:
+            check_cu_seqlens_type(cu_seqlens)
         held = cu_seqlens.numel() - 1
-    if ids.dim() != 1 or ids.numel() != held:
         source = f"cu_seqlens has {held + 1} bounds"
-        if cu_seqlens is None:
-            source = f"token_losses has shape {list(losses.shape)} and cu_seqlens is not given"
+    if ids.dim() != 1 or ids.numel() != held:
         came = f"{ids.numel()} entries" if ids.dim() == 1 else f"shape {list(ids.shape)}"
         raise ChannelError(
             f"channels has {came} but the batch holds {held} sequences ({source}); pass one "
             "channel per sequence."
         )
-    return layout
 
 
 def can_read(values: Tensor) -> bool:

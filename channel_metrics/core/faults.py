@@ -1,10 +1,11 @@
 """What an error in the metrics does to a run: end it, or end only the metrics.
 
-With `on_error="warn"`, the first error of a rank is logged, and from then on that rank measures
-nothing. It must not fall out of step with the others, who wait for it at the next sync: there it
-takes part once more, with zeros and a note that it has stopped (see
-`channel_metrics.ranks.sync`). Then all ranks know, all of them stop measuring, and nothing is sent
-any more.
+By default an error is raised until the first train window has been summed and shown, because a
+wrong set-up must be seen; after that it ends the metrics only. The first such error of a rank is
+logged, and from then on that rank measures nothing. It must not fall out of step with the others,
+who wait for it at the next sync: there it takes part once more, with zeros and a note that it has
+stopped (see `channel_metrics.ranks.exchange`). Then all ranks know, all of them stop measuring,
+and nothing is sent any more.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from channel_metrics.errors import StoppedError
+from channel_metrics.errors import CollectiveError, StoppedError
 
 __all__ = ["FaultGuard", "OnError"]
 
@@ -27,23 +28,30 @@ OnError = Literal["raise", "warn"]
 class FaultGuard:
     """Runs our code so that its errors do what `on_error` says.
 
-    error: the first error of this rank, None as long as there was none.
-    off: all ranks know that one of them has stopped: no collectives any more.
+    on_error: None raises until `proven` is set, and warns from then on. error: the first error of
+    this rank, None as long as there was none. off: all ranks know that one of them has stopped:
+    no collectives any more. proven: a train window with tokens has been summed and shown.
     """
 
-    def __init__(self, on_error: OnError = "raise") -> None:
-        self.on_error: OnError = on_error
+    def __init__(self, on_error: OnError | None = "raise") -> None:
+        self.on_error = on_error
         self.error: Exception | None = None
         self.off = False
+        self.proven = False
 
     @property
     def measuring(self) -> bool:
         """Whether this rank still measures."""
         return self.error is None and not self.off
 
+    @property
+    def raises(self) -> bool:
+        """Whether an error ends the run now."""
+        return self.on_error == "raise" or (self.on_error is None and not self.proven)
+
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """A block of our own code; with "warn", an error ends the block and the metrics."""
+        """A block of our own code; where errors do not end the run, one ends the metrics."""
         try:
             yield
         except Exception as error:
@@ -58,8 +66,8 @@ class FaultGuard:
     ) -> Any:
         """`observing(original, *args, **kwargs)`, which must call `original` and return its result.
 
-        With "warn" and an error in `observing`, that result is returned all the same. Errors of
-        `original` are the trainer's own, and are raised.
+        Where errors in `observing` do not end the run, that result is returned all the same.
+        Errors of `original` are the trainer's own, and are raised.
         """
         if not self.measuring:
             return original(*args, **kwargs)
@@ -73,7 +81,8 @@ class FaultGuard:
         return once.result if once.called else original(*args, **kwargs)
 
     def _take(self, error: Exception) -> None:
-        if self.on_error == "raise":
+        # After a collective that failed, the ranks are out of step.
+        if self.raises or isinstance(error, CollectiveError):
             raise error
         if isinstance(error, StoppedError):
             self.off = True
@@ -83,11 +92,12 @@ class FaultGuard:
             place = traceback.extract_tb(error.__traceback__)[-1]
             logger.warning(
                 "channel metrics are off for the rest of this run, training goes on: %s: %s "
-                "(%s:%s; on_error is warn)",
+                "(%s:%s; on_error is %s)",
                 type(error).__name__,
                 error,
                 place.filename,
                 place.lineno,
+                self.on_error or "warn after the first window",
             )
         self.error = self.error or error
 

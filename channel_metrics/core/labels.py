@@ -1,33 +1,26 @@
-"""Names of channels: how a record carries one, how names become ids, how they become log keys.
+"""Names of channels: how a record carries one, and how names become ids.
 
->>> table = ChannelTable(["bbu", "rru"])
+>>> table = LabelTable(["bbu", "rru"])
 >>> table.ids(["rru", "bbu", None])
 [1, 0, -1]
->>> metric_key("{channel}_{metric}", "bbu", "loss")
-'bbu_loss'
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from channel_metrics.core.metrics import ALL_METRICS
 from channel_metrics.errors import ChannelError, ConfigError
 
 __all__ = [
     "DEFAULT_FIELDS",
     "UNLABELED",
     "UNLABELED_ID",
-    "ChannelTable",
+    "LabelTable",
     "Unknown",
     "channel_of",
     "channels_of",
-    "check_key_format",
     "field_roots",
-    "metric_key",
-    "sanitize",
 ]
 
 DEFAULT_FIELDS = ("channel", "dataset_source", "metadata._fusion_source", "dataset_id")
@@ -37,18 +30,6 @@ UNLABELED_ID = -1
 Unknown = Literal["add", "unlabeled", "error"]
 
 _MISSING = object()
-# What every tracker we know accepts in a key; anything else becomes an underscore.
-_UNSAFE = re.compile(r"[^\w.\-/]+")
-
-
-def sanitize(name: str) -> str:
-    """`name` as trackers accept it: letters, digits, `_`, `-`, `.` and `/`."""
-    return _UNSAFE.sub("_", name)
-
-
-def metric_key(key_format: str, channel: str, metric: str) -> str:
-    """The log key of a channel's metric, e.g. `bbu_loss` for `{channel}_{metric}`."""
-    return key_format.format(channel=sanitize(channel), metric=metric)
 
 
 def field_roots(fields: Sequence[str]) -> tuple[str, ...]:
@@ -84,33 +65,18 @@ def channel_of(record: Mapping[str, Any], fields: Sequence[str] = DEFAULT_FIELDS
     return found[0]
 
 
-class ChannelTable:
+class LabelTable:
     """Names to ids and back. Ids count from 0 in the order of the names; -1 is `unlabeled`.
 
     unknown: what a name outside the table does: "add" grows the table, "unlabeled" counts its
         tokens as unlabeled, "error" raises `ChannelError`.
-    key_format: checked here because two names must not end up under one key.
-    reserved: log keys that belong to the trainer; a channel whose key would overwrite one is a
-        `ConfigError`.
     """
 
-    def __init__(
-        self,
-        names: Iterable[str] = (),
-        *,
-        unknown: Unknown = "add",
-        key_format: str = "{channel}_{metric}",
-        reserved: Collection[str] = (),
-    ) -> None:
+    def __init__(self, names: Iterable[str] = (), *, unknown: Unknown = "add") -> None:
         if unknown not in ("add", "unlabeled", "error"):
             raise ConfigError(f'unknown must be "add", "unlabeled" or "error", but is {unknown!r}.')
-        check_key_format(key_format)
         self.unknown: Unknown = unknown
-        self.key_format = key_format
-        self.reserved = frozenset(reserved)
         self._ids: dict[str, int] = {}
-        self._by_key: dict[str, str] = {sanitize(UNLABELED): UNLABELED}
-        self._rivals = _rival_metrics(key_format)
         for name in names:
             self.add(name)
 
@@ -126,7 +92,7 @@ class ChannelTable:
         return name in self._ids
 
     def __repr__(self) -> str:
-        return f"ChannelTable({list(self._ids)}, unknown={self.unknown!r})"
+        return f"{type(self).__name__}({list(self._ids)}, unknown={self.unknown!r})"
 
     def add(self, name: str) -> int:
         """The id of `name`, which joins the table if it is new; `unlabeled` is always -1."""
@@ -139,20 +105,8 @@ class ChannelTable:
                 f"a channel name must be a non-empty string, but is {name!r}; give the source a "
                 "name, or leave the field out to count its tokens as unlabeled."
             )
-        other = self._by_key.setdefault(sanitize(name), name)
-        if other != name:
-            raise ChannelError(
-                f"channels {other!r} and {name!r} would both be logged as {sanitize(name)!r}; "
-                "rename one of them."
-            )
-        self._check_keys(name)
+        self._check(name)
         return self._ids.setdefault(name, len(self._ids))
-
-    def open_copy(self) -> ChannelTable:
-        """An independent table of the same names and key format, which any name may join."""
-        copy = ChannelTable(key_format=self.key_format)
-        copy._ids, copy._by_key = dict(self._ids), dict(self._by_key)
-        return copy
 
     def ids(self, names: Iterable[str | None]) -> list[int]:
         """The ids of `names`; None is unlabeled, an unknown name does what `unknown` says."""
@@ -164,23 +118,8 @@ class ChannelTable:
             n is None or n == UNLABELED or n in self._ids for n in names
         )
 
-    def _check_keys(self, name: str) -> None:
-        """Refuse a name with a key that is the trainer's, or that of another channel's metric."""
-        for metric in ALL_METRICS if self.reserved else ():
-            key = metric_key(self.key_format, name, metric)
-            if key in self.reserved:
-                raise ConfigError(
-                    f"channel {name!r} would be logged as {key!r}, which is the trainer's own "
-                    "key; rename the channel or choose another key_format."
-                )
-        for metric, head, tail in self._rivals:
-            key = metric_key(self.key_format, name, metric)
-            other = self._by_key.get(key[len(head) : len(key) - len(tail)], name)
-            if key.startswith(head) and key.endswith(tail) and other != name:
-                raise ChannelError(
-                    f"channels {other!r} and {name!r} would both be logged as {key!r}, of "
-                    "different metrics; rename one of them or choose another key_format."
-                )
+    def _check(self, name: str) -> None:
+        """Raise for a name that must not join; here all may."""
 
     def _id(self, name: str) -> int:
         if name in self._ids or name == UNLABELED or self.unknown == "add":
@@ -191,41 +130,6 @@ class ChannelTable:
             f"channel {name!r} is not in the declared table {list(self._ids)}; declare it, or set "
             'unknown to "add" or "unlabeled".'
         )
-
-
-def check_key_format(key_format: str) -> None:
-    """Raise `ConfigError` unless `key_format` has exactly `{channel}` and `{metric}`."""
-    try:
-        probe = key_format.format(channel="\0", metric="\1")
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"key_format must be built from {{channel}} and {{metric}}, but {key_format!r} is "
-            f"not a format string of these two ({error!r})."
-        ) from None
-    if "\0" not in probe or "\1" not in probe:
-        raise ConfigError(
-            f"key_format must hold both {{channel}} and {{metric}}, but is {key_format!r}; "
-            "without both, several values would share one key."
-        )
-
-
-def _rival_metrics(key_format: str) -> list[tuple[str, str, str]]:
-    """(metric, head, tail): a key of `metric` may also read head + another channel + tail.
-
-    `bbu_weighted` + `_loss` is `bbu` + `_weighted_loss`: one tail ends with the other.
-    """
-    ends = {
-        metric: key_format.format(channel="\0", metric=metric).split("\0", 1)
-        for metric in ALL_METRICS
-    }
-    return [
-        (metric, other_ends[0], other_ends[1])
-        for metric, (head, tail) in ends.items()
-        for other, other_ends in ends.items()
-        if metric != other
-        and (tail.endswith(other_ends[1]) or other_ends[1].endswith(tail))
-        and (head.startswith(other_ends[0]) or other_ends[0].startswith(head))
-    ]
 
 
 def _lookup(record: Mapping[str, Any], field: str) -> Any:

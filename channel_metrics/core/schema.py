@@ -38,9 +38,9 @@ DEFAULT_METRICS = ("loss", "token_acc", "tokens", "share")
 class Column:
     """One sum per channel.
 
-    per_token: the values of the tokens, of the shape of the losses; what is not supervised must
-        be 0. None where this micro-batch does not have them: then nothing is added.
-    per_sequence: the same for each sequence [N], where a token says too little.
+    per_token: the values of the tokens, of the shape of the losses; only supervised ones are
+        added up. None where this micro-batch does not have them.
+    per_sequence: the values of the sequences [N], where a token says too little.
     Without both, the adapter gives the values itself (`ChannelMetrics.add`).
     """
 
@@ -217,7 +217,7 @@ TOKENS.register(
         per_sequence=lambda s: s.lengths > 0,
     ),
     Column("nll", "nats", "token losses that are finite", per_token=lambda v: v.nll),
-    Column("correct", "tokens", "tokens whose target was predicted", per_token=lambda v: v.hits),
+    Column("correct", "tokens", "tokens whose target was predicted", per_token=lambda v: v.correct),
     Column(
         "judged",
         "tokens",
@@ -228,7 +228,7 @@ TOKENS.register(
         "nonfinite",
         "tokens",
         "supervised tokens whose loss is NaN or infinite",
-        per_token=lambda v: v.mask & ~v.finite,
+        per_token=lambda v: ~v.finite,
     ),
     Column(
         "weighted_nll",

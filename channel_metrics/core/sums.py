@@ -1,47 +1,23 @@
-"""Token losses -> sums per sequence -> sums per channel. Pure, no host sync, static shapes.
+"""Token values -> sums per sequence, or per token. Pure, no host sync, static shapes.
 
-Letters: T = num_tokens, N = num_sequences, K = columns. The sums per sequence are kept apart
-from the grouping, so that a second way of grouping is one more id tensor and one more small
-reduction over the same [K, N], never a second pass over tokens. Columns come first: adding up
-groups of a contiguous [N] is several times cheaper than adding up rows of [N, K].
+Letters: T = num_tokens, N = num_sequences. The sums per sequence are kept apart from the grouping
+into channels, so that a second way of grouping is one more small reduction over the same [N],
+never a second pass over tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from channel_metrics.core.cu_seqlens import to_target_frame
+from channel_metrics.core.schema import TOKENS, Column
 
-__all__ = [
-    "COLUMNS",
-    "NUM_COLUMNS",
-    "TokenValues",
-    "group_sums",
-    "num_columns_of",
-    "sequence_sums",
-    "table_rows",
-    "token_sums",
-    "with_rest",
-]
-
-# Everything is a sum: over tokens, or (samples) over sequences. What not every micro-batch has
-# comes last, so that it can be left out.
-COLUMNS = (
-    "tokens",  # supervised tokens
-    "samples",  # sequences with at least one position
-    "nll",  # finite token losses
-    "correct",  # tokens whose target was predicted
-    "judged",  # tokens for which correctness was given: the denominator of `correct`
-    "nonfinite",  # supervised tokens whose loss is NaN or infinite, kept out of the sums
-    "weighted_nll",  # weight * loss
-    "weight",  # the denominator of `weighted_nll`
-)
-NUM_COLUMNS = len(COLUMNS)
-_INDEX = {name: index for index, name in enumerate(COLUMNS)}
+__all__ = ["SequenceView", "TokenValues", "TokenView", "sequence_sums", "table_rows", "token_sums"]
 
 
 class TokenValues(NamedTuple):
@@ -70,133 +46,135 @@ class TokenValues(NamedTuple):
         return self.map(to_target_frame)
 
 
-def num_columns_of(values: TokenValues, *, finite: bool = False) -> int:
-    """How many of COLUMNS, from the left, these values can fill; the others stay zero.
+class TokenView:
+    """The token values as columns read them: without gradients, and with what several share."""
 
-    finite: all losses and weights are known to be finite.
+    def __init__(self, values: TokenValues, dtype: torch.dtype) -> None:
+        self.losses = values.losses.detach()
+        self.mask = values.mask
+        self.correct = values.correct
+        self.weights = None if values.weights is None else values.weights.detach().to(dtype)
+        self._dtype = dtype
+
+    @cached_property
+    def finite(self) -> Tensor:
+        """bool: whether the loss is neither NaN nor infinite."""
+        return self.losses.abs() < torch.inf  # half of the kernels of torch.isfinite
+
+    @cached_property
+    def nll(self) -> Tensor:
+        """The losses that are finite, 0 elsewhere; in the dtype of the sums."""
+        return self.losses.where(self.finite, 0).to(self._dtype)
+
+    @cached_property
+    def weight(self) -> Tensor | None:
+        """The weights of tokens with a finite loss, 0 elsewhere; None without weights."""
+        return None if self.weights is None else self.weights.where(self.finite, 0)
+
+    def column(self, column: Column) -> Tensor | None:
+        """The values of one column at the supervised positions, 0 elsewhere."""
+        values = None if column.per_token is None else column.per_token(self)
+        if values is None or values is self.mask:
+            return values
+        return values & self.mask if values.dtype == torch.bool else values.where(self.mask, 0)
+
+
+class SequenceView(NamedTuple):
+    """The sequences as columns read them.
+
+    lengths: positions per sequence [N], padding included. sums: {column: [N]}.
     """
-    if values.weights is not None:
-        return NUM_COLUMNS
-    if not finite:
-        return _INDEX["nonfinite"] + 1
-    return _INDEX["correct" if values.correct is None else "nonfinite"]
+
+    lengths: Tensor
+    sums: dict[str, Tensor]
 
 
 def sequence_sums(
-    values: TokenValues, cu_seqlens: Tensor | None, dtype: torch.dtype = torch.float64
-) -> Tensor:
-    """[K, N + 1] sums per sequence; the last one holds what lies past the last bound.
+    values: TokenValues,
+    cu_seqlens: Tensor | None,
+    dtype: torch.dtype = torch.float64,
+    columns: Sequence[Column] | None = None,
+) -> dict[str, Tensor]:
+    """{column: sums per sequence [N + 1]}; the last entry holds what lies past the last bound.
 
-    K is `num_columns_of(values)`. Without `cu_seqlens`, values of shape [B, S] mean one sequence
-    per row, and [T] one sequence; then nothing lies past them, and the result is [K, N].
+    Args:
+        values: of one micro-batch.
+        cu_seqlens: int32 [N + 1]. Without it, values of shape [B, S] mean one sequence per row,
+            and [T] one sequence; then nothing lies past them, and the sums are [N].
+        dtype: of the sums.
+        columns: by default those that are registered. A column that this micro-batch cannot fill
+            is left out.
     """
-    columns = _token_columns(values, dtype, finite=False)
-    num_columns = num_columns_of(values)
+    columns = TOKENS.columns if columns is None else columns
+    view = TokenView(values, dtype)
     if cu_seqlens is None:
-        return _row_sums(columns, values, dtype, num_columns)
-    lengths = with_rest(cu_seqlens, values).diff().long()
-    samples = (lengths > 0).to(dtype)
-    samples[-1:] = 0
-    sums = _segment_sums(list(columns.values()), lengths, dtype)
-    by_name = dict(zip(columns, sums.unbind(), strict=True), samples=samples)
-    return _in_order(by_name, values, num_columns)
-
-
-def with_rest(cu_seqlens: Tensor, values: TokenValues) -> Tensor:
-    """[N + 2] bounds: one sequence more, of what lies past the last one."""
-    return torch.nn.functional.pad(cu_seqlens, (0, 1), value=values.losses.numel())
-
-
-def token_sums(
-    values: TokenValues, dtype: torch.dtype = torch.float64, *, finite: bool = False
-) -> Tensor:
-    """[K, T]: each token by itself, to be grouped by token-level ids.
-
-    For layouts that boundaries cannot describe after sharding. `samples` stays zero: a shard
-    does not know how many sequences it holds a part of.
-    """
-    columns = _token_columns(values, dtype, finite=finite)
-    tokens = {name: column.flatten().to(dtype) for name, column in columns.items()}
-    return _in_order(tokens, values, num_columns_of(values, finite=finite))
-
-
-def table_rows(ids: Tensor, num_rows: int, num_sums: int, *, checked: bool = False) -> Tensor:
-    """[num_sums] rows of the table for `ids` [N], and for what lies past the last bound.
-
-    Row 0 is `unlabeled`, row i + 1 is channel i; ids outside the table (-1 among them) and
-    tokens past the last bound are unlabeled: seen, never dropped. checked: no id is outside.
-    """
-    rows = ids + 1
-    if not checked:
-        rows = rows.where((rows > 0) & (rows < num_rows), 0)
-    return torch.nn.functional.pad(rows, (0, 1)) if num_sums > ids.numel() else rows
-
-
-def group_sums(sums: Tensor, ids: Tensor, num_rows: int) -> Tensor:
-    """Sums of sequences or tokens [K, N] -> sums per channel [K, num_rows], see `table_rows`."""
-    rows = table_rows(ids, num_rows, sums.shape[1])
-    return sums.new_zeros(sums.shape[0], num_rows).index_add_(1, rows, sums)
-
-
-def _token_columns(values: TokenValues, dtype: torch.dtype, *, finite: bool) -> dict[str, Tensor]:
-    """The token tensors whose sums, in `dtype`, are the columns."""
-    losses, mask = values.losses.detach(), values.mask
-    # As 0 and 1 of one byte, masks are converted and multiplied several times faster.
-    columns = {"tokens": mask.view(torch.uint8)}
-    if values.correct is not None:
-        columns["correct"] = (values.correct & mask).view(torch.uint8)
-    weights = None if values.weights is None else values.weights.detach().to(dtype)
-    if finite:
-        columns["nll"] = losses * columns["tokens"]
-        if weights is not None:
-            columns["weight"] = weights * columns["tokens"]
+        shape = values.losses.shape
+        lengths = values.losses.new_full((shape[0] if len(shape) == 2 else 1,), shape[-1])
+        sums = _row_sums(_token_columns(view, columns), dtype)
     else:
-        is_finite = losses.abs() < torch.inf  # half of the kernels of torch.isfinite
-        counted = mask & is_finite
-        columns["nll"] = losses.where(counted, 0)
-        columns["nonfinite"] = (mask & ~is_finite).view(torch.uint8)
-        if weights is not None:
-            columns["weight"] = weights.where(counted, 0)
-    if weights is not None:
-        columns["weighted_nll"] = columns["weight"] * columns["nll"].to(dtype)
-    return columns
-
-
-def _row_sums(
-    columns: dict[str, Tensor], values: TokenValues, dtype: torch.dtype, num_columns: int
-) -> Tensor:
-    """[K, N]: every row is one sequence."""
-    shape = values.losses.shape
-    rows, size = shape if len(shape) == 2 else (1, *shape)
-    sums = values.losses.new_zeros((num_columns, rows), dtype=dtype)
-    if size:
-        sums[_INDEX["samples"]] = 1.0
-    for name, column in columns.items():
-        of_rows = column if column.dim() == 2 else column.view(1, size)
-        torch.sum(of_rows, -1, dtype=dtype, out=sums[_INDEX[name]])
-    if values.correct is not None:
-        sums[_INDEX["judged"]] = sums[_INDEX["tokens"]]
+        bounds = torch.nn.functional.pad(cu_seqlens, (0, 1), value=values.losses.numel())
+        lengths = bounds.diff().long()
+        sums = _segment_sums(_token_columns(view, columns), lengths, dtype)
+        # What lies past the last bound is no sequence.
+        lengths = lengths.clone()
+        lengths[-1:] = 0
+    of_sequences = SequenceView(lengths, sums)
+    for column in columns:
+        found = None if column.per_sequence is None else column.per_sequence(of_sequences)
+        if found is not None:
+            sums[column.name] = found.to(dtype)
     return sums
 
 
-def _segment_sums(columns: list[Tensor], lengths: Tensor, dtype: torch.dtype) -> Tensor:
-    """[k, N] sums of k columns of T tokens each, in segments of `lengths` [N] that add up to T."""
+def token_sums(
+    values: TokenValues,
+    dtype: torch.dtype = torch.float64,
+    columns: Sequence[Column] | None = None,
+) -> dict[str, Tensor]:
+    """{column: [T]}: each token by itself, to be grouped by token-level ids.
+
+    For layouts that boundaries cannot describe after sharding. Columns of sequences are left out:
+    a shard does not know how many sequences it holds a part of.
+    """
+    view = TokenView(values, dtype)
+    found = _token_columns(view, TOKENS.columns if columns is None else columns)
+    return {name: column.flatten().to(dtype) for name, column in found.items()}
+
+
+def table_rows(ids: Tensor, num_rows: int, num_sums: int) -> Tensor:
+    """int64 [num_sums]: the rows of a table for `ids` [N], and for what lies past the last bound.
+
+    Row 0 is `unlabeled`, row i + 1 is channel i; ids outside the table (-1 among them) and
+    tokens past the last bound are unlabeled: seen, never dropped.
+    """
+    rows = ids.long() + 1
+    rows = rows.where((rows > 0) & (rows < num_rows), 0)
+    return torch.nn.functional.pad(rows, (0, 1)) if num_sums > ids.numel() else rows
+
+
+def _token_columns(view: TokenView, columns: Sequence[Column]) -> dict[str, Tensor]:
+    found = ((column.name, view.column(column)) for column in columns)
+    return {name: values for name, values in found if values is not None}
+
+
+def _row_sums(columns: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """{column: [N]}: every row is one sequence."""
+    return {
+        name: (column if column.dim() == 2 else column.unsqueeze(0)).sum(-1, dtype=dtype)
+        for name, column in columns.items()
+    }
+
+
+def _segment_sums(
+    columns: dict[str, Tensor], lengths: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """{column: [N]}: sums in segments of `lengths` [N], which add up to T."""
     # Behind each other they are one axis, and one reduction; on a device it is several kernels.
-    flat = lengths.new_empty((len(columns), columns[0].numel()), dtype=dtype)
-    for row, column in enumerate(columns):
-        flat[row].copy_(column.flatten())
+    flat = lengths.new_empty((len(columns), next(iter(columns.values())).numel()), dtype=dtype)
+    for row, column in zip(flat, columns.values(), strict=True):
+        row.copy_(column.flatten())
     # unsafe=True: the check that the lengths fit would read them, a device-to-host sync.
     sums = torch.segment_reduce(
-        flat.view(-1), "sum", lengths=torch.cat([lengths] * len(columns)), unsafe=True, initial=0
+        flat.view(-1), "sum", lengths=lengths.repeat(len(columns)), unsafe=True, initial=0
     )
-    return sums.view(len(columns), -1)
-
-
-def _in_order(sums: dict[str, Tensor], values: TokenValues, num_columns: int) -> Tensor:
-    """Sums by name -> one tensor [K, ...] in the order of COLUMNS, zero where absent."""
-    if values.correct is not None:
-        sums["judged"] = sums["tokens"]
-    wanted = COLUMNS[:num_columns]
-    if not sums.keys() >= set(wanted):
-        sums = dict.fromkeys(wanted, torch.zeros_like(sums["tokens"])) | sums
-    return torch.stack([sums[name] for name in wanted])
+    return dict(zip(columns, sums.view(len(columns), -1).unbind(), strict=True))

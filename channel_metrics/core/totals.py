@@ -8,54 +8,63 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from channel_metrics.core.accumulator import ChannelLossAccumulator
+from torch import Tensor
+
 from channel_metrics.core.labels import UNLABELED
-from channel_metrics.core.sums import COLUMNS
+from channel_metrics.core.schema import TOKENS, Schema
 from channel_metrics.errors import ChannelMetricsError
 
-__all__ = ["RunTotals"]
+__all__ = ["TOTALS_FILE", "RunTotals", "totals_path"]
 
+# In the folder of a checkpoint.
+TOTALS_FILE = "channel_metrics.json"
+# What the Megatron adapters of version 0.1 called it.
+_OLD_FILE = "channel_metrics_totals.json"
 _VERSION = 1
-_TOKENS, _SAMPLES = COLUMNS.index("tokens"), COLUMNS.index("samples")
 
 
 class RunTotals:
-    """{channel: supervised tokens and sequences since the run began}, over all ranks."""
+    """{channel: {"tokens_total": ..., ...}} since the run began, over all ranks."""
 
-    def __init__(self) -> None:
-        # {channel: (tokens, samples)}
-        self._totals: dict[str, tuple[int, int]] = {}
+    def __init__(self, schema: Schema = TOKENS) -> None:
+        self.schema = schema
+        self._totals: dict[str, dict[str, int]] = {}
 
     def of(self, channel: str) -> dict[str, int]:
         """{"tokens_total": ..., "samples_total": ...} of one channel; zeros if it is unknown."""
-        return _named(self._totals.get(channel, (0, 0)))
+        return {**dict.fromkeys(self.schema.run_metrics, 0), **self._totals.get(channel, {})}
 
-    def add(self, window: ChannelLossAccumulator) -> RunTotals:
-        """Add a window that `sync` has summed over all ranks."""
-        names, counts = (UNLABELED, *window.table.names), window.sums()[:, [_TOKENS, _SAMPLES]]
+    def add(self, names: Sequence[str], sums: Tensor) -> RunTotals:
+        """Add a window that has been summed over all ranks.
+
+        names: of the rows behind the first. sums: float64 [len(names) + 1, K] on the host, row 0
+        unlabeled, in the order of the schema's columns.
+        """
+        columns = [self.schema.column_names.index(name) for name in self.schema.total_names]
+        rows, counts = (UNLABELED, *names), sums[:, columns]
         seen = counts.any(dim=1).nonzero().flatten()
         # float64 holds counts below 2**53 exactly.
-        for index, (tokens, samples) in zip(
-            seen.tolist(), counts[seen].long().tolist(), strict=True
-        ):
-            before = self._totals.get(names[index], (0, 0))
-            self._totals[names[index]] = (before[0] + tokens, before[1] + samples)
+        for index, added in zip(seen.tolist(), counts[seen].long().tolist(), strict=True):
+            before = self.of(rows[index])
+            self._totals[rows[index]] = before | {
+                name: before[name] + count
+                for name, count in zip(self.schema.run_metrics, added, strict=True)
+            }
         return self
 
     def copy(self) -> RunTotals:
         """An independent copy."""
-        copy = RunTotals()
-        copy._totals = dict(self._totals)
+        copy = RunTotals(self.schema)
+        copy._totals = {name: dict(totals) for name, totals in self._totals.items()}
         return copy
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
-        channels = {name: _named(totals) for name, totals in self._totals.items()}
-        return {"version": _VERSION, "channels": channels}
+        return {"version": _VERSION, "channels": {name: self.of(name) for name in self._totals}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> RunTotals:
         """Replace the totals by those of `state_dict()`."""
@@ -65,7 +74,7 @@ class RunTotals:
                 "they were written by another version of channel_metrics."
             )
         self._totals = {
-            str(name): (int(totals["tokens_total"]), int(totals["samples_total"]))
+            str(name): {str(key): int(count) for key, count in totals.items()}
             for name, totals in state["channels"].items()
         }
         return self
@@ -77,17 +86,20 @@ class RunTotals:
         draft.write_text(json.dumps(self.state_dict(), indent=2, sort_keys=True) + "\n")
         draft.replace(path)
 
-    @classmethod
-    def load(cls, path: Path) -> RunTotals:
+    def load(self, path: Path) -> RunTotals:
         """Read what `save` wrote; raises `ChannelMetricsError` for a file that is damaged."""
         try:
-            return cls().load_state_dict(json.loads(path.read_text()))
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            return self.load_state_dict(json.loads(path.read_text()))
+        except (KeyError, TypeError, AttributeError, ValueError, OSError, RecursionError) as error:
             raise ChannelMetricsError(
                 f"{path} must hold the totals of a run, but cannot be read ({error!r}); delete "
                 "it to resume with totals that start at zero."
             ) from None
 
 
-def _named(totals: tuple[int, int]) -> dict[str, int]:
-    return {"tokens_total": totals[0], "samples_total": totals[1]}
+def totals_path(folder: Path) -> Path | None:
+    """The file of totals in the folder of a checkpoint, under its new name or its old one."""
+    for name in (TOTALS_FILE, _OLD_FILE):
+        if (folder / name).exists():
+            return folder / name
+    return None

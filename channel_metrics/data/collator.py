@@ -20,7 +20,8 @@ from torch import Tensor
 from channel_metrics.core.boundaries import Boundaries, boundaries_from_batch
 from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.core.faults import FaultGuard
-from channel_metrics.core.labels import DEFAULT_FIELDS, ChannelTable, channels_of, field_roots
+from channel_metrics.core.keys import ChannelTable
+from channel_metrics.core.labels import DEFAULT_FIELDS, channels_of, field_roots
 from channel_metrics.errors import ChannelError
 
 __all__ = ["ChannelCollator"]

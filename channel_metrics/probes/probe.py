@@ -20,7 +20,7 @@ from torch import Tensor
 from channel_metrics.config import refuse_unknown_keys
 from channel_metrics.core.faults import OnError
 from channel_metrics.core.intervals import MOMENTS
-from channel_metrics.core.labels import ChannelTable, sanitize
+from channel_metrics.core.keys import ChannelTable, sanitize
 from channel_metrics.errors import ConfigError
 from channel_metrics.ranks.agreed_names import AgreedNames
 

@@ -22,9 +22,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from channel_metrics.core.labels import ChannelTable
+from channel_metrics.core.keys import ChannelTable
+from channel_metrics.core.labels import LabelTable
 
-__all__ = ["DIGEST_SIZE", "AgreedNames", "all_equal", "digest_of", "packed"]
+__all__ = ["DIGEST_SIZE", "AgreedNames", "Agreement", "all_equal", "digest_of", "packed"]
 
 _NUM_WORDS = 8
 DIGEST_SIZE = 2 * _NUM_WORDS
@@ -39,7 +40,7 @@ class AgreedNames:
 
     def __init__(self, names: Iterable[str] = ()) -> None:
         self.names = tuple(names)
-        self._rows: tuple[ChannelTable, Tensor] | None = None
+        self._rows: tuple[LabelTable, Tensor] | None = None
         self._table: ChannelTable | None = None
 
     def __len__(self) -> int:
@@ -59,7 +60,7 @@ class AgreedNames:
         longer._table = self._table
         return longer
 
-    def rows_of(self, table: ChannelTable) -> Tensor:
+    def rows_of(self, table: LabelTable) -> Tensor:
         """int64 [C + 1]: where sums of `table` belong; -1 for names that are not agreed on.
 
         Row 0 (unlabeled) stays row 0, and row i + 1 is that of the table's name i.
@@ -86,6 +87,17 @@ class AgreedNames:
                 table.add(name)
         self._table = table
         return table.open_copy()
+
+
+class Agreement:
+    """What the ranks of a group agreed on, carried from one sync to the next.
+
+    names: grow where a rank meets a new one. columns: of the sums, empty before the first sync.
+    """
+
+    def __init__(self) -> None:
+        self.names = AgreedNames()
+        self.columns: tuple[str, ...] = ()
 
 
 def packed(names: Sequence[str]) -> bytes:

@@ -1,26 +1,33 @@
-"""An accumulator and a process group -> the sums of all ranks, with one all-reduce.
+"""A table of sums and the ranks -> the sums of all ranks, with one all-reduce.
 
-All ranks of the group call `sync` at the same log points. What they send, and what a new name
-costs, stands in `channel_metrics.ranks.exchange`; here it meets torch.distributed.
+All ranks call this at the same log points. What they send, and what a new name costs, stands in
+`channel_metrics.ranks.exchange`; here it meets torch.distributed.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
 import torch.distributed as dist
-from torch import Tensor
 
 from channel_metrics.core.accumulator import ChannelLossAccumulator
 from channel_metrics.core.faults import FaultGuard
+from channel_metrics.core.keys import ChannelTable
+from channel_metrics.core.table import SumTable
+from channel_metrics.ranks.agreed_names import Agreement
 from channel_metrics.ranks.exchange import (
     MISMATCH_TOLERANCE,
     GlobalSums,
-    Summable,
     exchange,
     local_sums,
 )
+from channel_metrics.ranks.ranks import Ranks
 
-__all__ = ["MISMATCH_TOLERANCE", "GlobalSums", "Summable", "sum_over_ranks", "sync"]
+__all__ = ["MISMATCH_TOLERANCE", "GlobalSums", "sum_over_ranks", "sync"]
+
+# What the ranks agreed on for an accumulator that belongs to no session.
+_agreements: WeakKeyDictionary[SumTable, Agreement] = WeakKeyDictionary()
 
 
 def sync(
@@ -30,60 +37,60 @@ def sync(
     alone: bool = False,
     guard: FaultGuard | None = None,
 ) -> ChannelLossAccumulator:
-    """A new accumulator on the host with the sums over all ranks of `group`.
+    """A new accumulator on the host with the sums over all ranks of `group`. A collective.
 
-    group: the ranks that each counted tokens nobody else counted; None is the default group.
-        Without torch.distributed initialised, there is one rank.
-    alone: this rank trains by itself, whatever process group there is; nothing is sent.
-    guard: says whether this rank still measures. Raises `StoppedError` on all ranks if one does
-        not.
+    Args:
+        accumulator: keeps its sums; reset it to open the next window.
+        group, alone: see `Ranks`.
+        guard: says whether this rank still measures.
 
-    The given accumulator keeps its sums (reset it to open the next window). `mismatch` of the
-    result is 0 if no rank exceeds MISMATCH_TOLERANCE, else the sum over the ranks that do: an
-    upper bound of the largest, since one all-reduce can only add.
+    Returns:
+        The sums under the names of all ranks. Its `mismatch` is 0 if no rank exceeds
+        MISMATCH_TOLERANCE, else the sum over the ranks that do: an upper bound of the largest,
+        since one all-reduce can only add.
+
+    Raises:
+        StoppedError: on all ranks, if one of them has stopped measuring.
     """
-    found = sum_over_ranks(accumulator, group, alone=alone, guard=guard)
-    if _is_alone(alone):
-        table = accumulator.table.open_copy()
-    else:
-        table = accumulator.agreed_names.new_table(accumulator.table)
+    ranks = Ranks(group, alone=alone)
+    agreement = _agreements.setdefault(accumulator, Agreement())
+    found = sum_over_ranks(accumulator, agreement, ranks, guard)
+    like = accumulator.table
+    like = like if isinstance(like, ChannelTable) else ChannelTable(like.names)
+    table = like.open_copy() if ranks.is_one else agreement.names.new_table(like)
     return ChannelLossAccumulator.of_sums(
         table, found.sums, metrics=accumulator.metrics, mismatch=found.mismatch
     )
 
 
 def sum_over_ranks(
-    window: Summable,
-    group: dist.ProcessGroup | None = None,
-    *,
-    alone: bool = False,
+    window: SumTable,
+    agreement: Agreement,
+    ranks: Ranks | None = None,
     guard: FaultGuard | None = None,
+    riders: Sequence[float] = (),
 ) -> GlobalSums:
-    """The names and sums of all ranks, those of `unlabeled` first, and the mismatch.
+    """The names and sums of all ranks, those of `unlabeled` first. A collective.
 
-    The other arguments are those of `sync`.
+    Args:
+        window: keeps its sums.
+        agreement: what these ranks agreed on before; it is carried on from window to window.
+        guard: says whether this rank still measures.
+        riders: a few numbers more that are added up over the ranks, as many on each of them.
+
+    Raises:
+        StoppedError: on all ranks, if one of them has stopped measuring.
+        ChannelMetricsError: on all ranks, if they do not have the same columns.
     """
-    guard = guard or FaultGuard()
-    if _is_alone(alone):
-        return local_sums(window, guard)
-    steps = exchange(window, dist.get_rank(group), dist.get_world_size(group), guard)
+    ranks, guard = ranks or Ranks(), guard or FaultGuard()
+    if ranks.is_one:
+        return local_sums(window, guard, riders)
+    steps = exchange(window, agreement, ranks.rank, ranks.size, guard, riders)
     vector = next(steps)
     while True:
-        summed = _all_reduce(vector, window.device, group)
+        summed = ranks.all_reduce(vector)
         try:
             vector = steps.send(summed)
         except StopIteration as done:
             found: GlobalSums = done.value
             return found
-
-
-def _is_alone(alone: bool) -> bool:
-    return alone or not dist.is_available() or not dist.is_initialized()
-
-
-def _all_reduce(values: Tensor, device: torch.device, group: dist.ProcessGroup | None) -> Tensor:
-    # The sums are wanted on the host in any case; only NCCL-like backends need them elsewhere.
-    on_host = "gloo" in dist.get_backend(group)
-    moved = values if on_host else values.to(device)
-    dist.all_reduce(moved, op=dist.ReduceOp.SUM, group=group)
-    return moved.to("cpu")

@@ -11,14 +11,8 @@ import pytest
 import torch
 
 from channel_metrics import ChannelError, ChannelTable, ConfigError
-from channel_metrics.core.labels import (
-    DEFAULT_FIELDS,
-    channel_of,
-    channels_of,
-    field_roots,
-    metric_key,
-    sanitize,
-)
+from channel_metrics.core.keys import metric_key, sanitize
+from channel_metrics.core.labels import DEFAULT_FIELDS, channel_of, channels_of, field_roots
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from collections import defaultdict
 from collections.abc import Collection, Container, Iterable
 from typing import NamedTuple
 
-from channel_metrics.core.labels import sanitize
-from channel_metrics.core.metrics import ALL_METRICS
+from channel_metrics.core.keys import sanitize
+from channel_metrics.core.schema import TOKENS
 
 __all__ = ["GLOBAL", "Key", "decode_keys"]
 
@@ -37,7 +37,7 @@ class Key(NamedTuple):
 
 
 _METRICS = sorted(
-    {*ALL_METRICS, "nonfinite", "loss_low", "loss_high", "loss_estimate", "loss_stderr"}
+    {*TOKENS.metric_names, "loss_low", "loss_high", "loss_estimate", "loss_stderr"}
     | {"loss_estimate_low", "loss_estimate_high"},
     key=len,
     reverse=True,

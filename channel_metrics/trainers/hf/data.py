@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from channel_metrics.core.faults import FaultGuard
-from channel_metrics.core.labels import ChannelTable, channels_of, field_roots
+from channel_metrics.core.keys import ChannelTable
+from channel_metrics.core.labels import channels_of, field_roots
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.errors import ChannelError
 

@@ -23,7 +23,8 @@ import transformers
 from channel_metrics.config import refuse_unknown_keys
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.intervals import MOMENTS, Interval, ratio_interval
-from channel_metrics.core.labels import UNLABELED, metric_key
+from channel_metrics.core.keys import metric_key
+from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.metrics import ALL_METRICS
 from channel_metrics.errors import ConfigError
 from channel_metrics.probes.probe import ProbeBudget, ProbeConfig, ProbeSums, probe_keys

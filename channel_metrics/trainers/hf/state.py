@@ -20,7 +20,8 @@ from channel_metrics.config import MetricsConfig
 from channel_metrics.core.accumulator import ChannelLossAccumulator
 from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.core.faults import FaultGuard
-from channel_metrics.core.labels import UNLABELED, metric_key
+from channel_metrics.core.keys import metric_key
+from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.errors import ConfigError, UnsupportedVersionError

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from channel_metrics.config import MetricsConfig
-from channel_metrics.core.labels import ChannelTable
+from channel_metrics.core.keys import ChannelTable
 from channel_metrics.errors import ConfigError, UnsupportedVersionError
 
 __all__ = [

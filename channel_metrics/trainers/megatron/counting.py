@@ -33,7 +33,8 @@ from channel_metrics.capture.vocab_parallel import Correctness
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.accumulator import ChannelLossAccumulator
 from channel_metrics.core.faults import FaultGuard
-from channel_metrics.core.labels import UNLABELED, ChannelTable, metric_key
+from channel_metrics.core.keys import ChannelTable, metric_key
+from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.errors import BoundaryError
 from channel_metrics.ranks.sync import MISMATCH_TOLERANCE, sync

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from channel_metrics.core.labels import UNLABELED_ID, ChannelTable, channels_of
+from channel_metrics.core.keys import ChannelTable
+from channel_metrics.core.labels import UNLABELED_ID, channels_of
 from channel_metrics.errors import ChannelError, ConfigError
 from channel_metrics.trainers.megatron.ids import (
     BATCH_KEY,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from channel_metrics.core.faults import FaultGuard
-from channel_metrics.core.labels import ChannelTable
+from channel_metrics.core.keys import ChannelTable
 from channel_metrics.errors import BoundaryError, ChannelError
 
 __all__ = [

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from channel_metrics.core.faults import FaultGuard
-from channel_metrics.core.labels import UNLABELED, ChannelTable, metric_key
+from channel_metrics.core.keys import ChannelTable, metric_key
+from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.trainers.megatron import MegatronChannelMetrics
 from channel_metrics.trainers.megatron.arguments import (

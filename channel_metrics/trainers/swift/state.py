@@ -10,7 +10,8 @@ from torch import Tensor
 
 from channel_metrics.capture.transformers import Observation
 from channel_metrics.core.accumulator import ChannelLossAccumulator
-from channel_metrics.core.labels import UNLABELED, metric_key
+from channel_metrics.core.keys import metric_key
+from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.sums import COLUMNS
 from channel_metrics.errors import ConfigError
 from channel_metrics.losses.cross_entropy import TokenLosses

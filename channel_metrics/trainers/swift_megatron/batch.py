@@ -17,7 +17,8 @@ from torch import Tensor
 
 from channel_metrics.core.boundaries import token_channel_ids
 from channel_metrics.core.checks import IGNORE_INDEX
-from channel_metrics.core.labels import ChannelTable, channels_of
+from channel_metrics.core.keys import ChannelTable
+from channel_metrics.core.labels import channels_of
 from channel_metrics.errors import BoundaryError, ChannelError
 
 __all__ = ["SequenceChannels", "sequence_channels"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.accumulator import ChannelLossAccumulator
 from channel_metrics.core.faults import FaultGuard
-from channel_metrics.core.labels import metric_key
+from channel_metrics.core.keys import metric_key
 from channel_metrics.core.metrics import ALL_METRICS
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.errors import ConfigError

@@ -14,7 +14,8 @@ from torch import Tensor
 from channel_metrics.core.boundaries import Boundaries, boundaries_from_batch
 from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.core.faults import FaultGuard
-from channel_metrics.core.labels import UNLABELED_ID, ChannelTable, channel_of
+from channel_metrics.core.keys import ChannelTable
+from channel_metrics.core.labels import UNLABELED_ID, channel_of
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.errors import ChannelError
 from channel_metrics.trainers.hf.data import BOUNDS_KEY

@@ -21,7 +21,8 @@ from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 
 from channel_metrics.config import MetricsConfig
-from channel_metrics.core.labels import UNLABELED_ID, ChannelTable, channel_of, field_roots
+from channel_metrics.core.keys import ChannelTable
+from channel_metrics.core.labels import UNLABELED_ID, channel_of, field_roots
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.trainers.hf.data import declare_channels
 from channel_metrics.trainers.hf.state import RESERVED_KEYS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from channel_metrics.core.labels import ChannelTable
+from channel_metrics.core.keys import ChannelTable
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.ranks.sync import MISMATCH_TOLERANCE
 from channel_metrics.trainers.hf.state import ChannelState

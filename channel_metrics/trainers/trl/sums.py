@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from channel_metrics.core.faults import FaultGuard
-from channel_metrics.core.labels import UNLABELED, ChannelTable
+from channel_metrics.core.keys import ChannelTable
+from channel_metrics.core.labels import UNLABELED
 from channel_metrics.errors import ChannelError
 from channel_metrics.ranks.agreed_names import AgreedNames
 from channel_metrics.ranks.sync import sum_over_ranks

@@ -8,7 +8,8 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
-from channel_metrics.core.labels import DEFAULT_FIELDS, ChannelTable
+from channel_metrics.core.keys import ChannelTable
+from channel_metrics.core.labels import DEFAULT_FIELDS
 from channel_metrics.errors import ChannelError
 from channel_metrics.trainers.swift.collator import SwiftCollator
 from channel_metrics.trainers.swift.data import records_of, with_channel_column

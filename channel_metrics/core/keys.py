@@ -1,0 +1,277 @@
+"""How channels become log keys, and which of them would be logged under one key.
+
+>>> book = KeyBook("{channel}_{metric}", reserved=["eval_loss"])
+>>> book.key("bbu", "loss"), book.key("bbu", "loss", "eval_")
+('bbu_loss', 'eval_bbu_loss')
+>>> [type(error).__name__ for error in book.learn(["bbu", "eval"])]
+['ConfigError']
+
+A key is a head, a channel and a tail: `eval_` + `bbu` + `_loss`. Two of them are equal where one
+head continues the other and one tail continues the other by what the channel's name lacks:
+`bbu_weighted` + `_loss` is `bbu` + `_weighted_loss`, `eval_bbu` + `_loss` is `eval_` + `bbu_loss`.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from channel_metrics.core.labels import UNLABELED, LabelTable, Unknown
+from channel_metrics.core.schema import TOKENS, Schema
+from channel_metrics.errors import ChannelError, ChannelMetricsError, ConfigError
+
+__all__ = ["ChannelTable", "KeyBook", "check_key_format", "metric_key", "sanitize"]
+
+# What every tracker we know accepts in a key; anything else becomes an underscore.
+_UNSAFE = re.compile(r"[^\w.\-/]+")
+
+
+def sanitize(name: str) -> str:
+    """`name` as trackers accept it: letters, digits, `_`, `-`, `.` and `/`."""
+    return _UNSAFE.sub("_", name)
+
+
+def metric_key(key_format: str, channel: str, metric: str) -> str:
+    """The log key of a channel's metric, e.g. `bbu_loss` for `{channel}_{metric}`."""
+    return key_format.format(channel=sanitize(channel), metric=metric)
+
+
+def check_key_format(key_format: str) -> None:
+    """Raise `ConfigError` unless `key_format` has exactly `{channel}` and `{metric}`, once each."""
+    try:
+        parts = list(string.Formatter().parse(key_format))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"key_format must be built from {{channel}} and {{metric}}, but {key_format!r} is "
+            f"not a format string of these two ({error!r})."
+        ) from None
+    fields = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
+    if sorted(fields) != [("channel", "", None), ("metric", "", None)]:
+        raise ConfigError(
+            f"key_format must hold both {{channel}} and {{metric}}, once and as they are, but is "
+            f"{key_format!r}; otherwise several values would share one key."
+        )
+
+
+class _Step(NamedTuple):
+    """How a channel's name becomes the one that another form would need for the same key."""
+
+    strip_left: str
+    add_left: str
+    strip_right: str
+    add_right: str
+
+    def __call__(self, name: str) -> str | None:
+        fits = name.startswith(self.strip_left) and name.endswith(self.strip_right)
+        if not fits or len(name) < len(self.strip_left) + len(self.strip_right):
+            return None
+        kept = name[len(self.strip_left) : len(name) - len(self.strip_right)]
+        return self.add_left + kept + self.add_right
+
+
+_SAME = _Step("", "", "", "")
+
+
+class KeyBook:
+    """Every key of a run: channels x metrics x splits, and those that belong to the trainer.
+
+    Args:
+        key_format: built from `{channel}` and `{metric}`.
+        reserved: keys that the trainer logs itself.
+        schema: the metrics, all of them: a config that asks for one more finds its keys free.
+        rewrite: what the trainer's writers do to a key (ms-swift's turn "/" into "_"); keys that
+            are equal afterwards are one key.
+
+    Raises:
+        ConfigError: for a format that gives two metrics one key.
+    """
+
+    def __init__(
+        self,
+        key_format: str = "{channel}_{metric}",
+        *,
+        reserved: Iterable[str] = (),
+        schema: Schema = TOKENS,
+        rewrite: Callable[[str], str] = str,
+    ) -> None:
+        check_key_format(key_format)
+        self.key_format = key_format
+        self.schema = schema
+        self.reserved = frozenset(reserved)
+        self.clashes: set[str] = set()
+        self._rewrite = rewrite
+        self._known: set[str] = set()
+        # {name as it is written: channel}
+        self._names: dict[str, str] = {}
+        self._prefixes = [""]
+        self._prepare()
+        self.learn([UNLABELED])
+
+    def key(self, channel: str, metric: str, prefix: str = "") -> str:
+        """The log key, e.g. `eval_bbu_loss`."""
+        own = self.schema.metric(metric)
+        if own is None or not own.key:
+            return prefix + metric_key(self.key_format, channel, metric)
+        name = own.unlabeled if channel == UNLABELED else sanitize(channel)
+        return prefix + own.key.format(channel=name)
+
+    def learn(
+        self, channels: Iterable[str] = (), prefix: str | None = None
+    ) -> list[ChannelMetricsError]:
+        """Take in channels, and the prefix of a split.
+
+        Returns what would share a key, once each; the keys themselves stay in `clashes`.
+        """
+        new = [name for name in channels if name not in self._known]
+        if prefix is not None and prefix not in self._prefixes:
+            self._prefixes.append(prefix)
+            self._prepare()
+            new = [*self._known, *new]
+        found = []
+        for name in new:
+            error, keys = self.look(name)
+            if error is not None and not keys <= self.clashes:
+                found.append(error)
+            self.clashes |= keys
+            self._known.add(name)
+            self._names.setdefault(self._rewrite(sanitize(name)), name)
+        return found
+
+    def reserve(self, keys: Iterable[str]) -> None:
+        """Reserve more keys; raises `ConfigError` if a known channel is logged under one."""
+        self.reserved |= frozenset(keys)
+        self._prepare()
+        for name in self._known:
+            error, _ = self.look(name)
+            if error is not None:
+                raise error
+
+    def look(self, name: str) -> tuple[ChannelMetricsError | None, set[str]]:
+        """What is wrong with this name beside those that are known, and the keys in question."""
+        safe = self._rewrite(sanitize(name))
+        other = self._names.get(safe, name)
+        if other != name:
+            keys = {
+                self.key(channel, metric, prefix)
+                for channel in (name, other)
+                for metric in self.schema.metric_names
+                for prefix in self._prefixes
+            }
+            said = f"channels {other!r} and {name!r} would both be logged as {safe!r}"
+            return ChannelError(f"{said}; rename one of them."), keys
+        taken = {self.key(name, *form) for form in self._forbidden.get(safe, ())}
+        if taken:
+            return ConfigError(
+                f"channel {name!r} would be logged as {min(taken)!r}, which is the trainer's own "
+                "key; rename the channel or choose another key_format."
+            ), taken
+        return self._shared(name, safe)
+
+    def _shared(self, name: str, safe: str) -> tuple[ChannelMetricsError | None, set[str]]:
+        said, keys = None, set()
+        for step, pairs in self._steps.items():
+            other = self._names.get(step(safe) or "")
+            if other is None or other == name:
+                continue
+            keys |= {self.key(name, metric, prefix) for metric, prefix in pairs}
+            key = self.key(name, *pairs[0])
+            said = said or (
+                f"channels {other!r} and {name!r} would both be logged as {key!r}, of different "
+                "metrics or splits; rename one of them or choose another key_format."
+            )
+        return (None if said is None else ChannelError(said)), keys
+
+    def _prepare(self) -> None:
+        """What follows from the splits and the metrics alone."""
+        forms = {
+            (metric, prefix): self._ends(metric, prefix)
+            for prefix in self._prefixes
+            for metric in self.schema.metric_names
+        }
+        # {step: the (metric, prefix) of a name that stands under the key of another name}
+        self._steps: dict[_Step, list[tuple[str, str]]] = {}
+        for mine, ends in forms.items():
+            for other, other_ends in forms.items():
+                step = None if mine == other else _step(ends, other_ends)
+                if step == _SAME:
+                    raise ConfigError(
+                        f"key_format {self.key_format!r} gives {mine[0]!r} and {other[0]!r} of a "
+                        f"channel the same key {self.key('channel', *mine)!r}; choose another."
+                    )
+                if step is not None:
+                    self._steps.setdefault(step, []).append(mine)
+        # {name: the (metric, prefix) whose key is the trainer's}
+        self._forbidden: dict[str, list[tuple[str, str]]] = {}
+        for key in map(self._rewrite, self.reserved):
+            for form, (head, tail) in forms.items():
+                fits = key.startswith(head) and key.endswith(tail)
+                if fits and len(key) > len(head) + len(tail):
+                    name = key[len(head) : len(key) - len(tail)]
+                    self._forbidden.setdefault(name, []).append(form)
+
+    def _ends(self, metric: str, prefix: str) -> tuple[str, str]:
+        """What stands before the channel, and what behind it."""
+        own = self.schema.metric(metric)
+        key_format = own.key if own is not None and own.key else self.key_format
+        head, tail = key_format.format(channel="\0", metric=metric).split("\0")
+        return self._rewrite(prefix + head), self._rewrite(tail)
+
+
+def _step(ends: tuple[str, str], other: tuple[str, str]) -> _Step | None:
+    """From a name under `ends` to the one that has the same key under `other`; None: there is none."""
+    (head, tail), (other_head, other_tail) = ends, other
+    add_left = strip_left = add_right = strip_right = ""
+    if head.startswith(other_head):
+        add_left = head[len(other_head) :]
+    elif other_head.startswith(head):
+        strip_left = other_head[len(head) :]
+    else:
+        return None
+    if tail.endswith(other_tail):
+        add_right = tail[: len(tail) - len(other_tail)]
+    elif other_tail.endswith(tail):
+        strip_right = other_tail[: len(other_tail) - len(tail)]
+    else:
+        return None
+    return _Step(strip_left, add_left, strip_right, add_right)
+
+
+class ChannelTable(LabelTable):
+    """A `LabelTable` for an accumulator by itself: names join only if their keys are free.
+
+    Args:
+        names, unknown: as for `LabelTable`.
+        key_format: the log key that `ChannelLossAccumulator.compute` gives.
+        reserved: log keys that a channel must not have.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str] = (),
+        *,
+        unknown: Unknown = "add",
+        key_format: str = "{channel}_{metric}",
+        reserved: Iterable[str] = (),
+    ) -> None:
+        self.keys = KeyBook(key_format, reserved=reserved)
+        super().__init__(names, unknown=unknown)
+
+    @property
+    def key_format(self) -> str:
+        """How its channels are logged."""
+        return self.keys.key_format
+
+    def open_copy(self) -> ChannelTable:
+        """An independent table of the same names and key format, which any name may join."""
+        copy = ChannelTable(key_format=self.key_format)
+        copy._ids = dict(self._ids)
+        copy.keys._known, copy.keys._names = set(self.keys._known), dict(self.keys._names)
+        return copy
+
+    def _check(self, name: str) -> None:
+        error, _ = self.keys.look(name)
+        if error is not None:
+            raise error
+        self.keys.learn([name])

@@ -1,0 +1,236 @@
+"""`SumTable`: sums of named columns per label. Under token sums, pairs, completions and probes.
+
+>>> from channel_metrics.core.labels import LabelTable
+>>> table = SumTable(LabelTable(["bbu", "rru"]), ["samples"])
+>>> table.add(["rru", None, "rru"], {"samples": torch.ones(3)})
+>>> table.sums().tolist()
+[[1.0], [0.0], [2.0]]
+
+Letters: N things that are counted (sequences, tokens, pairs), C labels, K columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from channel_metrics.core.checks import check_ids
+from channel_metrics.core.labels import UNLABELED, LabelTable
+from channel_metrics.core.schema import Metric, Schema
+from channel_metrics.core.sums import table_rows
+from channel_metrics.errors import ChannelError, ChannelMetricsError
+
+__all__ = ["SumTable", "values_by_channel"]
+
+_STATE_VERSION = 1
+
+
+class SumTable:
+    """Sums of `columns` for each label, and for what has none.
+
+    labels: a shared table grows for all who share it. device: where the sums live; values are
+    expected there. dtype: float64, or float32 for devices without float64 (MPS). In float32 the
+    sums of one `add` carry float32 rounding; the running sums keep the lost bits in a second
+    tensor (Knuth's two-sum), so counters do not stop at 2**24.
+    """
+
+    def __init__(
+        self,
+        labels: LabelTable,
+        columns: Sequence[str],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        device = torch.device(device)
+        self.labels = labels
+        self.columns = tuple(columns)
+        self.dtype = dtype or _dtype_of(device)
+        # Tensors made in inference mode could not be added to outside of it.
+        with torch.inference_mode(False):
+            size = (len(self.columns), len(labels) + 1)
+            self._sums = torch.zeros(size, dtype=self.dtype, device=device)
+            self._lost = torch.zeros_like(self._sums)
+            self._mismatch = torch.zeros((), dtype=self.dtype, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums live."""
+        return self._sums.device
+
+    @torch.no_grad()
+    def add(self, labels: Tensor | Sequence[str | None], values: Mapping[str, Tensor]) -> None:
+        """Add N things: their labels, ids int64 [N] or names, and [N] values of each column.
+
+        A column that is not in `values` gets nothing. Nothing is read back from the device.
+        Raises `ChannelError` if the numbers differ.
+        """
+        widths = {name: value.numel() for name, value in values.items()}
+        if set(widths.values()) != {len(labels)}:
+            raise ChannelError(
+                f"expected one value per label and column for {len(labels)} labels, but got "
+                f"{widths}; labels and values are out of step."
+            )
+        self._move(next(iter(values.values())).device)
+        self._add(self._ids(labels), values)
+
+    @torch.no_grad()
+    def compare(self, ours: Tensor, theirs: Tensor) -> None:
+        """Keep the largest relative difference of two scalars; nothing is read from the device.
+
+        Two zeros do not differ. What is not finite, theirs or ours, is not compared.
+        """
+        ours, theirs = ours.detach().to(self._mismatch), theirs.detach().to(self._mismatch)
+        off = (ours - theirs).abs() / torch.maximum(ours.abs(), theirs.abs())
+        torch.maximum(self._mismatch, torch.nan_to_num(off, nan=0, posinf=0), out=self._mismatch)
+
+    def merge(self, other: SumTable) -> None:
+        """Add the sums of a table with the same columns; labels are matched by name.
+
+        Nothing is read back from the device for one that shares its labels and device.
+        """
+        if (other.labels, other.device, other.dtype) == (self.labels, self.device, self.dtype):
+            missing = self._num_rows() - other._sums.shape[1]
+            for part in (other._sums, other._lost):
+                self._add_up(torch.nn.functional.pad(part, (0, missing)))
+        else:
+            self._load(other.labels.names, other.columns, other.sums())
+        worst = torch.maximum(self._mismatch, other._mismatch.to(self._mismatch))
+        self._mismatch.copy_(worst)
+
+    def sums(self) -> Tensor:
+        """float64 [C + 1, K] on the host: row 0 unlabeled, row i + 1 label i. One sync."""
+        rows = len(self.labels) + 1
+        exact = self._sums.cpu().double() + self._lost.cpu().double()
+        return torch.nn.functional.pad(exact, (0, rows - exact.shape[1])).t().contiguous()
+
+    def mismatch(self) -> float:
+        """The largest relative difference of `compare` since the last reset."""
+        return float(self._mismatch)
+
+    def reset(self) -> None:
+        """Forget the sums, keep the names."""
+        for state in (self._sums, self._lost, self._mismatch):
+            state.zero_()
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the sums to `device`; where it has no float64, they go on as float32."""
+        device = torch.device(device)
+        dtype = torch.float32 if device.type == "mps" else self.dtype
+        if dtype != self.dtype:
+            exact = self._sums + self._lost
+            self._sums, self._lost = _in_two(exact, dtype)
+            self.dtype = dtype
+        self._sums, self._lost = self._sums.to(device), self._lost.to(device)
+        self._mismatch = self._mismatch.to(device, dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Names and sums as plain values and one host tensor; survives a change of ids."""
+        return {
+            "version": _STATE_VERSION,
+            "columns": list(self.columns),
+            "names": list(self.labels.names),
+            "sums": self.sums(),
+            "mismatch": self.mismatch(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the sums by those of `state_dict()`; names and columns are matched by name."""
+        if state.get("version") != _STATE_VERSION or "columns" not in state:
+            raise ChannelMetricsError(
+                f"the state must have version {_STATE_VERSION} and name its columns, but has "
+                f"version {state.get('version')!r} and columns {state.get('columns')}; it was "
+                "written by another version of channel_metrics."
+            )
+        self.reset()
+        self._load(state["names"], state["columns"], state["sums"])
+        self._mismatch.fill_(state["mismatch"])
+
+    def _move(self, device: torch.device) -> None:
+        if device != self.device:
+            self.to(device)
+
+    def _ids(self, labels: Tensor | Sequence[str | None]) -> Tensor:
+        """int64 [N] on the device of the sums."""
+        if isinstance(labels, Tensor):
+            check_ids(labels, len(self.labels))
+            return labels.to(self.device, non_blocking=True)
+        if isinstance(labels, str):
+            raise ChannelError(
+                f"channels must be one name per sequence, but is the string {labels!r}; pass a list."
+            )
+        return torch.tensor(self.labels.ids(labels), dtype=torch.int64, device=self.device)
+
+    def _add(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
+        """`values` may have one entry more than `ids`: what lies past the last bound."""
+        rows = table_rows(ids.flatten(), self._num_rows(), next(iter(values.values())).numel())
+        sums = self._sums if self.dtype == torch.float64 else torch.zeros_like(self._sums)
+        for row, name in zip(sums, self.columns, strict=True):
+            if name in values:
+                row.index_add_(0, rows, values[name].to(self.dtype))
+        if sums is not self._sums:
+            self._add_up(sums)
+
+    def _add_up(self, added: Tensor) -> None:
+        """Add [K, C + 1]."""
+        if self.dtype == torch.float64:
+            self._sums += added
+            return
+        total = self._sums + added
+        other = total - self._sums
+        self._lost += (self._sums - (total - other)) + (added - other)
+        self._sums.copy_(total)
+
+    def _num_rows(self) -> int:
+        """C + 1, after the table has grown with its labels."""
+        missing = len(self.labels) + 1 - self._sums.shape[1]
+        if missing > 0:
+            with torch.inference_mode(False):
+                self._sums = torch.nn.functional.pad(self._sums, (0, missing))
+                self._lost = torch.nn.functional.pad(self._lost, (0, missing))
+        return self._sums.shape[1]
+
+    def _load(self, names: Sequence[str], columns: Sequence[str], sums: Tensor) -> None:
+        """Add float64 [len(names) + 1, len(columns)]; columns that are unknown here are dropped."""
+        rows = torch.tensor([0, *(self.labels.add(name) + 1 for name in names)], device=self.device)
+        placed = torch.zeros(len(self.columns), len(sums), dtype=torch.float64)
+        for index, name in enumerate(columns):
+            if name in self.columns:
+                placed[self.columns.index(name)] = sums[:, index]
+        # What float32 cannot hold in one number, it holds in two.
+        for part in _in_two(placed, self.dtype):
+            moved = part.to(self.device)
+            self._add_up(moved.new_zeros(len(moved), self._num_rows()).index_add_(1, rows, moved))
+
+
+def values_by_channel(
+    schema: Schema, names: Sequence[str], sums: Tensor, metrics: Sequence[Metric]
+) -> dict[str, dict[str, float]]:
+    """{channel: {metric: value}} for the channels that are in the window, `unlabeled` last.
+
+    names: of the rows behind the first. sums: float64 [len(names) + 1, K] on the host, row 0
+    unlabeled, in the order of the schema's columns.
+    """
+    columns = schema.column_names
+    # `unlabeled` is the first row, and comes last.
+    ordered, rows = (*names, UNLABELED), sums.roll(-1, dims=0)
+    counted = rows[:, columns.index(schema.count)]
+    present = (counted > 0).nonzero().flatten()
+    total = float(counted.sum())
+    return {
+        ordered[index]: schema.values(dict(zip(columns, row, strict=True)), total, metrics)
+        for index, row in zip(present.tolist(), rows[present].tolist(), strict=True)
+    }
+
+
+def _dtype_of(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _in_two(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """float64 -> the nearest values of `dtype`, and what they lost."""
+    rounded = exact.to(dtype)
+    return rounded, (exact - rounded).to(dtype)

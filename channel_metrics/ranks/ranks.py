@@ -1,0 +1,66 @@
+"""`Ranks`: which processes count together, and where their collectives run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from channel_metrics.errors import CollectiveError
+
+__all__ = ["Ranks"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that each count tokens nobody else counts.
+
+    group: their process group; None is the default one. Without torch.distributed initialised
+        there is one rank.
+    device: where a collective runs; None asks the backend. It never depends on where the tokens
+        of a window happened to be: a rank that counts nothing takes part like the others.
+    alone: this rank trains by itself, whatever process group there is; nothing is sent.
+    """
+
+    group: dist.ProcessGroup | None = None
+    device: torch.device | None = None
+    alone: bool = False
+
+    @property
+    def is_one(self) -> bool:
+        """Whether there is nobody to add up with."""
+        return self.alone or not dist.is_available() or not dist.is_initialized()
+
+    @property
+    def rank(self) -> int:
+        """The number of this rank in the group."""
+        return 0 if self.is_one else dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return 1 if self.is_one else dist.get_world_size(self.group)
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """`values` summed over the ranks, on the host. Raises `CollectiveError` if that fails."""
+        try:
+            moved = values.to(self.device or self._device_of_backend())
+            dist.all_reduce(moved, op=dist.ReduceOp.SUM, group=self.group)
+            return moved.cpu()
+        except Exception as error:
+            raise CollectiveError(
+                f"the all-reduce of the channel sums failed ({error}). The ranks may be out of "
+                "step, so the run cannot go on."
+            ) from error
+
+    def _device_of_backend(self) -> torch.device:
+        backend = str(dist.get_backend(self.group))
+        if "gloo" in backend or backend == "mpi":
+            return torch.device("cpu")
+        if "nccl" in backend:
+            return torch.device("cuda", torch.cuda.current_device())
+        # XPU, NPU and others: the accelerator that this torch was built for.
+        found = torch._C._get_accelerator()
+        return torch.device(found.type, torch.get_device_module(found).current_device())

@@ -1,0 +1,327 @@
+"""`ChannelMetrics`: everything that a run keeps of its channels, once, for every trainer.
+
+    metrics = ChannelMetrics(MetricsConfig(channels=("bbu", "rru")))
+    for step, batch in enumerate(loader, start=1):
+        losses = token_losses(model, batch)              # [B, S], nll of each target
+        metrics.count(MicroBatch(token_losses=losses, channels=batch["channels"]))
+        if step % 10 == 0:
+            print(metrics.close(step).logs)              # {"bbu_loss": ..., ...}
+
+It owns the windows of training and evaluation, the totals of the run, the names, the log keys, the
+observers, and what an error does. An adapter says where a trainer's tokens, names, log points and
+checkpoints are, and nothing else.
+
+Every rank makes the same calls in the same order. `close`, `peek`, the end of an `evaluation` and
+`save` are collectives.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from channel_metrics.config import MetricsConfig
+from channel_metrics.core.accumulator import ChannelLossAccumulator
+from channel_metrics.core.faults import FaultGuard
+from channel_metrics.core.keys import KeyBook
+from channel_metrics.core.labels import UNLABELED, LabelTable
+from channel_metrics.core.micro_batch import MicroBatch
+from channel_metrics.core.schema import TOKENS, Schema
+from channel_metrics.core.table import SumTable
+from channel_metrics.core.totals import TOTALS_FILE, RunTotals, totals_path
+from channel_metrics.ranks.agreed_names import Agreement
+from channel_metrics.ranks.exchange import GlobalSums
+from channel_metrics.ranks.ranks import Ranks
+from channel_metrics.ranks.sync import sum_over_ranks
+from channel_metrics.windows import Evaluation, Window, WindowMaker
+
+__all__ = ["ChannelMetrics"]
+
+logger = logging.getLogger("channel_metrics")
+
+
+class ChannelMetrics:
+    """The channels of one run.
+
+    Args:
+        config: what is measured and logged.
+        reserved: log keys of the trainer itself, which no channel may have.
+        rewrite: what the trainer's writers do to keys, see `KeyBook`.
+        ranks: who counts together; by default the default process group, or one process.
+        schema: what is counted; tokens by default.
+        on_window: called with each closed `Window`, the same on all ranks. One whose attribute
+            `is_display` is true is removed with a warning when it fails; any other ends the run,
+            because it may steer the training, and ranks must not differ.
+
+    Raises:
+        ConfigError, ChannelError: for declared channels that would share a log key, and for an
+            `eval_channels` that no declared channel has.
+    """
+
+    def __init__(
+        self,
+        config: MetricsConfig | None = None,
+        *,
+        reserved: Iterable[str] = (),
+        rewrite: Callable[[str], str] = str,
+        ranks: Ranks | None = None,
+        schema: Schema = TOKENS,
+        on_window: Iterable[Callable[[Window], Any]] = (),
+    ) -> None:
+        self.config = config or MetricsConfig()
+        # A copy: columns and metrics are fixed from here on.
+        self.schema = schema = schema.extended()
+        self.labels = LabelTable(self.config.channels, unknown=self.config.unknown)
+        self.keys = KeyBook(
+            self.config.key_format, reserved=reserved, schema=schema, rewrite=rewrite
+        )
+        self._maker = WindowMaker(self.config, schema, self.keys)
+        self.ranks = ranks or Ranks()
+        self.guard = FaultGuard(self.config.on_error)
+        self.on_window = list(on_window)
+        self.totals = RunTotals(schema)
+        self._agreement = Agreement()
+        self._train = self._new_table()
+        self._step: SumTable | None = None
+        self._evaluations: list[Evaluation] = []
+        self._maker.declare(self.labels.names)
+        if self.config.unknown != "add":
+            self.check_eval_channels()
+
+    # ---- counting --------------------------------------------------------------------------
+
+    @property
+    def measuring(self) -> bool:
+        """Whether this rank still measures."""
+        return self.guard.measuring
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether an evaluation is open, which takes the counts."""
+        return bool(self._evaluations)
+
+    def count(self, batch: MicroBatch) -> None:
+        """Add the tokens of one micro-batch to the innermost open evaluation, else to training."""
+        with self.guard.guarded():
+            if self.measuring:
+                table = self._open_table()
+                assert isinstance(table, ChannelLossAccumulator)
+                _count_tokens(table, batch)
+
+    def add(
+        self,
+        labels: Tensor | Sequence[str | None],
+        values: Mapping[str, Tensor],
+        *,
+        ours: Tensor | None = None,
+        theirs: Tensor | None = None,
+    ) -> None:
+        """Add N things other than tokens: their labels, and [N] values of the schema's columns.
+
+        ours, theirs: a scalar that the values add up to, and the one that the trainer computed.
+        """
+        with self.guard.guarded():
+            if self.measuring:
+                table = self._open_table()
+                table.add(labels, values)
+                if ours is not None and theirs is not None:
+                    table.compare(ours, theirs)
+
+    def begin_step(self) -> None:
+        """Count apart from the window, until `end_step`. Beginning again forgets the step so far:
+        some trainers run a step again."""
+        if self._step is None:
+            self._step = self._new_table()
+        self._step.reset()
+
+    def end_step(self, *, discard: bool = False) -> None:
+        """The step joins the window; `discard` it if the optimizer skipped it."""
+        step, self._step = self._step, None
+        with self.guard.guarded():
+            if step is not None and not discard:
+                _move(self._train, step.device)
+                self._train.merge(step)
+
+    # ---- windows ---------------------------------------------------------------------------
+
+    def close(self, step: int) -> Window:
+        """End the train window: sum it over all ranks, tell the observers, open the next."""
+        self.end_step()
+        window = self._summed(self._train, "train", step)
+        self._train.reset()
+        self._tell(window)
+        if window.values:
+            self.guard.proven = True
+        return window
+
+    def peek(self, step: int) -> Window:
+        """The train window so far. It goes on, so there are no counts, no totals, no observers:
+        whoever adds up the tokens of a log must get the tokens of the run."""
+        self.end_step()
+        return self._summed(self._train, "train", step, final=False)
+
+    @contextmanager
+    def evaluation(self, split: str, step: int, prefix: str = "eval_") -> Iterator[Evaluation]:
+        """A block of counts of their own; the train window and an open step wait.
+
+        Evaluations may be nested. One that is left by an exception, or discarded, is dropped
+        without a collective. After the block, `window` of what is yielded has the values.
+        """
+        found = Evaluation(self._new_table())
+        self._evaluations.append(found)
+        try:
+            yield found
+        finally:
+            # By identity: an inner one may have been left open by a generator.
+            del self._evaluations[self._evaluations.index(found) :]
+        if not found.discarded:
+            found.window = self._summed(found.table, split, step, prefix)
+            self._tell(found.window)
+
+    # ---- names -----------------------------------------------------------------------------
+
+    def declare(self, names: Iterable[str]) -> None:
+        """Learn the names of channels that are known beforehand, in the same order on all ranks.
+
+        Those that the config does not want (`unknown`) are an error, or count as unlabeled.
+
+        Raises:
+            ChannelError, ConfigError: for names that would share a log key, and for one that the
+                config refuses.
+        """
+        names = [name for name in names if name != UNLABELED]
+        self.labels.ids(names)
+        self._maker.declare(name for name in names if name in self.labels)
+
+    def check_eval_channels(self) -> None:
+        """Raise `ConfigError` for an `eval_channels` that is none of the known channels.
+
+        For adapters to call once all channels are known.
+        """
+        self._maker.check_eval_channels(self.labels.names)
+
+    def warn_once(self, message: str) -> None:
+        """Log a warning the first time it comes up."""
+        self._maker.warn_once(message)
+
+    # ---- checkpoints -----------------------------------------------------------------------
+
+    def start(self, folder: Path | None = None) -> None:
+        """A run begins: an empty window, and the totals of the checkpoint `folder`, or zeros."""
+        self._train.reset()
+        self._step = None
+        self.totals = RunTotals(self.schema)
+        if folder is not None:
+            self.resume(folder)
+
+    def save(self, folder: Path, *, is_writer: bool) -> None:
+        """Write the totals of all ranks into the folder of a checkpoint. A collective.
+
+        Those of the open window are among them, and it stays open.
+        """
+        self.end_step()
+        if self.guard.off:
+            return
+        with self.guard.guarded():
+            names, sums, *_ = self._sum(self._train)
+            totals = self.totals.copy().add(names, sums)
+            if is_writer:
+                totals.save(folder / TOTALS_FILE)
+
+    def resume(self, folder: Path) -> None:
+        """Go on with the totals of a checkpoint; warn and start at zero if it has none."""
+        path = totals_path(folder)
+        if path is None:
+            logger.warning(
+                "%s has no %s: it was written without channel metrics, so %s count from here.",
+                folder,
+                TOTALS_FILE,
+                " and ".join(self.schema.run_metrics),
+            )
+            return
+        with self.guard.guarded():
+            self.totals = RunTotals(self.schema).load(path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The totals and the open window of this rank, for a checkpoint of your own."""
+        self.end_step()
+        return {"totals": self.totals.state_dict(), "train": self._train.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        totals = RunTotals(self.schema).load_state_dict(state["totals"])
+        self._train.load_state_dict(state["train"])
+        self.totals = totals
+
+    # ---- behind the scenes -----------------------------------------------------------------
+
+    def _new_table(self) -> SumTable:
+        if self.schema.unit == "tokens":
+            return ChannelLossAccumulator(self.labels, schema=self.schema)
+        return SumTable(self.labels, self.schema.column_names)
+
+    def _open_table(self) -> SumTable:
+        if self._evaluations:
+            return self._evaluations[-1].table
+        return self._train if self._step is None else self._step
+
+    def _sum(self, table: SumTable) -> GlobalSums:
+        return sum_over_ranks(table, self._agreement, self.ranks, self.guard)
+
+    def _summed(
+        self, table: SumTable, split: str, step: int, prefix: str = "", *, final: bool = True
+    ) -> Window:
+        """The window of all ranks; one without values where the metrics have ended."""
+        if not self.guard.off:
+            with self.guard.guarded():
+                found = self._sum(table)
+                totals = self.totals if split == "train" and final else None
+                if totals is not None:
+                    totals.add(found.names, found.sums)
+                return self._maker.make(
+                    found, split=split, step=step, prefix=prefix, totals=totals, final=final
+                )
+        return Window(split=split, step=step, prefix=prefix, final=final)
+
+    def _tell(self, window: Window) -> None:
+        if not self.measuring:
+            return
+        for observer in list(self.on_window):
+            try:
+                observer(window)
+            except Exception as error:
+                if not getattr(observer, "is_display", False):
+                    raise
+                self.on_window.remove(observer)
+                self.warn_once(f"{observer!r} failed, and shows nothing from now on: {error!r}")
+
+
+def _count_tokens(table: ChannelLossAccumulator, batch: MicroBatch) -> None:
+    _move(table, batch.token_losses.device)
+    channels = batch.channels
+    if isinstance(channels, Tensor):
+        channels = channels.to(table.device, non_blocking=True)
+    table.update(
+        batch.token_losses,
+        channels=channels,
+        cu_seqlens=batch.cu_seqlens,
+        labels=batch.labels,
+        loss_mask=batch.loss_mask,
+        correct=batch.correct,
+        weights=batch.weights,
+        reported_sum=batch.reported_sum,
+    )
+    if batch.sequences is not None:
+        sequences = batch.sequences.to(table.device, non_blocking=True)
+        table.add(sequences, {"samples": torch.ones_like(sequences)})
+
+
+def _move(table: SumTable, device: torch.device) -> None:
+    if table.device != device:
+        table.to(device)

@@ -1,0 +1,217 @@
+"""From the sums of all ranks to a `Window`: which values are logged, under which keys."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from channel_metrics.config import MetricsConfig
+from channel_metrics.core.keys import KeyBook
+from channel_metrics.core.labels import UNLABELED
+from channel_metrics.core.schema import Schema
+from channel_metrics.core.table import SumTable, values_by_channel
+from channel_metrics.core.totals import RunTotals
+from channel_metrics.errors import ConfigError
+from channel_metrics.ranks.exchange import MISMATCH_TOLERANCE, GlobalSums
+
+__all__ = ["Evaluation", "Window", "WindowMaker"]
+
+logger = logging.getLogger("channel_metrics")
+
+Values = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """What was counted between two log points, over all ranks; the same on each of them."""
+
+    split: str
+    """`train`, or the name of the evaluation set."""
+
+    step: int
+    """The optimizer step at which the window was closed."""
+
+    prefix: str = ""
+    """What stands before the keys of `logs`, such as `eval_`."""
+
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
+    """{channel: {metric: value}} for the channels that are logged, `unlabeled` last."""
+
+    logs: dict[str, float] = field(default_factory=dict)
+    """The same under log keys."""
+
+    final: bool = True
+    """Whether the window has ended; after `peek` it goes on."""
+
+    names: tuple[str, ...] = ()
+    """The channels that the ranks know, in the order of the rows of `table`."""
+
+    columns: tuple[str, ...] = ()
+    """The columns of `table`."""
+
+    table: Tensor = field(default_factory=lambda: torch.zeros(1, 0), repr=False)
+    """Sums, float64 [len(names) + 1, len(columns)] on the host; row 0 is `unlabeled`."""
+
+    def sums(self, channel: str) -> dict[str, float]:
+        """{column: sum} of one channel; zeros for one that is not in the window."""
+        if channel != UNLABELED and channel not in self.names:
+            return dict.fromkeys(self.columns, 0.0)
+        row = 0 if channel == UNLABELED else self.names.index(channel) + 1
+        return dict(zip(self.columns, self.table[row].tolist(), strict=True))
+
+
+class Evaluation:
+    """An evaluation that is open, or has just ended.
+
+    window: its values once it has ended; None if it was left by an exception or discarded.
+    """
+
+    def __init__(self, table: SumTable) -> None:
+        self.table = table
+        self.window: Window | None = None
+        self.discarded = False
+
+    def discard(self) -> None:
+        """Drop what was counted; nothing is sent. Every rank must do so, or none."""
+        self.discarded = True
+
+    @property
+    def logs(self) -> dict[str, float]:
+        """The values under their log keys; empty while it is open, and if it was dropped."""
+        return {} if self.window is None else self.window.logs
+
+
+class WindowMaker:
+    """Makes the windows of one run; what is wrong with one is said once.
+
+    Args:
+        config: which metrics, and which channels in evaluation.
+        schema: what the sums are.
+        keys: learns the channels and splits of the run.
+    """
+
+    def __init__(self, config: MetricsConfig, schema: Schema, keys: KeyBook) -> None:
+        self.config, self.schema, self.keys = config, schema, keys
+        self._metrics = schema.chosen(config.metrics)
+        self._warned: set[str] = set()
+
+    def make(
+        self,
+        found: GlobalSums,
+        *,
+        split: str,
+        step: int,
+        prefix: str,
+        totals: RunTotals | None,
+        final: bool,
+    ) -> Window:
+        """The window of these sums.
+
+        Args:
+            found: the sums of all ranks.
+            split, step, prefix, final: as in `Window`.
+            totals: of a training window that has ended, with this window; else None.
+        """
+        self.learn(found.names, prefix)
+        values = values_by_channel(self.schema, found.names, found.sums, self._metrics)
+        if final:
+            self._warn_of(split, found.mismatch, values)
+        else:
+            self._drop_counts(values)
+        if split != "train":
+            self._choose(values, found.names)
+        elif totals is not None:
+            self._add_totals(values, totals)
+        keyed = (
+            (self.keys.key(channel, metric, prefix), value)
+            for channel, of_channel in values.items()
+            for metric, value in of_channel.items()
+        )
+        return Window(
+            split=split,
+            step=step,
+            prefix=prefix,
+            values=values,
+            logs={key: value for key, value in keyed if key not in self.keys.clashes},
+            final=final,
+            names=found.names,
+            columns=self.schema.column_names,
+            table=found.sums,
+        )
+
+    def declare(self, names: Iterable[str]) -> None:
+        """Learn names that are known beforehand.
+
+        Raises `ConfigError` or `ChannelError` if two of them would share a key, or one has a key
+        of the trainer's.
+        """
+        for error in self.keys.learn(names):
+            raise error
+
+    def learn(self, names: Iterable[str], prefix: str) -> None:
+        """Learn names that were met on the way; keys that are shared are left out of the logs."""
+        for error in [*self.keys.learn(names), *self.keys.learn(prefix=prefix)]:
+            self.warn_once(f"{error} These keys are left out of the log.")
+
+    def check_eval_channels(self, names: Sequence[str]) -> None:
+        """Raise `ConfigError` for an `eval_channels` that is none of `names`."""
+        for wrong in self._unknown_eval_channels(names):
+            raise ConfigError(wrong)
+
+    def warn_once(self, message: str) -> None:
+        """Log a warning the first time it comes up."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+    def _drop_counts(self, values: Values) -> None:
+        """Of a window that goes on: whoever adds up a log must get the tokens of the run."""
+        counts = {metric.name for metric in self._metrics if metric.adds_up}
+        for of_channel in values.values():
+            for name in counts.intersection(of_channel):
+                del of_channel[name]
+
+    def _add_totals(self, values: Values, totals: RunTotals) -> None:
+        chosen = [name for name in self.schema.run_metrics if name in self.config.metrics]
+        for channel, of_channel in values.items() if chosen else ():
+            of_run = totals.of(channel)
+            of_channel.update({name: of_run[name] for name in chosen})
+
+    def _choose(self, values: Values, names: Sequence[str]) -> None:
+        """Keep the channels that evaluation logs."""
+        if not self.config.eval_channels:
+            return
+        for wrong in self._unknown_eval_channels(names):
+            self.warn_once(wrong)
+        always = {metric.name for metric in self._metrics if metric.every_channel}
+        for channel in set(values).difference(self.config.eval_channels):
+            values[channel] = {m: v for m, v in values[channel].items() if m in always}
+            if not values[channel]:
+                del values[channel]
+
+    def _unknown_eval_channels(self, names: Sequence[str]) -> list[str]:
+        wrong = []
+        for name in self.config.eval_channels:
+            if name not in names and name != UNLABELED:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}."
+                wrong.append(f"eval_channels names {name!r}, which is no channel; {hint}")
+        return wrong
+
+    def _warn_of(self, split: str, mismatch: float, values: Values) -> None:
+        if mismatch > MISMATCH_TOLERANCE:
+            self.warn_once(
+                "the channels of a window do not add up to the trainer's own loss: the relative "
+                f"difference is {mismatch:.1e}. The tokens or the loss mask that were counted are "
+                "not those that were trained on; please report this with your model and trainer."
+            )
+        if set(values) == {UNLABELED}:
+            self.warn_once(
+                f"no record of this {split} window had a channel (looked for "
+                f"{', '.join(self.config.fields)}); all {self.schema.unit} count as 'unlabeled'."
+            )
