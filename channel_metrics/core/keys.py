@@ -220,7 +220,7 @@ class KeyBook:
 
 
 def _step(ends: tuple[str, str], other: tuple[str, str]) -> _Step | None:
-    """From a name under `ends` to the one that has the same key under `other`; None: there is none."""
+    """From a name under `ends` to the one with the same key under `other`; None if none has it."""
     (head, tail), (other_head, other_tail) = ends, other
     add_left = strip_left = add_right = strip_right = ""
     if head.startswith(other_head):

@@ -50,10 +50,12 @@ class TokenView:
     """The token values as columns read them: without gradients, and with what several share."""
 
     def __init__(self, values: TokenValues, dtype: torch.dtype) -> None:
-        self.losses = values.losses.detach()
-        self.mask = values.mask
-        self.correct = values.correct
-        self.weights = None if values.weights is None else values.weights.detach().to(dtype)
+        self.losses: Tensor = values.losses.detach()
+        self.mask: Tensor = values.mask
+        self.correct: Tensor | None = values.correct
+        self.weights: Tensor | None = (
+            None if values.weights is None else values.weights.detach().to(dtype)
+        )
         self._dtype = dtype
 
     @cached_property

@@ -160,7 +160,8 @@ class SumTable:
             return labels.to(self.device, non_blocking=True)
         if isinstance(labels, str):
             raise ChannelError(
-                f"channels must be one name per sequence, but is the string {labels!r}; pass a list."
+                f"channels must be one name per sequence, but is the string {labels!r}; pass a "
+                "list."
             )
         return torch.tensor(self.labels.ids(labels), dtype=torch.int64, device=self.device)
 
