@@ -71,9 +71,10 @@ class _Local(NamedTuple):
 def exchange(
     window: SumTable,
     agreement: Agreement,
+    guard: FaultGuard,
+    *,
     rank: int,
     num_ranks: int,
-    guard: FaultGuard,
     riders: Sequence[float] = (),
 ) -> Vectors:
     """Yields vectors, takes back their sums over the `num_ranks` ranks, returns all sums.
@@ -83,7 +84,7 @@ def exchange(
     """
     local = _local(window, agreement, guard)
     if not agreement.columns:
-        yield from _meet(local, window.columns, agreement, rank, num_ranks, guard)
+        yield from _meet(local, window.columns, agreement, guard, rank=rank, num_ranks=num_ranks)
         local = _local(window, agreement, guard)
     names, width = agreement.names, len(window.columns)
     counts = [bool(local.new), not guard.measuring, local.mismatch]
@@ -118,9 +119,10 @@ def _meet(
     local: _Local,
     columns: Sequence[str],
     agreement: Agreement,
+    guard: FaultGuard,
+    *,
     rank: int,
     num_ranks: int,
-    guard: FaultGuard,
 ) -> Generator[Tensor, Tensor, None]:
     """Before the first sums: the same columns on all ranks, and the names that they begin with."""
     stopped = torch.tensor([not guard.measuring], dtype=torch.float64)

@@ -85,7 +85,7 @@ def sum_over_ranks(
     ranks, guard = ranks or Ranks(), guard or FaultGuard()
     if ranks.is_one:
         return local_sums(window, guard, riders)
-    steps = exchange(window, agreement, ranks.rank, ranks.size, guard, riders)
+    steps = exchange(window, agreement, guard, rank=ranks.rank, num_ranks=ranks.size, riders=riders)
     vector = next(steps)
     while True:
         summed = ranks.all_reduce(vector)
