@@ -10,7 +10,7 @@ import torch
 from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 from torch import Tensor
 
-from channel_metrics.capture.transformers import shifted_labels
+from channel_metrics.capture.logits import shifted_labels
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.trainers.hf.data import BOUNDS_KEY
 

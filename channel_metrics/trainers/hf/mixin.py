@@ -11,12 +11,8 @@ import transformers
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from channel_metrics.capture.transformers import (
-    Observation,
-    check_loss_hook,
-    is_causal,
-    observe_loss,
-)
+from channel_metrics.capture.observation import Observation
+from channel_metrics.capture.transformers import check_loss_hook, is_causal
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.observers.live_table import LiveTable, wants_live_table
@@ -26,6 +22,7 @@ from channel_metrics.trainers.hf.batch import (
     real_records,
     take_channels,
 )
+from channel_metrics.trainers.hf.callbacks import tell_callbacks
 from channel_metrics.trainers.hf.loaders import ChannelLoadersMixin
 from channel_metrics.trainers.hf.parallel import shard_with_labels
 from channel_metrics.trainers.hf.state import TOTALS_FILE, ChannelState
@@ -115,7 +112,7 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
                 f"channel metrics need `labels` in the batch, but {type(self).__name__} got "
                 f"{', '.join(inputs)}; detach the metrics for this trainer."
             )
-        with observe_loss(model, with_correct=state.with_correct, guard=state.guard) as observation:
+        with state.reader.observe(model) as observation:
             result = compute(model, inputs, *args, **kwargs)
         self._record_tokens(state, batch, labels, observation)
         return result
@@ -132,7 +129,7 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
         generates = getattr(self.args, "predict_with_generate", False)
         if state is None or not state.evaluating or not generates:
             return step(model, inputs, *args, **kwargs)
-        with observe_loss(model, with_correct=state.with_correct, guard=state.guard) as observation:
+        with state.reader.observe(model) as observation:
             result = step(model, inputs, *args, **kwargs)
         # Beside generation, the Seq2SeqTrainer calls the model itself and not `compute_loss`.
         batch, state.pending = state.pending, None
@@ -144,7 +141,7 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
     def _record_tokens(
         self, state: ChannelState, batch: BatchChannels, labels: Tensor, observation: Observation
     ) -> None:
-        causal = None if state.captured is not None else self._is_causal()
+        causal = None if state.reader.captured is not None else self._is_causal()
         real = None
         if state.evaluating:
             layout = self._rank_layout()
@@ -170,6 +167,7 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         loop = super()._inner_training_loop
+        tell_callbacks(self)
         if self.channel_metrics is not None:
             with self.channel_metrics.guard.guarded():
                 called = inspect.signature(loop).bind(*args, **kwargs).arguments

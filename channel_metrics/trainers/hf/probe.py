@@ -1,7 +1,6 @@
 """Probes in a transformers Trainer: a few samples per dataset, forward only, every so many steps.
 
-    probe = DatasetMetricsCallback({"canary": "canary.jsonl", "mmlu": mmlu}, every=100, batches=4)
-    trainer.add_callback(probe)
+    attach_probe(trainer, {"canary": "canary.jsonl", "mmlu": mmlu}, every=100, batches=4)
     trainer.train()      # the logs hold dataset_canary_loss, dataset_canary_token_acc, ...
 
 Training is unchanged bit for bit, see `channel_metrics.probes.without_trace`. docs/probe.md says
@@ -10,7 +9,6 @@ what is logged.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -30,6 +28,7 @@ from channel_metrics.errors import ConfigError
 from channel_metrics.probes.probe import ProbeBudget, ProbeConfig, ProbeSums, probe_keys
 from channel_metrics.probes.without_trace import keep_random_state, undisturbed
 from channel_metrics.ranks.sync import sum_over_ranks
+from channel_metrics.trainers.hf.callbacks import TrainerKnowingCallback
 from channel_metrics.trainers.hf.mixin import check_trainer
 from channel_metrics.trainers.hf.probe_data import (
     Collate,
@@ -40,15 +39,44 @@ from channel_metrics.trainers.hf.probe_data import (
 )
 from channel_metrics.trainers.hf.probe_forward import ProbeReader, layout_for_probes
 
-__all__ = ["DatasetMetricsCallback"]
+__all__ = ["DatasetMetricsCallback", "attach_probe"]
 
 logger = logging.getLogger("channel_metrics")
 
 _WIDTH = len(MOMENTS)
 
 
-class DatasetMetricsCallback(transformers.TrainerCallback):
+def attach_probe(
+    trainer: transformers.Trainer,
+    sources: Mapping[str, Any],
+    config: ProbeConfig | None = None,
+    **options: Any,
+) -> DatasetMetricsCallback:
+    """Let `trainer` measure each dataset of `sources` every N optimizer steps.
+
+    Args:
+        trainer: any transformers Trainer; it needs no channel metrics.
+        sources: {name: dataset or path of a JSONL file}.
+        config: see `ProbeConfig`; its fields can also be given as keywords (`every=50`).
+        options: those fields, `encode` and `collator`; see `DatasetMetricsCallback`.
+
+    Returns:
+        The callback that was added; `trainer.remove_callback(probe)` takes it off.
+
+    Raises:
+        ConfigError: a source or an option that cannot be.
+    """
+    probe = DatasetMetricsCallback(sources, config, **options)
+    probe.trainer = trainer
+    trainer.add_callback(probe)
+    return probe
+
+
+class DatasetMetricsCallback(TrainerKnowingCallback):
     """Measures each dataset of `sources` every N optimizer steps, on separate batches.
+
+    `attach_probe` makes one and adds it to a trainer. A trainer with channel metrics can also be
+    given one in `callbacks=[...]` or by `add_callback`.
 
     sources: {name: dataset or path of a JSONL file}; records are what the trainer's collator
         takes. The name is a part of the log keys.
@@ -56,8 +84,9 @@ class DatasetMetricsCallback(transformers.TrainerCallback):
     encode: record -> what the collator takes, for the chosen records only; None: as they are.
     collator: None takes a copy of the trainer's.
 
-    trainer: set it if the callback's events are not called by the trainer that owns it; by
-        default that trainer is found when training begins.
+    trainer: whose model is measured. Callbacks are not told who calls them, so it must be set
+        before training, by `attach_probe` or by hand; a trainer with channel metrics tells the
+        callbacks that it holds.
     """
 
     def __init__(
@@ -73,7 +102,6 @@ class DatasetMetricsCallback(transformers.TrainerCallback):
         self.config = replace(config or ProbeConfig(), **options)
         self.records = read_sources(sources)
         self.keys = probe_keys(list(self.records))
-        self.trainer: Any = None
         self._encode, self._collator = encode, collator
         self._guard = FaultGuard(self.config.on_error)
         self._logging = False
@@ -82,8 +110,17 @@ class DatasetMetricsCallback(transformers.TrainerCallback):
     # ---- events ---------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw the samples; raises `ConfigError` for keys that are taken, and for bad data."""
-        self._trainer = self.trainer or _trainer_of(self)
+        """Draw the samples.
+
+        Raises `ConfigError` without a trainer, for keys that are taken, and for bad data.
+        """
+        self._trainer = self.taken_trainer()
+        if self._trainer is None:
+            raise ConfigError(
+                "a probe must know its trainer, but none was given; write `attach_probe(trainer, "
+                "...)` from channel_metrics.trainers.hf in place of `trainer.add_callback(...)`, "
+                "or set `callback.trainer = trainer` before training."
+            )
         check_trainer(type(self._trainer))
         self._guard = FaultGuard(self.config.on_error)
         self._reserve_keys()
@@ -261,19 +298,3 @@ def _values(sums: list[float], keys: Mapping[str, str]) -> dict[str, float]:
     if nonfinite:
         values[keys["nonfinite"]] = nonfinite
     return values
-
-
-def _trainer_of(callback: DatasetMetricsCallback) -> Any:
-    """The trainer whose event this is: callbacks are not told, but it is among their callers."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, transformers.Trainer) and any(
-            other is callback for other in caller.callback_handler.callbacks
-        ):
-            return caller
-        frame = frame.f_back
-    raise ConfigError(
-        "expected to be called by a transformers Trainer, but none that holds this callback was "
-        "found; set `callback.trainer = trainer` before training."
-    )

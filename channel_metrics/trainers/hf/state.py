@@ -9,23 +9,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from channel_metrics.capture.transformers import (
-    Observation,
-    find_shift,
-    mean_nll,
-    shifted_labels,
-    token_losses_from_outputs,
-)
+from channel_metrics.capture.observation import Observation
+from channel_metrics.capture.reader import TokenLossReader
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.accumulator import ChannelLossAccumulator
-from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.keys import metric_key
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.core.totals import RunTotals
-from channel_metrics.errors import ConfigError, UnsupportedVersionError
-from channel_metrics.losses.cross_entropy import TokenLosses
+from channel_metrics.errors import ConfigError
 from channel_metrics.ranks.sync import MISMATCH_TOLERANCE, sync
 from channel_metrics.trainers.hf.batch import BatchChannels, first_records
 
@@ -45,6 +38,7 @@ class ChannelState:
     """Windows of one trainer; `train` runs from log to log, `evaluation` per evaluation loop."""
 
     reserved: ClassVar[frozenset[str]] = RESERVED_KEYS
+    reader_class: ClassVar[type[TokenLossReader]] = TokenLossReader
 
     config: MetricsConfig
     # transformers may make a process group and yet train each process by itself.
@@ -52,11 +46,6 @@ class ChannelState:
     evaluating: bool = False
     in_training_loop: bool = False
     pending: BatchChannels | None = None
-    # How the model's loss sees the labels; found out at the first batch.
-    shifts: bool | None = None
-    captured: bool | None = None
-    # Ids per token stand beside labels that are shifted already.
-    per_token: bool = False
     # Whether the context that the next loss is computed in cuts the rows.
     cut: bool = False
     warned: set[str] = field(default_factory=set)
@@ -66,6 +55,7 @@ class ChannelState:
 
     def __post_init__(self) -> None:
         self.guard = FaultGuard(self.config.on_error)
+        self.reader = self.reader_class(with_correct=self.with_correct, guard=self.guard)
         self.table = self.config.new_table(self.reserved)
         metrics = self.config.window_metrics
         self.train = ChannelLossAccumulator(self.table, metrics=metrics)
@@ -92,9 +82,13 @@ class ChannelState:
         causal: whether the model predicts the next token, None if unknown. real: how many of
         how many records are no repetitions, see `real_records`; None means all.
         """
-        self.per_token = batch.per_token
-        by_rows = batch.cu_seqlens is None
-        values, reported = self.token_values(labels, observation, causal=causal, by_rows=by_rows)
+        values, reported = self.reader.read(
+            observation,
+            labels,
+            causal=causal,
+            by_rows=batch.cu_seqlens is None,
+            per_token=batch.per_token,
+        )
         if real is not None and real[0] < real[1]:
             batch, values = self._without_repetitions(batch, values, real)
             reported = None
@@ -110,36 +104,6 @@ class ChannelState:
             weights=values.weights,
             reported_sum=reported,
         )
-
-    def token_values(
-        self,
-        labels: Tensor,
-        observation: Observation,
-        *,
-        causal: bool | None,
-        by_rows: bool = False,
-    ) -> tuple[TokenValues, Tensor | None]:
-        """The values of all positions of `labels`, and the sum that the model's loss is made of.
-
-        That sum is None where the loss does not pass transformers' cross entropy. by_rows: every
-        row is one sequence, so that a shift inside the rows would change no sum.
-        """
-        found = self._captured_losses(observation, labels)
-        reported = None if found is None else found.reported_sum
-        if found is None:
-            found = self._fallback_losses(observation, labels, causal)
-        weights = self._weights(found.nll)
-        values = TokenValues(
-            found.nll.view(labels.shape),
-            (found.target != IGNORE_INDEX).view(labels.shape),
-            None if found.correct is None else found.correct.view(labels.shape),
-            None if weights is None else weights.view(labels.shape),
-        )
-        return (values.in_target_frame() if self.shifts and not by_rows else values), reported
-
-    def _weights(self, nll: Tensor) -> Tensor | None:
-        """The weight that the trainer gives to each nll, [T]; None where it gives none."""
-        return None
 
     def _without_repetitions(
         self, batch: BatchChannels, values: TokenValues, real: tuple[int, int]
@@ -238,58 +202,3 @@ class ChannelState:
         if message not in self.warned:
             self.warned.add(message)
             logger.warning(message)
-
-    def _captured_losses(self, observation: Observation, labels: Tensor) -> TokenLosses | None:
-        candidates = observation.matching(labels.numel())
-        if len(candidates) > 1:
-            raise UnsupportedVersionError(
-                f"the model computed {len(candidates)} cross entropies over all labels in one "
-                "step; which of them is its language model loss cannot be told. Detach the "
-                "metrics for this model."
-            )
-        if not candidates:
-            return None
-        if not self.captured:
-            self.shifts = find_shift(candidates[0].target, labels, may_shift=not self.per_token)
-            self.captured = True
-        return candidates[0]
-
-    def _fallback_losses(
-        self, observation: Observation, labels: Tensor, causal: bool | None
-    ) -> TokenLosses:
-        if self.captured is None:
-            self.shifts = not self.per_token and self._fallback_shift(observation, labels, causal)
-            logger.info(
-                "the loss does not pass transformers' cross entropy: token losses are measured "
-                "on the logits, with a second softmax."
-            )
-        self.captured = False
-        targets = shifted_labels(labels) if self.shifts else labels
-        return token_losses_from_outputs(observation, targets)
-
-    def _fallback_shift(
-        self, observation: Observation, labels: Tensor, causal: bool | None
-    ) -> bool:
-        """Whether the labels are shifted: by the model's kind, checked against its own loss."""
-        model_loss = observation.loss()
-        if model_loss is not None:
-            reported = float(model_loss.detach())
-            means = {shift: mean_nll(observation, labels, shift) for shift in (True, False)}
-            off = {shift: abs(mean - reported) / abs(reported) for shift, mean in means.items()}
-            near = min(off, key=off.__getitem__)
-            # A loss in bfloat16 has three digits; the other way is clearly worse or unknown.
-            if off[near] < 1e-2 and off[near] * 10 < off[not near]:
-                return near
-            if causal is not None and off[causal] >= 1e-2:
-                self.warn_once(
-                    f"the model's own loss ({reported:.4f}) is not the mean cross entropy of its "
-                    f"logits ({means[causal]:.4f}): it adds or weights something. Channel losses "
-                    f"are the plain cross entropy, labels {'shifted' if causal else 'as they are'}."
-                )
-        if causal is None:
-            raise UnsupportedVersionError(
-                "whether the loss of this model shifts its labels cannot be told: its class is "
-                "none of transformers' language models, and its loss is not the mean cross "
-                "entropy of its logits, shifted or not. Detach the metrics for this model."
-            )
-        return causal

@@ -196,7 +196,7 @@ def test_gradient_checkpointing(tmp_path: Path, reentrant: bool) -> None:
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": reentrant},
     )
-    assert trainer.channel_metrics.captured
+    assert trainer.channel_metrics.reader.captured
 
 
 def test_bf16_autocast(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_torch_compile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
         torch_compile=True,
         torch_compile_backend="inductor",
     )
-    assert trainer.channel_metrics.captured is False
+    assert trainer.channel_metrics.reader.captured is False
     assert "second softmax" in caplog.text
     torch._dynamo.reset()
 
