@@ -21,12 +21,13 @@ import transformers
 from channel_metrics.config import refuse_unknown_keys
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.intervals import MOMENTS, Interval, ratio_interval
-from channel_metrics.core.keys import metric_key
-from channel_metrics.core.labels import UNLABELED
-from channel_metrics.core.metrics import ALL_METRICS
+from channel_metrics.core.labels import LabelTable
+from channel_metrics.core.table import SumTable
 from channel_metrics.errors import ConfigError
-from channel_metrics.probes.probe import ProbeBudget, ProbeConfig, ProbeSums, probe_keys
+from channel_metrics.probes.probe import PROBE_COLUMNS, ProbeBudget, ProbeConfig, probe_keys
 from channel_metrics.probes.without_trace import keep_random_state, undisturbed
+from channel_metrics.ranks.agreed_names import Agreement
+from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.ranks.sync import sum_over_ranks
 from channel_metrics.trainers.hf.callbacks import TrainerKnowingCallback
 from channel_metrics.trainers.hf.mixin import check_trainer
@@ -124,6 +125,8 @@ class DatasetMetricsCallback(TrainerKnowingCallback):
         check_trainer(type(self._trainer))
         self._guard = FaultGuard(self.config.on_error)
         self._reserve_keys()
+        self._agreement = Agreement()
+        self._ranks = Ranks(alone=self._trainer.accelerator.num_processes == 1)
         self._layout = layout_for_probes(self._trainer)
         self._reader = ProbeReader(self._trainer, self._layout)
         self._budget = ProbeBudget(
@@ -185,36 +188,33 @@ class DatasetMetricsCallback(TrainerKnowingCallback):
         with self._guard.guarded(), undisturbed(self._reader.model):
             sums = self._measure(step, began, train_seconds)
             self._log(sums, step, control)
+            self._guard.proven = True
         # Known to this rank only, so far: told with the next probe.
         self._rest_seconds = self._clock() - self._told
 
     def _measure(self, step: int, began: float, train_seconds: float) -> dict[str, list[float]]:
         """{dataset: moments} of all ranks; the budget takes in what the probe cost."""
-        rows = None
+        table = SumTable(LabelTable(self.records), PROBE_COLUMNS, device=self._reader.device)
         with self._guard.guarded():
-            rows = self._reader.measure(self._batches_of(step)).cpu()
+            rows = self._reader.measure(self._batches_of(step))
+            table.add(list(self.records), dict(zip(PROBE_COLUMNS, rows.unbind(1), strict=True)))
+            # The time that the device takes is the probe's.
+            self._wait_for_device()
         self._told = self._clock()
         clock = (1.0, train_seconds, self._rest_seconds + self._told - began)
-        _, sums, _ = sum_over_ranks(
-            ProbeSums(
-                rows, num_datasets=len(self.records), clock=clock, device=self._reader.device
-            ),
-            alone=self._trainer.accelerator.num_processes == 1,
-            guard=self._guard,
-        )
+        found = sum_over_ranks(table, self._agreement, self._ranks, self._guard, riders=clock)
         # Means over the ranks: the same on all of them, and so is the next step.
-        times, *rows_of_datasets = sums.tolist()
-        num_ranks, train_seconds, probe_seconds = times[:3]
+        num_ranks, train_seconds, probe_seconds = found.riders
         self._budget.add(
             step, train_seconds=train_seconds / num_ranks, probe_seconds=probe_seconds / num_ranks
         )
         self._probed_step, self._train_seconds = step, 0.0
-        return dict(zip(self.records, rows_of_datasets, strict=True))
+        return dict(zip(found.names, found.sums[1:].tolist(), strict=True))
 
     def _log(self, sums: Mapping[str, list[float]], step: int, control: Any) -> None:
         values: dict[str, float] = {}
-        for name, of_name in sums.items():
-            values.update(_values(of_name, self.keys[name]))
+        for name in self.records:
+            values.update(_values(sums[name], self.keys[name]))
         if self._budget.overhead is not None:
             values["probe_overhead"] = self._budget.overhead
         values["probe_every"] = self._budget.distance
@@ -269,17 +269,12 @@ class DatasetMetricsCallback(TrainerKnowingCallback):
         metrics = getattr(self._trainer, "channel_metrics", None)
         if metrics is None:
             return
-        table = metrics.table
-        taken = {key for of_name in self.keys.values() for key in of_name.values()}
-        for channel in (*table.names, UNLABELED):
-            for metric in (*ALL_METRICS, "nonfinite"):
-                key = metric_key(table.key_format, channel, metric)
-                if key in taken:
-                    raise ConfigError(
-                        f"the probe and channel {channel!r} would both be logged as {key!r}; "
-                        "rename the dataset of the probe, or choose another key_format."
-                    )
-        table.reserved |= taken
+        try:
+            metrics.keys.reserve(key for of_name in self.keys.values() for key in of_name.values())
+        except ConfigError as error:
+            raise ConfigError(
+                f"a probe would log a key of a channel; rename the dataset of the probe: {error}"
+            ) from None
 
 
 def _values(sums: list[float], keys: Mapping[str, str]) -> dict[str, float]:

@@ -11,9 +11,9 @@ from torch import Tensor
 from channel_metrics.capture.reader import TokenLossReader
 from channel_metrics.capture.transformers import is_causal
 from channel_metrics.core.intervals import moments
-from channel_metrics.core.sums import COLUMNS, sequence_sums
+from channel_metrics.core.sums import sequence_sums
 from channel_metrics.errors import UnsupportedVersionError
-from channel_metrics.probes.probe import ProbeSums
+from channel_metrics.probes.probe import PROBE_COLUMNS
 from channel_metrics.probes.without_trace import forward_module
 from channel_metrics.trainers.hf.parallel import RankLayout, layout_of
 from channel_metrics.trainers.hf.probe_data import ProbeBatch
@@ -45,7 +45,7 @@ class ProbeReader:
         self._reader = TokenLossReader()
 
     def measure(self, datasets: Sequence[Sequence[ProbeBatch]]) -> Tensor:
-        """[datasets, K] on the device: moments of the losses, then of the correct tokens.
+        """[datasets, K] on the device, in the order of `PROBE_COLUMNS`.
 
         The caller has the model in evaluation mode, without gradients.
         """
@@ -54,7 +54,7 @@ class ProbeReader:
     def _of_dataset(self, batches: Sequence[ProbeBatch]) -> Tensor:
         # Some devices have no float64.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        total = torch.zeros(ProbeSums.num_columns, dtype=dtype, device=self.device)
+        total = torch.zeros(len(PROBE_COLUMNS), dtype=dtype, device=self.device)
         for batch in batches:
             found = self._of_batch(batch, dtype)
             # All ranks run the same number of forwards, also one that has nothing to add.
@@ -69,8 +69,5 @@ class ProbeReader:
             self.model(**inputs)
         values, _ = self._reader.read(observation, labels, causal=self._causal)
         sums = sequence_sums(values, batch.cu_seqlens.to(values.losses.device), dtype)
-        column = dict(zip(COLUMNS, sums, strict=False))
-        finite = column["tokens"] - column["nonfinite"]
-        return torch.cat(
-            [moments(column["nll"], finite), moments(column["correct"], column["tokens"])]
-        )
+        finite = sums["tokens"] - sums["nonfinite"]
+        return torch.cat([moments(sums["nll"], finite), moments(sums["correct"], sums["tokens"])])
