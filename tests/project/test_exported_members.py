@@ -42,7 +42,9 @@ def names_imported(tree: ast.Module) -> Iterator[str]:
 
 
 def names_bound(tree: ast.Module) -> set[str]:
-    """Whatever a module gives a name to at its top level."""
+    """Whatever a module gives a name to at its top level, or in one branch of an `if` there."""
+    branches = (n.body + n.orelse if isinstance(n, ast.If) else [n] for n in tree.body)
+    tree = ast.Module([node for branch in branches for node in branch], [])
     assigned = {
         node.id
         for statement in tree.body
