@@ -67,6 +67,7 @@ class Metric:
     """The columns that the formula reads."""
     formula: Callable[[Sums], float | None]
     unit: str = ""
+    """Empty for a part of a whole: the report shows it in percent."""
     doc: str = ""
     label: str = ""
     """The title of its chart in the report; no chart without one."""
@@ -259,7 +260,7 @@ TOKENS.register(
         doc="correct / tokens; a target that ties for the maximum counts as correct",
         label="Token accuracy",
     ),
-    Metric("ppl", ("nll", "tokens", "nonfinite"), _perplexity, doc="exp(loss)"),
+    Metric("ppl", ("nll", "tokens", "nonfinite"), _perplexity, unit="choices", doc="exp(loss)"),
     Metric(
         "tokens",
         ("tokens",),
