@@ -260,7 +260,13 @@ TOKENS.register(
         doc="correct / tokens; a target that ties for the maximum counts as correct",
         label="Token accuracy",
     ),
-    Metric("ppl", ("nll", "tokens", "nonfinite"), _perplexity, unit="choices", doc="exp(loss)"),
+    Metric(
+        "ppl",
+        ("nll", "tokens", "nonfinite"),
+        _perplexity,
+        unit="choices",
+        doc="exp(loss): the model is as unsure as between so many equally likely tokens",
+    ),
     Metric(
         "tokens",
         ("tokens",),
@@ -289,7 +295,7 @@ TOKENS.register(
         ("nonfinite",),
         lambda s: s["nonfinite"] or None,
         unit="tokens",
-        doc="tokens whose loss is NaN or infinite: in `tokens` and `share`, not in the loss",
+        doc="tokens with a NaN or infinite loss, if any: in `tokens` and `share`, not in `loss`",
         adds_up=True,
         always=True,
     ),
