@@ -79,7 +79,7 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
         if reason is None:
             loss = self._pair_losses(values, inputs["completion_mask"])
             returned = result[0] if isinstance(result, tuple) else result
-            if _agree(loss.mean(), returned.detach()):
+            if _agree(loss.mean(), returned.detach(), values["chosen"].dtype):
                 return result, {**values, "loss": loss}
             reason = (
                 f"for loss_type={self.loss_types}, the formulas of channel_metrics do not give "
@@ -95,7 +95,7 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
         """Why the loss of a pair does not follow from its rewards; None if it does."""
         unknown = sorted(set(self.loss_types) - FORMULAS.keys())
         if unknown:
-            return f"{', '.join(unknown)} is computed over the batch, not per pair"
+            return f"there is no formula per pair for loss_type={unknown}"
         if self.use_weighting:
             return "use_weighting=True weights each pair by the probabilities of its tokens"
         if getattr(self, "aux_loss_enabled", False):
@@ -108,7 +108,7 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
         # trl 0.29 truncates the batch after we have seen it. Answers are at the end of a row.
         if getattr(self.args, "truncation_mode", "keep_start") == "keep_start":
             completion_mask = completion_mask[:, :limit]
-        lengths = completion_mask.sum(dim=1).clamp(min=1, max=limit).chunk(2)
+        lengths = completion_mask.sum(dim=1).clamp(min=1.0, max=limit).chunk(2)
         pairs = Pairs(
             chosen=rewards["chosen"],
             rejected=rewards["rejected"],
@@ -143,17 +143,15 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
         state.checked = True
 
 
-def _agree(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two losses are the same up to rounding in the trainer's dtype.
+def _agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two losses are the same, up to the rounding of rewards of this dtype.
 
     This waits for the device. TRL does so a dozen times per batch, for its own metrics.
     """
-    rounding = 16 * torch.finfo(theirs.dtype).eps
+    rounding = 16 * torch.finfo(dtype).eps
     relative = max(MISMATCH_TOLERANCE, rounding)
-    close = torch.isclose(
-        ours.float(), theirs.float(), rtol=relative, atol=rounding, equal_nan=True
-    )
-    return bool(close)
+    ours, theirs = ours.float(), theirs.float()
+    return bool(torch.isclose(ours, theirs, rtol=relative, atol=rounding, equal_nan=True))
 
 
 @contextmanager
