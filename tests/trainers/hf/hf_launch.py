@@ -20,7 +20,7 @@ LAUNCHES = {
     "ddp": ("hf_cases_ddp2", "hf_cases_ddp4"),
     "sharded": ("hf_cases_fsdp", "hf_cases_deepspeed"),
     "probe": ("hf_cases_probe", "hf_cases_probe_fsdp", "hf_cases_probe_zero"),
-    "swift": ("swift_cases_one",),
+    "swift": ("swift_cases_one", "swift_cases_gaps"),
     "swift_ranks": ("swift_cases_two", "swift_cases_sp"),
     "swift_liger": ("swift_cases_liger",),
 }
