@@ -182,7 +182,8 @@ def resumed(
     launcher: Launcher, data: Data, old: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Run:
     """One rank goes on from there, and logs each of its four iterations; saves the last."""
-    blend = [part for name, weight in zip(NAMES, RARE_MATH) for part in (weight, data.prefix(name))]
+    pairs = zip(RARE_MATH, map(data.prefix, NAMES), strict=True)
+    blend = [part for pair in pairs for part in pair]
     save = ("--save", str(tmp_path_factory.mktemp("resumed")), "--save-interval", "6")
     return launcher.run(
         "dp1", "--data-path", *blend, "--split", "100,0,0", "--load", str(old), *save,

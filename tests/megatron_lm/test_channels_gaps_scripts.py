@@ -92,10 +92,10 @@ def test_labels_cut_by_the_script(launcher: Launcher, data: Data, tmp_path: Path
     assert "ChannelError" in said and "cut for context parallelism, but not by megatron" in said
 
 
-@pytest.mark.xfail(strict=True, reason="Megatron's own keys are not reserved", raises=AssertionError)
-def test_a_key_of_megatrons_own_is_refused(
-    launcher: Launcher, data: Data, tmp_path: Path
-) -> None:
+@pytest.mark.xfail(
+    strict=True, reason="Megatron's own keys are not reserved", raises=AssertionError
+)
+def test_a_key_of_megatrons_own_is_refused(launcher: Launcher, data: Data, tmp_path: Path) -> None:
     """What TensorBoard has under `lm loss` would be both."""
     config = tmp_path / "channels.yaml"
     config.write_text('metrics: [loss, tokens]\nkey_format: "{channel} {metric}"\n')
