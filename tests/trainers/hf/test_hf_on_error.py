@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from channel_metrics.trainers.hf.state import ChannelState
 from datasets import Dataset
 from hf_launch import Launch, launch
 from hf_tools import channel_logs, make_records, train
@@ -19,7 +20,6 @@ from channel_metrics.capture import transformers as hf_loss
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.trainers.hf import attach
 from channel_metrics.trainers.hf import loaders as hf_loaders
-from channel_metrics.trainers.hf.state import ChannelState
 
 # Where it goes wrong: (owner, name), and the entries of the log that have channels all the same.
 FAULTS: dict[str, tuple[Any, str, int]] = {
