@@ -102,6 +102,11 @@ class ChannelMetrics:
         return self.guard.measuring
 
     @property
+    def warned(self) -> frozenset[str]:
+        """What has been warned of."""
+        return frozenset(self._maker.warned)
+
+    @property
     def evaluating(self) -> bool:
         """Whether an evaluation is open, which takes the counts."""
         return bool(self._evaluations)
@@ -322,7 +327,8 @@ class ChannelMetrics:
         return Window(split=split, step=step, prefix=prefix, final=final)
 
     def _tell(self, window: Window) -> None:
-        if not self.measuring:
+        # A trainer may log twice at one step: nobody is told of a window that holds nothing.
+        if not self.measuring or not window.table.any():
             return
         for observer in list(self.on_window):
             try:

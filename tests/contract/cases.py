@@ -1,4 +1,4 @@
-"""The cases: each takes a harness and a folder. `NEEDS` says what the trainer must be able to do."""
+"""The cases: each takes a harness and a folder. NEEDS says what the trainer must be able to do."""
 
 from __future__ import annotations
 

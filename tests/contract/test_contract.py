@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from contract.cases import CASES, NEEDS
+from contract.harness_hf import HFHarness
 from contract.harness_loop import LoopHarness
 from contract.script import Harness
 
-HARNESSES: list[Harness] = [LoopHarness()]
+HARNESSES: list[Harness] = [LoopHarness(), HFHarness()]
 RUNS = [
     pytest.param(harness, name, id=f"{harness.name}-{name}")
     for harness in HARNESSES
