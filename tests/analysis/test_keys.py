@@ -6,7 +6,7 @@ import pytest
 from analysis_tools import HOSTILE
 
 from channel_metrics.analysis.readers.keys import GLOBAL, Key, decode_keys
-from channel_metrics.core.labels import metric_key
+from channel_metrics.core.keys import metric_key
 from channel_metrics.core.schema import TOKENS
 
 OWN = ("loss", "grad_norm", "learning_rate", "epoch", "train_loss", "num_tokens", "loss_scale")
