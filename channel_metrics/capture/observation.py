@@ -93,7 +93,7 @@ class LossHook:
             yield
             return
         before = getattr(module, self._name)
-        # Blocks may be nested. To torch.compile, another object would be another graph.
+        # Blocks may be nested, or be those of several threads: one function serves them all.
         if before is not self._watching and before is not self._original:
             self._original, self._watching = before, self._watched(before)
         setattr(module, self._name, self._watching)

@@ -41,9 +41,11 @@ _PARAMETERS = ("source", "target", "num_items_in_batch", "ignore_index")
 def check_loss_hook() -> None:
     """Raise `UnsupportedVersionError` if this transformers has another `fixed_cross_entropy`."""
     function = getattr(loss_utils, _NAME)
+    if not _is_own(function):
+        # What somebody has put there is called by transformers in the same way.
+        return
     parameters = tuple(inspect.signature(function).parameters)
-    # Of a function that somebody has put there, we know how transformers calls it.
-    if _is_own(function) and parameters[: len(_PARAMETERS)] != _PARAMETERS:
+    if parameters[: len(_PARAMETERS)] != _PARAMETERS:
         import transformers
 
         raise UnsupportedVersionError(
