@@ -66,11 +66,6 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
         **kw: Any,
     ) -> tuple[Any, dict[str, Tensor]]:
         """The rewards that TRL gathered, and the loss of each pair from them."""
-        if getattr(self, "_compute_loss_liger", None) and getattr(self, "use_liger_kernel", False):
-            raise UnsupportedVersionError(
-                "channel metrics need the rewards of each DPO pair, but use_liger_kernel=True "
-                "computes one loss for all in a fused kernel; set it to False or detach."
-            )
         with _kept_gathers(self.accelerator, num_pairs) as gathered:
             result = compute(model, inputs, *rest, **kw)
         self._check_gathered(gathered, num_pairs)

@@ -389,6 +389,47 @@ def test_a_model_in_half_precision_has_losses(tmp_path: Path, loss_type: str) ->
         assert together / 16 == pytest.approx(float(whole["loss"]), rel=0.02)
 
 
+@pytest.mark.skipif(not OLD, reason="newer TRL has no fused DPO loss of Liger")
+@pytest.mark.parametrize("loss_type", ["sigmoid", "apo_zero"])
+def test_ligers_fused_loss_has_the_same_metrics(tmp_path: Path, loss_type: str) -> None:
+    """TRL gathers the rewards of Liger's loss in the same way. Compilation is off: no GPU."""
+    pytest.importorskip("liger_kernel")
+    kernels = ("rope", "rms_norm", "swiglu", "cross_entropy", "fused_linear_cross_entropy")
+    usual = {"loss_type": [loss_type]}
+    liger = {
+        **usual,
+        "use_liger_kernel": True,
+        "liger_kernel_config": dict.fromkeys(kernels, False),
+    }
+
+    def watch(trainer: Any) -> object:
+        return attach(trainer, EVERYTHING)
+
+    with torch.compiler.set_stance("force_eager"):
+        plain, watched = (dpo(tmp_path, prepare=p, **liger) for p in (None, watch))
+        assert torch.equal(weights(plain), weights(watched))
+        fused = dpo(tmp_path, prepare=watch, learning_rate=0.0, **liger)
+    for found, want in zip(
+        logs(fused), logs(dpo(tmp_path, prepare=watch, learning_rate=0.0, **usual)), strict=True
+    ):
+        assert "bbu_loss" in found
+        assert found == pytest.approx(want, rel=1e-4, abs=1e-5)
+
+
+def test_a_formula_that_trl_has_changed_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = dpo(
+        tmp_path,
+        prepare=attach,
+        max_steps=2,
+        loss_type=["ipo"],
+        f_divergence_type="js_divergence",
+    )
+    assert ("bbu_loss" in logs(trainer)[0]) is not OLD
+    assert ("do not give the loss" in caplog.text) is OLD
+
+
 def test_the_loss_of_experts_is_not_that_of_a_pair(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
