@@ -16,6 +16,9 @@ pytestmark = needs_megatron_training
 
 CHANNELS = ("--channels", *oracle.NAMES)
 LIE = """
+import warnings
+
+warnings.simplefilter("always")  # not once per place, which would hide what is said again
 real_loss_func = loss_func
 
 
