@@ -119,4 +119,6 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            # A signal to the tests does not reach it: it ends with its input, and ends its ranks.
+            start_new_session=True,
         )

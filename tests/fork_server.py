@@ -11,7 +11,7 @@ A job:
 | key | meaning |
 |---|---|
 | `ranks` | how many processes |
-| `main` | `module:function`; every rank calls it with the job and its rank, and ends with its result |
+| `main` | `module:function`; a rank calls it with the job and its own number; its exit code |
 | `imports` | modules, or paths of files, to import before the fork; they stay for later jobs |
 | `folder` | where each rank starts; what it prints goes to `rank<r>.out` and `.err` there |
 | `environ` | the environment of every rank, beside the server's |

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import faults
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,7 +22,6 @@ from transformers import Trainer
 
 from channel_metrics import MetricsConfig
 from channel_metrics.trainers.hf import attach
-from channel_metrics.trainers.hf import state as hf_state
 
 HF = Preload(("hf_case_tools",))
 # Decorators of cases: how many ranks there are, and of what kind.
@@ -165,9 +165,7 @@ def counted_collectives() -> Iterator[list[list[str]]]:
 
         return called
 
-    sync = hf_state.sync
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def watched(sync: Any, *args: Any, **kwargs: Any) -> Any:
         windows.append([])
         inside[0] = True
         try:
@@ -176,7 +174,7 @@ def counted_collectives() -> Iterator[list[list[str]]]:
             inside[0] = False
 
     wrapped = {name: wrap(name, getattr(dist, name)) for name in COLLECTIVES}
-    with patch.multiple(dist, **wrapped), patch.object(hf_state, "sync", watched):
+    with patch.multiple(dist, **wrapped), faults.around("sum over ranks", watched):
         yield windows
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from functools import cached_property
@@ -14,19 +12,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_client import Preload
 from megatron_lm.launch import Launcher, Run
-from paths import PATCHES, python_path
+from paths import PATCHES
 from swift_files import make_data, make_model
 from swift_megatron_cases import RUNS, Case
 
 FOLDER = Path(__file__).parent
 RUN_SECONDS = 60
 OWN = ("logs", "end", "tokens", "used")
+# What a run imports on its way.
+NAMES = (
+    "swift.megatron.pipelines",
+    "swift.megatron.arguments",
+    "swift.megatron.trainers",
+    "swift.pipelines",
+    "swift.trainers",
+    "megatron.core.dist_checkpointing",
+    "megatron.core.transformer.experimental_attention_variant.dsa",
+    "matplotlib.pyplot",
+    "tensorboard.backend.event_processing.event_accumulator",
+    "torch.utils.tensorboard",
+    "transformers.models.qwen2",
+    "channel_metrics.trainers.swift_megatron",
+)
 OBSERVERS = ["megatron_lm.observe:collectives", *(f"swift_megatron_observe:{o}" for o in OWN)]
 
 
 class Server(Launcher):
     """The launcher of `megatron_lm`, for runs of ms-swift."""
+
+    preload = Preload(("swift_megatron_cpu:install", *NAMES))
 
     def train(self, case: Case) -> Run:
         plugin = PATCHES / "ms_swift.py"
@@ -60,25 +76,6 @@ class Server(Launcher):
         sizes = {"num_hidden_layers": 4, "vocab_size": 512, "attention_dropout": 0.0}
         model = make_model(self.folder / "model", **sizes)
         return {"model": model, "folder": self.folder, **make_data(self.folder)}
-
-    def _start(self) -> subprocess.Popen[str]:
-        caches = ("HF_DATASETS_CACHE", "MODELSCOPE_CACHE")
-        settings = {name: str(self.folder / "cache") for name in caches}
-        return subprocess.Popen(
-            [sys.executable, str(FOLDER / "swift_megatron_server.py"),
-             str(self.folder / "server")],
-            cwd=self.folder,
-            env={
-                **os.environ,
-                **settings,
-                "PYTHONPATH": python_path(),
-                # No threads before the fork: pyarrow's allocator starts one.
-                "JE_ARROW_MALLOC_CONF": "background_thread:false",
-            },
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )  # fmt: skip
 
 
 class Results:
