@@ -28,7 +28,7 @@ from fork_client import Preload, Server
 from fork_server import Job, attribute
 
 TIMEOUT_SECONDS = 60
-GROUP_SECONDS = 45
+GROUP_SECONDS = 240
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class RanksOf:
         errors = [result["error"] for result in results if "error" in result]
         if errors or len(results) < of.ranks:
             said = [path.read_text()[-3000:] for path in sorted(output.glob("rank*.err"))]
-            raise AssertionError("\n".join([*errors, f"case {of.__name__}:", *said]))
+            raise AssertionError("\n".join([*errors, f"case {of.__name__} in {output}:", *said]))
         return [result["value"] for result in results]
 
     def close(self) -> None:

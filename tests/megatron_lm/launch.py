@@ -165,8 +165,13 @@ class Launcher:
     def close(self) -> None:
         self.server.close()
 
+    @property
+    def next_folder(self) -> Path:
+        """Where the next run will be."""
+        return self.folder / f"run{len(list(self.folder.glob('run*')))}"
+
     def _run(self, job: dict[str, Any]) -> Run:
-        folder = self.folder / f"run{len(self.done)}"
+        folder = self.next_folder
         folder.mkdir()
         places = ["--tensorboard-dir", str(folder / "tensorboard")]
         places += ["--data-cache-path", str(self.folder / "cache")]

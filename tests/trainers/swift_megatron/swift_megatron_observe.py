@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron_lm.observe import checksum
+from megatron_lm.observe import checksum, collectives
 from swift.megatron.trainers.base import BaseMegatronTrainer
 from swift.megatron.trainers.trainer import MegatronTrainer
+
+__all__ = ["collectives", "end", "fault", "logs", "tokens", "used"]
 
 Result = Callable[[], Any]
 
