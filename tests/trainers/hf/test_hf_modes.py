@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from hf_case_tools import fixed_records
-from hf_launch import Launch, launch
 from hf_tools import (
     PaddingCollator,
     Record,
@@ -46,56 +45,6 @@ def logged(entries: list[dict[str, float]]) -> dict[str, int]:
                 name = key.removesuffix("_tokens")
                 totals[name] = totals.get(name, 0) + int(value)
     return totals
-
-
-# ---- two ranks ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def ddp(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    return launch("ddp", tmp_path_factory)
-
-
-@pytest.mark.parametrize(
-    ("case", "epochs"),
-    [
-        ("feed_dispatch", 1),
-        ("feed_split", 1),
-        ("feed_stream", 1),
-        ("feed_stream_by_all", 1),
-        ("feed_stream_workers", 1),
-        ("feed_arrow_stream", 1),
-        ("feed_by_length", 1),
-        ("feed_persistent", 2),
-    ],
-)
-def test_no_record_is_lost_on_the_way_to_two_ranks(ddp: Launch, case: str, epochs: int) -> None:
-    expected = {name: epochs * count for name, count in counted(fixed_records(32)).items()}
-    for rank in ddp.ranks(case):
-        assert rank["processes"] == 2
-        assert logged(rank["logs"]) == expected
-        samples = sum(v for e in rank["logs"] for k, v in e.items() if k.endswith("_samples"))
-        assert samples == 32 * epochs
-
-
-def test_open_tables_cannot_be_sent(ddp: Launch) -> None:
-    """Both ranks say so, before there is a batch."""
-    expected = (
-        "one process sends the batches of a stream to the others (dispatch_batches), so "
-        "channels must be ids, but the train set cannot be scanned for names (Stream); declare "
-        "`channels` in the metrics config, or set "
-        'accelerator_config={"dispatch_batches": False}.'
-    )
-    assert ddp.ranks("refuse_open_stream") == [expected] * 2
-
-
-def test_flattened_batches_cannot_be_sent(ddp: Launch) -> None:
-    for message in ddp.ranks("refuse_flattened"):
-        assert "a batch of DataCollatorWithFlattening holds several sequences" in message
-        assert 'set accelerator_config={"dispatch_batches": False}' in message
-
-
-# ---- one process ----------------------------------------------------------------------------
 
 
 def run_with_oracle(

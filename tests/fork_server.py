@@ -1,31 +1,42 @@
-"""One process that imports torch, the CPU stand-ins and Megatron once, and forks every rank.
+"""One process that imports what is slow to import, once, and forks the ranks of every job.
 
-    python -m megatron_lm.server LOG
+    python -m fork_server LOG NAME...
 
-Reads one job (JSON) a line from standard input and answers with one line on standard output; ends
-with its input. What a rank prints goes to `FOLDER/rank<r>.out` and `.err`, what it was asked to
-observe to `FOLDER/rank<r>.json`.
+Each NAME is a module to import, or `module:function` to call, before the first job. The server
+reads one job (JSON) a line from standard input and answers with one line on standard output. It
+ends with its input. `fork_client` is the other end.
 
-No rank outlives its job: one that hangs has its tracebacks written to `.err`, then it is killed
-with all that it started.
+A job:
+
+| key | meaning |
+|---|---|
+| `ranks` | how many processes |
+| `main` | `module:function`; a rank calls it with the job and its own number; its exit code |
+| `imports` | modules, or paths of files, to import before the fork; they stay for later jobs |
+| `folder` | where each rank starts; what it prints goes to `rank<r>.out` and `.err` there |
+| `environ` | the environment of every rank, beside the server's |
+| `meet` | whether ranks have the variables of torchrun, and a store at which they meet |
+| `timeout` | seconds after which ranks are ended |
+
+No rank outlives its job. A rank that hangs writes its tracebacks to `.err`; then it is killed with
+all that it has started.
 """
 
 from __future__ import annotations
 
-import atexit
 import faulthandler
 import gc
 import importlib
+import importlib.util
 import json
 import os
-import runpy
 import select
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +46,30 @@ GRACE_SECONDS = 5.0
 DUMP_SECONDS = 1.0
 POLL_SECONDS = 0.01
 
+Job = dict[str, Any]
+
 
 def serve(answers: Any) -> None:
     for line in iter(sys.stdin.readline, ""):
-        answers.write(json.dumps(run(json.loads(line))) + "\n")
-        answers.flush()
+        answer(answers, run(json.loads(line)))
 
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    """The exit codes of all ranks, which of them had to be killed, the order of their ends."""
+def answer(answers: Any, values: dict[str, Any]) -> None:
+    answers.write(json.dumps(values) + "\n")
+    answers.flush()
+
+
+def run(job: Job) -> dict[str, Any]:
+    """The exit codes of all ranks, which of them had to be killed, the order of their ends.
+
+    `failure` in place of these is the trace of an import that failed.
+    """
+    try:
+        prepare(job["imports"])
+    except BaseException:
+        return {"failure": traceback.format_exc()}
     started = time.monotonic()
-    store, port = fork_store()
+    store, port = fork_store() if job["meet"] else (None, 0)
     pids = {fork(rank_main, job, rank, port): rank for rank in range(job["ranks"])}
     codes: dict[int, int] = {}
     killed: list[int] = []
@@ -62,9 +86,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
                 killed = [rank for rank in pids.values() if rank not in codes]
                 dump_and_kill(pid for pid, rank in pids.items() if rank in killed)
             if select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
-                raise EOFError("the launcher ended, or sent a job during a job")
+                raise EOFError("the client ended, or sent a job during a job")
     finally:
-        for pid in (*pids, store):
+        for pid in (*pids, *([store] if store else [])):
             kill(pid)
     return {
         "codes": [codes[rank] for rank in range(job["ranks"])],
@@ -74,7 +98,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def dump_and_kill(pids: Any) -> None:
+def dump_and_kill(pids: Iterable[int]) -> None:
     chosen = list(pids)
     for pid in chosen:
         os.kill(pid, signal.SIGUSR1)
@@ -89,7 +113,7 @@ def kill(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def fork(main: Any, *args: Any) -> int:
+def fork(main: Callable[..., int], *args: Any) -> int:
     """The id of a child that runs `main` and ends."""
     pid = os.fork()
     if pid == 0:
@@ -102,6 +126,7 @@ def fork(main: Any, *args: Any) -> int:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
+            # Some frameworks leave threads and groups that hang or warn at a regular exit.
             os._exit(code & 0xFF)
     # In both processes, so that nobody is early.
     with suppress(PermissionError, ProcessLookupError):
@@ -131,52 +156,30 @@ def store_main(write: int) -> int:
     return 0
 
 
-def rank_main(job: dict[str, Any], rank: int, port: int) -> int:
+def rank_main(job: Job, rank: int, port: int) -> int:
     folder = Path(job["folder"])
     redirect(folder / f"rank{rank}")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    atexit._clear()  # the server's; the script's own are run below
-    size = job["ranks"]
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    meet = {
+    environ = torchrun_environ(rank, job["ranks"], port) if job["meet"] else {}
+    os.environ.update({key: str(value) for key, value in (environ | job["environ"]).items()})
+    os.chdir(folder)
+    code: int = attribute(job["main"])(job, rank)
+    return code
+
+
+def torchrun_environ(rank: int, size: int, port: int) -> dict[str, Any]:
+    return {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         "TORCHELASTIC_USE_AGENT_STORE": True,
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    os.environ.update({k: str(v) for k, v in (names | meet | job["environ"]).items()})
-    os.chdir(folder)
-    observers = {name: attribute(name)() for name in job["observe"]}
-    try:
-        code = call(partial(start, job["script"], job["args"], job["channel_metrics"]))
-        code = call(atexit._run_exitfuncs) or code
-        flush_tensorboard()
-    finally:
-        seen = {name: result() for name, result in observers.items()}
-        (folder / f"rank{rank}.json").write_text(json.dumps(seen))
-    return code
-
-
-def start(script: str, args: list[str], channel_metrics: list[str] | None) -> None:
-    """What `python SCRIPT ARGS` does, or `channel-metrics run OPTIONS SCRIPT ARGS`."""
-    if channel_metrics is not None:
-        from channel_metrics.cli.main import main
-
-        sys.argv = ["channel-metrics", "run", *channel_metrics, script, *args]
-        return main()
-    sys.argv = [script, *args]
-    sys.path[0] = os.path.dirname(script)
-    runpy.run_path(script, run_name="__main__")
-
-
-def flush_tensorboard() -> None:
-    """As the end of an interpreter flushes open files; a forked process ends without that."""
-    from megatron.training import global_vars
-
-    if global_vars._GLOBAL_TENSORBOARD_WRITER is not None:
-        global_vars._GLOBAL_TENSORBOARD_WRITER.flush()
 
 
 def attribute(name: str) -> Any:
@@ -193,52 +196,37 @@ def redirect(prefix: Path) -> None:
         os.close(opened)
 
 
-def call(main: Any) -> int:
-    """The exit code that the interpreter would give if `main` were the program."""
-    try:
-        main()
-    except SystemExit as ended:
-        if ended.code is None or isinstance(ended.code, int):
-            return ended.code or 0
-        print(ended.code, file=sys.stderr)
-        return 1
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
-
-
-def prepare() -> None:
-    from megatron_lm import cpu, cpu_layers
-
-    cpu.install()
-    # What a script imports anyway; nothing here may start a thread.
-    for name in (
-        "megatron.training",
-        "megatron.training.training",
-        "megatron.training.datasets.sft_dataset",
-        "megatron.core.models.gpt.gpt_layer_specs",
-        "torch.utils.tensorboard",
-        "datasets",
-        "transformers.models.auto.tokenization_auto",
-        "sentencepiece",
-        "tiktoken",
-        "channel_metrics.cli.main",
-    ):
-        importlib.import_module(name)
-    cpu.install_megatron()
-    cpu_layers.install()
+def prepare(names: list[str]) -> None:
+    """Import modules or files, call functions."""
+    for name in names:
+        if name.endswith(".py"):
+            import_file(Path(name))
+        elif ":" in name:
+            attribute(name)()
+        else:
+            importlib.import_module(name)
+    # What the imports made stays: no collection in a rank needs to look at it.
     gc.collect()
     gc.freeze()
-    threads = os.listdir("/proc/self/task")
-    assert len(threads) == 1, f"a fork would lose {len(threads) - 1} threads"
+
+
+def import_file(path: Path) -> None:
+    """As `import`, without a search for it."""
+    if path.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[path.stem]
+            raise
 
 
 if __name__ == "__main__":
-    answers = os.fdopen(os.dup(1), "w")
+    output = os.fdopen(os.dup(1), "w")
     redirect(Path(sys.argv[1]))
-    started = time.monotonic()
-    prepare()
-    answers.write(json.dumps({"seconds": time.monotonic() - started}) + "\n")
-    answers.flush()
-    serve(answers)
+    begun = time.monotonic()
+    prepare(sys.argv[2:])
+    answer(output, {"seconds": time.monotonic() - begun})
+    serve(output)
