@@ -163,10 +163,10 @@ class WindowMaker:
         for wrong in self._unknown_eval_channels(names):
             raise ConfigError(wrong)
 
-    def warn_once(self, message: str) -> None:
-        """Log a warning the first time it comes up."""
-        if message not in self.warned:
-            self.warned.add(message)
+    def warn_once(self, message: str, *, about: str = "") -> None:
+        """Log a warning the first time it comes up; about: what it is about, if the text varies."""
+        if (about or message) not in self.warned:
+            self.warned.add(about or message)
             logger.warning(message)
 
     def _drop_counts(self, values: Values) -> None:
@@ -208,7 +208,8 @@ class WindowMaker:
             self.warn_once(
                 "the channels of a window do not add up to the trainer's own loss: the relative "
                 f"difference is {mismatch:.1e}. The tokens or the loss mask that were counted are "
-                "not those that were trained on; please report this with your model and trainer."
+                "not those that were trained on; please report this with your model and trainer.",
+                about="mismatch",
             )
         if set(values) == {UNLABELED}:
             self.warn_once(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -34,24 +35,17 @@ logger = logging.getLogger("channel_metrics")
 class CollatorFault:
     """An error of ours in a collator, on its way to the main process in place of `channels`."""
 
-    kind: type[Exception]
-    message: str
-    trace: str
+    error: Exception
 
     @classmethod
     def of(cls, error: Exception) -> CollatorFault:
-        """What is left of `error` in another process."""
-        trace = "".join(traceback.format_exception(error))
-        return cls(type(error), str(error), trace)
-
-    def error(self) -> Exception:
-        """The error, to be raised again."""
-        if issubclass(self.kind, ChannelMetricsError):
-            return self.kind(self.message)
-        return ChannelMetricsError(
-            f"the channels of a batch could not be collated ({self.kind.__name__}: "
-            f"{self.message}); please report this.\n{self.trace}"
-        )
+        """The error, or what can be sent of it."""
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            trace = "".join(traceback.format_exception(error))
+            error = ChannelMetricsError(f"the channels of a batch could not be collated.\n{trace}")
+        return cls(error)
 
 
 class ChannelCollator:

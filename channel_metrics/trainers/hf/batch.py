@@ -53,14 +53,14 @@ class Scratch:
     """What a trainer knows of the micro-batch that it computes now.
 
     reader: of the model's token losses. pending: the channels that were taken out of the batch.
-    cut: whether the context that the next loss is computed in cuts the rows. in_training_loop:
-    whether the training loop itself logs now.
+    cut: whether the context that the next loss is computed in cuts the rows. logs_next: whether
+    the next log is that of the training loop itself.
     """
 
     reader: TokenLossReader
     pending: BatchChannels | CollatorFault | None = None
     cut: bool = False
-    in_training_loop: bool = False
+    logs_next: bool = False
 
 
 def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorFault | None:

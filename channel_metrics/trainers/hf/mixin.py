@@ -137,7 +137,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         scratch = self.channel_scratch
         batch, scratch.pending = take_channels(inputs) or scratch.pending, None
         if isinstance(batch, CollatorFault):
-            raise batch.error()
+            raise batch.error
         if batch is None:
             raise ChannelError(
                 "expected `channels` in the batch, but it holds "

@@ -60,19 +60,22 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
         if self.channel_metrics is None:
             return super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.channel_scratch.in_training_loop = True
+        # The loop's own log comes first; callbacks may log a `loss` of theirs behind it.
+        last, step = getattr(self, "_globalstep_last_logged", -1), self.state.global_step
+        self.channel_scratch.logs_next = self.control.should_log and step > last
         try:
             return super()._maybe_log_save_evaluate(*args, **kwargs)
         finally:
-            self.channel_scratch.in_training_loop = False
+            self.channel_scratch.logs_next = False
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         session = self.channel_metrics
         if session is not None:
             # Only the logs of the training loop itself are called on every rank, and only they
             # close a window: the one with `loss`, and the last one of the run.
-            regular = self.channel_scratch.in_training_loop and "loss" in logs
+            regular = self.channel_scratch.logs_next and "loss" in logs
             final = "train_loss" in logs and "train_runtime" in logs
+            self.channel_scratch.logs_next = False
             if regular or final:
                 session.write(session.close(self.state.global_step), logs)
         super().log(logs, *args, **kwargs)
