@@ -7,6 +7,7 @@ Not named `megatron`: this folder's parent is on `sys.path` in tests, and would 
 | `launch` | starts runs and reads what they left; `layouts` has the parallel layouts by name |
 | `data` | tiny datasets: blends, blends per split, SFT packs |
 | `pretrain_tiny` | a training script as a user writes it; it knows nothing of channels |
+| `windows` | which tokens each window must hold; evaluations that end early; changed scripts |
 | `observe` | what a test may ask of each rank: exact losses, weights, collectives |
 | `script` | what each rank does, and what the `fork_server` imports once for all runs |
 | `cpu`, `cpu_layers` | what makes Megatron's CUDA code run on the CPU, and what that cannot show |
