@@ -73,7 +73,7 @@ def _train(options: dict[str, Any] | None) -> tuple[float, list[dict[str, float]
     from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
-    from channel_metrics.trainers.hf.probe import DatasetMetricsCallback
+    from channel_metrics.trainers.hf import attach_probe
 
     torch.manual_seed(0)
     config: Any = Qwen2Config(
@@ -100,7 +100,7 @@ def _train(options: dict[str, Any] | None) -> tuple[float, list[dict[str, float]
     trainer.remove_callback(PrinterCallback)
     if options is not None:
         sources = {"held_out": _records(NUM_ROWS * BATCHES)}
-        trainer.add_callback(DatasetMetricsCallback(sources, batches=BATCHES, **options))
+        attach_probe(trainer, sources, batches=BATCHES, **options)
     started = time.process_time()
     trainer.train()
     seconds = time.process_time() - started

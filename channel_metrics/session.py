@@ -18,12 +18,11 @@ Every rank makes the same calls in the same order. `close`, `peek`, the end of a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from channel_metrics.config import MetricsConfig
@@ -35,6 +34,7 @@ from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.schema import TOKENS, Schema
 from channel_metrics.core.table import SumTable
 from channel_metrics.core.totals import TOTALS_FILE, RunTotals, totals_path
+from channel_metrics.data.scan import scan_channels
 from channel_metrics.ranks.agreed_names import Agreement
 from channel_metrics.ranks.exchange import GlobalSums
 from channel_metrics.ranks.ranks import Ranks
@@ -102,6 +102,11 @@ class ChannelMetrics:
         return self.guard.measuring
 
     @property
+    def warned(self) -> frozenset[str]:
+        """What has been warned of."""
+        return frozenset(self._maker.warned)
+
+    @property
     def evaluating(self) -> bool:
         """Whether an evaluation is open, which takes the counts."""
         return bool(self._evaluations)
@@ -112,7 +117,7 @@ class ChannelMetrics:
             if self.measuring:
                 table = self._open_table()
                 assert isinstance(table, ChannelLossAccumulator)
-                _count_tokens(table, batch)
+                batch.add_to(table)
 
     def add(
         self,
@@ -145,7 +150,7 @@ class ChannelMetrics:
         step, self._step = self._step, None
         with self.guard.guarded():
             if step is not None and not discard:
-                _move(self._train, step.device)
+                self._train.to(step.device)
                 self._train.merge(step)
 
     # ---- windows ---------------------------------------------------------------------------
@@ -184,9 +189,41 @@ class ChannelMetrics:
             found.window = self._summed(found.table, split, step, prefix)
             self._tell(found.window)
 
+    def write(self, window: Window, logs: MutableMapping[str, Any]) -> None:
+        """Put the values of a window into a trainer's own log.
+
+        A key that is there already stays what it is, with a warning.
+        """
+        taken = sorted(key for key in window.logs if key in logs)
+        if taken:
+            self.warn_once(
+                f"the metric key {taken[0]!r} is already logged by the trainer, so the channel's "
+                "value is left out; choose another key_format, or rename the channel."
+            )
+        logs.update({key: value for key, value in window.logs.items() if key not in taken})
+
     # ---- names -----------------------------------------------------------------------------
 
-    def declare(self, names: Iterable[str]) -> None:
+    def declare(self, dataset: Any, split: str, fields: Sequence[str] = ()) -> bool:
+        """Learn the channels of a dataset, where they can be read beforehand.
+
+        Args:
+            dataset: a `datasets.Dataset`, or a list of records. Others cannot be scanned.
+            split: `train`, or what the messages call this set.
+            fields: where a record holds its channel; by default those of the config.
+
+        Returns:
+            Whether the dataset could be scanned.
+
+        Raises:
+            ChannelError: if no record of a training set has a channel; and as `declare_names`.
+        """
+        names = scan_channels(dataset, fields or self.config.fields, split)
+        if names is not None:
+            self.declare_names(names)
+        return names is not None
+
+    def declare_names(self, names: Iterable[str]) -> None:
         """Learn the names of channels that are known beforehand, in the same order on all ranks.
 
         Those that the config does not want (`unknown`) are an error, or count as unlabeled.
@@ -290,7 +327,8 @@ class ChannelMetrics:
         return Window(split=split, step=step, prefix=prefix, final=final)
 
     def _tell(self, window: Window) -> None:
-        if not self.measuring:
+        # A trainer may log twice at one step: nobody is told of a window that holds nothing.
+        if not self.measuring or not window.table.any():
             return
         for observer in list(self.on_window):
             try:
@@ -300,28 +338,3 @@ class ChannelMetrics:
                     raise
                 self.on_window.remove(observer)
                 self.warn_once(f"{observer!r} failed, and shows nothing from now on: {error!r}")
-
-
-def _count_tokens(table: ChannelLossAccumulator, batch: MicroBatch) -> None:
-    _move(table, batch.token_losses.device)
-    channels = batch.channels
-    if isinstance(channels, Tensor):
-        channels = channels.to(table.device, non_blocking=True)
-    table.update(
-        batch.token_losses,
-        channels=channels,
-        cu_seqlens=batch.cu_seqlens,
-        labels=batch.labels,
-        loss_mask=batch.loss_mask,
-        correct=batch.correct,
-        weights=batch.weights,
-        reported_sum=batch.reported_sum,
-    )
-    if batch.sequences is not None:
-        sequences = batch.sequences.to(table.device, non_blocking=True)
-        table.add(sequences, {"samples": torch.ones_like(sequences)})
-
-
-def _move(table: SumTable, device: torch.device) -> None:
-    if table.device != device:
-        table.to(device)

@@ -98,7 +98,7 @@ class WindowMaker:
     def __init__(self, config: MetricsConfig, schema: Schema, keys: KeyBook) -> None:
         self.config, self.schema, self.keys = config, schema, keys
         self._metrics = schema.chosen(config.metrics)
-        self._warned: set[str] = set()
+        self.warned: set[str] = set()
 
     def make(
         self,
@@ -165,8 +165,8 @@ class WindowMaker:
 
     def warn_once(self, message: str) -> None:
         """Log a warning the first time it comes up."""
-        if message not in self._warned:
-            self._warned.add(message)
+        if message not in self.warned:
+            self.warned.add(message)
             logger.warning(message)
 
     def _drop_counts(self, values: Values) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import settings
+from rank_cases import RanksOf
 
 settings.register_profile("local", deadline=None, max_examples=60)
 settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True)
@@ -13,3 +16,11 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 # The tensors here are tiny: more threads only cost time, and CI has few cores.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ranks_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RanksOf]:
+    """What a case returned on each of its ranks; see `rank_cases`."""
+    ranks_of = RanksOf(tmp_path_factory.mktemp("ranks"))
+    yield ranks_of
+    ranks_of.close()

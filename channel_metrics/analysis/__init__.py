@@ -6,13 +6,14 @@
 
 | module | what |
 |---|---|
-| `sources` | which log of which format a file or folder holds |
-| `json_logs`, `event_files`, `trackers`, `text_logs`, `samples` | one reader per format |
-| `store`, `keys`, `run` | readings on disk, log keys as (split, channel, metric), a run |
-| `write` | parquet, CSV, TensorBoard |
-| `mix`, `estimate`, `smoother` | channel losses where only the loss of the whole run is known |
-| `findings`, `curves`, `report`, `pictures` | the report |
-| `tail`, `traces`, `follow`, `watch` | the log of a job that is running |
+| `readers` | one reader per format, and what a log key means: (split, channel, metric) |
+| `store`, `run` | readings on disk, a run |
+| `summary`, `write` | the table in the terminal; parquet, CSV, TensorBoard |
+| `estimate` | channel losses where only the loss of the whole run is known |
+| `report` | the report: one HTML file, and pictures |
+| `watch` | the log of a job that is running |
+
+Which metrics there are, and which have a chart, is read from `channel_metrics.core.schema`.
 
 Importing this package imports nothing else.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,13 +59,14 @@ class Run:
     ratios: dict[str, float] = field(default_factory=dict)
     """The configured mix, channel by channel, relative to each other; of records."""
 
-    def __post_init__(self) -> None:
-        self.__dict__["_key_of"] = {meaning: key for key, meaning in self.meanings.items()}
-
     @property
     def keys(self) -> tuple[Key, ...]:
         """All series."""
         return tuple(self.meanings.values())
+
+    @cached_property
+    def _key_of(self) -> dict[Key, str | Key]:
+        return {meaning: key for key, meaning in self.meanings.items()}
 
     def channels(self, split: str | None = None) -> list[str]:
         """Names in the order of the log; `unlabeled` last."""
@@ -75,11 +77,11 @@ class Run:
 
     def has(self, channel: str, metric: str, split: str = "train") -> bool:
         """Whether there is such a series."""
-        return Key(split, channel, metric) in self.__dict__["_key_of"]
+        return Key(split, channel, metric) in self._key_of
 
     def series(self, channel: str, metric: str, split: str = "train") -> tuple[Steps, Values]:
         """Steps int64 [N], strictly increasing, and values float64 [N]; empty if there are none."""
-        key = self.__dict__["_key_of"].get(Key(split, channel, metric))
+        key = self._key_of.get(Key(split, channel, metric))
         if key is None:
             import numpy as np
 

@@ -5,6 +5,9 @@ which returns a sum or a mean. Asked for the losses of single tokens, the same k
 and the predicted tokens with them; the sum is then taken here. The value and the gradients are the
 same up to rounding. The price is Liger's: it then makes the logits a second time, in the backward
 pass, in the same chunks.
+
+If somebody else has put a function in that place, it is called unchanged, and the same kernel
+measures the token losses beside it: one more projection.
 """
 
 from __future__ import annotations
@@ -12,48 +15,61 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from channel_metrics.capture.observation import LossHook, Observation, is_defined_in
 from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.losses.cross_entropy import HeadInputs, TokenLosses
 from channel_metrics.losses.kernels import check_liger, liger_losses_and_predictions
 
-__all__ = ["liger_cross_entropy", "replaced_liger_loss"]
+__all__ = ["LIGER_LOSS", "liger_cross_entropy"]
 
 _MODULE = "liger_kernel.transformers.model.loss_utils"
 _NAME = "fixed_fused_linear_cross_entropy"
-_PARAMETERS = (
-    "hidden_states",
-    "lm_head_weight",
-    "target",
-    "num_items_in_batch",
-    "ignore_index",
-    "final_logit_softcapping",
-    "accum_dtype",
-    "return_token_accuracy",
-    "return_predicted_tokens",
-    "kwargs",
-)
 
 
-@contextmanager
-def replaced_liger_loss(replacement: Callable[..., Any]) -> Iterator[None]:
-    """`replacement(original, ...)` stands for Liger's loss inside the block, if Liger is there."""
-    module: Any = sys.modules.get(_MODULE)
-    if module is None:
-        yield
-        return
-    before = getattr(module, _NAME)
-    setattr(module, _NAME, functools.partial(replacement, before))
-    try:
-        yield
-    finally:
-        setattr(module, _NAME, before)
+def _expected(  # noqa: PLR0917
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    target: Tensor,
+    num_items_in_batch: Any = None,
+    ignore_index: int = -100,
+    final_logit_softcapping: float | None = None,
+    accum_dtype: torch.dtype | None = None,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+    **kwargs: Any,
+) -> None:
+    """What Liger's function takes; a function that somebody puts in its place is called alike."""
+
+
+_PARAMETERS = tuple(inspect.signature(_expected).parameters)
+
+
+def _observing(
+    observation: Observation, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    def seen(compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if is_defined_in(sys.modules[_MODULE], _NAME, original):
+            # Liger's own function is the way out if this fails, and not called by it.
+            result, tokens = liger_cross_entropy(
+                original, observation.with_correct, *args, **kwargs
+            )
+        else:
+            # First: who computes the loss may overwrite what it is given.
+            tokens = _measured(observation.with_correct, *args, **kwargs)
+            result = compute(*args, **kwargs)
+        observation.losses.append(tokens)
+        return result
+
+    return observation.guard.shielded(original, seen, *args, **kwargs)
+
+
+LIGER_LOSS = LossHook(_MODULE, _NAME, _observing)
 
 
 def liger_cross_entropy(
@@ -65,7 +81,13 @@ def liger_cross_entropy(
     options with which its token losses are no plain cross entropy.
     """
     _check_version()
-    given = _arguments(original, *args, **kwargs)
+    parameters = tuple(inspect.signature(original).parameters)
+    if parameters != _PARAMETERS:
+        raise UnsupportedVersionError(
+            f"{_NAME} of Liger has the parameters {parameters}, but {_PARAMETERS} were expected; "
+            "use a tested version (see docs/fused_losses.md), or switch it off."
+        )
+    given = _bound(original, *args, **kwargs)
     more: dict[str, Any] = given["kwargs"]
     scaled = bool(more.pop("use_token_scaling", False))
     bias = more.pop("bias", None)
@@ -76,29 +98,47 @@ def liger_cross_entropy(
             "plain cross entropy; leave these out, or detach the metrics."
         )
     target: Tensor = given["target"]
-    head = HeadInputs(
-        hidden=given["hidden_states"],
-        weight=given["lm_head_weight"],
-        target=target,
-        bias=bias,
-        ignore_index=given["ignore_index"],
-        with_correct=with_correct
-        or given["return_token_accuracy"]
-        or given["return_predicted_tokens"],
+    with_predictions = (
+        with_correct or given["return_token_accuracy"] or given["return_predicted_tokens"]
     )
-    nll, predicted = liger_losses_and_predictions(
-        head, softcap=given["final_logit_softcapping"], accum_dtype=given["accum_dtype"]
-    )
+    nll, predicted = _losses_and_predictions(given, bias, with_predictions)
     plain = nll.detach()
     correct = None if predicted is None else predicted == target
     # Dynamic fine-tuning: each loss times the probability of its target, as a constant.
     trained = nll * torch.exp(-plain) if scaled else nll
-    num_counted = (target != head.ignore_index).sum()
+    num_counted = (target != given["ignore_index"]).sum()
     num_items = given["num_items_in_batch"]
     # Over no tokens at all, Liger's mean is 0.
     loss = trained.sum() / (num_counted.clamp(min=1) if num_items is None else num_items)
     tokens = TokenLosses(plain, correct, target, plain.sum())
     return _output(loss, given, predicted, correct, num_counted), tokens
+
+
+def _measured(with_correct: bool, *args: Any, **kwargs: Any) -> TokenLosses:
+    """The token losses of what a function in the place of Liger's is given, by Liger's kernel."""
+    _check_version()
+    given = _bound(_expected, *args, **kwargs)
+    target: Tensor = given["target"]
+    with torch.no_grad():
+        nll, predicted = _losses_and_predictions(given, given["kwargs"].get("bias"), with_correct)
+    correct = None if predicted is None else predicted == target
+    return TokenLosses(nll, correct, target, nll.sum())
+
+
+def _losses_and_predictions(
+    given: dict[str, Any], bias: Tensor | None, with_predictions: bool
+) -> tuple[Tensor, Tensor | None]:
+    head = HeadInputs(
+        hidden=given["hidden_states"],
+        weight=given["lm_head_weight"],
+        target=given["target"],
+        bias=bias,
+        ignore_index=given["ignore_index"],
+        with_correct=with_predictions,
+    )
+    return liger_losses_and_predictions(
+        head, softcap=given["final_logit_softcapping"], accum_dtype=given["accum_dtype"]
+    )
 
 
 def _output(
@@ -127,13 +167,7 @@ def _check_version() -> None:
     check_liger("use_liger_kernel=True with channel metrics", "switch the fused loss off")
 
 
-def _arguments(original: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    signature = inspect.signature(original)
-    if tuple(signature.parameters) != _PARAMETERS:
-        raise UnsupportedVersionError(
-            f"{_NAME} of Liger has the parameters {tuple(signature.parameters)}, but {_PARAMETERS} "
-            "were expected; use a tested version (see docs/fused_losses.md), or switch it off."
-        )
-    bound = signature.bind(*args, **kwargs)
+def _bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments) | {"kwargs": dict(bound.arguments["kwargs"])}

@@ -1,24 +1,19 @@
-"""Token losses out of a transformers model while the trainer computes its loss.
+"""Observes the loss of a transformers model while the trainer computes it.
 
 transformers' losses for language models end in `loss_utils.fixed_cross_entropy`. For the time
 of one `compute_loss`, that name points to a function which does the same in the two steps that
 cross entropy is made of, and so sees every token (see `channel_metrics.losses.cross_entropy`).
-What does not pass there (label smoothing, `compute_loss_func`, a model with a loss of its own) is
-measured on the logits that the model returned, with a second softmax. Liger's fused loss is
-watched in the same way, see `liger`. Any other that returns no logits is refused.
-
-Letters: B rows, S row length, V vocabulary.
+If somebody else has put a function there, that one computes the loss, unchanged, and the token
+losses are measured on the logits that it is given, with a second softmax. Liger's fused loss is
+watched in the same way, see `liger`. `reader` says what becomes of losses that pass neither.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,62 +24,27 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from channel_metrics.capture.liger import liger_cross_entropy, replaced_liger_loss
-from channel_metrics.core.checks import IGNORE_INDEX
+from channel_metrics.capture.liger import LIGER_LOSS
+from channel_metrics.capture.observation import LossHook, Observation, is_defined_in
 from channel_metrics.core.faults import FaultGuard
-from channel_metrics.errors import ChannelMetricsError, UnsupportedVersionError
+from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.losses.cross_entropy import TokenLosses, cross_entropy, token_losses_of_logits
 
-__all__ = [
-    "Observation",
-    "check_loss_hook",
-    "find_shift",
-    "is_causal",
-    "mean_nll",
-    "observe_loss",
-    "shifted_labels",
-    "token_losses_from_outputs",
-]
+__all__ = ["check_loss_hook", "is_causal", "observe_loss"]
 
 logger = logging.getLogger("channel_metrics")
 
+_NAME = "fixed_cross_entropy"
 _PARAMETERS = ("source", "target", "num_items_in_batch", "ignore_index")
-_original = loss_utils.fixed_cross_entropy
-
-
-@dataclass
-class Observation:
-    """What one `compute_loss` let us see."""
-
-    with_correct: bool
-    guard: FaultGuard = field(default_factory=FaultGuard)
-    thread: int = field(default_factory=threading.get_ident)
-    losses: list[TokenLosses] = field(default_factory=list)
-    outputs: Any = None
-
-    def matching(self, num_tokens: int) -> list[TokenLosses]:
-        """The cross entropies over exactly `num_tokens` positions."""
-        return [found for found in self.losses if found.target.numel() == num_tokens]
-
-    def logits(self) -> Tensor | None:
-        """The logits that the model returned, if it did."""
-        outputs = self.outputs
-        found = outputs.get("logits") if isinstance(outputs, Mapping) else None
-        return found if isinstance(found, Tensor) else None
-
-    def loss(self) -> Tensor | None:
-        """The loss that the model itself returned, if it did."""
-        found = self.outputs.get("loss") if isinstance(self.outputs, Mapping) else None
-        return found if isinstance(found, Tensor) else None
-
-
-# The innermost observation comes last.
-_active: list[Observation] = []
 
 
 def check_loss_hook() -> None:
     """Raise `UnsupportedVersionError` if this transformers has another `fixed_cross_entropy`."""
-    parameters = tuple(inspect.signature(_original).parameters)
+    function = getattr(loss_utils, _NAME)
+    if not _is_own(function):
+        # What somebody has put there is called by transformers in the same way.
+        return
+    parameters = tuple(inspect.signature(function).parameters)
     if parameters[: len(_PARAMETERS)] != _PARAMETERS:
         import transformers
 
@@ -103,9 +63,6 @@ def observe_loss(
     guard: what an error of ours inside the model's loss does; None raises it.
     """
     observation = Observation(with_correct, guard or FaultGuard())
-    _active.append(observation)
-    before = loss_utils.fixed_cross_entropy
-    loss_utils.fixed_cross_entropy = _observing_cross_entropy
 
     def keep_outputs(_model: Any, _args: Any, outputs: Any) -> None:
         # Logits are large: held only if the token losses cannot be had without them.
@@ -114,74 +71,48 @@ def observe_loss(
 
     handle = model.register_forward_hook(keep_outputs)
     try:
-        with replaced_liger_loss(_observing_liger):
+        with observation.active(), _CROSS_ENTROPY.placed(), LIGER_LOSS.placed():
             yield observation
     finally:
         handle.remove()
-        loss_utils.fixed_cross_entropy = before
-        _active.pop()
 
 
 def _observing_cross_entropy(
+    observation: Observation, original: Callable[..., Tensor], *args: Any, **kwargs: Any
+) -> Tensor:
+    def seen(compute: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        source, target, num_items, ignored = _arguments(*args, **kwargs)
+        if _is_own(original) and _is_plain(original, source, target, num_items):
+            loss, tokens = _two_steps(source, target, num_items, ignored, observation.with_correct)
+        else:
+            # First: who computes the loss may overwrite the logits with their gradient.
+            tokens = token_losses_of_logits(
+                source.detach(), target, ignore_index=ignored, with_correct=observation.with_correct
+            )
+            loss = compute(*args, **kwargs)
+        observation.losses.append(tokens)
+        return loss
+
+    loss: Tensor = observation.guard.shielded(original, seen, *args, **kwargs)
+    return loss
+
+
+_CROSS_ENTROPY = LossHook(loss_utils.__name__, _NAME, _observing_cross_entropy)
+
+
+def _arguments(
     source: Tensor,
     target: Tensor,
     num_items_in_batch: Any = None,
     ignore_index: int = -100,
-    **kwargs: Any,
-) -> Tensor:
-    observation = _current()
-    if observation is None:
-        return _original(source, target, num_items_in_batch, ignore_index, **kwargs)
-
-    def seen(original: Callable[..., Tensor], items: Any, ignored: int, **options: Any) -> Tensor:
-        if not _same_as_original(source, target, items, ignored, options):
-            # First: a kernel in its place may overwrite the logits with their gradient.
-            observation.losses.append(_second_softmax(observation, source, target, ignored))
-            return original(items, ignored, **options)
-        loss, token_losses = _two_steps(source, target, items, ignored, observation.with_correct)
-        observation.losses.append(token_losses)
-        return loss
-
-    original = functools.partial(_original, source, target)
-    guard = observation.guard
-    loss: Tensor = guard.shielded(original, seen, num_items_in_batch, ignore_index, **kwargs)
-    return loss
+    **_: Any,
+) -> tuple[Tensor, Tensor, Any, int]:
+    return source, target, num_items_in_batch, ignore_index
 
 
-def _observing_liger(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    observation = _current()
-    if observation is None:
-        return original(*args, **kwargs)
-
-    # Liger's own function is the way out if this fails, and not called by it.
-    def seen(_way_out: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result, token_losses = liger_cross_entropy(
-            original, observation.with_correct, *args, **kwargs
-        )
-        observation.losses.append(token_losses)
-        return result
-
-    return observation.guard.shielded(original, seen, *args, **kwargs)
-
-
-def _current() -> Observation | None:
-    """The observation that a loss belongs to which is computed now."""
-    # Compiled graphs must not hold our state; their token losses come from the logits.
-    if torch.compiler.is_compiling() or not _active:
-        return None
-    observation = _active[-1]
-    return observation if observation.thread == threading.get_ident() else None
-
-
-def _second_softmax(
-    observation: Observation, logits: Tensor, target: Tensor, ignore_index: int
-) -> TokenLosses:
-    return token_losses_of_logits(
-        logits.detach(),
-        target,
-        ignore_index=ignore_index,
-        with_correct=observation.with_correct,
-    )
+def _is_own(function: Any) -> bool:
+    """Whether `function` is transformers' own cross entropy."""
+    return is_defined_in(loss_utils, _NAME, function)
 
 
 def _two_steps(
@@ -202,27 +133,27 @@ def _two_steps(
     return loss, token_losses
 
 
-_verified: dict[str, bool] = {}
+# {(reduction, the cross entropy of torch, which Liger replaces): whether it is plain}
+_verified: dict[tuple[str, Any], bool] = {}
 
 
-def _same_as_original(
-    source: Tensor, target: Tensor, num_items: Any, ignore_index: int, kwargs: Any
+def _is_plain(
+    original: Callable[..., Tensor], source: Tensor, target: Tensor, num_items: Any
 ) -> bool:
-    """Whether the two steps give this transformers' own value, tried once on a few rows."""
-    reduction = "mean" if num_items is None else "sum"
-    if reduction not in _verified:
+    """Whether the two steps give transformers' own value, tried once on a few rows."""
+    key = ("mean" if num_items is None else "sum", torch.nn.functional.cross_entropy)
+    if key not in _verified:
         with torch.no_grad():
-            few = source[:8].detach()
+            few = source[:8].detach().clone()
             targets = torch.arange(len(few), device=target.device) % source.shape[-1]
-            ours, _ = _two_steps(few, targets, num_items, ignore_index, False)
-            theirs = _original(few, targets, num_items, ignore_index, **kwargs)
-        _verified[reduction] = torch.equal(ours, theirs)
-        if not _verified[reduction]:
+            ours, _ = _two_steps(few, targets, num_items, -100, False)
+            _verified[key] = torch.equal(ours, original(few, targets, num_items))
+        if not _verified[key]:
             logger.warning(
                 "transformers' fixed_cross_entropy is not plain cross entropy here: token losses "
                 "are measured on the logits, with a second softmax."
             )
-    return _verified[reduction]
+    return _verified[key]
 
 
 def is_causal(model: Any) -> bool | None:
@@ -237,61 +168,3 @@ def is_causal(model: Any) -> bool | None:
     if kinds.intersection(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         return True
     return False if kinds.intersection(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()) else None
-
-
-def shifted_labels(labels: Tensor) -> Tensor:
-    """[..., S] labels as a causal loss sees them: position t holds the label of t + 1."""
-    return torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
-
-
-def token_losses_from_outputs(observation: Observation, targets: Tensor) -> TokenLosses:
-    """Token losses [B * S] on the logits [B, S, V] that the model returned.
-
-    Raises `UnsupportedVersionError` where there are none: a fused loss was used, or the model
-    returned a part of them only.
-    """
-    logits = observation.logits()
-    if logits is None and observation.losses:
-        raise UnsupportedVersionError(
-            f"expected a loss over all labels {list(targets.shape)}, but the model computed it "
-            f"over {observation.losses[-1].target.numel()} positions; leave logits_to_keep unset "
-            "while metrics are on, or detach them."
-        )
-    if logits is None:
-        raise UnsupportedVersionError(
-            "the loss of this model cannot be seen per token: it did not pass transformers' "
-            "cross entropy nor Liger's, and the model returned no logits (a fused loss does that, "
-            "or a compiled one of Liger's); switch the fused loss off, or detach the metrics."
-        )
-    if logits.shape[:-1] != targets.shape:
-        raise UnsupportedVersionError(
-            f"expected logits for all labels {list(targets.shape)}, but the model returned "
-            f"{list(logits.shape)}; leave logits_to_keep unset while metrics are on."
-        )
-    return token_losses_of_logits(
-        logits.detach().flatten(0, -2),
-        targets.reshape(-1).to(logits.device),
-        with_correct=observation.with_correct,
-    )
-
-
-def mean_nll(observation: Observation, labels: Tensor, shift: bool) -> float:
-    """The mean nll of the logits that the model returned, with labels shifted or as they are."""
-    targets = shifted_labels(labels) if shift else labels
-    total = token_losses_from_outputs(observation, targets).reported_sum
-    return float(total / (targets != IGNORE_INDEX).sum().clamp(min=1))
-
-
-def find_shift(target: Tensor, labels: Tensor, *, may_shift: bool) -> bool:
-    """Whether the loss saw shifted labels; one look at the first batch."""
-    flat = target.to(labels.device)
-    if may_shift and torch.equal(flat, shifted_labels(labels).reshape(-1)):
-        return True
-    if torch.equal(flat, labels.reshape(-1)):
-        return False
-    seen, given = (int((ids != IGNORE_INDEX).sum()) for ids in (flat, labels))
-    raise ChannelMetricsError(
-        "the model's loss must see the labels of the batch, shifted by one or as they are, but "
-        f"it saw others (shape {list(labels.shape)}, {seen} supervised against {given} in the "
-        "batch); tokens cannot be matched to their channels. Detach the metrics for this model."
-    )

@@ -186,7 +186,7 @@ def _token_counter(run: TrainConfig | None) -> tuple[CountTokens, str]:
 
 def _reserved_keys() -> Collection[str]:
     try:
-        from channel_metrics.trainers.hf.state import RESERVED_KEYS
+        from channel_metrics.trainers.hf.mixin import RESERVED_KEYS
     except ModuleNotFoundError:
         return ()  # Without transformers there is no trainer whose keys could be overwritten.
     return RESERVED_KEYS

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import pkgutil
 import runpy
 import sys
 from collections.abc import Sequence
@@ -18,14 +17,16 @@ from pathlib import Path
 from channel_metrics.data.yaml import CONFIG_VARIABLE, load_metrics_config
 from channel_metrics.errors import ConfigError
 
-__all__ = ["available_patches", "run_script"]
+__all__ = ["PATCH_MODULES", "run_script"]
 
 
-def available_patches() -> list[str]:
-    """The names that `--patch` takes."""
-    import channel_metrics.patches
-
-    return sorted(module.name for module in pkgutil.iter_modules(channel_metrics.patches.__path__))
+# The names that `--patch` takes, and the module whose `apply` it is.
+PATCH_MODULES = {
+    "hf_trainer": "channel_metrics.trainers.hf.patch",
+    "megatron": "channel_metrics.trainers.megatron.patch",
+    "ms_swift": "channel_metrics.trainers.swift.patch",
+    "trl": "channel_metrics.trainers.trl.patch",
+}
 
 
 def run_script(
@@ -38,10 +39,9 @@ def run_script(
 
     Raises `ConfigError` for an unknown patch or a missing script, before anything runs.
     """
-    known = available_patches()
     for name in patches:
-        if name not in known:
-            raise ConfigError(f"unknown patch {name!r}; there are {', '.join(known)}.")
+        if name not in PATCH_MODULES:
+            raise ConfigError(f"unknown patch {name!r}; there are {', '.join(PATCH_MODULES)}.")
     if not os.path.exists(script):
         raise ConfigError(
             f"the script {script!r} does not exist; options of ours come before it, its own "
@@ -51,7 +51,7 @@ def run_script(
         load_metrics_config(config)
         os.environ[CONFIG_VARIABLE] = str(config.resolve())
     for name in patches:
-        importlib.import_module(f"channel_metrics.patches.{name}")
+        importlib.import_module(PATCH_MODULES[name]).apply()
     sys.argv = [script, *args]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     runpy.run_path(script, run_name="__main__")

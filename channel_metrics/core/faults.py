@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from channel_metrics.errors import CollectiveError, StoppedError
 
-__all__ = ["FaultGuard", "OnError"]
+__all__ = ["FaultGuard", "OnError", "Once"]
 
 logger = logging.getLogger("channel_metrics")
 
@@ -71,7 +71,7 @@ class FaultGuard:
         """
         if not self.measuring:
             return original(*args, **kwargs)
-        once = _Once(original)
+        once = Once(original)
         try:
             return observing(once, *args, **kwargs)
         except Exception as error:
@@ -102,7 +102,7 @@ class FaultGuard:
         self.error = self.error or error
 
 
-class _Once:
+class Once:
     """Calls a function, and remembers what came of it."""
 
     def __init__(self, function: Callable[..., Any]) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from channel_metrics.core.accumulator import ChannelLossAccumulator
 
 __all__ = ["MicroBatch"]
 
@@ -29,3 +32,24 @@ class MicroBatch:
     weights: Tensor | None = None
     reported_sum: Tensor | None = None
     sequences: Tensor | None = None
+
+    def add_to(self, table: ChannelLossAccumulator) -> None:
+        """Count the tokens in `table`, which moves to their device."""
+        device = self.token_losses.device
+        table.to(device)
+        channels = self.channels
+        if isinstance(channels, Tensor):
+            channels = channels.to(device, non_blocking=True)
+        table.update(
+            self.token_losses,
+            channels=channels,
+            cu_seqlens=self.cu_seqlens,
+            labels=self.labels,
+            loss_mask=self.loss_mask,
+            correct=self.correct,
+            weights=self.weights,
+            reported_sum=self.reported_sum,
+        )
+        if self.sequences is not None:
+            sequences = self.sequences.to(device, non_blocking=True)
+            table.add(sequences, {"samples": torch.ones_like(sequences)})

@@ -71,6 +71,7 @@ class Metric:
     """The columns that the formula reads."""
     formula: Callable[[Sums], float | None]
     unit: str = ""
+    """Empty for a part of a whole: the report shows it in percent."""
     doc: str = ""
     label: str = ""
     """The title of its chart in the report; no chart without one."""
@@ -272,7 +273,13 @@ TOKENS.register(
         doc="correct / tokens; a target that ties for the maximum counts as correct",
         label="Token accuracy",
     ),
-    Metric("ppl", ("nll", "tokens", "nonfinite"), _perplexity, doc="exp(loss)"),
+    Metric(
+        "ppl",
+        ("nll", "tokens", "nonfinite"),
+        _perplexity,
+        unit="choices",
+        doc="exp(loss): the model is as unsure as between so many equally likely tokens",
+    ),
     Metric(
         "tokens",
         ("tokens",),
@@ -301,7 +308,7 @@ TOKENS.register(
         ("nonfinite",),
         _nonfinite,
         unit="tokens",
-        doc="tokens whose loss is NaN or infinite: in `tokens` and `share`, not in the loss",
+        doc="tokens with a NaN or infinite loss, if any: in `tokens` and `share`, not in `loss`",
         adds_up=True,
         always=True,
     ),

@@ -77,7 +77,7 @@ class SumTable:
                 f"expected one value per label and column for {len(labels)} labels, but got "
                 f"{widths}; labels and values are out of step."
             )
-        self._move(next(iter(values.values())).device)
+        self.to(next(iter(values.values())).device)
         self._add(self._ids(labels), values)
 
     @torch.no_grad()
@@ -123,6 +123,8 @@ class SumTable:
     def to(self, device: torch.device | str) -> Self:
         """Move the sums to `device`; where it has no float64, they go on as float32."""
         device = torch.device(device)
+        if device == self.device:
+            return
         dtype = torch.float32 if device.type == "mps" else self.dtype
         if dtype != self.dtype:
             exact = self._sums + self._lost
@@ -154,10 +156,6 @@ class SumTable:
         self._load(state["names"], state["columns"], state["sums"])
         self._mismatch.fill_(state["mismatch"])
         return self
-
-    def _move(self, device: torch.device) -> None:
-        if device != self.device:
-            self.to(device)
 
     def _ids(self, labels: Tensor | Sequence[str | None]) -> Tensor:
         """int64 [N] on the device of the sums."""

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import traceback
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,14 +21,37 @@ from torch import Tensor
 
 from channel_metrics.core.boundaries import Boundaries, boundaries_from_batch
 from channel_metrics.core.checks import IGNORE_INDEX
-from channel_metrics.core.faults import FaultGuard
-from channel_metrics.core.keys import ChannelTable
-from channel_metrics.core.labels import DEFAULT_FIELDS, channels_of, field_roots
-from channel_metrics.errors import ChannelError
+from channel_metrics.core.faults import Once
+from channel_metrics.core.labels import DEFAULT_FIELDS, LabelTable, channels_of, field_roots
+from channel_metrics.errors import ChannelError, ChannelMetricsError
 
-__all__ = ["ChannelCollator"]
+__all__ = ["ChannelCollator", "CollatorFault"]
 
 logger = logging.getLogger("channel_metrics")
+
+
+@dataclass(frozen=True)
+class CollatorFault:
+    """An error of ours in a collator, on its way to the main process in place of `channels`."""
+
+    kind: type[Exception]
+    message: str
+    trace: str
+
+    @classmethod
+    def of(cls, error: Exception) -> CollatorFault:
+        """What is left of `error` in another process."""
+        trace = "".join(traceback.format_exception(error))
+        return cls(type(error), str(error), trace)
+
+    def error(self) -> Exception:
+        """The error, to be raised again."""
+        if issubclass(self.kind, ChannelMetricsError):
+            return self.kind(self.message)
+        return ChannelMetricsError(
+            f"the channels of a batch could not be collated ({self.kind.__name__}: "
+            f"{self.message}); please report this.\n{self.trace}"
+        )
 
 
 class ChannelCollator:
@@ -40,7 +65,8 @@ class ChannelCollator:
         collators drop or choke on.
     bounds_key: the batch key for the boundaries, int32 [num_sequences + 1].
     row_bounds: whether the boundaries are added even if every row is one sequence.
-    guard: what errors do; with "warn", the batches come without the added keys after one.
+    carry_faults: whether an error of ours travels in the batch, as `channels`, because it
+        is for the main process to decide what becomes of it. Without this it is raised.
 
     Raises `ChannelError` if records and sequences do not fit each other.
     """
@@ -50,14 +76,14 @@ class ChannelCollator:
         base: Callable[[list[Any]], Any],
         *,
         fields: Sequence[str] = DEFAULT_FIELDS,
-        table: ChannelTable | None = None,
+        table: LabelTable | None = None,
         strip: Sequence[str] | None = None,
         bounds_key: str = "cu_seqlens",
         row_bounds: bool = True,
-        guard: FaultGuard | None = None,
+        carry_faults: bool = False,
     ) -> None:
         self.base = base
-        self.guard = guard or FaultGuard()
+        self.carry_faults = carry_faults
         self.fields = tuple(fields)
         self.table = table
         self.strip = frozenset(field_roots(fields) if strip is None else strip)
@@ -78,13 +104,25 @@ class ChannelCollator:
 
     def __getattr__(self, name: str) -> Any:
         # Trainers look at attributes of their collator (`tokenizer`, `padding_free`, ...).
-        if name.startswith("__") or name in ("base", "guard"):
+        if name.startswith("__") or name == "base":
             raise AttributeError(name)
         return getattr(self.base, name)
 
     def __call__(self, features: Sequence[Any]) -> Any:
         """Collate `features` with `base`, and add the channels of their sequences."""
-        return self.guard.shielded(self._base_batch, self._with_channels, features)
+        if not self.carry_faults:
+            return self._with_channels(self._base_batch, features)
+        collate = Once(self._base_batch)
+        try:
+            return self._with_channels(collate, features)
+        except Exception as error:
+            if error is collate.error:
+                raise
+            batch = collate.result if collate.called else self._base_batch(features)
+            if not isinstance(batch, MutableMapping):
+                raise
+            batch["channels"] = CollatorFault.of(error)
+            return batch
 
     def _base_batch(self, features: Sequence[Any]) -> Any:
         return self.base([self._without_fields(feature) for feature in features])

@@ -150,12 +150,14 @@ def _trainer(
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
     if config.probe is not None:
-        trainer.add_callback(_probe(config.probe, tokenizer, config.max_length))
+        _probe(trainer, config.probe, tokenizer, config.max_length)
     return attach(trainer, config.metrics_of_run())
 
 
-def _probe(section: ProbeSection, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Any:
-    from channel_metrics.trainers.hf.probe import DatasetMetricsCallback
+def _probe(
+    trainer: Trainer, section: ProbeSection, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> None:
+    from channel_metrics.trainers.hf import attach_probe
 
     sources: dict[str, list[dict[str, Any]]] = {}
     for name, path in section.sources.items():
@@ -168,7 +170,7 @@ def _probe(section: ProbeSection, tokenizer: PreTrainedTokenizerBase, max_length
     check_tokenizer(tokenizer, chat=chat)
     # Only the chosen records are encoded.
     encoded = partial(encode, tokenizer=tokenizer, max_length=max_length)
-    return DatasetMetricsCallback(sources, section, encode=encoded)
+    attach_probe(trainer, sources, section, encode=encoded)
 
 
 def _finish(trainer: Trainer) -> None:

@@ -7,16 +7,19 @@ the trainer's own log lines hold every value.
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers
 from tqdm.auto import tqdm
 
-from channel_metrics.core.faults import FaultGuard
+from channel_metrics.windows import Window
 
 __all__ = ["LiveTable", "table_lines", "wants_live_table"]
+
+logger = logging.getLogger("channel_metrics")
 
 ChannelValues = Mapping[str, Mapping[str, float]]
 
@@ -54,28 +57,35 @@ def table_lines(values: ChannelValues, before: ChannelValues) -> list[str]:
 class LiveTable(transformers.TrainerCallback):
     """Shows each train window when it has been closed and logged.
 
-    closed: gives the values of the window that this log has closed, empty if it closed none.
+    It is an observer of the windows, and a callback of the trainer that draws when it logs.
     callbacks: the trainer's own, among which a notebook's table is looked for.
     """
 
-    def __init__(
-        self,
-        closed: Callable[[], ChannelValues],
-        callbacks: Sequence[Any],
-        guard: FaultGuard | None = None,
-    ) -> None:
-        self._closed = closed
-        self._guard = guard or FaultGuard()
+    is_display = True
+
+    def __init__(self, callbacks: Sequence[Any]) -> None:
         self._callbacks = callbacks
+        # The values of the window that the current log has closed; None if it closed none.
+        self._closed: ChannelValues | None = None
+        self._failed = False
         self._before: ChannelValues = {}
         self._bars: list[tqdm[Any]] = []
 
+    def __call__(self, window: Window) -> None:
+        """Keep a train window until the trainer logs it."""
+        if window.split == "train":
+            self._closed = window.values
+
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the window that has just been closed, on the first process only."""
-        with self._guard.guarded():
-            window = self._closed()
-            if window and state.is_world_process_zero:
-                self._show(window, args, state)
+        window, self._closed = self._closed, None
+        if not window or not state.is_world_process_zero or self._failed:
+            return
+        try:
+            self._show(window, args, state)
+        except Exception as error:
+            self._failed = True
+            logger.warning("the live table failed, and shows nothing from now on: %r", error)
 
     def _show(self, window: ChannelValues, args: Any, state: Any) -> None:
         notebook = next((c for c in self._callbacks if type(c).__name__ == _NOTEBOOK), None)

@@ -14,19 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
-import torch
-from torch import Tensor
-
 from channel_metrics.config import refuse_unknown_keys
 from channel_metrics.core.faults import OnError
 from channel_metrics.core.intervals import MOMENTS
-from channel_metrics.core.keys import ChannelTable, sanitize
+from channel_metrics.core.keys import sanitize
 from channel_metrics.errors import ConfigError
-from channel_metrics.ranks.agreed_names import AgreedNames
 
-__all__ = ["ProbeBudget", "ProbeConfig", "ProbeSums", "choose", "deal", "probe_keys"]
+__all__ = ["PROBE_COLUMNS", "ProbeBudget", "ProbeConfig", "choose", "deal", "probe_keys"]
 
 _METRICS = ("loss", "token_acc")
+# What is summed up per dataset: the moments of the losses, then of the correct tokens.
+PROBE_COLUMNS = tuple(f"{part}_{moment}" for part in ("loss", "correct") for moment in MOMENTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +55,10 @@ class ProbeConfig:
     at_end: bool = True
     """Whether the last step is probed whatever its number: where the curves end."""
 
-    on_error: OnError = "raise"
-    """What an error in a probe does: "raise" ends the run, "warn" ends the probes only."""
+    on_error: OnError | None = None
+    """What an error in a probe does: "raise" ends the run, "warn" ends the probes only.
+
+    None raises until the first probe has been logged, and warns afterwards."""
 
     def __post_init__(self) -> None:
         for name in ("every", "batches", "batch_size"):
@@ -75,8 +75,10 @@ class ProbeConfig:
                 "max_overhead must be above 0 (0.05 is 5 % of the training time), or None for no "
                 f"limit, but is {limit!r}."
             )
-        if self.on_error not in get_args(OnError):
-            raise ConfigError(f'on_error must be "raise" or "warn", but is {self.on_error!r}.')
+        if self.on_error not in (None, *get_args(OnError)):
+            raise ConfigError(
+                f'on_error must be "raise", "warn" or None, but is {self.on_error!r}.'
+            )
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> ProbeConfig:
@@ -129,42 +131,6 @@ def deal(count: int, *, num_forwards: int, num_ranks: int, rank: int) -> list[ra
         range(edges[part], edges[part + 1])
         for part in range(rank * num_forwards, (rank + 1) * num_forwards)
     ]
-
-
-class ProbeSums:
-    """What one rank has measured in one probe, for `channel_metrics.ranks.sync.sum_over_ranks`.
-
-    rows: [datasets, K] moments of the losses, then of the correct tokens; None for a rank that
-    measured nothing. clock: what the rank tells of its time; it rides in the row that belongs to
-    no dataset, so that one all-reduce is enough. Datasets go by their number.
-    """
-
-    num_columns = 2 * len(MOMENTS)
-
-    def __init__(
-        self,
-        rows: Tensor | None,
-        *,
-        num_datasets: int,
-        clock: Sequence[float],
-        device: torch.device,
-    ) -> None:
-        self.agreed_names = AgreedNames(map(str, range(num_datasets)))
-        self.table = ChannelTable(self.agreed_names.names)
-        self.device = device
-        self._rows, self._clock = rows, clock
-
-    def sums(self) -> Tensor:
-        """float64 [datasets + 1, K] on the host: row 0 the clock, then one per dataset."""
-        result = torch.zeros(len(self.agreed_names) + 1, self.num_columns, dtype=torch.float64)
-        result[0, : len(self._clock)] = torch.tensor(self._clock, dtype=torch.float64)
-        if self._rows is not None:
-            result[1:] = self._rows.cpu()
-        return result
-
-    def mismatch(self) -> float:
-        """A probe has no loss of the trainer to be compared with."""
-        return 0.0
 
 
 class ProbeBudget:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 from analysis_tools import HOSTILE
-from channel_metrics.core.metrics import ALL_METRICS
 
 from channel_metrics.analysis.readers.keys import GLOBAL, Key, decode_keys
 from channel_metrics.core.keys import metric_key
+from channel_metrics.core.schema import TOKENS
 
 OWN = ("loss", "grad_norm", "learning_rate", "epoch", "train_loss", "num_tokens", "loss_scale")
 NAMES = ("bbu", "lang_chat", "a/b", "loss", "token", "eval_x", "v1.5-mix")
@@ -19,7 +19,7 @@ def test_every_metric_of_declared_channels(key_format: str, prefix: str) -> None
     expected = {
         prefix + metric_key(key_format, name, metric): (name, metric)
         for name in NAMES
-        for metric in ALL_METRICS
+        for metric in TOKENS.metric_names
     }
     decoded = decode_keys([*expected, *(prefix + key for key in OWN)], NAMES)
     split = "eval" if prefix.startswith("eval") else "train"

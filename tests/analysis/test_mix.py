@@ -39,7 +39,7 @@ def shares_by_hand(lines: list[dict[str, Any]], steps: range) -> dict[str, float
 
 def joined_windows(folder: Path, log_steps: list[int], lines: list[dict[str, Any]]) -> Any:
     """As `with_estimates` builds them; caught on the way to the estimate."""
-    from channel_metrics.analysis import mix as module
+    from channel_metrics.analysis.estimate import mix as module
 
     log = [{"step": step, "loss": 1.0 + step} for step in log_steps]
     run = load_run(write_jsonl(folder / "logging.jsonl", log))

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_runs import HOSTILE_NAMES, run_with, troubled_run
 
-from channel_metrics.analysis import report as report_module
+from channel_metrics.analysis.report import html
 from channel_metrics.analysis.report.html import MAX_BYTES, write_report
 from channel_metrics.analysis.report.page_data import dump_json
 from channel_metrics.analysis.report.pictures import PALETTE
@@ -25,7 +25,7 @@ from channel_metrics.analysis.report.views import rank_channels, shown, view_run
 from channel_metrics.analysis.run import Run
 from channel_metrics.errors import ChannelMetricsError
 
-PAGE = Path(report_module.__file__).parent / "page"
+PAGE = Path(html.__file__).parent / "page"
 
 
 class Page(HTMLParser):
@@ -194,11 +194,11 @@ def test_a_page_too_large_loses_points_and_then_channels(
     run = run_with([f"channel {i}" for i in range(20)], steps=112)
     whole = write_report([run], tmp_path / "whole.html")
     assert whole.num_left_out == 0
-    monkeypatch.setattr(report_module, "MAX_BYTES", whole.num_bytes * 2 // 3)
+    monkeypatch.setattr(html, "MAX_BYTES", whole.num_bytes * 2 // 3)
     thin = write_report([run], tmp_path / "thin.html")
     assert thin.num_left_out == 0 and thin.max_points < 112
     assert "has 112 points" in Page((tmp_path / "thin.html").read_text()).text
-    monkeypatch.setattr(report_module, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(html, "MAX_BYTES", 100_000)
     small = write_report([run], tmp_path / "small.html")
     assert small.num_bytes < 100_000 and small.num_left_out > 0
     page = Page((tmp_path / "small.html").read_text())

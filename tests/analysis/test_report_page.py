@@ -13,6 +13,7 @@ from analysis_tools import make_history, run_of, series_of
 from browser import Report, start_browser
 from report_runs import HOSTILE_NAMES, run_with, troubled_run
 
+from channel_metrics.analysis.report.curves import charts
 from channel_metrics.analysis.report.html import write_report
 from channel_metrics.analysis.report.views import rank_channels, shown
 
@@ -66,7 +67,7 @@ def test_it_draws_and_the_console_is_silent(report: Report, files: dict[str, Pat
     )
     assert min(room for box in boxes for room in box) >= 0, "a line leaves its chart"
     assert sorted(report.texts("#legend-list bdi")) == sorted(FOUR)
-    assert report.texts("figcaption h3") == ["Loss", "Token accuracy", "Share of the mix"]
+    assert report.texts("figcaption h3") == [metric.label for metric in charts()]
 
 
 def test_nothing_leaves_the_page_even_if_a_script_tries(

@@ -8,6 +8,6 @@ Not named `megatron`: this folder's parent is on `sys.path` in tests, and would 
 | `data` | tiny datasets: blends, blends per split, SFT packs |
 | `pretrain_tiny` | a training script as a user writes it; it knows nothing of channels |
 | `observe` | what a test may ask of each rank: exact losses, weights, collectives |
-| `server` | one process that imports Megatron once and forks the ranks of each run |
+| `script` | what each rank does, and what the `fork_server` imports once for all runs |
 | `cpu`, `cpu_layers` | what makes Megatron's CUDA code run on the CPU, and what that cannot show |
 """

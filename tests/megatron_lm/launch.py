@@ -15,25 +15,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import select
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_client import Preload, Server
 
 from megatron_lm.layouts import BASE, LAYOUTS, Layout
 from megatron_lm.logs import Line, parse_lines, read_scalars
 
-TESTS = Path(__file__).resolve().parents[1]
-START_SECONDS = 120
 RUN_SECONDS = 90
-# Beyond the time of a run: what the server needs to end it.
-SERVER_SECONDS = 20
 
 
 def has_megatron_training() -> bool:
@@ -49,11 +43,16 @@ needs_megatron_training = pytest.mark.skipif(
 )
 
 
+def checkout() -> tuple[str, ...]:
+    """The checkout of Megatron-LM in MEGATRON_LM_PATH, if there is one."""
+    given = os.environ.get("MEGATRON_LM_PATH")
+    return (given,) if given else ()
+
+
 def default_script() -> Path:
-    """The script of the tests, or that of the checkout in MEGATRON_LM_PATH."""
-    checkout = os.environ.get("MEGATRON_LM_PATH")
-    if checkout:
-        return Path(checkout).resolve() / "pretrain_gpt.py"
+    """The script of the tests, or that of the checkout."""
+    for folder in checkout():
+        return Path(folder).resolve() / "pretrain_gpt.py"
     return Path(__file__).with_name("pretrain_tiny.py")
 
 
@@ -116,9 +115,12 @@ class Run:
 class Launcher:
     """Runs in one folder, from one server, which starts with the first run."""
 
+    preload = Preload(("megatron_lm.script:prepare",), first=checkout())
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.server: subprocess.Popen[str] | None = None
+        environ = (("HF_HOME", str(folder / "huggingface")), ("HF_HUB_OFFLINE", "1"))
+        self.server = Server(replace(self.preload, environ=environ), folder)
         self.done: dict[str, Run] = {}
 
     def run(
@@ -161,27 +163,20 @@ class Launcher:
         return run
 
     def close(self) -> None:
-        """End the server, and with it what it runs."""
-        server, self.server = self.server, None
-        if server is not None:
-            with server:  # closes its input, at which it ends
-                try:
-                    server.communicate(timeout=SERVER_SECONDS)
-                finally:
-                    server.kill()
+        self.server.close()
+
+    @property
+    def next_folder(self) -> Path:
+        """Where the next run will be."""
+        return self.folder / f"run{len(list(self.folder.glob('run*')))}"
 
     def _run(self, job: dict[str, Any]) -> Run:
-        folder = self.folder / f"run{len(self.done)}"
+        folder = self.next_folder
         folder.mkdir()
         places = ["--tensorboard-dir", str(folder / "tensorboard")]
         places += ["--data-cache-path", str(self.folder / "cache")]
-        job = {**job, "folder": str(folder), "args": [*job["args"], *places]}
-        try:
-            answer = self._ask(job)
-        except BaseException:
-            # Also when pytest interrupts the wait: the next run must not read this one's answer.
-            self.close()
-            raise
+        job = {**job, "folder": folder, "args": [*job["args"], *places]}
+        answer = self.server.ask(main="megatron_lm.script:rank_main", **job)
         ranks = []
         for index, code in enumerate(answer["codes"]):
             out, err = ((folder / f"rank{index}.{end}").read_text() for end in ("out", "err"))
@@ -190,39 +185,3 @@ class Launcher:
             short = {name.rpartition(":")[2]: value for name, value in seen.items()}
             ranks.append(Rank(code, index in answer["killed"], out, err, short))
         return Run(folder, answer["seconds"], ranks, answer["ended"])
-
-    def _ask(self, job: dict[str, Any]) -> Any:
-        if self.server is None:
-            self.server = self._start()
-            self._answer(START_SECONDS)
-        assert self.server.stdin is not None
-        self.server.stdin.write(json.dumps(job) + "\n")
-        self.server.stdin.flush()
-        return self._answer(job["timeout"] + SERVER_SECONDS)
-
-    def _answer(self, seconds: float) -> Any:
-        assert self.server is not None and self.server.stdout is not None
-        ready = select.select([self.server.stdout], [], [], seconds)[0]
-        line = self.server.stdout.readline() if ready else ""
-        if not line:
-            log = (self.folder / "server.err").read_text()
-            raise RuntimeError(f"the server ended or said nothing for {seconds} s: {log[-4000:]}")
-        return json.loads(line)
-
-    def _start(self) -> subprocess.Popen[str]:
-        checkout = os.environ.get("MEGATRON_LM_PATH")
-        path = [*([checkout] if checkout else []), str(TESTS), str(TESTS.parent)]
-        settings = {
-            "HF_HOME": str(self.folder / "huggingface"),
-            "HF_HUB_OFFLINE": "1",
-            # No threads before the fork: pyarrow's allocator starts one.
-            "JE_ARROW_MALLOC_CONF": "background_thread:false",
-        }
-        return subprocess.Popen(
-            [sys.executable, "-m", "megatron_lm.server", str(self.folder / "server")],
-            cwd=self.folder,
-            env={**os.environ, **settings, "PYTHONPATH": os.pathsep.join(path)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )

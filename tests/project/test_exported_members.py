@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,14 +37,16 @@ def names_defined(tree: ast.Module) -> Iterator[str]:
             yield from (name for name in names if name.isupper())
 
 
-def names_imported(tree: ast.Module) -> Iterator[str]:
-    for node in tree.body:
+def names_imported(block: ast.Module | ast.If) -> Iterator[str]:
+    for node in block.body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield from (alias.asname or alias.name for alias in node.names)
 
 
 def names_bound(tree: ast.Module) -> set[str]:
-    """Whatever a module gives a name to at its top level."""
+    """Whatever a module gives a name to at its top level, or in one branch of an `if` there."""
+    branches = (n.body + n.orelse if isinstance(n, ast.If) else [n] for n in tree.body)
+    tree = ast.Module([node for branch in branches for node in branch], [])
     assigned = {
         node.id
         for statement in tree.body
@@ -50,7 +54,9 @@ def names_bound(tree: ast.Module) -> set[str]:
         for node in ast.walk(statement)
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
     }
-    return assigned | set(names_defined(tree)) | set(names_imported(tree))
+    late = [node for node in tree.body if isinstance(node, ast.If)]
+    imported = {name for block in (tree, *late) for name in names_imported(block)}
+    return assigned | set(names_defined(tree)) | imported
 
 
 def declared(tree: ast.Module) -> list[str]:
@@ -75,8 +81,37 @@ def test_names_in_all_exist(path: Path) -> None:
     assert len(declared(tree)) == len(set(declared(tree)))
 
 
+def imported_for_types(tree: ast.Module) -> dict[str, str]:
+    """{name: module} of the imports under `if TYPE_CHECKING:`."""
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    return {
+        alias.name: str(node.module)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
 def test_the_package_exports_exactly_its_all() -> None:
-    tree = ast.parse(Path(channel_metrics.__file__).read_text())
-    assert set(channel_metrics.__all__) == set(names_imported(tree))
+    typed = imported_for_types(ast.parse(Path(channel_metrics.__file__).read_text()))
+    late = {name: f"channel_metrics.{part}" for name, part in channel_metrics._MODULES.items()}
+    assert set(channel_metrics.__all__) == set(typed)
+    assert late == typed, "what Python imports, and what type checkers see"
+    assert set(channel_metrics.__all__) <= set(dir(channel_metrics))
     for name in channel_metrics.__all__:
-        assert getattr(channel_metrics, name) is not None
+        value = getattr(channel_metrics, name)
+        assert value is getattr(importlib.import_module(typed[name]), name)
+
+
+def test_a_name_that_is_not_exported_is_refused() -> None:
+    with pytest.raises(AttributeError, match="'channel_metrics' has no attribute 'Sync'"):
+        _ = channel_metrics.Sync
+    with pytest.raises(ImportError, match="cannot import name 'Sync'"):
+        from channel_metrics import Sync  # noqa: F401
+
+
+def test_the_docstring_of_the_package_gives_what_it_shows() -> None:
+    result = doctest.testmod(channel_metrics)
+    assert result.attempted > 0
+    assert result.failed == 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Container, Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 from channel_metrics.core.keys import sanitize
@@ -36,18 +37,16 @@ class Key(NamedTuple):
     """Such as `loss`; of the run's own values their key, as it is."""
 
 
-_METRICS = sorted(
-    {*TOKENS.metric_names, "loss_low", "loss_high", "loss_estimate", "loss_stderr"}
-    | {"loss_estimate_low", "loss_estimate_high"},
-    key=len,
-    reverse=True,
+# What probes and estimates log beside the metrics of the schema.
+_OF_ESTIMATES = (
+    "loss_low",
+    "loss_high",
+    "loss_stderr",
+    "loss_estimate",
+    "loss_estimate_low",
+    "loss_estimate_high",
 )
 _FORMATS = ("{channel}_{metric}", "{metric}/{channel}", "{channel}/{metric}", "{metric}_{channel}")
-# (metric, what stands before the channel, what stands after it) for each format.
-_ENDS = [
-    [(metric, *key_format.format(channel="\0", metric=metric).split("\0")) for metric in _METRICS]
-    for key_format in _FORMATS
-]
 _SPLITS = (
     ("train/", "train"),
     ("eval/", "eval"),
@@ -131,24 +130,36 @@ def _candidates(rest: str) -> list[tuple[int, str, str]]:
     Of one format, those with the longest metric come first: `bbu_weighted_loss` is of `bbu`.
     """
     found = []
-    for rank, ends in enumerate(_ENDS):
+    for rank, ends in enumerate(_ends_of((*TOKENS.metric_names, *_OF_ESTIMATES))):
         for metric, head, tail in ends:
             if rest.startswith(head) and rest.endswith(tail) and len(rest) > len(head + tail):
                 found.append((rank, rest[len(head) : len(rest) - len(tail)], metric))
     return found
 
 
+@lru_cache(maxsize=1)
+def _ends_of(metrics: tuple[str, ...]) -> list[list[tuple[str, str, str]]]:
+    """For each format: (metric, what stands before the channel, what stands after it)."""
+    longest_first = sorted(metrics, key=len, reverse=True)
+    return [
+        [(name, *_around_channel(key_format, name)) for name in longest_first]
+        for key_format in _FORMATS
+    ]
+
+
+def _around_channel(key_format: str, metric: str) -> tuple[str, str]:
+    head, tail = key_format.format(channel="\0", metric=metric).split("\0")
+    return head, tail
+
+
 def _names_with_evidence(splits: Iterable[tuple[str, str]]) -> set[str]:
     """Names that several metrics bear, one of which is no loss."""
+    losses = {m.name for m in TOKENS.metrics if {"nll", "weighted_nll"} & set(m.needs)}
     metrics: dict[tuple[int, str], set[str]] = defaultdict(set)
     for _, rest in splits:
         for rank, name, metric in _first_of_each_format(rest):
             metrics[rank, name].add(metric)
-    return {
-        name
-        for (_, name), found in metrics.items()
-        if len(found) > 1 and found - {"loss", "weighted_loss", "ppl"}
-    }
+    return {name for (_, name), found in metrics.items() if len(found) > 1 and found - losses}
 
 
 def _names_by_loss(splits: Iterable[tuple[str, str]]) -> set[str]:

@@ -1,6 +1,9 @@
 """The report: one HTML file that needs nothing else."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from channel_metrics.analysis.report.html import write_report
 
 __all__ = ["write_report"]
 
@@ -11,4 +14,4 @@ def __getattr__(name: str) -> Any:
         from channel_metrics.analysis.report.html import write_report
 
         return write_report
-    raise AttributeError(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

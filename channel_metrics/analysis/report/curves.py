@@ -18,18 +18,19 @@ import numpy as np
 from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.report.findings import Gap, find_gaps, loss_metric
 from channel_metrics.analysis.report.moving import MAX_MEANS, MovingMeans, values_at
+from channel_metrics.core.schema import TOKENS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from channel_metrics.analysis.run import Run
     from channel_metrics.analysis.store import Steps, Values
+    from channel_metrics.core.schema import Metric
 
     Indices = NDArray[np.int64]
 
-__all__ = ["METRICS", "Curve", "curves_of", "own_tokens", "pick_points", "splits_of"]
+__all__ = ["Curve", "charts", "curves_of", "own_tokens", "pick_points", "splits_of"]
 
-METRICS = ("loss", "token_acc", "share")
 _SPLITS = ("train", "eval", "test", "probe")
 
 # A shorter curve is not made smooth: one sees what there is.
@@ -44,7 +45,7 @@ class Curve:
     """The channel, or `GLOBAL`."""
 
     metric: str
-    """One of `METRICS`."""
+    """The name of one of `charts()`."""
 
     split: str
     """`train`, `eval`, `test` or `probe`."""
@@ -71,14 +72,20 @@ class Curve:
     """A moving mean, of all points."""
 
 
+def charts() -> list[Metric]:
+    """The metrics that are drawn: those that have a label."""
+    return [metric for metric in TOKENS.metrics if metric.label]
+
+
 def splits_of(run: Run) -> list[str]:
-    """The splits that have a loss or an accuracy, in a fixed order."""
-    found = {key.split for key in run.keys if key.metric.startswith(METRICS)}
+    """The splits that have something to draw, in a fixed order."""
+    names = tuple(metric.name for metric in charts())
+    found = {key.split for key in run.keys if key.metric.startswith(names)}
     return [split for split in _SPLITS if split in found]
 
 
 def curves_of(run: Run, channels: Iterable[str], limit: int) -> Iterator[Curve]:
-    """All curves of `channels` and of the run's own loss and accuracy; at most `limit` points each.
+    """All curves of `channels` and of the run's own values; at most `limit` points each.
 
     limit: at least 5. A smooth curve is a `Curve` of its own, which follows the one it is made of.
     """
@@ -88,9 +95,11 @@ def curves_of(run: Run, channels: Iterable[str], limit: int) -> Iterator[Curve]:
     means = MovingMeans(run)
     for split in splits_of(run):
         for channel in (GLOBAL, *channels):
-            # The mix of an evaluation is that of its data, and no curve.
-            for metric in METRICS if split == "train" else METRICS[:2]:
-                curve = _curve(run, channel, metric, split, limit)
+            for metric in charts():
+                # The mix of an evaluation is that of its data, and no curve.
+                if split != "train" and metric.name == "share":
+                    continue
+                curve = _curve(run, channel, metric.name, split, limit)
                 if curve is None:
                     continue
                 broken_at = gaps[channel] if split == "train" else []

@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from channel_metrics.analysis.report.curves import charts
 from channel_metrics.analysis.report.page_data import dump_json, page_data
 from channel_metrics.analysis.report.views import RunView, rank_channels, shown, view_run
 from channel_metrics.errors import ChannelMetricsError
@@ -35,7 +36,6 @@ _MAX_POINTS = 2000
 _MIN_POINTS = 20
 # Points of all curves together, to begin with; fewer if the page is too large then.
 _ALL_POINTS = 200_000
-_CURVES_PER_CHANNEL = 3
 _NOTHING, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 _SCRIPTS = ("data", "format", "state", "lines", "cursor", "chart", "legend", "tables", "main")
 
@@ -94,7 +94,7 @@ def write_report(runs: Sequence[Run], path: Path, *, title: str = "") -> ReportS
 
 
 def _first_limit(num_channels: int) -> int:
-    num_curves = _CURVES_PER_CHANNEL * max(1, num_channels)
+    num_curves = len(charts()) * max(1, num_channels)
     return min(_MAX_POINTS, max(_MIN_POINTS, _ALL_POINTS // num_curves))
 
 
@@ -108,6 +108,7 @@ def _render(
 ) -> str:
     markup: Any = need("markupsafe", extra="report").Markup
     data = page_data(views, channels, points)
+    drawn = {curve["metric"] for curve in data["curves"]}
     style, script = _file("page.css"), _script()
     text: str = _template().render(
         title=shown(title or " · ".join(view.run.name for view in views)),
@@ -116,6 +117,7 @@ def _render(
         num_left_out=num_left_out,
         thinned=_thinned(data),
         max_points=points,
+        charts=[metric for metric in charts() if metric.name in drawn],
         names=data["channels"],
         widest=_widest(views),
         style=markup(style),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from channel_metrics.analysis.readers.keys import GLOBAL
+from channel_metrics.core.schema import TOKENS
 
 if TYPE_CHECKING:
     from channel_metrics.analysis.run import Run
@@ -33,7 +34,7 @@ class MovingMeans:
     def of(self, channel: str, metric: str, num_points: int = MAX_MEANS) -> tuple[Steps, Values]:
         """Steps [N] and moving means [N] of a series, at N <= num_points of its steps.
 
-        Plain means where tokens were not counted.
+        Plain means where tokens were not counted, and of metrics that are counts themselves.
         """
         own_steps, own = self._run.series(channel, "tokens")
         if metric == "share" and len(own_steps):
@@ -41,15 +42,21 @@ class MovingMeans:
             parts = np.nan_to_num(values_at(self._steps, own_steps, own))
             return _moving_ratio(self._steps, parts, self._whole, num_points)
         steps, values = self._run.series(channel, metric)
-        weights = np.ones(len(steps))
-        if channel == GLOBAL and len(self._steps):
-            weights = np.nan_to_num(values_at(steps, self._steps, self._whole))
-        elif len(own_steps):
-            weights = np.nan_to_num(values_at(steps, own_steps, own))
+        weights = self._weights(channel, metric, steps)
         usable = np.isfinite(values)
         weights = np.where(usable, weights, 0.0)
         parts = np.where(usable, values, 0.0) * weights
         return _moving_ratio(steps, parts, weights, num_points)
+
+    def _weights(self, channel: str, metric: str, steps: Steps) -> Values:
+        """The tokens of each step; 1 where they were not counted, and for counts."""
+        registered = TOKENS.metric(metric)
+        counts = self._run.series(channel, "tokens")
+        if channel == GLOBAL:
+            counts = self._steps, self._whole
+        if not len(counts[0]) or (registered is not None and registered.adds_up):
+            return np.ones(len(steps))
+        return np.nan_to_num(values_at(steps, *counts))
 
 
 def _moving_ratio(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from channel_metrics.analysis.readers.keys import GLOBAL
-from channel_metrics.analysis.report.curves import METRICS, Curve, curves_of
+from channel_metrics.analysis.report.curves import Curve, charts, curves_of
 from channel_metrics.analysis.report.views import rank_channels, shown
 from channel_metrics.extras import need
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from channel_metrics.analysis.run import Run
+    from channel_metrics.core.schema import Metric
 
 __all__ = ["PALETTE", "write_pictures"]
 
@@ -35,11 +36,6 @@ PALETTE = (
     "#a463ee",
     "#3f3a00",
 )
-_TITLES = {
-    "loss": "Loss (nats per token)",
-    "token_acc": "Token accuracy",
-    "share": "Share of the tokens",
-}
 _DASHES = ("-", "--", ":", "-.")
 _WHOLE_RUN = "#6b7178"
 _MAX_POINTS = 1500
@@ -59,7 +55,7 @@ _STYLE = {
 
 
 def write_pictures(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Write `loss`, `token_acc` and `share` as .png and .svg, as far as the runs have them."""
+    """Write each metric that has a chart as .png and .svg, as far as the runs have it."""
     matplotlib: Any = need("matplotlib", extra="report")
     figures: Any = need("matplotlib.figure", extra="report")
     ranked = rank_channels(runs)
@@ -67,8 +63,8 @@ def write_pictures(runs: Sequence[Run], folder: Path) -> list[Path]:
     curves = [(i, c) for i, run in enumerate(runs) for c in curves_of(run, channels, _MAX_POINTS)]
     written = []
     folder.mkdir(parents=True, exist_ok=True)
-    for metric in METRICS:
-        found = [(i, c) for i, c in curves if c.metric == metric and c.split == "train"]
+    for metric in charts():
+        found = [(i, c) for i, c in curves if c.metric == metric.name and c.split == "train"]
         if not found:
             continue
         with matplotlib.rc_context(_STYLE), _any_script():
@@ -78,7 +74,7 @@ def write_pictures(runs: Sequence[Run], folder: Path) -> list[Path]:
                 note = f"the {len(channels)} largest of {len(ranked)} channels"
                 figure.text(0.01, 0.01, note, fontsize=8, color=_WHOLE_RUN)
             for suffix, more in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):
-                path = folder / f"{metric}.{suffix}"
+                path = folder / f"{metric.name.replace('/', '_')}.{suffix}"
                 figure.savefig(path, **more)
                 written.append(path)
     return written
@@ -86,7 +82,7 @@ def write_pictures(runs: Sequence[Run], folder: Path) -> list[Path]:
 
 def _draw(
     axis: Any,
-    metric: str,
+    metric: Metric,
     curves: Sequence[tuple[int, Curve]],
     channels: Sequence[str],
     runs: Sequence[Run],
@@ -106,11 +102,12 @@ def _draw(
         )
         if not raw:
             named.setdefault(curve.channel, line)
-    axis.set_title(_TITLES[metric], loc="left", fontweight="bold")
+    axis.set_title(metric.label, loc="left", fontweight="bold")
     axis.set_xlabel("step")
-    axis.set_ylim(bottom=0, top=1 if metric == "token_acc" else None)
+    if axis.dataLim.ymin >= 0:
+        axis.set_ylim(bottom=0, top=1 if metric.name == "token_acc" else None)
     axis.grid(axis="y")
-    if metric != "loss":
+    if not metric.unit:
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     if len(runs) > 1:
         for run, dash in zip(runs, itertools.cycle(_DASHES), strict=False):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from channel_metrics.analysis.readers.keys import GLOBAL
-from channel_metrics.analysis.report.curves import METRICS, splits_of
+from channel_metrics.analysis.report.curves import charts, splits_of
 from channel_metrics.analysis.report.findings import (
     SelfCheck,
     final_rows,
@@ -228,11 +228,12 @@ def _channel(run: Run, row: ChannelRow, number: int, index: int) -> ChannelView:
 
 
 def _span(run: Run) -> tuple[int, int]:
+    names = {metric.name for metric in charts()}
     series = [
         run.series(key.channel, key.metric, key.split)[0]
         for key in run.keys
         # Megatron writes some of its own values over samples, not steps.
-        if key.channel or key.metric in METRICS
+        if key.channel or key.metric in names
     ]
     ends = [(int(steps[0]), int(steps[-1])) for steps in series if len(steps)] or [(0, 0)]
     return min(first for first, _ in ends), max(last for _, last in ends)

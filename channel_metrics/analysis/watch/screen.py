@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from channel_metrics.analysis.readers.keys import GLOBAL, Key, decode_keys
+from channel_metrics.analysis.report.curves import charts
 from channel_metrics.analysis.report.views import shown
 from channel_metrics.analysis.watch.traces import Trace, Traces
 from channel_metrics.core.labels import UNLABELED
@@ -32,8 +33,6 @@ _ASCII_BARS = "_.-=+*#@"
 _CURVE_COLUMNS = 24
 _MAX_NAME_COLUMNS = 40
 _LINE_CHANNELS = 8
-# Megatron writes some values of its own over samples, not steps.
-_METRICS = ("loss", "token_acc", "share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +90,12 @@ def view_of(traces: Traces, *, channels: Sequence[str] = (), order: str = "share
     names = dict.fromkeys(key.channel for key in by_key if key.channel and key.split == split)
     shares = _shares(by_key, split, names)
     rows = [_row(by_key, split, name, shares[name]) for name in names]
+    # Megatron writes some values of its own over samples, not steps.
+    over_steps = {metric.name for metric in charts()}
     steps = (
         trace.step
         for key, trace in by_key.items()
-        if key.split == split and (key.channel or key.metric in _METRICS)
+        if key.split == split and (key.channel or key.metric in over_steps)
     )
     return View(
         rows=_ordered(rows, order),

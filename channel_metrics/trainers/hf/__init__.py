@@ -12,5 +12,13 @@ from __future__ import annotations
 
 from channel_metrics.trainers.hf.attaching import attach, detach
 from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin, check_trainer
+from channel_metrics.trainers.hf.probe import DatasetMetricsCallback, attach_probe
 
-__all__ = ["ChannelMetricsMixin", "attach", "check_trainer", "detach"]
+__all__ = [
+    "ChannelMetricsMixin",
+    "DatasetMetricsCallback",
+    "attach",
+    "attach_probe",
+    "check_trainer",
+    "detach",
+]

@@ -10,7 +10,6 @@ Training is unchanged bit for bit: loss, gradients, random numbers, weights.
 
 from __future__ import annotations
 
-from functools import cache
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ import transformers
 
 from channel_metrics.config import MetricsConfig
 from channel_metrics.observers.live_table import LiveTable
+from channel_metrics.swap import original_class, with_mixin
 from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin, check_trainer
 
 __all__ = ["ChannelMetricsMixin", "attach", "check_trainer", "detach"]
@@ -40,21 +40,17 @@ def attach(trainer: TrainerT, config: MetricsConfig | None = None) -> TrainerT:
     check_trainer(type(trainer))
     # To mypy, an object cannot change its class.
     changed: Any = trainer
-    original: Any = type(trainer)
     if not isinstance(trainer, ChannelMetricsMixin):
-        mixin: Any = _mixin_for(original)
-        changed.__class__ = _with_mixin(original, mixin)
+        changed.__class__ = with_mixin(type(trainer), _mixin_for(type(trainer)))
     changed.start_channel_metrics(config or MetricsConfig())
     return trainer
 
 
 def detach(trainer: TrainerT) -> TrainerT:
     """Undo `attach`; the trainer is of its own class again."""
-    original = getattr(type(trainer), "_channel_metrics_original", None)
-    if original is not None:
-        trainer.__class__ = original
-    if hasattr(trainer, "channel_metrics"):
-        del trainer.channel_metrics
+    changed: Any = trainer
+    changed.__class__ = original_class(type(trainer))
+    vars(trainer).pop("channel_metrics", None)
     trainer.pop_callback(LiveTable)
     return trainer
 
@@ -67,15 +63,3 @@ def _mixin_for(trainer_class: Any) -> type[ChannelMetricsMixin]:
             found: type[ChannelMetricsMixin] = import_module(module).mixin_for(trainer_class)
             return found
     return ChannelMetricsMixin
-
-
-@cache
-def _with_mixin(trainer_class: Any, mixin: Any) -> Any:
-    """The class with the mixin before it, under the same name: logs and cards show it."""
-    body = {
-        "__module__": trainer_class.__module__,
-        "__qualname__": trainer_class.__qualname__,
-        "__doc__": trainer_class.__doc__,
-        "_channel_metrics_original": trainer_class,
-    }
-    return type(trainer_class.__name__, (mixin, trainer_class), body)

@@ -10,14 +10,19 @@ import torch
 from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 from torch import Tensor
 
-from channel_metrics.capture.transformers import shifted_labels
+from channel_metrics.capture.logits import shifted_labels
+from channel_metrics.capture.reader import TokenLossReader
+from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.sums import TokenValues
+from channel_metrics.data.collator import CollatorFault
 from channel_metrics.trainers.hf.data import BOUNDS_KEY
 
 __all__ = [
     "BatchChannels",
+    "Scratch",
     "first_records",
     "labels_of",
+    "micro_batch",
     "real_records",
     "repeats_unseen",
     "take_channels",
@@ -43,10 +48,42 @@ class BatchChannels:
         return len(self.channels)
 
 
-def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | None:
+@dataclass
+class Scratch:
+    """What a trainer knows of the micro-batch that it computes now.
+
+    reader: of the model's token losses. pending: the channels that were taken out of the batch.
+    cut: whether the context that the next loss is computed in cuts the rows. in_training_loop:
+    whether the training loop itself logs now.
+    """
+
+    reader: TokenLossReader
+    pending: BatchChannels | CollatorFault | None = None
+    cut: bool = False
+    in_training_loop: bool = False
+
+
+def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorFault | None:
     """Remove our keys from `inputs`; None if they are not there."""
     channels, cu_seqlens = inputs.pop("channels", None), inputs.pop(BOUNDS_KEY, None)
-    return None if channels is None else BatchChannels(channels, cu_seqlens)
+    if channels is None or isinstance(channels, CollatorFault):
+        return channels
+    return BatchChannels(channels, cu_seqlens)
+
+
+def micro_batch(
+    batch: BatchChannels, values: TokenValues, reported_sum: Tensor | None
+) -> MicroBatch:
+    """The tokens of a batch, to be counted."""
+    return MicroBatch(
+        token_losses=values.losses,
+        channels=batch.channels,
+        cu_seqlens=batch.cu_seqlens,
+        loss_mask=values.mask,
+        correct=values.correct,
+        weights=values.weights,
+        reported_sum=reported_sum,
+    )
 
 
 def labels_of(batch: BatchChannels, inputs: Mapping[str, Any]) -> Any:

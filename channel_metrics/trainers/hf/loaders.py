@@ -14,8 +14,9 @@ import torch
 
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.errors import ConfigError
-from channel_metrics.trainers.hf.batch import repeats_unseen
-from channel_metrics.trainers.hf.data import declare_channels, wrap_collator
+from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.hf.batch import Scratch, repeats_unseen
+from channel_metrics.trainers.hf.data import wrap_collator
 from channel_metrics.trainers.hf.parallel import (
     RankLayout,
     RowCollator,
@@ -23,7 +24,6 @@ from channel_metrics.trainers.hf.parallel import (
     check_keeps_rows,
     layout_of,
 )
-from channel_metrics.trainers.hf.state import ChannelState
 
 __all__ = ["ChannelLoadersMixin"]
 
@@ -43,7 +43,8 @@ else:
 class ChannelLoadersMixin(_TrainerBase):
     """Makes data loaders whose batches carry `channels`."""
 
-    channel_metrics: ChannelState | None = None
+    channel_metrics: ChannelMetrics | None = None
+    channel_scratch: Scratch
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         with self._channel_collator(self.train_dataset, "train"):
@@ -60,9 +61,9 @@ class ChannelLoadersMixin(_TrainerBase):
                 self._warn_of_repetitions(self.channel_metrics, loader)
         return loader
 
-    def _warn_of_repetitions(self, state: ChannelState, loader: Any) -> None:
+    def _warn_of_repetitions(self, session: ChannelMetrics, loader: Any) -> None:
         if repeats_unseen(loader, self.accelerator):
-            state.warn_once(
+            session.warn_once(
                 "every rank reads the evaluation stream itself (dispatch_batches=False): if its "
                 "records do not fill the last batch of all ranks, accelerate repeats the first "
                 "ones, which cannot be told from others here, and they are counted twice."
@@ -125,29 +126,31 @@ class ChannelLoadersMixin(_TrainerBase):
     @contextmanager
     def _channel_collator(self, dataset: Any, description: str) -> Iterator[None]:
         """While this lasts, `data_collator` also gives the channels of a batch of `dataset`."""
-        state, before = self.channel_metrics, self.data_collator
-        if state is not None and state.guard.measuring:
-            with state.guard.guarded():
-                self.data_collator = self._with_channels(state, dataset, description)
+        session, before = self.channel_metrics, self.data_collator
+        if session is not None and session.measuring:
+            with session.guard.guarded():
+                self.data_collator = self._with_channels(session, dataset, description)
         try:
             yield
         finally:
             self.data_collator = before
 
-    def _with_channels(self, state: ChannelState, dataset: Any, description: str) -> Any:
+    def _declare(self, session: ChannelMetrics, dataset: Any, split: str) -> bool:
+        """Learn the channels of a dataset; whether that could be done."""
+        return session.declare(dataset, split)
+
+    def _with_channels(self, session: ChannelMetrics, dataset: Any, description: str) -> Any:
         """The trainer's own collator, wrapped for a data loader of `dataset`."""
         if isinstance(self.data_collator, ChannelCollator):
             return self.data_collator
-        fields, table = state.config.fields, state.table
-        scanned = declare_channels(dataset, fields=fields, table=table, description=description)
-        known = scanned or bool(state.config.channels)
+        scanned = self._declare(session, dataset, description)
+        known = scanned or bool(session.config.channels)
         self._set_signature_columns_if_needed()
         return wrap_collator(
             self.data_collator,
-            fields=fields,
-            table=table if known else None,
+            fields=session.config.fields,
+            table=session.labels if known else None,
             signature_columns=self._signature_columns,
             remove_unused_columns=self.args.remove_unused_columns,
             kind=self._collator_kind(dataset, description, known),
-            guard=state.guard,
         )

@@ -1,36 +1,41 @@
-"""The mixin that gives a transformers Trainer channel metrics: micro-batches and windows."""
+"""The mixin that gives a transformers Trainer channel metrics: how a micro-batch is counted."""
 
 from __future__ import annotations
 
-import inspect
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from channel_metrics.capture.transformers import (
-    Observation,
-    check_loss_hook,
-    is_causal,
-    observe_loss,
-)
+from channel_metrics.capture.observation import Observation
+from channel_metrics.capture.reader import TokenLossReader
+from channel_metrics.capture.transformers import check_loss_hook, is_causal
 from channel_metrics.config import MetricsConfig
+from channel_metrics.core.sums import TokenValues
+from channel_metrics.data.collator import CollatorFault
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.observers.live_table import LiveTable, wants_live_table
+from channel_metrics.ranks.ranks import Ranks
+from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import (
     BatchChannels,
+    Scratch,
+    first_records,
     labels_of,
+    micro_batch,
     real_records,
     take_channels,
 )
-from channel_metrics.trainers.hf.loaders import ChannelLoadersMixin
 from channel_metrics.trainers.hf.parallel import shard_with_labels
-from channel_metrics.trainers.hf.state import TOTALS_FILE, ChannelState
+from channel_metrics.trainers.hf.windows import ChannelWindowsMixin
 
-__all__ = ["ChannelMetricsMixin", "check_trainer"]
+__all__ = ["RESERVED_KEYS", "ChannelMetricsMixin", "check_trainer"]
+
+# Keys of transformers and TRL that a channel's key would overwrite.
+RESERVED_KEYS = frozenset(
+    {"train_loss", "eval_loss", "test_loss", "num_tokens", "mean_token_accuracy", "loss"}
+)
 
 _HOOKS = (
     "_get_collator_with_removed_columns",
@@ -50,13 +55,15 @@ _HOOKS = (
 )
 
 
-class ChannelMetricsMixin(ChannelLoadersMixin):
+class ChannelMetricsMixin(ChannelWindowsMixin):
     """Put before a Trainer class: `class MyTrainer(ChannelMetricsMixin, Trainer)`.
 
-    channel_metrics: the config, as keyword of the constructor; None takes the defaults.
+    channel_metrics: the config, as keyword of the constructor; None takes the defaults. The
+    trainer's attribute of that name is its `ChannelMetrics`.
     """
 
-    state_class: type[ChannelState] = ChannelState
+    # What a trainer with a data loader of its own is told to use.
+    _collator_name = "channel_metrics.ChannelCollator"
 
     def __init__(
         self, *args: Any, channel_metrics: MetricsConfig | None = None, **kwargs: Any
@@ -66,14 +73,25 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
         self.start_channel_metrics(channel_metrics or MetricsConfig())
 
     def start_channel_metrics(self, config: MetricsConfig) -> None:
-        """Open the windows, for a trainer that has been made; a second call replaces them."""
-        state = self.state_class(config)
-        state.alone = self.accelerator.num_processes == 1
-        self.channel_metrics = state
+        """Open a session, for a trainer that has been made; a second call replaces it."""
+        session = self._new_session(config)
+        self.channel_metrics, self.channel_scratch = session, self._new_scratch(session)
         self.pop_callback(LiveTable)
         if config.live_table and wants_live_table(self):
-            callbacks = self.callback_handler.callbacks
-            self.add_callback(LiveTable(state.take_closed_window, callbacks, state.guard))
+            table = LiveTable(self.callback_handler.callbacks)
+            session.on_window.append(table)
+            self.add_callback(table)
+
+    def _new_session(self, config: MetricsConfig) -> ChannelMetrics:
+        return ChannelMetrics(config, reserved=RESERVED_KEYS, ranks=self._ranks())
+
+    def _ranks(self) -> Ranks:
+        # transformers may make a process group and yet train each process by itself.
+        return Ranks(alone=self.accelerator.num_processes == 1)
+
+    def _new_scratch(self, session: ChannelMetrics) -> Scratch:
+        with_correct = "token_acc" in session.config.metrics
+        return Scratch(TokenLossReader(with_correct=with_correct, guard=session.guard))
 
     def _shielded(self, original: Any, observing: Any, *args: Any, **kwargs: Any) -> Any:
         """`original`, observed where metrics are on, see `FaultGuard.shielded`."""
@@ -87,7 +105,7 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
         prepared = super()._prepare_inputs(inputs)
         if self.channel_metrics is not None:
             # Also where metrics are off: the model must not see our keys.
-            self.channel_metrics.pending = take_channels(prepared)
+            self.channel_scratch.pending = take_channels(prepared)
         return prepared
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -96,18 +114,12 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
     def _observed_loss(
         self, compute: Any, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """What `compute` returns; the tokens it saw are recorded."""
-        state = self.channel_metrics
-        if state is None or not (model.training or state.evaluating):
+        """What `compute` returns; the tokens it saw are counted."""
+        session, scratch = self.channel_metrics, self.channel_scratch
+        if session is None or not (model.training or session.evaluating):
             return compute(model, inputs, *args, **kwargs)
-        batch, state.pending = take_channels(inputs) or state.pending, None
-        if batch is None:
-            raise ChannelError(
-                "expected `channels` in the batch, but it holds "
-                f"{', '.join(inputs)}; this trainer builds its own data loader: wrap its "
-                "collate_fn with channel_metrics.ChannelCollator."
-            )
-        if not self._rank_layout().counts(cut=state.cut):
+        batch = self._taken_channels(inputs)
+        if not self._rank_layout().counts(cut=scratch.cut):
             return compute(model, inputs, *args, **kwargs)
         labels = self._labels_of(batch, inputs)
         if not isinstance(labels, Tensor):
@@ -115,10 +127,24 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
                 f"channel metrics need `labels` in the batch, but {type(self).__name__} got "
                 f"{', '.join(inputs)}; detach the metrics for this trainer."
             )
-        with observe_loss(model, with_correct=state.with_correct, guard=state.guard) as observation:
+        with scratch.reader.observe(model) as observation:
             result = compute(model, inputs, *args, **kwargs)
-        self._record_tokens(state, batch, labels, observation)
+        self._count_tokens(session, batch, labels, observation)
         return result
+
+    def _taken_channels(self, inputs: Any) -> BatchChannels:
+        """The channels of the batch that is computed now; each batch gives them once."""
+        scratch = self.channel_scratch
+        batch, scratch.pending = take_channels(inputs) or scratch.pending, None
+        if isinstance(batch, CollatorFault):
+            raise batch.error()
+        if batch is None:
+            raise ChannelError(
+                "expected `channels` in the batch, but it holds "
+                f"{', '.join(inputs)}; this trainer builds its own data loader: wrap its "
+                f"collate_fn with {self._collator_name}."
+            )
+        return batch
 
     def _labels_of(self, batch: BatchChannels, inputs: Any) -> Any:
         """The labels that the channels stand beside."""
@@ -128,109 +154,74 @@ class ChannelMetricsMixin(ChannelLoadersMixin):
         return self._shielded(super().prediction_step, self._observed_step, *args, **kwargs)
 
     def _observed_step(self, step: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        state = self.channel_metrics
+        session, scratch = self.channel_metrics, self.channel_scratch
         generates = getattr(self.args, "predict_with_generate", False)
-        if state is None or not state.evaluating or not generates:
+        if session is None or not session.evaluating or not generates:
             return step(model, inputs, *args, **kwargs)
-        with observe_loss(model, with_correct=state.with_correct, guard=state.guard) as observation:
+        with scratch.reader.observe(model) as observation:
             result = step(model, inputs, *args, **kwargs)
         # Beside generation, the Seq2SeqTrainer calls the model itself and not `compute_loss`.
-        batch, state.pending = state.pending, None
         labels = self._prepare_input(inputs.get("labels"))
-        if batch is not None and isinstance(labels, Tensor):
-            self._record_tokens(state, batch, labels, observation)
+        if scratch.pending is not None and isinstance(labels, Tensor):
+            self._count_tokens(session, self._taken_channels({}), labels, observation)
         return result
 
-    def _record_tokens(
-        self, state: ChannelState, batch: BatchChannels, labels: Tensor, observation: Observation
+    def _count_tokens(
+        self,
+        session: ChannelMetrics,
+        batch: BatchChannels,
+        labels: Tensor,
+        observation: Observation,
     ) -> None:
-        causal = None if state.captured is not None else self._is_causal()
-        real = None
-        if state.evaluating:
-            layout = self._rank_layout()
-            real = real_records(self.accelerator, layout.data_rank, layout.data_size)
-        state.record(batch, labels, observation, causal=causal, real=real)
+        reader = self.channel_scratch.reader
+        values, reported = reader.read(
+            observation,
+            labels,
+            causal=None if reader.captured is not None else self._is_causal(),
+            by_rows=batch.cu_seqlens is None,
+            per_token=batch.per_token,
+        )
+        real = self._real_records(session)
+        if real is not None and real[0] < real[1]:
+            reported = None
+            kept = self._first_records(batch, values, *real)
+            if kept is None:
+                session.warn_once(
+                    f"the last evaluation batch repeats {real[1] - real[0]} of its {real[1]} "
+                    "records so that all ranks get even batches, but it holds "
+                    f"{batch.num_sequences} sequences: which of them are repeated cannot be "
+                    "told, so they are counted twice."
+                )
+            batch, values = kept or (batch, values)
+        session.count(micro_batch(batch, values, reported))
+
+    def _real_records(self, session: ChannelMetrics) -> tuple[int, int] | None:
+        """How many of how many records are no repetitions; None means all."""
+        if not session.evaluating:
+            return None
+        layout = self._rank_layout()
+        return real_records(self.accelerator, layout.data_rank, layout.data_size)
+
+    def _first_records(
+        self, batch: BatchChannels, values: TokenValues, count: int, per_rank: int
+    ) -> tuple[BatchChannels, TokenValues] | None:
+        return first_records(batch, values, count, per_rank)
 
     def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> Any:
         context, prepared = super()._prepare_context_parallel_inputs(model, inputs)
-        state = self.channel_metrics
-        if state is not None and state.guard.measuring:
-            with state.guard.guarded():
+        session, scratch = self.channel_metrics, self.channel_scratch
+        if session is not None and session.measuring:
+            with session.guard.guarded():
                 # In evaluation, the channels have been taken out of the batch before.
-                pending = state.pending.channels if state.pending else None
-                cut = shard_with_labels(context, prepared.get("channels", pending))
-                state.cut, context = cut is not context, cut
+                pending = scratch.pending
+                channels = pending.channels if isinstance(pending, BatchChannels) else None
+                cut = shard_with_labels(context, prepared.get("channels", channels))
+                scratch.cut, context = cut is not context, cut
         return context, prepared
 
     def _is_causal(self) -> bool | None:
         """Whether the model predicts the next token, by its kind; None if that is not known."""
         return is_causal(self.accelerator.unwrap_model(self.model))
-
-    # ---- windows --------------------------------------------------------------------------
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        loop = super()._inner_training_loop
-        if self.channel_metrics is not None:
-            with self.channel_metrics.guard.guarded():
-                called = inspect.signature(loop).bind(*args, **kwargs).arguments
-                self.channel_metrics.start_run(called.get("resume_from_checkpoint") or None)
-        return loop(*args, **kwargs)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        state = self.channel_metrics
-        if state is not None and not state.guard.off:
-            with state.guard.guarded():
-                self._save_totals(state, *args, **kwargs)
-        return super()._save_checkpoint(*args, **kwargs)
-
-    def _save_totals(self, state: ChannelState, *args: Any, **kwargs: Any) -> None:
-        totals = state.totals_now()
-        # Subclasses take anything and pass it on.
-        bound = inspect.signature(transformers.Trainer._save_checkpoint).bind(self, *args, **kwargs)
-        # Written first: a checkpoint that is complete has its totals.
-        if self.args.should_save:
-            run = Path(self._get_output_dir(trial=bound.arguments.get("trial")))
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            totals.save(run / name / TOTALS_FILE)
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        state = self.channel_metrics
-        if state is None:
-            return super()._maybe_log_save_evaluate(*args, **kwargs)
-        state.in_training_loop = True
-        try:
-            return super()._maybe_log_save_evaluate(*args, **kwargs)
-        finally:
-            state.in_training_loop = False
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        state = self.channel_metrics
-        # Only the logs of the training loop itself are called on every rank, and only they
-        # close a window: the one with `loss`, and the last one of the run.
-        regular = state is not None and state.in_training_loop and "loss" in logs
-        final = "train_loss" in logs and "train_runtime" in logs
-        if state is not None and (regular or final) and not state.guard.off:
-            with state.guard.guarded():
-                state.close_train(logs)
-        super().log(logs, *args, **kwargs)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        state = self.channel_metrics
-        if state is None or state.guard.off:
-            return super().evaluation_loop(*args, **kwargs)
-        state.evaluation.reset()
-        state.evaluating = True
-        try:
-            output = super().evaluation_loop(*args, **kwargs)
-        finally:
-            state.evaluating = False
-        with state.guard.guarded():
-            loop = inspect.signature(transformers.Trainer.evaluation_loop)
-            called = loop.bind(self, *args, **kwargs)
-            called.apply_defaults()
-            assert output.metrics is not None
-            state.close_evaluation(output.metrics, f"{called.arguments['metric_key_prefix']}_")
-        return output
 
 
 def check_trainer(trainer_class: type) -> None:

@@ -1,7 +1,6 @@
 """Probes in a transformers Trainer: a few samples per dataset, forward only, every so many steps.
 
-    probe = DatasetMetricsCallback({"canary": "canary.jsonl", "mmlu": mmlu}, every=100, batches=4)
-    trainer.add_callback(probe)
+    attach_probe(trainer, {"canary": "canary.jsonl", "mmlu": mmlu}, every=100, batches=4)
     trainer.train()      # the logs hold dataset_canary_loss, dataset_canary_token_acc, ...
 
 Training is unchanged bit for bit, see `channel_metrics.probes.without_trace`. docs/probe.md says
@@ -10,7 +9,6 @@ what is logged.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -23,13 +21,15 @@ import transformers
 from channel_metrics.config import refuse_unknown_keys
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.intervals import MOMENTS, Interval, ratio_interval
-from channel_metrics.core.keys import metric_key
-from channel_metrics.core.labels import UNLABELED
-from channel_metrics.core.metrics import ALL_METRICS
+from channel_metrics.core.labels import LabelTable
+from channel_metrics.core.table import SumTable
 from channel_metrics.errors import ConfigError
-from channel_metrics.probes.probe import ProbeBudget, ProbeConfig, ProbeSums, probe_keys
+from channel_metrics.probes.probe import PROBE_COLUMNS, ProbeBudget, ProbeConfig, probe_keys
 from channel_metrics.probes.without_trace import keep_random_state, undisturbed
+from channel_metrics.ranks.agreed_names import Agreement
+from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.ranks.sync import sum_over_ranks
+from channel_metrics.trainers.hf.callbacks import TrainerKnowingCallback
 from channel_metrics.trainers.hf.mixin import check_trainer
 from channel_metrics.trainers.hf.probe_data import (
     Collate,
@@ -40,15 +40,44 @@ from channel_metrics.trainers.hf.probe_data import (
 )
 from channel_metrics.trainers.hf.probe_forward import ProbeReader, layout_for_probes
 
-__all__ = ["DatasetMetricsCallback"]
+__all__ = ["DatasetMetricsCallback", "attach_probe"]
 
 logger = logging.getLogger("channel_metrics")
 
 _WIDTH = len(MOMENTS)
 
 
-class DatasetMetricsCallback(transformers.TrainerCallback):
+def attach_probe(
+    trainer: transformers.Trainer,
+    sources: Mapping[str, Any],
+    config: ProbeConfig | None = None,
+    **options: Any,
+) -> DatasetMetricsCallback:
+    """Let `trainer` measure each dataset of `sources` every N optimizer steps.
+
+    Args:
+        trainer: any transformers Trainer; it needs no channel metrics.
+        sources: {name: dataset or path of a JSONL file}.
+        config: see `ProbeConfig`; its fields can also be given as keywords (`every=50`).
+        options: those fields, `encode` and `collator`; see `DatasetMetricsCallback`.
+
+    Returns:
+        The callback that was added; `trainer.remove_callback(probe)` takes it off.
+
+    Raises:
+        ConfigError: a source or an option that cannot be.
+    """
+    probe = DatasetMetricsCallback(sources, config, **options)
+    probe.trainer = trainer
+    trainer.add_callback(probe)
+    return probe
+
+
+class DatasetMetricsCallback(TrainerKnowingCallback):
     """Measures each dataset of `sources` every N optimizer steps, on separate batches.
+
+    `attach_probe` makes one and adds it to a trainer. A trainer with channel metrics can also be
+    given one in `callbacks=[...]` or by `add_callback`.
 
     sources: {name: dataset or path of a JSONL file}; records are what the trainer's collator
         takes. The name is a part of the log keys.
@@ -56,8 +85,9 @@ class DatasetMetricsCallback(transformers.TrainerCallback):
     encode: record -> what the collator takes, for the chosen records only; None: as they are.
     collator: None takes a copy of the trainer's.
 
-    trainer: set it if the callback's events are not called by the trainer that owns it; by
-        default that trainer is found when training begins.
+    trainer: whose model is measured. Callbacks are not told who calls them, so it must be set
+        before training, by `attach_probe` or by hand; a trainer with channel metrics tells the
+        callbacks that it holds.
     """
 
     def __init__(
@@ -73,7 +103,6 @@ class DatasetMetricsCallback(transformers.TrainerCallback):
         self.config = replace(config or ProbeConfig(), **options)
         self.records = read_sources(sources)
         self.keys = probe_keys(list(self.records))
-        self.trainer: Any = None
         self._encode, self._collator = encode, collator
         self._guard = FaultGuard(self.config.on_error)
         self._logging = False
@@ -82,11 +111,22 @@ class DatasetMetricsCallback(transformers.TrainerCallback):
     # ---- events ---------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw the samples; raises `ConfigError` for keys that are taken, and for bad data."""
-        self._trainer = self.trainer or _trainer_of(self)
+        """Draw the samples.
+
+        Raises `ConfigError` without a trainer, for keys that are taken, and for bad data.
+        """
+        self._trainer = self.taken_trainer()
+        if self._trainer is None:
+            raise ConfigError(
+                "a probe must know its trainer, but none was given; write `attach_probe(trainer, "
+                "...)` from channel_metrics.trainers.hf in place of `trainer.add_callback(...)`, "
+                "or set `callback.trainer = trainer` before training."
+            )
         check_trainer(type(self._trainer))
         self._guard = FaultGuard(self.config.on_error)
         self._reserve_keys()
+        self._agreement = Agreement()
+        self._ranks = Ranks(alone=self._trainer.accelerator.num_processes == 1)
         self._layout = layout_for_probes(self._trainer)
         self._reader = ProbeReader(self._trainer, self._layout)
         self._budget = ProbeBudget(
@@ -148,36 +188,33 @@ class DatasetMetricsCallback(transformers.TrainerCallback):
         with self._guard.guarded(), undisturbed(self._reader.model):
             sums = self._measure(step, began, train_seconds)
             self._log(sums, step, control)
+            self._guard.proven = True
         # Known to this rank only, so far: told with the next probe.
         self._rest_seconds = self._clock() - self._told
 
     def _measure(self, step: int, began: float, train_seconds: float) -> dict[str, list[float]]:
         """{dataset: moments} of all ranks; the budget takes in what the probe cost."""
-        rows = None
+        table = SumTable(LabelTable(self.records), PROBE_COLUMNS, device=self._reader.device)
         with self._guard.guarded():
-            rows = self._reader.measure(self._batches_of(step)).cpu()
+            rows = self._reader.measure(self._batches_of(step))
+            table.add(list(self.records), dict(zip(PROBE_COLUMNS, rows.unbind(1), strict=True)))
+            # The time that the device takes is the probe's.
+            self._wait_for_device()
         self._told = self._clock()
         clock = (1.0, train_seconds, self._rest_seconds + self._told - began)
-        _, sums, _ = sum_over_ranks(
-            ProbeSums(
-                rows, num_datasets=len(self.records), clock=clock, device=self._reader.device
-            ),
-            alone=self._trainer.accelerator.num_processes == 1,
-            guard=self._guard,
-        )
+        found = sum_over_ranks(table, self._agreement, self._ranks, self._guard, riders=clock)
         # Means over the ranks: the same on all of them, and so is the next step.
-        times, *rows_of_datasets = sums.tolist()
-        num_ranks, train_seconds, probe_seconds = times[:3]
+        num_ranks, train_seconds, probe_seconds = found.riders
         self._budget.add(
             step, train_seconds=train_seconds / num_ranks, probe_seconds=probe_seconds / num_ranks
         )
         self._probed_step, self._train_seconds = step, 0.0
-        return dict(zip(self.records, rows_of_datasets, strict=True))
+        return dict(zip(found.names, found.sums[1:].tolist(), strict=True))
 
     def _log(self, sums: Mapping[str, list[float]], step: int, control: Any) -> None:
         values: dict[str, float] = {}
-        for name, of_name in sums.items():
-            values.update(_values(of_name, self.keys[name]))
+        for name in self.records:
+            values.update(_values(sums[name], self.keys[name]))
         if self._budget.overhead is not None:
             values["probe_overhead"] = self._budget.overhead
         values["probe_every"] = self._budget.distance
@@ -232,17 +269,12 @@ class DatasetMetricsCallback(transformers.TrainerCallback):
         metrics = getattr(self._trainer, "channel_metrics", None)
         if metrics is None:
             return
-        table = metrics.table
-        taken = {key for of_name in self.keys.values() for key in of_name.values()}
-        for channel in (*table.names, UNLABELED):
-            for metric in (*ALL_METRICS, "nonfinite"):
-                key = metric_key(table.key_format, channel, metric)
-                if key in taken:
-                    raise ConfigError(
-                        f"the probe and channel {channel!r} would both be logged as {key!r}; "
-                        "rename the dataset of the probe, or choose another key_format."
-                    )
-        table.reserved |= taken
+        try:
+            metrics.keys.reserve(key for of_name in self.keys.values() for key in of_name.values())
+        except ConfigError as error:
+            raise ConfigError(
+                f"a probe would log a key of a channel; rename the dataset of the probe: {error}"
+            ) from None
 
 
 def _values(sums: list[float], keys: Mapping[str, str]) -> dict[str, float]:
@@ -261,19 +293,3 @@ def _values(sums: list[float], keys: Mapping[str, str]) -> dict[str, float]:
     if nonfinite:
         values[keys["nonfinite"]] = nonfinite
     return values
-
-
-def _trainer_of(callback: DatasetMetricsCallback) -> Any:
-    """The trainer whose event this is: callbacks are not told, but it is among their callers."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, transformers.Trainer) and any(
-            other is callback for other in caller.callback_handler.callbacks
-        ):
-            return caller
-        frame = frame.f_back
-    raise ConfigError(
-        "expected to be called by a transformers Trainer, but none that holds this callback was "
-        "found; set `callback.trainer = trainer` before training."
-    )

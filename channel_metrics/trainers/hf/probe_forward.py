@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from channel_metrics.capture.transformers import is_causal, observe_loss
-from channel_metrics.config import MetricsConfig
+from channel_metrics.capture.reader import TokenLossReader
+from channel_metrics.capture.transformers import is_causal
 from channel_metrics.core.intervals import moments
-from channel_metrics.core.sums import COLUMNS, sequence_sums
+from channel_metrics.core.sums import sequence_sums
 from channel_metrics.errors import UnsupportedVersionError
-from channel_metrics.probes.probe import ProbeSums
+from channel_metrics.probes.probe import PROBE_COLUMNS
 from channel_metrics.probes.without_trace import forward_module
 from channel_metrics.trainers.hf.parallel import RankLayout, layout_of
 from channel_metrics.trainers.hf.probe_data import ProbeBatch
-from channel_metrics.trainers.hf.state import ChannelState
 
 __all__ = ["ProbeReader", "layout_for_probes"]
 
@@ -43,10 +42,10 @@ class ProbeReader:
         self._prepare = trainer._prepare_input
         self._counts = layout.counts(cut=False)
         self._causal = is_causal(trainer.accelerator.unwrap_model(trainer.model))
-        self._state = ChannelState(MetricsConfig(metrics=("loss", "token_acc")))
+        self._reader = TokenLossReader()
 
     def measure(self, datasets: Sequence[Sequence[ProbeBatch]]) -> Tensor:
-        """[datasets, K] on the device: moments of the losses, then of the correct tokens.
+        """[datasets, K] on the device, in the order of `PROBE_COLUMNS`.
 
         The caller has the model in evaluation mode, without gradients.
         """
@@ -55,7 +54,7 @@ class ProbeReader:
     def _of_dataset(self, batches: Sequence[ProbeBatch]) -> Tensor:
         # Some devices have no float64.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        total = torch.zeros(ProbeSums.num_columns, dtype=dtype, device=self.device)
+        total = torch.zeros(len(PROBE_COLUMNS), dtype=dtype, device=self.device)
         for batch in batches:
             found = self._of_batch(batch, dtype)
             # All ranks run the same number of forwards, also one that has nothing to add.
@@ -66,12 +65,9 @@ class ProbeReader:
     def _of_batch(self, batch: ProbeBatch, dtype: torch.dtype) -> Tensor:
         inputs = self._prepare(dict(batch.inputs))
         labels = inputs["labels"]
-        with observe_loss(self.model, with_correct=True) as observation:
+        with self._reader.observe(self.model) as observation:
             self.model(**inputs)
-        values, _ = self._state.token_values(labels, observation, causal=self._causal)
+        values, _ = self._reader.read(observation, labels, causal=self._causal)
         sums = sequence_sums(values, batch.cu_seqlens.to(values.losses.device), dtype)
-        column = dict(zip(COLUMNS, sums, strict=False))
-        finite = column["tokens"] - column["nonfinite"]
-        return torch.cat(
-            [moments(column["nll"], finite), moments(column["correct"], column["tokens"])]
-        )
+        finite = sums["tokens"] - sums["nonfinite"]
+        return torch.cat([moments(sums["nll"], finite), moments(sums["correct"], sums["tokens"])])

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable
-from typing import Any
-
+from channel_metrics import swap
 from channel_metrics.trainers.megatron.ids import follow_labels
 
-__all__ = ["MARK", "follow_cuts", "megatron_modules", "replace_everywhere"]
+__all__ = ["follow_cuts", "unfollow_cuts"]
 
-# On a replacement, under this name, stands the original.
-MARK = "_channel_metrics_original"
+_KEY = "megatron_cuts"
 # Only some versions have the latter two.
 _CUTS = (
     "get_batch_on_this_cp_rank",
@@ -29,22 +24,10 @@ def follow_cuts() -> None:
     from megatron.core import utils
 
     for name in _CUTS:
-        if hasattr(utils, name) and not hasattr(getattr(utils, name), MARK):
-            replace_everywhere(utils, name, follow_labels)
+        if hasattr(utils, name):
+            swap.wrap(utils, name, follow_labels, key=_KEY, everywhere_in="megatron")
 
 
-def replace_everywhere(
-    module: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> None:
-    """Put `wrap(original)` in the place of `module.name`, also where megatron imported it to."""
-    original = getattr(module, name)
-    replacement = functools.wraps(original)(wrap(original))
-    setattr(replacement, MARK, original)
-    for other in megatron_modules():
-        if getattr(other, name, None) is original:
-            setattr(other, name, replacement)
-
-
-def megatron_modules() -> list[Any]:
-    """All modules of megatron that are imported now."""
-    return [m for n, m in list(sys.modules.items()) if n.split(".", 1)[0] == "megatron" and m]
+def unfollow_cuts() -> None:
+    """Put Megatron's own functions back."""
+    swap.unwrap(_KEY)

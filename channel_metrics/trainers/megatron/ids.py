@@ -10,7 +10,6 @@ Letters: B rows of the micro-batch, S sequence length.
 from __future__ import annotations
 
 import contextvars
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -121,32 +120,28 @@ class Tap:
         return getattr(self._data_iterator, name)
 
 
-def follow_labels(cut: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that cuts a batch for context parallelism, and the ids with its labels.
+def follow_labels(cut: Callable[..., Any], batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """What `cut(batch, ...)` returns: it cuts a batch for context parallelism.
 
-    `cut(batch, ...)` returns the batch, or a tuple that starts with it.
+    The ids of the micro-batch whose forward step runs now are cut as its labels are. `cut`
+    returns the batch, or a tuple that starts with it.
     """
-
-    @functools.wraps(cut)
-    def cut_with_ids(batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        now = _current.get()
-        labels = batch.get("labels")
-        if now is None or now.ids is None or labels is None:
-            return cut(batch, *args, **kwargs)
-        probe: dict[str, Any] = {}
-        with now.guard.guarded():
-            ids = in_layout(now.ids, labels.shape).to(labels.device, non_blocking=True)
-            # Before the cut, which changes the batch in place.
-            probe = {key: _probe_entry(key, value, ids) for key, value in batch.items()}
-        result = cut(batch, *args, **kwargs)
-        with now.guard.guarded():
-            if probe:
-                cut_probe = cut(probe, *args, **kwargs)
-                now.ids = (cut_probe[0] if isinstance(cut_probe, tuple) else cut_probe)["labels"]
-                now.is_cut = True
-        return result
-
-    return cut_with_ids
+    now = _current.get()
+    labels = batch.get("labels")
+    if now is None or now.ids is None or labels is None:
+        return cut(batch, *args, **kwargs)
+    probe: dict[str, Any] = {}
+    with now.guard.guarded():
+        ids = in_layout(now.ids, labels.shape).to(labels.device, non_blocking=True)
+        # Before the cut, which changes the batch in place.
+        probe = {key: _probe_entry(key, value, ids) for key, value in batch.items()}
+    result = cut(batch, *args, **kwargs)
+    with now.guard.guarded():
+        if probe:
+            cut_probe = cut(probe, *args, **kwargs)
+            now.ids = (cut_probe[0] if isinstance(cut_probe, tuple) else cut_probe)["labels"]
+            now.is_cut = True
+    return result
 
 
 def in_layout(ids: Tensor, shape: torch.Size) -> Tensor:

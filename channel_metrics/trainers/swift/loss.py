@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from swift.sequence_parallel import GatherLoss
 from swift.trainers import seq2seq_trainer
-from swift.trainers import utils as loss_utils
 from torch import Tensor
 
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.losses.cross_entropy import TokenLosses, is_correct, token_losses_of_logits
+from channel_metrics.swap import wrapped
 
 __all__ = ["SeenLosses", "check_loss_functions", "observe_token_losses", "own_channel_loss_off"]
 
@@ -74,13 +75,6 @@ def check_loss_functions() -> None:
 def observe_token_losses(*, with_correct: bool, guard: FaultGuard) -> Iterator[SeenLosses]:
     """Observe ms-swift's per-token loss functions inside the block."""
     seen = SeenLosses(with_correct)
-    module: Any = seq2seq_trainer
-    utils: Any = loss_utils
-    rows, parts, gather = (
-        module.per_token_loss_func,
-        module.per_token_loss_func_sp,
-        utils.GatherLoss,
-    )
 
     def of_rows(compute: Any, outputs: Any, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
         losses = compute(outputs, labels, *args, **kwargs)
@@ -90,37 +84,25 @@ def observe_token_losses(*, with_correct: bool, guard: FaultGuard) -> Iterator[S
 
     def of_parts(compute: Any, outputs: Any, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
         # The losses of this rank's parts are what is handed to the gathering of all parts.
-        gathered = _KeptGather(gather)
-        utils.GatherLoss = gathered
-        try:
+        gathered: list[Tensor] = []
+
+        def gather(original: Any, loss: Tensor, *rest: Any) -> Any:
+            gathered.append(loss.detach())
+            return original(loss, *rest)
+
+        with wrapped(GatherLoss, "apply", gather):
             losses = compute(outputs, labels, *args, **kwargs)
-        finally:
-            utils.GatherLoss = gather
-        seen.keep(outputs.logits, labels, gathered.first, dft=_dft(args, kwargs))
+        seen.keep(outputs.logits, labels, gathered[0], dft=_dft(args, kwargs))
         return losses
 
-    module.per_token_loss_func = lambda *a, **k: guard.shielded(rows, of_rows, *a, **k)
-    module.per_token_loss_func_sp = lambda *a, **k: guard.shielded(parts, of_parts, *a, **k)
-    try:
+    with ExitStack() as stack:
+        for name, body in zip(_FUNCTIONS, (of_rows, of_parts), strict=True):
+            stack.enter_context(wrapped(seq2seq_trainer, name, _shielded(guard, body)))
         yield seen
-    finally:
-        module.per_token_loss_func, module.per_token_loss_func_sp = rows, parts
 
 
-class _KeptGather:
-    """Stands for `GatherLoss`, and keeps the first tensor that is gathered."""
-
-    def __init__(self, original: Any) -> None:
-        self.original = original
-        self._kept: list[Tensor] = []
-
-    def apply(self, loss: Tensor, *args: Any) -> Any:
-        self._kept.append(loss.detach())
-        return self.original.apply(loss, *args)
-
-    @property
-    def first(self) -> Tensor:
-        return self._kept[0]
+def _shielded(guard: FaultGuard, observing: Any) -> Any:
+    return lambda original, *args, **kwargs: guard.shielded(original, observing, *args, **kwargs)
 
 
 def _dft(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

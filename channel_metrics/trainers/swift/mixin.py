@@ -23,7 +23,7 @@ from channel_metrics.trainers.swift.loss import (
     observe_token_losses,
     own_channel_loss_off,
 )
-from channel_metrics.trainers.swift.state import SwiftState
+from channel_metrics.trainers.swift.state import SwiftReader, SwiftState
 
 __all__ = ["SwiftChannelMetricsMixin", "mixin_for"]
 
@@ -43,6 +43,7 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
         state: Any = self.channel_metrics
         # A loss of the user's may need what ms-swift computes for its own channel loss.
         state.logs_own_names = self.args.enable_channel_loss and self.compute_loss_func is None
+        state.reader.always_weights = state.logs_own_names
         with state.guard.guarded():
             state.check_names()
 
@@ -99,20 +100,21 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
         self, compute: Any, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
         state: Any = self.channel_metrics
-        state.loss_scale = inputs.get("loss_scale")
+        reader: SwiftReader = state.reader
+        reader.loss_scale = inputs.get("loss_scale")
         with ExitStack() as stack:
             if state.logs_own_names and "labels" in inputs:
                 # Weights would keep the loss from Liger, which has the token losses as well.
                 fused = self.args.use_liger_kernel
                 inject = self.template.sequence_parallel_size == 1 and not fused
                 stack.enter_context(own_channel_loss_off(self.args, inputs, inject=inject))
-            state.seen = stack.enter_context(
+            reader.seen = stack.enter_context(
                 observe_token_losses(with_correct=state.with_correct, guard=state.guard)
             )
             try:
                 return super()._observed_loss(compute, model, inputs, *args, **kwargs)
             finally:
-                state.seen = state.loss_scale = None
+                reader.seen = reader.loss_scale = None
 
     def _labels_of(self, batch: BatchChannels, inputs: Any) -> Any:
         # Under sequence parallelism they are shifted already.

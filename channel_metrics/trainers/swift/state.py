@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from channel_metrics.capture.transformers import Observation
+from channel_metrics.capture.reader import TokenLossReader
 from channel_metrics.core.accumulator import ChannelLossAccumulator
 from channel_metrics.core.keys import metric_key
 from channel_metrics.core.labels import UNLABELED
@@ -18,7 +18,7 @@ from channel_metrics.losses.cross_entropy import TokenLosses
 from channel_metrics.trainers.hf.state import RESERVED_KEYS, ChannelState
 from channel_metrics.trainers.swift.loss import SeenLosses
 
-__all__ = ["OWN_RESERVED_KEYS", "SwiftState", "own_key", "own_losses"]
+__all__ = ["OWN_RESERVED_KEYS", "SwiftReader", "SwiftState", "own_key", "own_losses"]
 
 # Keys that ms-swift's trainers log themselves.
 OWN_RESERVED_KEYS = RESERVED_KEYS | {
@@ -39,16 +39,40 @@ def own_losses(total: ChannelLossAccumulator) -> dict[str, float]:
     return {name: loss / count for name, (loss, count) in finite.items() if count}
 
 
-@dataclass
-class SwiftState(ChannelState):
-    """Knows the losses that ms-swift computes per token, and the names under which it logs them."""
+class SwiftReader(TokenLossReader):
+    """Knows the losses that ms-swift computes per token, and how it weights them."""
 
-    reserved: ClassVar[frozenset[str]] = OWN_RESERVED_KEYS
-    # Whether `loss_<channel>` is logged, with ms-swift's own meaning.
-    logs_own_names: bool = False
+    # Whether tokens are weighted with 1 where ms-swift does not weight them.
+    always_weights = False
     # What is known of the micro-batch that is computed now.
     seen: SeenLosses | None = None
     loss_scale: Tensor | None = None
+
+    def trainer_losses(self, labels: Tensor, *, per_token: bool) -> TokenLosses | None:
+        """The token losses that ms-swift computed, None where it left the loss to the model."""
+        return None if self.seen is None else self.seen.losses
+
+    def weights(self, nll: Tensor, *, per_token: bool) -> Tensor | None:
+        """What ms-swift multiplied each nll with; None where tokens are not weighted."""
+        scale = factor = None
+        if self.seen is not None and self.seen.losses is not None:
+            scale, factor = self.loss_scale, self.seen.factor
+        if scale is None and factor is None:
+            return torch.ones_like(nll) if self.always_weights else None
+        if scale is not None and not per_token:
+            scale = torch.roll(scale, shifts=-1, dims=-1)
+        weights = torch.ones_like(nll) if scale is None else scale.reshape(-1).to(nll)
+        return weights if factor is None else weights * factor
+
+
+@dataclass
+class SwiftState(ChannelState):
+    """Knows the names under which ms-swift logs the losses of channels."""
+
+    reserved: ClassVar[frozenset[str]] = OWN_RESERVED_KEYS
+    reader_class: ClassVar[type[TokenLossReader]] = SwiftReader
+    # Whether `loss_<channel>` is logged, with ms-swift's own meaning.
+    logs_own_names: bool = False
     _own: dict[str, float] = field(default_factory=dict)
 
     def check_names(self) -> None:
@@ -61,25 +85,6 @@ class SwiftState(ChannelState):
                 "--enable_channel_loss logs with another meaning; choose another key_format, or "
                 "leave --enable_channel_loss out."
             )
-
-    def _captured_losses(self, observation: Observation, labels: Tensor) -> TokenLosses | None:
-        if self.seen is None or self.seen.losses is None:
-            return super()._captured_losses(observation, labels)
-        self.captured, self.shifts = True, not self.per_token
-        return self.seen.losses
-
-    def _weights(self, nll: Tensor) -> Tensor | None:
-        """What ms-swift multiplied each nll with; None where tokens are not weighted."""
-        seen = self.seen
-        if seen is None or seen.losses is None:
-            return torch.ones_like(nll) if self.logs_own_names else None
-        scale = self.loss_scale
-        if scale is not None and not self.per_token:
-            scale = torch.roll(scale, shifts=-1, dims=-1)
-        if scale is None and seen.factor is None:
-            return torch.ones_like(nll) if self.logs_own_names else None
-        weights = torch.ones_like(nll) if scale is None else scale.reshape(-1).to(nll)
-        return weights if seen.factor is None else weights * seen.factor
 
     def _close(self, window: ChannelLossAccumulator) -> ChannelLossAccumulator:
         total = super()._close(window)

@@ -11,7 +11,6 @@ once per log. Training is unchanged bit for bit.
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.errors import ConfigError, UnsupportedVersionError
+from channel_metrics.swap import original_class, with_mixin
 from channel_metrics.trainers.swift_megatron.batch import SequenceChannels, sequence_channels
 from channel_metrics.trainers.swift_megatron.state import SwiftMegatronState
 
@@ -171,7 +171,7 @@ def attach(trainer: TrainerT, config: MetricsConfig | None = None) -> TrainerT:
         )
     metrics = SwiftMegatronState(config or MetricsConfig(), changed.args)
     if not isinstance(trainer, SwiftMegatronMixin):
-        changed.__class__ = _with_mixin(original)
+        changed.__class__ = with_mixin(original, SwiftMegatronMixin)
     changed.channel_metrics = metrics
     return trainer
 
@@ -179,12 +179,12 @@ def attach(trainer: TrainerT, config: MetricsConfig | None = None) -> TrainerT:
 def detach(trainer: TrainerT) -> TrainerT:
     """Undo `attach`; the trainer is of its own class again."""
     changed: Any = trainer
-    original = getattr(type(trainer), "_channel_metrics_original", None)
-    if original is not None:
+    if isinstance(trainer, SwiftMegatronMixin):
         # Else its models would go on to measure accuracy.
         changed.channel_metrics.guard.off = True
-        changed.__class__ = original
-        del changed.channel_metrics
+        changed.__class__ = original_class(type(trainer))
+    if not isinstance(trainer, SwiftMegatronMixin):
+        vars(trainer).pop("channel_metrics", None)
     return trainer
 
 
@@ -204,18 +204,6 @@ def check_megatron_trainer(trainer_class: type) -> None:
                 f"{name}{found if method else ': nothing'}; use a tested version (see "
                 "docs/ms_swift_megatron.md), or leave the metrics out for this task."
             )
-
-
-@cache
-def _with_mixin(trainer_class: Any) -> Any:
-    """The class with the mixin before it, under the same name: logs show it."""
-    body = {
-        "__module__": trainer_class.__module__,
-        "__qualname__": trainer_class.__qualname__,
-        "__doc__": trainer_class.__doc__,
-        "_channel_metrics_original": trainer_class,
-    }
-    return type(trainer_class.__name__, (SwiftMegatronMixin, trainer_class), body)
 
 
 def _to(bounds: Tensor | None, like: Tensor) -> Tensor | None:

@@ -1,41 +1,38 @@
 """Gives each `MegatronTrainer` of ms-swift that is made from now on channel metrics.
 
-For the patch `ms_swift`. ms-swift imports its Megatron side only in runs that use it, and so does
-this: nothing of it is imported here.
+It is part of `channel_metrics.trainers.swift.patch`, which applies and reverts it. It is a module
+of its own because it imports the Megatron side of ms-swift, which most runs do not have.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-import sys
 from typing import Any
 
+from swift.megatron.trainers.trainer import MegatronTrainer
+
+from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.faults import FaultGuard
+from channel_metrics.trainers.swift.patch import KEY
+from channel_metrics.trainers.swift_megatron.attaching import attach, check_megatron_trainer
 
-__all__ = ["patch_megatron_trainer", "unpatch_megatron_trainer"]
+__all__ = ["apply", "is_applied"]
 
 logger = logging.getLogger("channel_metrics")
 
-_MODULE = "swift.megatron.trainers.trainer"
-_MARK = "_channel_metrics_original"
 
+def apply(config: MetricsConfig) -> None:
+    """Patch `MegatronTrainer.__init__`; a second call does nothing.
 
-def patch_megatron_trainer(config: MetricsConfig) -> bool:
-    """Patch it if it is imported already, and not patched; whether it is patched now."""
-    trainer_class = _trainer_class()
-    if trainer_class is None:
-        return False
-    original = trainer_class.__init__
-    if hasattr(original, _MARK):
-        return True
-    from channel_metrics.trainers.swift_megatron import attach, check_megatron_trainer
+    Raises:
+        UnsupportedVersionError: this ms-swift lacks what is needed; nothing is patched.
+    """
+    if is_applied():
+        return
+    check_megatron_trainer(MegatronTrainer)
 
-    check_megatron_trainer(trainer_class)
-
-    @functools.wraps(original)
-    def init_with_metrics(trainer: Any, *args: Any, **kwargs: Any) -> None:
+    def init_with_metrics(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
         original(trainer, *args, **kwargs)
         task = trainer.args.task_type
         if task != "causal_lm":
@@ -46,18 +43,9 @@ def patch_megatron_trainer(config: MetricsConfig) -> bool:
         with FaultGuard(config.on_error).guarded():
             attach(trainer, config)
 
-    setattr(init_with_metrics, _MARK, original)
-    trainer_class.__init__ = init_with_metrics
-    return True
+    swap.wrap(MegatronTrainer, "__init__", init_with_metrics, key=KEY)
 
 
-def unpatch_megatron_trainer() -> None:
-    """Put the original back; trainers made before keep their metrics."""
-    trainer_class = _trainer_class()
-    original = getattr(getattr(trainer_class, "__init__", None), _MARK, None)
-    if original is not None:
-        trainer_class.__init__ = original
-
-
-def _trainer_class() -> Any:
-    return getattr(sys.modules.get(_MODULE), "MegatronTrainer", None)
+def is_applied() -> bool:
+    """Whether `MegatronTrainer.__init__` is patched now."""
+    return swap.is_wrapped(MegatronTrainer, "__init__", key=KEY)

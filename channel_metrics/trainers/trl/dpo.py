@@ -1,36 +1,31 @@
 """Channel metrics in TRL's DPOTrainer: rewards, margins, accuracies and the loss, per pair.
 
-TRL computes all of them per pair and then averages. Nothing is computed twice here:
-
-- the rewards are the [num_pairs] tensors that TRL hands to `accelerator.gather`, in the order
-  chosen, rejected, accuracies, margins;
-- the losses are what TRL takes the mean of at the end of each turn of its loop over
-  `trainer.loss_types`. That list is replaced by one that knows when the loop runs, and a
-  `TorchFunctionMode` sees the calls of `mean` inside the loop, and only there.
+- The rewards are the [num_pairs] tensors that TRL hands to `accelerator.gather`, in the order
+  chosen, rejected, accuracies, margins.
+- The loss of a pair is computed from its rewards by TRL's formula. In every batch the mean is
+  compared to the loss that TRL returned. A loss that does not agree is not logged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import trl
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from channel_metrics.errors import UnsupportedVersionError
+from channel_metrics.ranks.sync import MISMATCH_TOLERANCE
+from channel_metrics.trainers.trl.dpo_losses import FORMULAS, Pairs
 from channel_metrics.trainers.trl.pairs import PairChannelMetricsMixin
 from channel_metrics.trainers.trl.state import SampleState
-from channel_metrics.trainers.trl.sums import ratio
 
 __all__ = ["DPOChannelMetricsMixin"]
 
 # In the order in which TRL gathers them.
 _GATHERED = ("chosen", "rejected", "accuracies", "margins")
-# Their values per pair are not about that pair alone: sorted over the batch, or its mean.
-_COUPLED = frozenset({"aot", "aot_unpaired", "sft"})
 
 
 class _DPOState(SampleState):
@@ -40,9 +35,11 @@ class _DPOState(SampleState):
     checked = False
 
     def values(self, sums: Any) -> dict[str, float | None]:
-        """TRL's names of the rewards, and the loss where it is one per pair."""
-        rewards = {f"rewards/{name}": sums[name] / sums["samples"] for name in _GATHERED}
-        return {"loss": ratio(sums["loss"], sums["loss_samples"]), **rewards}
+        """TRL's names of the rewards, and the loss if it is known for every pair."""
+        samples = sums["samples"]
+        rewards = {f"rewards/{name}": sums[name] / samples for name in _GATHERED}
+        complete = sums["loss_samples"] == samples
+        return {"loss": sums["loss"] / samples if complete else None, **rewards}
 
 
 class DPOChannelMetricsMixin(PairChannelMetricsMixin):
@@ -50,8 +47,14 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
 
     state_class = _DPOState
     # What DPOTrainer has.
-    loss_types: Any
+    args: Any
+    beta: float
+    loss_types: list[str]
     loss_weights: list[float]
+    label_smoothing: float
+    f_divergence_type: str
+    f_alpha_divergence_coef: float
+    use_weighting: bool
 
     def observe_pairs(
         self,
@@ -62,53 +65,58 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
         *rest: Any,
         **kw: Any,
     ) -> tuple[Any, dict[str, Tensor]]:
-        """Rewards and losses of the pairs, while TRL computes its loss."""
-        if getattr(self, "_compute_loss_liger", None) and getattr(self, "use_liger_kernel", False):
-            raise UnsupportedVersionError(
-                "channel metrics need the loss of each DPO pair, but use_liger_kernel=True "
-                "computes one loss for all in a fused kernel; set it to False or detach."
-            )
-        losses: _WatchedTypes | None = None
+        """The rewards that TRL gathered, and the loss of each pair from them."""
         with _kept_gathers(self.accelerator, num_pairs) as gathered:
-            types = getattr(self, "loss_types", None)
-            if types is None:
-                raise UnsupportedVersionError(
-                    f"trl {trl.__version__} has no DPOTrainer.loss_types; the loss of each pair "
-                    "cannot be seen. Use a tested version (see docs/trl.md)."
-                )
-            losses = _WatchedTypes(types)
-            self.loss_types = losses
-            try:
-                result = compute(model, inputs, *rest, **kw)
-            finally:
-                losses.close()
-                self.loss_types = types
+            result = compute(model, inputs, *rest, **kw)
         self._check_gathered(gathered, num_pairs)
         values = dict(zip(_GATHERED, gathered, strict=False))
-        per_pair = self._pair_losses(losses, num_pairs)
-        return result, values if per_pair is None else {**values, "loss": per_pair}
-
-    def loss_is_mean_of_pairs(self) -> bool:
-        """Not with the auxiliary loss of experts: it is one number per batch."""
-        return not getattr(self, "aux_loss_enabled", False)
-
-    def _pair_losses(self, losses: _WatchedTypes, num_pairs: int) -> Tensor | None:
+        reason = self._why_no_loss()
+        if reason is None:
+            loss = self._pair_losses(values, inputs["completion_mask"])
+            returned = result[0] if isinstance(result, tuple) else result
+            if _agree(loss.mean(), returned.detach(), values["chosen"].dtype):
+                return result, {**values, "loss": loss}
+            reason = (
+                f"for loss_type={self.loss_types}, the formulas of channel_metrics do not give "
+                f"the loss that trl {trl.__version__} returned"
+            )
         state: Any = self.channel_metrics
-        coupled = sorted(_COUPLED.intersection(losses))
-        if coupled:
-            state.warn_once(
-                f"the DPO loss {', '.join(coupled)} is computed over the batch, not per pair: "
-                "there is no loss per channel; the rewards are exact."
-            )
-            return None
-        shapes = [list(found.shape) for found in losses.found]
-        if shapes != [[num_pairs]] * len(losses):
-            raise UnsupportedVersionError(
-                f"the DPO losses {list(losses)} must each be the mean of [{num_pairs}] values, "
-                f"one per pair, but trl {trl.__version__} took it of {shapes}; detach the metrics."
-            )
-        weighted = zip(self.loss_weights, losses.found, strict=True)
-        return torch.stack([weight * found for weight, found in weighted]).sum(dim=0)
+        state.warn_once(
+            f"the DPO loss per channel is left out: {reason}. The rewards per channel are exact."
+        )
+        return result, values
+
+    def _why_no_loss(self) -> str | None:
+        """Why the loss of a pair does not follow from its rewards; None if it does."""
+        unknown = sorted(set(self.loss_types) - FORMULAS.keys())
+        if unknown:
+            return f"there is no formula per pair for loss_type={unknown}"
+        if self.use_weighting:
+            return "use_weighting=True weights each pair by the probabilities of its tokens"
+        if getattr(self, "aux_loss_enabled", False):
+            return "the auxiliary loss of the experts is one number per batch"
+        return None
+
+    def _pair_losses(self, rewards: dict[str, Tensor], completion_mask: Tensor) -> Tensor:
+        """The weighted sum of TRL's losses, [num_pairs]."""
+        limit = self.args.max_length
+        # trl 0.29 truncates the batch after we have seen it. Answers are at the end of a row.
+        if getattr(self.args, "truncation_mode", "keep_start") == "keep_start":
+            completion_mask = completion_mask[:, :limit]
+        lengths = completion_mask.sum(dim=1).clamp(min=1.0, max=limit).chunk(2)
+        pairs = Pairs(
+            chosen=rewards["chosen"],
+            rejected=rewards["rejected"],
+            chosen_length=lengths[0],
+            rejected_length=lengths[1],
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            discopop_tau=self.args.discopop_tau,
+            f_divergence_type=self.f_divergence_type,
+            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+        )
+        weighted = zip(self.loss_types, self.loss_weights, strict=True)
+        return torch.stack([weight * FORMULAS[name](pairs) for name, weight in weighted]).sum(0)
 
     def _check_gathered(self, gathered: Sequence[Tensor], num_pairs: int) -> None:
         """Once, on the values: whether the gathered tensors are what we take them for."""
@@ -130,42 +138,15 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
         state.checked = True
 
 
-class _WatchedTypes(list[str]):
-    """`loss_types`, which keeps what the mean was last taken of in each turn of a loop over it."""
+def _agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two losses are the same, up to the rounding of rewards of this dtype.
 
-    def __init__(self, types: Sequence[str]) -> None:
-        super().__init__(types)
-        self.found: list[Tensor] = []
-        self._loop: Generator[str, None, None] | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        self._loop = self._watched()
-        return self._loop
-
-    def close(self) -> None:
-        """Leave the loop, if an error has not let it end."""
-        if self._loop is not None:
-            self._loop.close()
-
-    def _watched(self) -> Generator[str, None, None]:
-        with _Means() as means:
-            for index in range(len(self)):
-                means.last = None
-                yield self[index]
-                if means.last is not None:
-                    self.found.append(means.last)
-
-
-class _Means(TorchFunctionMode):
-    """Keeps the tensor whose mean over all entries was taken last; changes nothing."""
-
-    last: Tensor | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.Tensor.mean, torch.mean) and len(args) == 1 and not kwargs:
-            self.last = args[0].detach()
-        return func(*args, **kwargs)
+    This waits for the device. TRL does so a dozen times per batch, for its own metrics.
+    """
+    rounding = 16 * torch.finfo(dtype).eps
+    relative = max(MISMATCH_TOLERANCE, rounding)
+    ours, theirs = ours.float(), theirs.float()
+    return bool(torch.isclose(ours, theirs, rtol=relative, atol=rounding, equal_nan=True))
 
 
 @contextmanager

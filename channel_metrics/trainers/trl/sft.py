@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from channel_metrics.capture.transformers import Observation, shifted_labels
+from channel_metrics.capture.logits import shifted_labels
+from channel_metrics.capture.reader import TokenLossReader
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.labels import field_roots
 from channel_metrics.core.sums import TokenValues
@@ -31,41 +32,18 @@ __all__ = ["SFTChannelMetricsMixin", "prepare_dataset"]
 _NAMES_ATTRIBUTE = "_channel_metrics_packed_names"
 
 
-class _SFTState(ChannelState):
+class _SFTReader(TokenLossReader):
     """Knows the fused LM head of newer TRL, whose forward returns log probs and no logits."""
 
     # What the model returned in this micro-batch, if it has a fused head.
     fused: Any = None
-    # Where each pack of this micro-batch ends, if it holds packs.
-    pack_bounds: Tensor | None = None
 
-    def record(self, batch: BatchChannels, *args: Any, **kwargs: Any) -> None:
-        """Add one micro-batch; packs without bounds and others may take turns."""
-        if batch.per_token != self.per_token:
-            self.captured = self.shifts = None
-        super().record(batch, *args, **kwargs)
-
-    def _without_repetitions(
-        self, batch: BatchChannels, values: TokenValues, real: tuple[int, int]
-    ) -> tuple[BatchChannels, TokenValues]:
-        bounds = self.pack_bounds
-        if bounds is None or bounds.numel() != real[1] + 1:
-            return super()._without_repetitions(batch, values, real)
-        end: Any = bounds[real[0]]
-        positions = torch.arange(values.mask.numel(), device=values.mask.device)
-        inside = (positions < end).view(values.mask.shape)
-        cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.clamp(max=end)
-        return (
-            replace(batch, cu_seqlens=cu_seqlens),
-            values._replace(mask=values.mask & inside),
-        )
-
-    def _captured_losses(self, observation: Observation, labels: Tensor) -> TokenLosses | None:
+    def trainer_losses(self, labels: Tensor, *, per_token: bool) -> TokenLosses | None:
+        """Token losses from the log probs of the fused head, if the model has one."""
         fused, self.fused = self.fused, None
         if fused is None:
-            return super()._captured_losses(observation, labels)
-        self.captured, self.shifts = True, not self.per_token
-        targets = labels if self.per_token else shifted_labels(labels)
+            return None
+        targets = labels if per_token else shifted_labels(labels)
         if fused.log_probs.shape != targets[..., 1:].shape:
             raise UnsupportedVersionError(
                 f"the log probs of the model must have shape {list(targets[..., 1:].shape)}, one "
@@ -80,6 +58,29 @@ class _SFTState(ChannelState):
             correct=None if correct is None else pad(correct, (0, 1)).flatten(),
             target=targets.to(nll.device).flatten(),
             reported_sum=nll.sum(),
+        )
+
+
+class _SFTState(ChannelState):
+    """Knows where the packs of a micro-batch end."""
+
+    reader_class = _SFTReader
+    # Where each pack of this micro-batch ends, if it holds packs.
+    pack_bounds: Tensor | None = None
+
+    def _without_repetitions(
+        self, batch: BatchChannels, values: TokenValues, real: tuple[int, int]
+    ) -> tuple[BatchChannels, TokenValues]:
+        bounds = self.pack_bounds
+        if bounds is None or bounds.numel() != real[1] + 1:
+            return super()._without_repetitions(batch, values, real)
+        end: Any = bounds[real[0]]
+        positions = torch.arange(values.mask.numel(), device=values.mask.device)
+        inside = (positions < end).view(values.mask.shape)
+        cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.clamp(max=end)
+        return (
+            replace(batch, cu_seqlens=cu_seqlens),
+            values._replace(mask=values.mask & inside),
         )
 
 
@@ -122,17 +123,18 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
     ) -> Any:
         """TRL's own loss; the first outputs with log probs are those that it is made of."""
         state: Any = self.channel_metrics
+        reader: _SFTReader = state.reader
 
         def keep_fused(_model: Any, _args: Any, outputs: Any) -> None:
-            if state.fused is None and getattr(outputs, "log_probs", None) is not None:
-                state.fused = outputs
+            if reader.fused is None and getattr(outputs, "log_probs", None) is not None:
+                reader.fused = outputs
 
         handle = model.register_forward_hook(keep_fused)
         try:
             return super()._observed_loss(compute, model, inputs, *args, **kwargs)
         finally:
             handle.remove()
-            state.fused = None
+            reader.fused = None
 
     def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
         state = self.channel_metrics

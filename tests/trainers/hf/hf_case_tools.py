@@ -3,22 +3,49 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 from unittest.mock import patch
 
+import faults
+import pytest
 import torch
 import torch.distributed as dist
-from hf_tools import PaddingCollator, Record, make_records, tiny_model, train
+from datasets import Dataset
+from fork_client import Preload
+from hf_tools import PaddingCollator, Record, expected_metrics, make_records, tiny_model, train
+from rank_cases import case
 from transformers import Trainer
 
 from channel_metrics import MetricsConfig
 from channel_metrics.trainers.hf import attach
-from channel_metrics.trainers.hf import state as hf_state
 
+HF = Preload(("hf_case_tools",))
+# Decorators of cases: how many ranks there are, and of what kind.
+ddp = case(HF, ranks=2)
+ddp4 = case(HF, ranks=4)
+fsdp = case(HF, ranks=2, setup="hf_fsdp:use_cpu")
+zero = case(HF, ranks=2, setup="hf_deepspeed:use_cpu")
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="deepspeed is only in the main environment (Python 3.11), which runs this",
+)
+
+FSDP2: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]},
+}
+COUNTS = MetricsConfig(
+    channels=("bbu", "rru", "lvis", "lang_chat"),
+    unknown="error",
+    metrics=("loss", "tokens", "samples"),
+)
+DISPATCH = {"dispatch_batches": True}
+NO_DISPATCH = {"dispatch_batches": False}
+SPLIT = {"split_batches": True}
 # A model that two tensor parallel ranks can divide evenly.
 TP_SIZES: dict[str, Any] = {"attention_dropout": 0.0, "num_key_value_heads": 2, "vocab_size": 62}
 COLLECTIVES = (
@@ -138,9 +165,7 @@ def counted_collectives() -> Iterator[list[list[str]]]:
 
         return called
 
-    sync = hf_state.sync
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def watched(sync: Any, *args: Any, **kwargs: Any) -> Any:
         windows.append([])
         inside[0] = True
         try:
@@ -149,16 +174,65 @@ def counted_collectives() -> Iterator[list[list[str]]]:
             inside[0] = False
 
     wrapped = {name: wrap(name, getattr(dist, name)) for name in COLLECTIVES}
-    with patch.multiple(dist, **wrapped), patch.object(hf_state, "sync", watched):
+    with patch.multiple(dist, **wrapped), faults.around("sum over ranks", watched):
         yield windows
 
 
-def cases_of(module: dict[str, Any]) -> list[Callable[[Path], Any]]:
-    """The functions that a module itself defines, in order, without the private ones."""
-    return [
-        value
-        for name, value in module.items()
-        if isinstance(value, FunctionType)
-        and value.__module__ == module["__name__"]
-        and not name.startswith("_")
-    ]
+def zero_config(stage: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
+    }
+
+
+def channel_values(entry: dict[str, float], prefix: str = "") -> dict[str, float]:
+    names = tuple(f"{prefix}{name}_" for name in ("bbu", "rru", "lvis", "lang_chat", "unlabeled"))
+    return {key: value for key, value in entry.items() if key.startswith(names)}
+
+
+def check_windows(ranks: list[Any], table: Any, *, steps: int, accumulation: int) -> None:
+    """Windows of `steps` steps equal the oracle on what the ranks saw together."""
+    for rank in ranks:
+        assert rank["processes"] == len(ranks)
+        assert not rank["warned"]
+        logs = [entry for entry in rank["logs"] if "loss" in entry]
+        assert len(logs) >= 2
+        for index, entry in enumerate(logs):
+            start, end = (edge * steps * accumulation for edge in (index, index + 1))
+            seen = [batch for other in ranks for batch in other["batches"][start:end]]
+            assert channel_values(entry) == pytest.approx(expected_metrics(table, seen), rel=1e-5)
+
+
+def run_for_bits(folder: Path, metrics_on: bool, **more: Any) -> Any:
+    """A training with all that could be disturbed: dropout, accumulation, evaluations."""
+    held_out = Dataset.from_list(make_records(10, seed=1))
+    trainer = run(
+        folder,
+        metrics_on=metrics_on,
+        dropout=0.1,
+        learning_rate=1e-2,
+        max_steps=8,
+        gradient_accumulation_steps=2,
+        eval_strategy="steps",
+        eval_steps=3,
+        trainer_arguments={"eval_dataset": held_out},
+        **more,
+    )
+    off = metrics_on and trainer.channel_metrics.guard.off
+    return told(trainer, random=torch.get_rng_state().sum().item(), off=off)
+
+
+def check_bits(off: list[Any], on: list[Any]) -> None:
+    """Metrics changed nothing of a training, and there were some."""
+    keys = ("loss", "grad_norm", "learning_rate", "eval_loss", "train_loss", "step")
+    for rank_off, rank_on in zip(off, on, strict=True):
+        assert rank_off["weights"] == rank_on["weights"]
+        assert rank_off.get("random") == rank_on.get("random")
+        kept = [[{k: e[k] for k in keys if k in e} for e in r["logs"]] for r in (rank_off, rank_on)]
+        assert kept[0] == kept[1]
+        assert any("bbu_loss" in entry for entry in rank_on["logs"])
+        assert not any("bbu_loss" in entry for entry in rank_off["logs"])
+    untrained = tiny_model(attention_dropout=0.1)
+    assert on[0]["weights"] != weights_hash(untrained)

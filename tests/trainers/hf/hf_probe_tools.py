@@ -28,6 +28,13 @@ def probe_of(**options: Any) -> DatasetMetricsCallback:
     )
 
 
+def add(trainer: Trainer, callback: TrainerCallback, *, told: bool = True) -> None:
+    """Add a callback; a probe is told its trainer, unless it is left to the channel metrics."""
+    if told and isinstance(callback, DatasetMetricsCallback):
+        callback.trainer = trainer
+    trainer.add_callback(callback)
+
+
 def run(
     folder: Path,
     *callbacks: TrainerCallback,
@@ -38,7 +45,7 @@ def run(
         if metrics_on:
             attach(trainer)
         for callback in callbacks:
-            trainer.add_callback(callback)
+            add(trainer, callback, told=not metrics_on)
 
     return train(folder, prepare=prepare, **{"max_steps": 5} | arguments)
 

@@ -21,8 +21,8 @@ from hf_tools import (
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorForSeq2Seq, Trainer
 
 from channel_metrics import ChannelError, ConfigError, MetricsConfig
+from channel_metrics.data.scan import count_channels
 from channel_metrics.trainers.hf import attach
-from channel_metrics.trainers.hf.data import count_channels
 
 FIELDS = MetricsConfig().fields
 

@@ -96,15 +96,16 @@ def set_losses(values: list[float]) -> Any:
 
     def prepare(trainer: Trainer) -> None:
         attach(trainer)
-        state = trainer.channel_metrics
-        close = state.close_evaluation
+        session = trainer.channel_metrics
+        write = session.write
 
-        def closed(metrics: dict[str, Any], prefix: str) -> None:
-            close(metrics, prefix)
-            assert "eval_bbu_loss" in metrics
-            metrics["eval_bbu_loss"] = next(remaining)
+        def written(window: Any, logs: dict[str, Any]) -> None:
+            write(window, logs)
+            if window.split != "train":
+                assert "eval_bbu_loss" in logs
+                logs["eval_bbu_loss"] = next(remaining)
 
-        state.close_evaluation = closed
+        session.write = written
 
     return prepare
 

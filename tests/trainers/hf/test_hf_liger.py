@@ -37,6 +37,17 @@ def test_the_logits_never_exist(results: dict[str, Any]) -> None:
 
 
 @needs_liger
+def test_a_function_in_the_place_of_ligers_computes_the_loss(results: dict[str, Any]) -> None:
+    off, on = results["own_off"], results["own_on"]
+    for what in ("loss", "norms", "weights"):
+        assert on[what] == off[what]
+    assert on["loss"][0] == pytest.approx(10 * results["on"]["loss"][0], rel=1e-6)
+    # Before the first step, the channels are the same as those of Liger's own function.
+    assert on["channels"][0] == pytest.approx(results["on"]["channels"][0], rel=1e-6)
+    assert on["rows"] == off["rows"]
+
+
+@needs_liger
 def test_metrics_equal_the_oracle_in_training_and_evaluation(results: dict[str, Any]) -> None:
     assert results["trained"] == pytest.approx(results["expected"], rel=1e-5)
     assert results["evaluated"] == pytest.approx(results["expected_evaluated"], rel=1e-5)

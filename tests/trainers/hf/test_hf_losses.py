@@ -31,7 +31,7 @@ from transformers.loss import loss_utils
 from transformers.modeling_outputs import CausalLMOutput
 
 from channel_metrics import ChannelMetricsError, UnsupportedVersionError
-from channel_metrics.capture.transformers import shifted_labels
+from channel_metrics.capture.logits import shifted_labels
 from channel_metrics.trainers.hf import attach
 
 

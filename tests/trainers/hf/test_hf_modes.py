@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from hf_case_tools import fixed_records
-from hf_launch import Launch, launch
 from hf_tools import (
     PaddingCollator,
     Record,
@@ -48,56 +47,6 @@ def logged(entries: list[dict[str, float]]) -> dict[str, int]:
     return totals
 
 
-# ---- two ranks ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def ddp(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    return launch("ddp", tmp_path_factory)
-
-
-@pytest.mark.parametrize(
-    ("case", "epochs"),
-    [
-        ("feed_dispatch", 1),
-        ("feed_split", 1),
-        ("feed_stream", 1),
-        ("feed_stream_by_all", 1),
-        ("feed_stream_workers", 1),
-        ("feed_arrow_stream", 1),
-        ("feed_by_length", 1),
-        ("feed_persistent", 2),
-    ],
-)
-def test_no_record_is_lost_on_the_way_to_two_ranks(ddp: Launch, case: str, epochs: int) -> None:
-    expected = {name: epochs * count for name, count in counted(fixed_records(32)).items()}
-    for rank in ddp.ranks(case):
-        assert rank["processes"] == 2
-        assert logged(rank["logs"]) == expected
-        samples = sum(v for e in rank["logs"] for k, v in e.items() if k.endswith("_samples"))
-        assert samples == 32 * epochs
-
-
-def test_open_tables_cannot_be_sent(ddp: Launch) -> None:
-    """Both ranks say so, before there is a batch."""
-    expected = (
-        "one process sends the batches of a stream to the others (dispatch_batches), so "
-        "channels must be ids, but the train set cannot be scanned for names (Stream); declare "
-        "`channels` in the metrics config, or set "
-        'accelerator_config={"dispatch_batches": False}.'
-    )
-    assert ddp.ranks("refuse_open_stream") == [expected] * 2
-
-
-def test_flattened_batches_cannot_be_sent(ddp: Launch) -> None:
-    for message in ddp.ranks("refuse_flattened"):
-        assert "a batch of DataCollatorWithFlattening holds several sequences" in message
-        assert 'set accelerator_config={"dispatch_batches": False}' in message
-
-
-# ---- one process ----------------------------------------------------------------------------
-
-
 def run_with_oracle(
     folder: Path, model: torch.nn.Module, plain: Any = None, rel: float = 1e-5, **arguments: Any
 ) -> Trainer:
@@ -120,7 +69,7 @@ def run_with_oracle(
         if key.endswith("_token_acc") and rel > 1e-5:
             continue  # in bfloat16 the largest logit may be another
         assert entry[key] == pytest.approx(value, rel=rel)
-    assert not trainer.channel_metrics.warned
+    assert not trainer.channel_metrics.warned and not trainer.channel_metrics.reader.warned
     return trainer
 
 
@@ -196,7 +145,7 @@ def test_gradient_checkpointing(tmp_path: Path, reentrant: bool) -> None:
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": reentrant},
     )
-    assert trainer.channel_metrics.captured
+    assert trainer.channel_metrics.reader.captured
 
 
 def test_bf16_autocast(tmp_path: Path) -> None:
@@ -205,7 +154,7 @@ def test_bf16_autocast(tmp_path: Path) -> None:
     run_with_oracle(tmp_path, model, rel=5e-3, bf16=True)
     trainer = train(tmp_path, prepare=attach, bf16=True, logging_steps=1)
     check_own_loss(trainer)
-    assert not trainer.channel_metrics.warned
+    assert not trainer.channel_metrics.warned and not trainer.channel_metrics.reader.warned
 
 
 def test_torch_compile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -217,7 +166,7 @@ def test_torch_compile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
         torch_compile=True,
         torch_compile_backend="inductor",
     )
-    assert trainer.channel_metrics.captured is False
+    assert trainer.channel_metrics.reader.captured is False
     assert "second softmax" in caplog.text
     torch._dynamo.reset()
 

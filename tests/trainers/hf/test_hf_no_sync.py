@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 import torch
 from datasets import Dataset
@@ -71,16 +72,19 @@ def test_no_sync_from_the_batch_to_the_accumulator(
     assert model.lm_head.weight.grad is not None
 
 
-def test_a_sync_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sync_would_be_seen(tmp_path: Path) -> None:
     trainer, batch = trainer_after_one_batch(tmp_path, PaddingCollator())
     model = on_meta(trainer)
-    state: Any = trainer.channel_metrics  # type: ignore[attr-defined]
-    record = state.record
 
-    def reading_record(batch: Any, labels: Any, observation: Any, **options: Any) -> None:
-        record(batch, labels, observation, **options)
+    def reading(
+        record: Any, state: Any, batch: Any, labels: Any, observation: Any, **options: Any
+    ) -> None:
+        record(state, batch, labels, observation, **options)
         observation.losses[0].nll.sum().item()
 
-    monkeypatch.setattr(state, "record", reading_record)
-    with NoSync(), pytest.raises(HostSyncError, match="_local_scalar_dense"):
+    with (
+        faults.around("record a micro-batch", reading),
+        NoSync(),
+        pytest.raises(HostSyncError, match="_local_scalar_dense"),
+    ):
         loss_of(trainer, model, batch)

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 import torch
+import torch.distributed as dist
 from datasets import Dataset
-from hf_launch import Launch, launch
+from hf_case_tools import ddp, run_for_bits
 from hf_tools import channel_logs, make_records, train
+from rank_cases import Case, RanksOf
 from transformers import Trainer
 
-from channel_metrics import ChannelCollator, MetricsConfig
-from channel_metrics.capture import transformers as hf_loss
-from channel_metrics.core.totals import RunTotals
+from channel_metrics import MetricsConfig
 from channel_metrics.trainers.hf import attach
-from channel_metrics.trainers.hf import loaders as hf_loaders
-from channel_metrics.trainers.hf.state import ChannelState
 
-# Where it goes wrong: (owner, name), and the entries of the log that have channels all the same.
-FAULTS: dict[str, tuple[Any, str, int]] = {
-    "scanning the data": (hf_loaders, "declare_channels", 0),
-    "collating": (ChannelCollator, "_added_keys", 0),
-    "inside the model's loss": (hf_loss, "_two_steps", 0),
-    "recording": (ChannelState, "record", 0),
-    "closing a window": (ChannelState, "_write", 0),
-    "starting": (ChannelState, "start_run", 0),
+# Where it goes wrong, and the entries of the log that have channels all the same.
+FAULTS = {
+    "scan the data": 0,
+    "collate": 0,
+    "see the model's loss": 0,
+    "record a micro-batch": 0,
+    "log": 0,
+    "start": 0,
     # At the first checkpoint, after the first log.
-    "saving": (RunTotals, "save", 1),
+    "save": 1,
 }
 
 
@@ -63,16 +62,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 
 
 @pytest.fixture(params=FAULTS)
-def left(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+def left(request: pytest.FixtureRequest) -> Iterator[int]:
     """One function of ours fails; the number of log entries that have channels nevertheless."""
-    owner, name, entries = FAULTS[request.param]
-
-    @functools.wraps(getattr(owner, name))
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        raise ZeroDivisionError("a fault of ours")
-
-    monkeypatch.setattr(owner, name, failing)
-    return entries
+    with faults.inject(request.param):
+        yield FAULTS[request.param]
 
 
 def test_warn_leaves_the_training_as_it_was(
@@ -119,15 +112,43 @@ def test_an_error_of_the_users_own_is_raised(tmp_path: Path) -> None:
         train(tmp_path, trainer_class=Own, prepare=prepare)
 
 
-@pytest.fixture(scope="module")
-def ddp(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    return launch("ddp", tmp_path_factory)
+@ddp
+def no_fault(folder: Path) -> Any:
+    return run_for_bits(folder, False)
 
 
-@pytest.mark.parametrize("case", ["fault_in_a_batch", "fault_in_a_sync"])
-def test_a_fault_on_one_rank_keeps_no_other_waiting(ddp: Launch, case: str) -> None:
+def _with_fault(folder: Path, place: str) -> Any:
+    """In the second window, rank 1 has an error."""
+
+    def prepare(trainer: Any) -> None:
+        batches, state = trainer.data_collator.batches, trainer.channel_metrics
+        watched = (state, state.train)  # not the window of an evaluation
+
+        def when(call: int, owner: Any, *args: Any) -> bool:
+            # Batches are made ahead of time, one or two of them.
+            return len(batches) > 6 and dist.get_rank() == 1 and owner in watched
+
+        stack.enter_context(faults.inject(place, when))
+
+    with ExitStack() as stack:
+        config = MetricsConfig(on_error="warn")
+        return run_for_bits(folder, True, prepare=prepare, config=config)
+
+
+@ddp
+def fault_in_a_batch(folder: Path) -> Any:
+    return _with_fault(folder, "record a micro-batch")
+
+
+@ddp
+def fault_in_a_sync(folder: Path) -> Any:
+    return _with_fault(folder, "read a window")
+
+
+@pytest.mark.parametrize("case", [fault_in_a_batch, fault_in_a_sync])
+def test_a_fault_on_one_rank_keeps_no_other_waiting(ranks_of: RanksOf, case: Case) -> None:
     """Both ranks log one window, and train on as without metrics."""
-    plain, ranks = ddp.ranks("bits_off"), ddp.ranks(case)
+    plain, ranks = ranks_of(no_fault), ranks_of(case)
     for off, on in zip(plain, ranks, strict=True):
         assert (on["weights"], on["random"]) == (off["weights"], off["random"])
         keys = [sorted(k for k in e if k.endswith("_tokens")) for e in on["logs"] if "loss" in e]

@@ -1,20 +1,32 @@
-"""Context, sequence and tensor parallelism: each token is counted by exactly one rank.
+"""Context, sequence and tensor parallelism on two ranks: each token is counted by exactly one.
 
-The runs on two ranks are real ones, in `hf_cases_fsdp.py` and `hf_cases_deepspeed.py`; below
-them, the slicing and the layouts alone.
+The slicing and the layouts alone are in `test_hf_row_cuts.py`.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from types import SimpleNamespace
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf_case_tools import TP_SIZES, fixed_records
-from hf_launch import Launch, launch
+import torch.distributed as dist
+from accelerate import ParallelismConfig
+from accelerate.utils import DeepSpeedSequenceParallelConfig
+from datasets import Dataset
+from hf_case_tools import (
+    FSDP2,
+    TP_SIZES,
+    channel_values,
+    fixed_records,
+    fsdp,
+    needs_deepspeed,
+    run,
+    told,
+    zero,
+    zero_config,
+)
 from hf_tools import (
     PaddingCollator,
     Record,
@@ -23,31 +35,14 @@ from hf_tools import (
     tiny_model,
     token_table,
 )
+from rank_cases import RanksOf
+from torch.distributed.nn.functional import all_gather
+from transformers import Qwen2ForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from channel_metrics import ChannelTable, ConfigError, UnsupportedVersionError
-from channel_metrics.trainers.hf.parallel import (
-    RankLayout,
-    RowCollator,
-    TargetIdCollator,
-    layout_of,
-    shard_with_labels,
-    target_ids,
-)
+from channel_metrics import MetricsConfig
 
-deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None,
-    reason="deepspeed is only in the main environment (Python 3.11), which runs this",
-)
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    return launch("sharded", tmp_path_factory)
-
-
-def channel_values(entry: dict[str, float], prefix: str = "") -> dict[str, float]:
-    names = tuple(f"{prefix}{name}_" for name in ("bbu", "rru", "lvis", "lang_chat", "unlabeled"))
-    return {key: value for key, value in entry.items() if key.startswith(names)}
+COUNTS = MetricsConfig(metrics=("loss", "tokens", "token_acc", "share"))
 
 
 def check(ranks: list[Any], table: Any, held_out: list[Record], seen: list[list[Any]]) -> None:
@@ -64,8 +59,54 @@ def check(ranks: list[Any], table: Any, held_out: list[Record], seen: list[list[
         assert channel_values(rank["evaluated"], "eval_") == pytest.approx(expected_eval, rel=1e-5)
 
 
-def test_context_parallel_ranks_count_their_parts(sharded: Launch) -> None:
-    ranks = sharded.ranks("context_parallel")
+class Unpadded(PaddingCollator):
+    """Rows of one width; context parallelism takes no mask."""
+
+    def __call__(self, features: list[Any]) -> dict[str, torch.Tensor]:
+        batch = super().__call__(features)
+        del batch["attention_mask"]
+        return batch
+
+
+def _attention_over_ranks(
+    module: Any, query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any
+) -> Any:
+    """Causal attention over the rows of all ranks: torch's ring attention has no CPU kernel."""
+    ranks = dist.get_world_size()
+    # How torch balances the load: of four parts, rank 0 holds the first and the last.
+    parts = torch.arange(query.shape[2] * ranks).chunk(2 * ranks)
+    held = [torch.cat([parts[r], parts[-1 - r]]) for r in range(ranks)]
+    key, value = (torch.cat(all_gather(part.contiguous()), dim=2) for part in (key, value))
+    mask = held[dist.get_rank()][:, None] >= torch.cat(held)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    scores = (query @ key.transpose(2, 3)) * module.scaling
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+@fsdp
+def context_parallel(folder: Path) -> Any:
+    """Both ranks train on halves of the same rows."""
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_over_ranks
+    trainer = run(
+        folder,
+        config=COUNTS,
+        records=fixed_records(32),
+        collator=Unpadded(),
+        model=tiny_model(attention_dropout=0.0, attn_implementation="sdpa"),
+        parallelism_config=ParallelismConfig(cp_size=2),
+        max_steps=4,
+        **FSDP2,
+    )
+    held_out = Dataset.from_list(fixed_records(10, seed=1))
+    evaluated = trainer.evaluate(held_out)
+    del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return told(trainer, evaluated=evaluated)
+
+
+def test_context_parallel_ranks_count_their_parts(ranks_of: RanksOf) -> None:
+    ranks = ranks_of(context_parallel)
     assert {rank["kind"] for rank in ranks} == {"FSDP"}
     # Both ranks read the same rows, and share them.
     assert ranks[0]["batches"] == ranks[1]["batches"]
@@ -75,8 +116,23 @@ def test_context_parallel_ranks_count_their_parts(sharded: Launch) -> None:
     check(ranks, table, held_out, [batches[:2], batches[2:4]])
 
 
-def test_tensor_parallel_ranks_count_once(sharded: Launch) -> None:
-    ranks = sharded.ranks("tensor_parallel")
+@fsdp
+def tensor_parallel(folder: Path) -> Any:
+    """Both ranks train on the same rows, with a part of each weight."""
+    # What transformers has left for accelerate in the cases before.
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]
+    saved = folder / "model"
+    tiny_model(**TP_SIZES).save_pretrained(saved)  # by the first rank only
+    dist.barrier()
+    model = Qwen2ForCausalLM.from_pretrained(saved, tp_plan="auto", dtype=torch.float32)
+    trainer = run(folder, config=COUNTS, records=make_records(64), model=model)
+    held_out = Dataset.from_list(make_records(10, seed=1))
+    return told(trainer, evaluated=trainer.evaluate(held_out))
+
+
+def test_tensor_parallel_ranks_count_once(ranks_of: RanksOf) -> None:
+    ranks = ranks_of(tensor_parallel)
     assert ranks[0]["batches"] == ranks[1]["batches"]
     held_out = make_records(10, seed=1)
     # transformers' saved weights are those of the model that the oracle gets.
@@ -85,9 +141,44 @@ def test_tensor_parallel_ranks_count_once(sharded: Launch) -> None:
     check(ranks, table, held_out, [batches[:2], batches[2:4]])
 
 
-@deepspeed
-def test_ulysses_ranks_count_their_parts(sharded: Launch) -> None:
-    ranks = sharded.ranks("ulysses")
+class Positioned(PaddingCollator):
+    """Ulysses wants positions, and takes no mask."""
+
+    def __call__(self, features: list[Any]) -> dict[str, torch.Tensor]:
+        batch = super().__call__(features)
+        rows, width = batch["input_ids"].shape
+        del batch["attention_mask"]
+        return {**batch, "position_ids": torch.arange(width).repeat(rows, 1)}
+
+
+@zero
+def ulysses(folder: Path) -> Any:
+    """Both ranks train on halves of the rows, first of the one's batch, then of the other's."""
+    sequence = DeepSpeedSequenceParallelConfig(
+        sp_seq_length_is_variable=True, sp_attn_implementation="sdpa"
+    )
+    trainer = run(
+        folder,
+        config=COUNTS,
+        records=fixed_records(32),
+        collator=Positioned(),
+        model=tiny_model(attention_dropout=0.0, num_key_value_heads=2, attn_implementation="sdpa"),
+        use_cpu=False,
+        ddp_backend=None,
+        deepspeed=zero_config(1),
+        parallelism_config=ParallelismConfig(sp_size=2, sp_handler=sequence),
+        # DeepSpeed cuts rows as views, and on a CPU nothing makes them contiguous: one row has no
+        # such problem.
+        per_device_train_batch_size=1,
+        max_steps=4,
+    )
+    held_out = Dataset.from_list(fixed_records(10, seed=1))
+    return told(trainer, evaluated=trainer.evaluate(held_out))
+
+
+@needs_deepspeed
+def test_ulysses_ranks_count_their_parts(ranks_of: RanksOf) -> None:
+    ranks = ranks_of(ulysses)
     assert {rank["kind"] for rank in ranks} == {"DEEPSPEED"}
     held_out = fixed_records(10, seed=1)
     model = tiny_model(attention_dropout=0.0, num_key_value_heads=2)
@@ -95,132 +186,3 @@ def test_ulysses_ranks_count_their_parts(sharded: Launch) -> None:
     # A step is a batch of one of the ranks, which both work on; two steps are a window.
     first, second = (rank["batches"] for rank in ranks)
     check(ranks, table, held_out, [[first[0], second[0]], [first[1], second[1]]])
-
-
-# ---- the slicing alone ----------------------------------------------------------------------
-
-
-def collated(kind: type[Any], records: list[Record], base: Any = None) -> dict[str, Any]:
-    table = ChannelTable(("bbu", "rru", "lvis", "lang_chat"))
-    return kind(base or PaddingCollator(), table=table, row_bounds=False)(records)
-
-
-def test_ids_stand_beside_shifted_labels() -> None:
-    batch = collated(TargetIdCollator, fixed_records(4))
-    assert batch["channels"].shape == batch["labels"].shape
-    names = ("bbu", "rru", "lvis", "lang_chat")
-    for row, record in zip(batch["channels"].tolist(), fixed_records(4), strict=True):
-        assert row == [names.index(record["channel"])] * 15 + [-1]
-
-
-def test_ids_of_packed_rows_are_those_of_the_targets() -> None:
-    class Packed:
-        def __call__(self, features: list[Record]) -> dict[str, torch.Tensor]:
-            return {
-                "input_ids": torch.arange(6).view(1, 6),
-                "labels": torch.tensor([[-100, 1, 2, -100, 4, 5]]),
-                "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]),
-            }
-
-    batch = collated(TargetIdCollator, [{"channel": ["lvis", "bbu"]}], Packed())
-    # Position 2 predicts the first token of the second sequence.
-    assert batch["channels"].tolist() == [[2, 2, 0, 0, 0, -1]]
-    assert set(batch) == {"input_ids", "labels", "position_ids", "channels"}
-
-
-def test_target_ids_shift_like_labels() -> None:
-    assert target_ids(torch.tensor([[3, 4, 5]])).tolist() == [[4, 5, -1]]
-
-
-@pytest.mark.parametrize("kind", [TargetIdCollator, RowCollator])
-def test_names_cannot_be_cut(kind: type[Any]) -> None:
-    with pytest.raises(ConfigError, match=r"not in the table \(fresh, rru\); declare `channels`"):
-        kind(PaddingCollator(), table=ChannelTable(("rru",)))(
-            [{**r, "channel": c} for r, c in zip(fixed_records(2), ("fresh", "rru"), strict=True)]
-        )
-
-
-def test_rows_that_pack_are_not_sent() -> None:
-    class Packed:
-        def __call__(self, features: list[Record]) -> dict[str, torch.Tensor]:
-            return {"labels": torch.zeros(1, 4), "position_ids": torch.tensor([[0, 1, 0, 1]])}
-
-    with pytest.raises(ConfigError, match="a batch holds 2 sequences in its rows"):
-        collated(RowCollator, [{"channel": ["lvis", "bbu"]}], Packed())
-
-
-def test_labels_without_rows_are_refused() -> None:
-    class Flat:
-        def __call__(self, features: list[Record]) -> dict[str, torch.Tensor]:
-            ids = torch.arange(4)
-            return {"labels": ids, "cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}
-
-    with pytest.raises(UnsupportedVersionError, match=r"shape \[batch, sequence\], but .* \[4\]"):
-        collated(TargetIdCollator, [{"channel": "bbu"}], Flat())
-
-
-def test_the_context_gets_the_ids() -> None:
-    labels, ids = torch.zeros(2, 4), torch.ones(2, 4)
-    given = functools.partial(
-        lambda **kw: kw, buffers=[labels], buffer_seq_dims=[1], no_restore_buffers={labels}
-    )
-    kept = shard_with_labels(given, ids)()
-    assert [b is c for b, c in zip(kept["buffers"], [labels, ids], strict=True)] == [True, True]
-    assert kept["buffer_seq_dims"] == [1, 1] and kept["no_restore_buffers"] == {labels, ids}
-    assert given.keywords["buffers"] == [labels]
-    # Ids per sequence, names, and contexts that cut nothing stay as they are.
-    for context, channels in ((given, torch.ones(2)), (given, ["bbu"]), (dict, ids)):
-        assert shard_with_labels(context, channels) is context
-
-
-# ---- layouts --------------------------------------------------------------------------------
-
-
-class Mesh:
-    def __init__(self, **ranks: int) -> None:
-        self.mesh_dim_names = tuple(ranks)
-        self.get_local_rank = ranks.__getitem__
-
-
-def accelerator(rank: int, processes: int, mesh: Any = None, **sizes: Any) -> Any:
-    config = SimpleNamespace(**{"sp_backend": "deepspeed"} | sizes) if sizes else None
-    return SimpleNamespace(
-        parallelism_config=config,
-        torch_device_mesh=mesh,
-        process_index=rank,
-        num_processes=processes,
-    )
-
-
-def test_layouts() -> None:
-    plain = layout_of(accelerator(3, 4))
-    assert plain == RankLayout(data_size=4, data_rank=3)
-    assert plain.counts(cut=False) and not plain.shards_rows
-
-    tensor = layout_of(accelerator(3, 4, Mesh(dp_shard=1, tp=1), tp_size=2))
-    assert (tensor.data_size, tensor.data_rank, tensor.shards_rows) == (2, 1, False)
-    assert not tensor.counts(cut=False)
-    assert layout_of(accelerator(2, 4, Mesh(dp_shard=1, tp=0), tp_size=2)).counts(cut=False)
-
-    context = layout_of(accelerator(1, 4, Mesh(dp_shard=0, cp=1), cp_size=2))
-    assert (context.data_size, context.data_rank, context.shards_rows) == (2, 0, True)
-    assert context.counts(cut=True) and not context.counts(cut=False)
-
-
-def test_a_group_that_cannot_be_seen_is_refused() -> None:
-    with pytest.raises(UnsupportedVersionError, match=r"tp_size is 2, .* counted 2 times"):
-        layout_of(accelerator(0, 2), tp_size=2)
-
-
-def test_another_sequence_parallelism_is_refused() -> None:
-    with pytest.raises(UnsupportedVersionError, match="sp_backend is 'ring'"):
-        layout_of(accelerator(0, 2, sp_size=2, sp_backend="ring"))
-
-
-@deepspeed
-def test_an_old_ulysses_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from channel_metrics.trainers.hf import parallel as hf_parallel
-
-    monkeypatch.setattr(hf_parallel, "_ulysses_is_off_in_evaluation", lambda: False)
-    with pytest.raises(UnsupportedVersionError, match="Update DeepSpeed"):
-        layout_of(accelerator(0, 2, sp_size=2))

@@ -15,7 +15,7 @@ from hf_tools import channel_logs, make_records, train
 from paths import ROOT, python_path
 from transformers import Trainer
 
-from channel_metrics.cli.run_script import available_patches
+from channel_metrics.cli.run_script import PATCH_MODULES
 from channel_metrics.trainers.hf import ChannelMetricsMixin, attach
 
 # What a user has: knows nothing of channel metrics.
@@ -128,7 +128,7 @@ def test_run_reads_the_metrics_config_under_accelerate_launch(tmp_path: Path, sc
 def test_run_says_what_is_wrong_before_anything_runs(tmp_path: Path, script: Path) -> None:
     unknown = run_python("-m", "channel_metrics", "run", "--patch", "hf", str(script))
     assert unknown.returncode == 2
-    assert f"unknown patch 'hf'; there are {', '.join(available_patches())}" in unknown.stderr
+    assert f"unknown patch 'hf'; there are {', '.join(PATCH_MODULES)}" in unknown.stderr
     missing = run_python("-m", "channel_metrics", "run", "--patch", "hf_trainer", "nowhere.py")
     assert missing.returncode == 2 and "'nowhere.py' does not exist" in missing.stderr
     assert "Traceback" not in unknown.stderr + missing.stderr

@@ -14,6 +14,7 @@ from hf_probe_tools import (
     EVAL_BATCH_SIZE,
     HELD_OUT,
     Keeper,
+    add,
     expected_values,
     probe_logs,
     probe_of,
@@ -22,7 +23,8 @@ from hf_probe_tools import (
 from hf_tools import PaddingCollator, Record, tiny_model, train
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback
 
-from channel_metrics.probes.probe import choose
+from channel_metrics.probes.probe import ProbeConfig, choose
+from channel_metrics.trainers.hf import attach_probe
 
 
 def chosen(name: str, records: list[Record]) -> list[Record]:
@@ -114,6 +116,25 @@ def test_one_sequence_has_no_interval_and_nan_is_counted(tmp_path: Path) -> None
     assert "dataset_x_loss" not in logs[1]
 
 
+def test_attached(tmp_path: Path) -> None:
+    """`attach_probe` does all that is needed, and the probe can be taken off again."""
+    probes = []
+
+    def prepare(trainer: Trainer) -> None:
+        probes.append(
+            attach_probe(trainer, {"canary": CANARY}, ProbeConfig(every=5), max_overhead=None)
+        )
+
+    trainer = train(tmp_path, prepare=prepare, max_steps=5, learning_rate=0.0)
+    logs = probe_logs(trainer.state.log_history)
+    expected = expected_values(tiny_model(), "canary", CANARY)
+    assert list(logs) == [0, 5]
+    assert logs[5] == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    trainer.remove_callback(probes[0])
+    trainer.train()
+    assert not probe_logs(trainer.state.log_history)
+
+
 # ---- when -----------------------------------------------------------------------------------
 
 
@@ -168,7 +189,7 @@ def test_the_budget_stretches_the_distance(
 
     def prepare(trainer: Trainer) -> None:
         clock.watch(trainer)
-        trainer.add_callback(probe)
+        add(trainer, probe)
 
     with caplog.at_level(logging.WARNING, logger="channel_metrics"):
         trainer = train(tmp_path, prepare=prepare, max_steps=51)

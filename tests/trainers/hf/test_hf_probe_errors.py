@@ -10,12 +10,14 @@ import pytest
 import torch
 from hf_probe_tools import (
     CANARY,
+    add,
+    expected_values,
     other_logs,
     probe_logs,
     probe_of,
     run,
 )
-from hf_tools import PaddingCollator, Record, make_records, train
+from hf_tools import PaddingCollator, Record, make_records, tiny_model, train
 from transformers import Trainer
 
 from channel_metrics import ChannelMetricsError, ConfigError, MetricsConfig
@@ -100,9 +102,31 @@ def test_a_collator_that_cannot_be_copied(tmp_path: Path) -> None:
     assert list(probe_logs(trainer.state.log_history)) == [0, 1]
 
 
-def test_a_callback_without_its_trainer() -> None:
-    with pytest.raises(ConfigError, match="expected to be called by a transformers Trainer"):
-        probe_of().on_train_begin(None, None, None)
+def test_a_callback_that_nobody_has_told_its_trainer(tmp_path: Path) -> None:
+    probe = probe_of()
+    message = r"`attach_probe\(trainer, ...\)` from .* or set `callback.trainer = trainer`"
+    plain: Any = lambda trainer: trainer.add_callback(probe)  # noqa: E731
+    with pytest.raises(ConfigError, match=message):
+        train(tmp_path, prepare=plain)
+    # Channel metrics tell it, each time anew.
+    measured = run(tmp_path, probe, metrics_on=True, max_steps=2)
+    assert list(probe_logs(measured.state.log_history)) == [0, 2]
+    assert probe.trainer is None
+    with pytest.raises(ConfigError, match=message):
+        train(tmp_path, prepare=plain)
+
+
+def test_a_trainer_that_was_set_by_hand_is_preferred(tmp_path: Path) -> None:
+    other = train(tmp_path, model=tiny_model(seed=1), max_steps=1)
+    probe = probe_of(sources={"canary": CANARY})
+    probe.trainer = other
+    before = {name: value.clone() for name, value in other.model.state_dict().items()}
+    trainer = run(tmp_path, probe, metrics_on=True, max_steps=1)
+    assert not probe_logs(trainer.state.log_history)
+    expected = expected_values(other.model, "canary", CANARY)
+    logs = probe_logs(other.state.log_history)
+    assert logs and all(values == pytest.approx(expected, rel=1e-5) for values in logs.values())
+    torch.testing.assert_close(dict(other.model.state_dict()), before, rtol=0, atol=0)
 
 
 def run_with_channel(folder: Path, channel: str, config: MetricsConfig | None = None) -> None:
@@ -161,7 +185,7 @@ def test_an_error_can_end_the_probe_and_not_the_run(
         def prepare(trainer: Trainer) -> None:
             trainer.model.register_forward_pre_hook(fail)
             for probe in probes:
-                trainer.add_callback(probe)
+                add(trainer, probe)
 
         forwards: list[int] = []
         trainer = train(tmp_path, prepare=prepare, max_steps=6, logging_steps=1)

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from hf_probe_tools import (
     EVAL_BATCH_SIZE,
+    add,
     draw_and_keep,
     expected_values,
     other_logs,
@@ -106,7 +107,7 @@ def test_windows_of_trl_stay_open(tmp_path: Path, metrics_on: bool) -> None:
             if metrics_on:
                 attach(trainer)
             for probe in probes:
-                trainer.add_callback(probe)
+                add(trainer, probe, told=not metrics_on)
 
         trainer: Trainer = sft(tmp_path, records=token_records(48), prepare=prepare)
         return trainer

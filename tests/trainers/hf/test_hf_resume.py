@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hf_case_tools import ddp, ddp4, told
+from hf_case_tools import run as run_ranks
 from hf_killed import STEPS
-from hf_launch import Launch, launch
 from hf_tools import PaddingCollator, Record, make_records, tiny_model, train
 from paths import python_path
+from rank_cases import RanksOf
 from transformers import Trainer
 
 from channel_metrics import MetricsConfig
@@ -163,10 +165,39 @@ def test_a_new_training_starts_at_zero(tmp_path: Path) -> None:
     assert totals(trainer) == counted(make_records(64), batches[-3:-1])
 
 
-def test_another_number_of_ranks(tmp_path_factory: pytest.TempPathFactory) -> None:
+@ddp
+def resume_first(folder: Path) -> Any:
+    config = MetricsConfig(metrics=("tokens", "tokens_total", "samples_total"))
+    arguments = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
+    return told(run_ranks(folder, config=config, records=make_records(64), **arguments))
+
+
+@ddp4
+def resume_four(folder: Path) -> Any:
+    """Goes on where two ranks stopped, with other channels in the data."""
+    config = MetricsConfig(metrics=("tokens", "tokens_total", "samples_total"))
+    records = make_records(64, seed=5, channels=("bbu", "fresh"))
+    checkpoint = folder.parent / "resume_first" / "checkpoint-3"
+    trainer = run_ranks(
+        folder,
+        config=config,
+        records=records,
+        prepare=lambda trainer: _train_from(trainer, str(checkpoint)),
+        max_steps=5,
+        logging_steps=2,
+        ignore_data_skip=True,
+    )
+    return told(trainer, totals=trainer.channel_metrics.totals.state_dict()["channels"])
+
+
+def _train_from(trainer: Any, checkpoint: str) -> None:
+    train = trainer.train
+    trainer.train = lambda: train(resume_from_checkpoint=checkpoint)
+
+
+def test_another_number_of_ranks(ranks_of: RanksOf) -> None:
     """Two ranks write a checkpoint at step 3, four go on from it, with other channels."""
-    ddp: Launch = launch("ddp", tmp_path_factory)
-    first, second = ddp.ranks("resume_first"), ddp.ranks("resume_four")
+    first, second = ranks_of(resume_first), ranks_of(resume_four)
     fresh = make_records(64, seed=5, channels=("bbu", "fresh"))
     expected = counted(make_records(64), [b for rank in first for b in rank["batches"][:3]])
     for name, more in counted(fresh, [b for r in second for b in r["batches"][:2]]).items():

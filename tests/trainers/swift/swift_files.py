@@ -102,6 +102,21 @@ def arguments(model: Path, data: Path, folder: Path, **overrides: Any) -> dict[s
 _shared: dict[str, Any] = {}
 
 
+def given(folder: Path, data: str = "plain", **overrides: Any) -> dict[str, Any]:
+    """`arguments` for a run on one process; all cases of a file share a model and data."""
+    paths = shared_data(folder)
+    return arguments(_shared["model"], paths[data], folder, **overrides)
+
+
+def shared_data(folder: Path) -> dict[str, Path]:
+    if not _shared:
+        base = folder.parent / f"shared{os.getpid()}"
+        base.mkdir(parents=True)
+        _shared.update(model=make_model(base / "model"), data=make_data(base))
+    paths: dict[str, Path] = _shared["data"]
+    return paths
+
+
 def ranks_given(
     folder: Path, data: str = "plain", heads: int = 2, **overrides: Any
 ) -> dict[str, Any]:

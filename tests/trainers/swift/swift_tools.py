@@ -1,47 +1,56 @@
-"""Real runs of ms-swift, alone and with channel metrics, and what they leave to look at.
-
-Importing this imports ms-swift: only for the processes that run it.
-"""
+"""Real runs of ms-swift, alone and with channel metrics, and what they leave to look at."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch as replaced
 
-import datasets
+import faults
+import pytest
 import torch
 import torch.distributed as dist
+from fork_client import Preload
 from hf_case_tools import COLLECTIVES, weights_hash
-from swift import SftArguments, sft_main
-from swift.arguments import sft_args
-from swift.pipelines.train.sft import SwiftSft
-from swift.trainers import Seq2SeqTrainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from channel_metrics import ChannelLossAccumulator, MetricsConfig
+from channel_metrics import MetricsConfig
 
+SWIFT = Preload(("swift_tools:use_cpu",))
+# Triton decides when a kernel is defined whether it will be interpreted.
+INTERPRETED = Preload(SWIFT.names, (("TRITON_INTERPRET", "1"),))
+needs_swift = pytest.mark.skipif(
+    importlib.util.find_spec("swift") is None,
+    reason="ms-swift is only in the main environment (Python 3.11): `make test` runs this",
+)
 ON = MetricsConfig()
 TIMES = ("runtime", "per_second", "elapsed", "remaining", "speed")
 
-datasets.disable_progress_bars()
-# With num_proc=1, `map` starts a process, which costs more than all that there is to map.
-_map = datasets.Dataset.map
 
+def use_cpu() -> None:
+    """Import ms-swift; let it run on a CPU, and no slower than it must."""
+    import datasets
+    import swift  # noqa: F401  # first: its parts cannot be imported alone
+    from swift.arguments import sft_args
 
-@functools.wraps(_map)
-def _map_here(*args: Any, num_proc: int | None = None, **kwargs: Any) -> Any:
-    return _map(*args, **kwargs)
+    datasets.disable_progress_bars()
+    # With num_proc=1, `map` starts a process, which costs more than all that there is to map.
+    dataset_map = datasets.Dataset.map
 
+    @functools.wraps(dataset_map)
+    def map_here(*args: Any, num_proc: int | None = None, **kwargs: Any) -> Any:
+        return dataset_map(*args, **kwargs)
 
-datasets.Dataset.map = _map_here
-# There is no flash attention for a CPU. transformers' own sdpa keeps packed sequences apart too.
-sft_args.SftArguments._check_padding_free = lambda self: setattr(
-    self, "padding_free", self.padding_free or self.packing
-)
+    datasets.Dataset.map = map_here
+    # There is no flash attention for a CPU. transformers' own sdpa keeps packed sequences apart
+    # too.
+    sft_args.SftArguments._check_padding_free = lambda self: setattr(
+        self, "padding_free", self.padding_free or self.packing
+    )
 
 
 def run(given: dict[str, Any], metrics: MetricsConfig | None = ON) -> dict[str, Any]:
@@ -51,6 +60,8 @@ def run(given: dict[str, Any], metrics: MetricsConfig | None = ON) -> dict[str, 
     metrics: None is ms-swift alone.
     """
     import channel_metrics.patches.ms_swift as patch
+    from swift import SftArguments, sft_main
+    from swift.pipelines.train.sft import SwiftSft
 
     kept: list[Any] = []
     train = SwiftSft.train
@@ -136,9 +147,11 @@ def counted_reads() -> Iterator[list[int]]:
     Without the accumulator's update: it checks more of what lies on a host, and its own tests
     show that it waits for no device.
     """
+    from swift.trainers import Seq2SeqTrainer
+
     counts: list[int] = []
     reads = _Reads()
-    step, update = Seq2SeqTrainer.training_step, ChannelLossAccumulator.update
+    step = Seq2SeqTrainer.training_step
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         reads.count = 0
@@ -147,7 +160,7 @@ def counted_reads() -> Iterator[list[int]]:
         counts.append(reads.count)
         return loss
 
-    def uncounted(*args: Any, **kwargs: Any) -> Any:
+    def uncounted(update: Any, *args: Any, **kwargs: Any) -> Any:
         reads.paused = True
         try:
             return update(*args, **kwargs)
@@ -156,6 +169,6 @@ def counted_reads() -> Iterator[list[int]]:
 
     with (
         replaced.object(Seq2SeqTrainer, "training_step", counting),
-        replaced.object(ChannelLossAccumulator, "update", uncounted),
+        faults.around("add to a window", uncounted),
     ):
         yield counts

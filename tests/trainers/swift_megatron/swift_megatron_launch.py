@@ -1,58 +1,206 @@
-"""All runs of ms-swift's Megatron trainer that the tests look at, made once, by one server."""
+"""Runs of ms-swift's Megatron trainer, each when a test first asks for it, by one server."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import subprocess
-import sys
-import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pytest
+from fork_client import Preload
 from megatron_lm.launch import Launcher, Run
-from paths import PATCHES, python_path
+from paths import PATCHES
 from swift_files import make_data, make_model
-from swift_megatron_cases import RUNS, Case
 
 FOLDER = Path(__file__).parent
 RUN_SECONDS = 60
-OWN = ("logs", "end", "tokens", "used")
-OBSERVERS = ["megatron_lm.observe:collectives", *(f"swift_megatron_observe:{o}" for o in OWN)]
+# What a run imports on its way.
+NAMES = (
+    "swift.megatron.pipelines",
+    "swift.megatron.arguments",
+    "swift.megatron.trainers",
+    "swift.pipelines",
+    "swift.trainers",
+    "megatron.core.dist_checkpointing",
+    "megatron.core.transformer.experimental_attention_variant.dsa",
+    "matplotlib.pyplot",
+    "tensorboard.backend.event_processing.event_accumulator",
+    "torch.utils.tensorboard",
+    "transformers.models.qwen2",
+    "channel_metrics.trainers.swift_megatron",
+)
+OBSERVERS = ("collectives", "logs", "end", "tokens", "used")
+BASE = {
+    "model_type": "qwen2",
+    "template": "qwen2_5",
+    "tuner_type": "full",
+    "torch_dtype": "bfloat16",
+    # Of the backends, ms-swift lets this one do packs; the layers here are the CPU's in any case.
+    "attention_backend": "flash",
+    "recompute_granularity": "none",
+    "use_hf": True,
+    "check_model": False,
+    "finetune": True,
+    "add_version": False,
+    "report_to": [],
+    "split_dataset_ratio": 0,
+    "dataloader_num_workers": 0,
+    "dataset_num_proc": 1,
+    "max_length": 256,
+    "micro_batch_size": 2,
+    "global_batch_size": 8,
+    "train_iters": 3,
+    "logging_steps": 1,
+    "lr": 1e-2,
+    "lr_decay_style": "constant",
+    "save_strategy": "no",
+    "save_steps": 1000,
+    "no_save_optim": True,
+    "save_safetensors": True,
+    "enable_channel_loss": True,
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp1": {},
+    "dp2": {},
+    "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "cp2": {"context_parallel_size": 2},
+    "cp2_contiguous": {"context_parallel_size": 2, "cp_partition_mode": "contiguous"},
+}
 
 
-class Server(Launcher):
-    """The launcher of `megatron_lm`, for runs of ms-swift."""
+@dataclass(frozen=True)
+class Case:
+    """One run.
 
-    def train(self, case: Case) -> Run:
-        plugin = PATCHES / "ms_swift.py"
-        folder = self.folder / f"run{len(self.done)}"
-        if "resumable" in self.done:
-            self.files["checkpoint"] = self.done["resumable"].folder / "out" / "checkpoint-2"
-        given = case.arguments(self.files) | {"output_dir": str(folder / "out")}
+    given: arguments; "FILES[x]" stands for one of the files of the runs. metrics: the config of the
+    plugin, None for ms-swift alone. script: in place of a training run. observe: further observers
+    of `swift_megatron_observe`. resumes: a run that comes first; "FILES[checkpoint]" is what it has
+    saved at its second step.
+    """
+
+    name: str
+    layout: str
+    given: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] | None = None
+    data: str = "plain"
+    script: str = "swift_megatron_run.py"
+    observe: tuple[str, ...] = ()
+    resumes: Case | None = None
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self.layout == "dp1" else 2
+
+    def observers(self) -> list[str]:
+        wanted = (*OBSERVERS, *self.observe) if self.script == Case.script else ()
+        return [f"swift_megatron_observe:{name}" for name in wanted]
+
+    def arguments(self, files: dict[str, Path]) -> dict[str, Any]:
+        of_files = {"model": str(files["model"]), "dataset": [str(files[self.data])]}
+        given = {
+            key: str(files[value[6:-1]]) if str(value).startswith("FILES[") else value
+            for key, value in self.given.items()
+        }
+        return BASE | of_files | LAYOUTS[self.layout] | given
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same run of ms-swift alone, and with metrics; it can be unpacked."""
+
+    off: Case
+    on: Case
+
+    @property
+    def __name__(self) -> str:
+        """pytest shows it as the name of a parameter."""
+        return self.on.name.removesuffix("_on")
+
+    def __iter__(self) -> Iterator[Case]:
+        return iter((self.off, self.on))
+
+
+METRICS = ("loss", "token_acc", "ppl", "tokens", "samples", "share", "tokens_total")
+ON = {"metrics": METRICS}
+PADDED, PACKED = {"padding_free": False}, {"padding_free": True}
+
+
+def pair(name: str, layout: str, *given: dict[str, Any], **rest: Any) -> Pair:
+    """A case without and with metrics; only the latter has the observers that `rest` asks for."""
+    both = {key: value for part in given for key, value in part.items()}
+    metrics = rest.pop("metrics", ON)
+    off = Case(f"{name}_off", layout, both, **(rest | {"observe": ()}))
+    return Pair(off, Case(f"{name}_on", layout, both, metrics=metrics, **rest))
+
+
+class Runs(Launcher):
+    """The launcher of `megatron_lm`, for cases of ms-swift."""
+
+    preload = Preload(("swift_megatron_cpu:install", *NAMES))
+
+    def ranks(self, case: Case) -> list[dict[str, Any]]:
+        """{observer: what it saw} per rank; a rank that failed is raised here."""
+        return [rank.seen for rank in self._found(case).ranks]
+
+    def logs(self, case: Case) -> list[dict[str, Any]]:
+        """What was logged, by the rank that writes."""
+        logs: list[dict[str, Any]] = self.ranks(case)[-1]["logs"]
+        return logs
+
+    def printed(self, case: Case, stream: str = "out") -> list[str]:
+        """What each rank wrote to standard output, or (`err`) to standard error."""
+        return [getattr(rank, stream) for rank in self._found(case).ranks]
+
+    def repeat_until_equal(self, pair: Pair) -> None:
+        """Run both again, at most twice, if they end in other weights.
+
+        Megatron's virtual pipeline is not the same each time over gloo: of 24 runs without metrics
+        on a busy machine one ended in other weights. Metrics that changed the training would do so
+        always.
+        """
+        for attempt in range(2):
+            off, on = ([rank.get("end") for rank in self.ranks(case)] for case in pair)
+            if off == on:
+                return
+            for case in pair:
+                again = replace(case, name=f"{case.name}_again{attempt}")
+                self.done[case.name] = self._train(again)
+
+    def _found(self, case: Case) -> Run:
+        if case.name not in self.done:
+            self.done[case.name] = self._train(case)
+        run = self.done[case.name]
+        if run.failure:
+            raise AssertionError(run.failure)
+        return run
+
+    def _train(self, case: Case) -> Run:
+        files = self.files
+        if case.resumes is not None:
+            checkpoint = self._found(case.resumes).folder / "out" / "checkpoint-2"
+            files = {**files, "checkpoint": checkpoint}
+        given = case.arguments(files) | {"output_dir": str(self.next_folder / "out")}
         environ = {}
         if case.metrics is not None:
-            given["external_plugins"] = [str(plugin)]
+            given["external_plugins"] = [str(PATCHES / "ms_swift.py")]
             path = self.folder / f"{case.name}.yaml"
             path.write_text(json.dumps(case.metrics))  # JSON is YAML
             environ["CHANNEL_METRICS_CONFIG"] = str(path)
-        run = self._run(
+        return self._run(
             {
                 "ranks": case.ranks,
                 "script": str(FOLDER / case.script),
                 "args": [json.dumps(given)],
                 "channel_metrics": None,
-                "observe": case.observers(OBSERVERS),
+                "observe": case.observers(),
                 "environ": environ,
                 "timeout": RUN_SECONDS,
             }
         )
-        self.done[case.name] = run
-        return run
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -60,106 +208,3 @@ class Server(Launcher):
         sizes = {"num_hidden_layers": 4, "vocab_size": 512, "attention_dropout": 0.0}
         model = make_model(self.folder / "model", **sizes)
         return {"model": model, "folder": self.folder, **make_data(self.folder)}
-
-    def _start(self) -> subprocess.Popen[str]:
-        caches = ("HF_DATASETS_CACHE", "MODELSCOPE_CACHE")
-        settings = {name: str(self.folder / "cache") for name in caches}
-        return subprocess.Popen(
-            [sys.executable, str(FOLDER / "swift_megatron_server.py"),
-             str(self.folder / "server")],
-            cwd=self.folder,
-            env={
-                **os.environ,
-                **settings,
-                "PYTHONPATH": python_path(),
-                # No threads before the fork: pyarrow's allocator starts one.
-                "JE_ARROW_MALLOC_CONF": "background_thread:false",
-            },
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )  # fmt: skip
-
-
-class Results:
-    """What the ranks of each run left, by the name of its case."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def ranks(self, name: str) -> list[dict[str, Any]]:
-        """{observer: what it saw} per rank; a rank that failed is raised here."""
-        ranks: list[dict[str, Any]] = self._found(name)["ranks"]
-        return ranks
-
-    def logs(self, name: str) -> list[dict[str, Any]]:
-        """What was logged, by the rank that writes."""
-        logs: list[dict[str, Any]] = self.ranks(name)[-1]["logs"]
-        return logs
-
-    def printed(self, name: str, stream: str = "out") -> list[str]:
-        """What each rank wrote to standard output, or (`err`) to standard error."""
-        texts: list[str] = self._found(name)[stream]
-        return texts
-
-    def _found(self, name: str) -> Any:
-        found = json.loads((self.folder / f"{name}.json").read_text())
-        if found["failure"]:
-            raise AssertionError(found["failure"])
-        return found
-
-
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """The results of all runs; the first test that asks makes them, and the others wait."""
-    base = tmp_path_factory.getbasetemp()
-    # Workers of pytest-xdist have a folder each, side by side.
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "swift_megatron"
-    shared.mkdir(exist_ok=True)
-    with (shared / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (shared / "seconds").exists():
-            _run_all(shared)
-    return Results(shared)
-
-
-def _run_all(folder: Path) -> None:
-    server = Server(folder)
-    seconds = {"start": time.monotonic()}
-    try:
-        for case in RUNS:
-            seconds[case.name] = _keep(server, case, folder)
-        _repeat_until_equal(server, "packed_vpp2", folder)
-    finally:
-        server.close()
-        seconds["start"] = time.monotonic() - seconds["start"]
-        (folder / "seconds").write_text(json.dumps(seconds, indent=1))
-
-
-def _keep(server: Server, case: Case, folder: Path, name: str | None = None) -> float:
-    """Run `case`, and keep what it left under `name`, by default its own."""
-    run = server.train(case)
-    result = {
-        "failure": run.failure,
-        "out": [rank.out for rank in run.ranks],
-        "err": [rank.err for rank in run.ranks],
-        "ranks": [rank.seen for rank in run.ranks],
-    }
-    (folder / f"{name or case.name}.json").write_text(json.dumps(result))
-    return run.seconds
-
-
-def _repeat_until_equal(server: Server, name: str, folder: Path) -> None:
-    """Run both cases of `name` again, at most twice, if they end in other weights.
-
-    Megatron's virtual pipeline is not the same each time over gloo: of 24 runs without metrics on
-    a busy machine one ended in other weights. Metrics that changed the training would do so always.
-    """
-    cases = {case.name: case for case in RUNS}
-    pair, results = [f"{name}_off", f"{name}_on"], Results(folder)
-    for attempt in range(2):
-        off, on = ([rank.get("end") for rank in results._found(n)["ranks"]] for n in pair)
-        if off == on:
-            return
-        for case_name in pair:
-            again = replace(cases[case_name], name=f"{case_name}_again{attempt}")
-            _keep(server, again, folder, case_name)

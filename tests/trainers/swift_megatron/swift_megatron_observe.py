@@ -10,13 +10,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import faults
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron_lm.observe import checksum
+from megatron_lm.observe import checksum, collectives
 from swift.megatron.trainers.base import BaseMegatronTrainer
 from swift.megatron.trainers.trainer import MegatronTrainer
+
+__all__ = ["collectives", "end", "fault", "logs", "tokens", "used"]
 
 Result = Callable[[], Any]
 
@@ -115,18 +118,15 @@ def sequence_at(args: Any, packed: Any, column: int, labels: Any) -> int:
 
 def fault() -> Result:
     """Makes the last rank fail in our own code, at its third micro-batch."""
-    from channel_metrics.trainers.swift_megatron import attach as swift_megatron
-
     calls: list[int] = []
-    original = swift_megatron.sequence_channels
 
-    def failing(*args: Any) -> Any:
+    def failing(original: Any, *args: Any) -> Any:
         calls.append(1)
         if len(calls) == 3 and dist.get_rank() == 1:
             raise RuntimeError("a fault of ours")
         return original(*args)
 
-    swift_megatron.sequence_channels = failing
+    faults.install("read ms-swift's Megatron batch", failing)
     return lambda: len(calls)
 
 

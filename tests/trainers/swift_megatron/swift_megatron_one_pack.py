@@ -20,12 +20,9 @@ from swift.megatron.trainers.trainer import MegatronTrainer
 
 from channel_metrics import ChannelTable, MetricsConfig
 from channel_metrics.errors import ChannelMetricsError
-from channel_metrics.trainers.swift_megatron import attach, check_megatron_trainer, detach
+from channel_metrics.trainers.swift import patch as swift_patch
+from channel_metrics.trainers.swift_megatron import attach, check_megatron_trainer, detach, patch
 from channel_metrics.trainers.swift_megatron.batch import sequence_channels
-from channel_metrics.trainers.swift_megatron.patch import (
-    patch_megatron_trainer,
-    unpatch_megatron_trainer,
-)
 
 LENGTH = 8
 LOSSES = {"math": 1.0, "code": 5.0}
@@ -144,11 +141,11 @@ def classes() -> list[bool]:
 def patches() -> list[bool]:
     """Whether the patch is applied once, and undone."""
     original = MegatronTrainer.__init__
-    patch_megatron_trainer(MetricsConfig())
+    patch.apply(MetricsConfig())
     patched = MegatronTrainer.__init__
-    patch_megatron_trainer(MetricsConfig())
-    once = MegatronTrainer.__init__ is patched
-    unpatch_megatron_trainer()
+    patch.apply(MetricsConfig())
+    once = MegatronTrainer.__init__ is patched and patch.is_applied()
+    swift_patch.revert()
     return [patched is not original, once, MegatronTrainer.__init__ is original]
 
 

@@ -1,11 +1,12 @@
 // One chart: axes, curves, a cursor that reads values, zoom.
-const UNITS = { loss: "nats per token", token_acc: "correct tokens", share: "tokens of all channels" };
 const MAX_LABELS = 12;
 const MAX_READ = 10;
 
 class Chart {
-  constructor(figure) {
+  constructor(figure, number) {
+    this.number = number;
     this.metric = figure.dataset.metric;
+    this.percent = "percent" in figure.dataset;
     this.figure = figure;
     this.plot = figure.querySelector(".plot");
     this.tip = figure.querySelector(".tip");
@@ -86,7 +87,7 @@ class Chart {
     const across = linearTicks(...this.x.domain, (right - left) / 90, 1).ticks;
     const up = this.log ? logTicks(floor, roof) : linearTicks(floor, roof, (bottom - top) / 48).ticks;
     const step = this.log ? null : linearTicks(floor, roof, (bottom - top) / 48).step;
-    const text = this.log ? (value) => String(value) : tickText(this.metric, step);
+    const text = this.log ? (value) => String(value) : tickText(this.percent, step);
     for (const tick of up) {
       const y = Math.round(this.y(tick)) + 0.5;
       group.append(drawn("line", { class: tick === 0 ? "base" : "grid", x1: left, x2: right, y1: y, y2: y }));
@@ -104,7 +105,7 @@ class Chart {
 
   lines(curves) {
     const { left, right, top, bottom } = this.area;
-    const id = `clip-${this.metric}`;
+    const id = `clip-${this.number}`;
     const group = drawn("g", { "clip-path": `url(#${id})` });
     const clip = drawn("clipPath", { id });
     const size = { x: left - 4, y: top - 6, width: right - left + 8, height: bottom - top + 10 };

@@ -30,7 +30,7 @@ const readAt = (chart, at) => {
       curve,
       value: curve.values[i],
       label: curveLabel(curve),
-      text: chart.metric === "loss" ? asLoss(curve.values[i]) : asPercent(curve.values[i]),
+      text: chart.percent ? asPercent(curve.values[i]) : asNumber(curve.values[i]),
     }));
 };
 

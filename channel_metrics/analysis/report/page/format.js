@@ -8,7 +8,7 @@ const asTick = (value, high) => {
   return `${Number((value / unit).toPrecision(6))}${letter}`;
 };
 
-const asLoss = (value) => {
+const asNumber = (value) => {
   const size = Math.abs(value);
   if (size !== 0 && (size < 1e-3 || size >= 1e5)) return value.toExponential(2);
   return value.toFixed(size < 1 ? 4 : 3);
@@ -16,8 +16,8 @@ const asLoss = (value) => {
 
 const asPercent = (value) => `${(100 * value).toFixed(1)}%`;
 
-const tickText = (metric, step) => (value) => {
-  if (metric !== "loss") return `${Number((100 * value).toFixed(6))}%`;
+const tickText = (percent, step) => (value) => {
+  if (percent) return `${Number((100 * value).toFixed(6))}%`;
   const digits = Math.max(0, Math.min(6, -Math.floor(Math.log10(step))));
   return value >= 1e5 ? value.toExponential(0) : value.toFixed(digits);
 };

@@ -9,7 +9,7 @@ const legendItem = (channel) => {
     { type: "button", class: "channel", tabindex: "-1", "aria-pressed": "false", title: nameOf(channel) },
     element("span", { class: "swatch" }),
     element("bdi", {}, nameOf(channel)),
-    element("span", { class: "value" }, row?.loss == null ? "" : asLoss(row.loss)),
+    element("span", { class: "value" }, row?.loss == null ? "" : asNumber(row.loss)),
   );
   const item = element("li", {}, box, button);
   item.dataset.channel = channel;

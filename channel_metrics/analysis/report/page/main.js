@@ -1,10 +1,5 @@
 // The switches of the page, and what is drawn anew when something changes.
-const figures = findAll(".chart");
-for (const figure of figures) {
-  figure.hidden = !DATA.curves.some((curve) => curve.metric === figure.dataset.metric);
-}
-const charts = figures.filter((figure) => !figure.hidden).map((figure) => new Chart(figure));
-find("#charts").classList.toggle("few", charts.length < 3);
+const charts = findAll(".chart").map((figure, number) => new Chart(figure, number));
 
 const renderCharts = () => {
   highlight(null); // The lines that stood out are gone.

@@ -1,0 +1,65 @@
+"""Gives each transformers Trainer that is made from now on channel metrics.
+
+`Trainer.__init__` is the one thing that is patched: it ends with `attach(self, config)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+
+from channel_metrics import swap
+from channel_metrics.config import MetricsConfig
+from channel_metrics.core.faults import FaultGuard
+from channel_metrics.trainers.hf.attaching import attach
+from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin, check_trainer
+from channel_metrics.trainers.patching import announce, config_of_environment
+
+__all__ = ["apply", "attaching", "is_applied", "revert"]
+
+_KEY = "hf_trainer"
+
+
+def apply(config: MetricsConfig | None = None) -> None:
+    """Patch `Trainer.__init__`; a second call does nothing.
+
+    Args:
+        config: None reads the file that CHANNEL_METRICS_CONFIG names, or takes the defaults.
+
+    Raises:
+        UnsupportedVersionError: this transformers lacks what is needed; nothing is patched.
+    """
+    if is_applied():
+        return
+    check_trainer(transformers.Trainer)
+    body = attaching(config or config_of_environment())
+    swap.wrap(transformers.Trainer, "__init__", body, key=_KEY)
+    announce(
+        f"channel metrics: patched transformers.Trainer.__init__ "
+        f"(transformers {transformers.__version__})"
+    )
+
+
+def revert() -> None:
+    """Put the original `Trainer.__init__` back; trainers made before keep their metrics."""
+    swap.unwrap(_KEY)
+
+
+def is_applied() -> bool:
+    """Whether `Trainer.__init__` is patched now."""
+    return swap.is_wrapped(transformers.Trainer, "__init__", key=_KEY)
+
+
+def attaching(config: MetricsConfig) -> Callable[..., None]:
+    """A body for the constructor of a trainer, which attaches the metrics in the end."""
+
+    def init_with_metrics(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        original(trainer, *args, **kwargs)
+        # A class with the mixin brings its own config.
+        if not isinstance(trainer, ChannelMetricsMixin):
+            with FaultGuard(config.on_error).guarded():
+                attach(trainer, config)
+
+    return init_with_metrics

@@ -1,0 +1,206 @@
+"""What runs in place of the functions of Megatron's training loop, see `megatron.patch`.
+
+Each of these has the name of the function that it stands for, and calls it as `original`. Without
+`--channels` they do nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from channel_metrics.trainers.megatron import arguments as megatron_arguments
+from channel_metrics.trainers.megatron.log import write
+from channel_metrics.trainers.megatron.run import MegatronRun
+from channel_metrics.trainers.megatron.step import counting_forward_step
+
+__all__ = [
+    "add_megatron_arguments",
+    "build_pretraining_data_loader",
+    "current_run",
+    "evaluate",
+    "evaluate_and_print_results",
+    "forget_run",
+    "get_forward_backward_func",
+    "load_checkpoint",
+    "save_checkpoint",
+    "training_log",
+    "validate_args",
+]
+
+Original = Callable[..., Any]
+
+_runs: list[MegatronRun] = []
+# The evaluations that are printed now, the innermost last.
+_evaluations: list[_Evaluations] = []
+
+
+def current_run() -> MegatronRun | None:
+    """The channels of the run of this process; None where `--channels` was not given."""
+    from megatron.training import get_args
+
+    args = get_args()
+    if not megatron_arguments.is_on(args):
+        return None
+    if not _runs or _runs[-1].args is not args:
+        _runs[:] = [MegatronRun(args)]
+    return _runs[-1]
+
+
+def forget_run() -> None:
+    """The next `current_run` is a new one."""
+    _runs.clear()
+
+
+# ---- the command line -----------------------------------------------------------------------
+
+
+def add_megatron_arguments(original: Original, parser: Any) -> Any:
+    """The parser, with our options."""
+    return megatron_arguments.add_arguments(original(parser))
+
+
+def validate_args(original: Original, args: Any, *rest: Any, **kwargs: Any) -> Any:
+    """Check our options after Megatron's."""
+    result = original(args, *rest, **kwargs)
+    megatron_arguments.validate(args)
+    return result
+
+
+# ---- data and forward steps -----------------------------------------------------------------
+
+
+def build_pretraining_data_loader(
+    original: Original, dataset: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """A loader whose samples have channels."""
+    run = current_run()
+    if run is not None and dataset is not None and run.args.dataloader_type != "external":
+        dataset = run.dataset(dataset)
+    return original(dataset, *args, **kwargs)
+
+
+def get_forward_backward_func(original: Original, *args: Any, **kwargs: Any) -> Any:
+    """A schedule whose loss functions count."""
+    forward_backward = original(*args, **kwargs)
+    run = current_run()
+    return forward_backward if run is None else _counting(forward_backward, run)
+
+
+def _counting(forward_backward: Callable[..., Any], run: MegatronRun) -> Callable[..., Any]:
+    @functools.wraps(forward_backward)
+    def counting_forward_backward(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("collect_non_loss_data"):
+            return forward_backward(*args, **kwargs)
+        metrics = run.evaluation if kwargs.get("forward_only") else run.train
+        if metrics is run.train:
+            # Megatron may run an iteration again, to find faulty devices.
+            metrics.begin_step()
+        kwargs["forward_step_func"] = counting_forward_step(kwargs["forward_step_func"], metrics)
+        return forward_backward(*args, **kwargs)
+
+    return counting_forward_backward
+
+
+# ---- logs -----------------------------------------------------------------------------------
+
+
+def training_log(original: Original, *args: Any, **kwargs: Any) -> Any:
+    """End the step; at the end of an interval, write its values."""
+    result = original(*args, **kwargs)
+    run = current_run()
+    if run is not None:
+        call = inspect.signature(original).bind(*args, **kwargs).arguments
+        iteration, interval = call["iteration"], run.args.log_interval
+        # Megatron leaves the weights alone then, and its own averages as well.
+        run.train.end_step(discard=bool(call["skipped_iter"]))
+        # Megatron logs its first iteration without ending the interval.
+        if iteration % interval == 0 or call.get("is_first_iteration"):
+            ends = iteration % interval == 0
+            values = run.train.compute(reset=ends)
+            with run.guard.guarded():
+                values = values if ends else run.without_counts(values)
+                write(f"iteration {iteration:8d}", values, iteration)
+    return result
+
+
+def evaluate(original: Original, *args: Any, **kwargs: Any) -> Any:
+    """An evaluation with a window of its own."""
+    run = current_run()
+    if run is None:
+        return original(*args, **kwargs)
+    run.evaluation.begin_step()
+    result = original(*args, **kwargs)
+    is_timed_out = result[0] is None
+    values = run.evaluation.compute()
+    if _evaluations and not is_timed_out:
+        now = _evaluations[-1]
+        with run.guard.guarded():
+            write(now.title, values, now.iteration, now.next_prefix())
+    return result
+
+
+def evaluate_and_print_results(original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Write the values of the evaluations that it runs."""
+    run = current_run()
+    if run is None:
+        return original(*args, **kwargs)
+    call = inspect.signature(original).bind(*args, **kwargs).arguments
+    _evaluations.append(_Evaluations(run.args, call))
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _evaluations.pop()
+
+
+class _Evaluations:
+    """The evaluations of one call of evaluate_and_print_results: one per validation set."""
+
+    def __init__(self, args: Any, call: dict[str, Any]) -> None:
+        self.title = f"validation at {call['prefix']}"
+        self.iteration: int = call["iteration"]
+        self._kind = "test_" if "test set" in str(call["prefix"]) else "eval_"
+        self._several = bool(getattr(args, "multiple_validation_sets", False))
+        self._names = getattr(args, "validation_set_names", None)
+        self._index = 0
+
+    def next_prefix(self) -> str:
+        """`eval_`, or `eval_SET_` where there are several sets."""
+        index, self._index = self._index, self._index + 1
+        if not self._several:
+            return self._kind
+        return f"{self._kind}{self._names[index] if self._names else index}_"
+
+
+# ---- checkpoints ----------------------------------------------------------------------------
+
+
+def save_checkpoint(original: Original, iteration: int, *args: Any, **kwargs: Any) -> Any:
+    """The checkpoint, with the totals in it."""
+    result = original(iteration, *args, **kwargs)
+    run = current_run()
+    if run is not None and run.args.save and not kwargs.get("non_persistent_ckpt"):
+        from megatron.training.utils import is_last_rank
+
+        with run.guard.guarded():
+            run.save(_folder(run.args.save, iteration), is_writer=is_last_rank())
+    return result
+
+
+def load_checkpoint(original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Go on with the totals of the checkpoint."""
+    result = original(*args, **kwargs)
+    run = current_run()
+    iteration = result[0]
+    # Iteration 0 is a start from given weights (--finetune, --pretrained-checkpoint).
+    if run is not None and iteration and run.args.load:
+        with run.guard.guarded():
+            run.load(_folder(run.args.load, iteration))
+    return result
+
+
+def _folder(root: str, iteration: int) -> Path:
+    return Path(root) / f"iter_{iteration:07d}"

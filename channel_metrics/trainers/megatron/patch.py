@@ -1,0 +1,101 @@
+"""Gives Megatron-LM's training loop the option `--channels`.
+
+What is patched, by name, in `megatron.training` (core 0.13 to 0.19 and main have these names):
+
+| name | what for |
+|---|---|
+| arguments.add_megatron_arguments, validate_args | the options, and their errors at start |
+| training.build_pretraining_data_loader | each sample gets its channel |
+| core.utils.get_batch_on_this_cp_rank and the like | the ids are cut as the labels are |
+| training.get_forward_backward_func | the loss functions count |
+| training.training_log, evaluate, evaluate_and_print_results | the values are logged |
+| training.save_checkpoint, load_checkpoint | the totals of the run |
+
+Without `--channels` in the command line, each of them does what it did before. Call `apply`
+before the script imports from megatron.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import megatron.core
+
+from channel_metrics import swap
+from channel_metrics.errors import UnsupportedVersionError
+from channel_metrics.trainers.megatron import hooks
+from channel_metrics.trainers.megatron.cuts import follow_cuts, unfollow_cuts
+from channel_metrics.trainers.megatron.hooks import current_run
+from channel_metrics.trainers.patching import announce
+
+__all__ = ["apply", "current_run", "is_applied", "revert"]
+
+_KEY = "megatron"
+_TRAINING = "megatron.training.training"
+_BODIES = {
+    "megatron.training.arguments": (hooks.add_megatron_arguments, hooks.validate_args),
+    _TRAINING: (
+        hooks.build_pretraining_data_loader,
+        hooks.evaluate,
+        hooks.evaluate_and_print_results,
+        hooks.get_forward_backward_func,
+        hooks.load_checkpoint,
+        hooks.save_checkpoint,
+        hooks.training_log,
+    ),
+}
+
+
+def apply() -> None:
+    """Patch megatron; a second call does nothing.
+
+    Raises:
+        UnsupportedVersionError: a name is missing; nothing is patched.
+    """
+    if is_applied():
+        return
+    modules = _modules()
+    for path, bodies in _BODIES.items():
+        for body in bodies:
+            name = body.__name__
+            swap.wrap(modules[path], name, body, key=_KEY, everywhere_in="megatron")
+    follow_cuts()
+    announce(f"channel metrics: patched megatron.training (core {megatron.core.__version__})")
+
+
+def revert() -> None:
+    """Put everything back, also where it was imported from; forgets the run."""
+    hooks.forget_run()
+    swap.unwrap(_KEY)
+    unfollow_cuts()
+
+
+def is_applied() -> bool:
+    """Whether megatron is patched now."""
+    training = sys.modules.get(_TRAINING)
+    return training is not None and swap.is_wrapped(training, "training_log", key=_KEY)
+
+
+def _modules() -> dict[str, Any]:
+    """The modules to patch; raises if one of them, or a name in it, is not there."""
+    required = {path: [body.__name__ for body in bodies] for path, bodies in _BODIES.items()}
+    required["megatron.core.utils"] = ["get_batch_on_this_cp_rank"]
+    found: dict[str, Any] = {}
+    missing: list[str] = []
+    for path, names in required.items():
+        try:
+            found[path] = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            missing.append(f"{path} ({error})")
+            continue
+        missing += [f"{path}.{name}" for name in names if not hasattr(found[path], name)]
+    if missing:
+        raise UnsupportedVersionError(
+            f"--channels needs Megatron-LM core 0.13 or later with its training loop, but "
+            f"megatron-core {megatron.core.__version__} lacks {', '.join(missing)}. The loop is "
+            "in the Megatron-LM repository (put it on PYTHONPATH) and, since 0.17, in "
+            "megatron-core[training]; your own loop can use channel_metrics.trainers.megatron."
+        )
+    return found

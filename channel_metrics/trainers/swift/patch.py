@@ -1,0 +1,127 @@
+"""Gives ms-swift's trainers channel metrics.
+
+Patched are
+- `Seq2SeqTrainer.__init__`: each trainer that is made afterwards gets `attach(self, config)`;
+- `RowPreprocessor.__call__`: fills the column `channel` of a dataset from the fields of the
+  config, because ms-swift drops all columns that it does not know;
+- `swift.cli.main.parse_yaml_args`: processes that the command line starts are patched too;
+- `MegatronTrainer.__init__`, in runs that use it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import swift
+from swift.cli import main as swift_cli
+from swift.dataset import RowPreprocessor
+from swift.pipelines import SwiftSft
+from swift.trainers import Seq2SeqTrainer
+
+from channel_metrics import swap
+from channel_metrics.config import MetricsConfig
+from channel_metrics.core.faults import FaultGuard
+from channel_metrics.trainers.hf import check_trainer
+from channel_metrics.trainers.hf.patch import attaching
+from channel_metrics.trainers.patching import announce, config_of_environment
+from channel_metrics.trainers.swift.data import CHANNEL_COLUMN, with_channel_column
+from channel_metrics.trainers.swift.loss import check_loss_functions
+
+__all__ = ["KEY", "apply", "is_applied", "revert"]
+
+KEY = "ms_swift"
+_PLUGINS_OPTION = "--external_plugins"
+_COMMANDS = ("sft", "pt")
+# ms-swift imports its Megatron side only in runs that use it, and so do we.
+_MEGATRON = "swift.megatron.trainers.trainer"
+_MEGATRON_PATCH = "channel_metrics.trainers.swift_megatron.patch"
+
+
+def apply(config: MetricsConfig | None = None) -> None:
+    """Patch ms-swift; a second call does nothing.
+
+    Args:
+        config: None reads the file that CHANNEL_METRICS_CONFIG names, or takes the defaults.
+
+    Raises:
+        UnsupportedVersionError: this ms-swift lacks what is needed; nothing is patched.
+    """
+    if is_applied():
+        return
+    check_trainer(Seq2SeqTrainer)
+    check_loss_functions()
+    chosen = config or config_of_environment()
+    _reach_megatron(chosen)
+    for owner, name, body in (
+        (Seq2SeqTrainer, "__init__", attaching(chosen)),
+        (SwiftSft, "_prepare_dataset", _reaching_megatron(chosen)),
+        (RowPreprocessor, "__call__", _filling(chosen)),
+        (swift_cli, "parse_yaml_args", _with_plugin),
+    ):
+        swap.wrap(owner, name, body, key=KEY)
+    announce(f"channel metrics: patched ms-swift {swift.__version__} (Seq2SeqTrainer)")
+
+
+def revert() -> None:
+    """Put the originals back; trainers made before keep their metrics."""
+    swap.unwrap(KEY)
+
+
+def is_applied() -> bool:
+    """Whether ms-swift is patched now."""
+    return swap.is_wrapped(Seq2SeqTrainer, "__init__", key=KEY)
+
+
+def _reach_megatron(config: MetricsConfig) -> None:
+    if hasattr(sys.modules.get(_MEGATRON), "MegatronTrainer"):
+        import_module(_MEGATRON_PATCH).apply(config)
+
+
+def _reaching_megatron(config: MetricsConfig) -> Callable[..., Any]:
+    """`megatron sft` prepares its data as `swift sft` does; by then its own trainer is imported."""
+
+    def prepare_dataset(original: Any, *args: Any, **kwargs: Any) -> Any:
+        _reach_megatron(config)
+        return original(*args, **kwargs)
+
+    return prepare_dataset
+
+
+def _filling(config: MetricsConfig) -> Callable[..., Any]:
+    def preprocess(original: Any, preprocessor: Any, dataset: Any, *args: Any, **kw: Any) -> Any:
+        # With --columns the user says which column the channel is.
+        if CHANNEL_COLUMN not in preprocessor.origin_columns.values():
+            with FaultGuard(config.on_error).guarded():
+                dataset = with_channel_column(dataset, config.fields)
+        return original(preprocessor, dataset, *args, **kw)
+
+    return preprocess
+
+
+def _with_plugin(original: Any, argv: list[str]) -> None:
+    """The command line starts processes that know nothing of this one's patches."""
+    original(argv)
+    # Other commands may not have the option; here, `argv` comes without the command.
+    if sys.argv[1:2] and sys.argv[1] in _COMMANDS:
+        _add_plugin(argv, _plugin_file())
+
+
+def _plugin_file() -> str:
+    """The file that patches a process of ms-swift when it is imported."""
+    package = Path(__file__).parents[2]
+    # Installed, the folder lies inside the package; in a checkout, beside it.
+    installed, checkout = (f / "patches" / "ms_swift.py" for f in (package, package.parent))
+    return str(installed if installed.exists() else checkout)
+
+
+def _add_plugin(argv: list[str], plugin: str) -> None:
+    for index, argument in enumerate(argv):
+        option, _, value = argument.partition("=")
+        if option == _PLUGINS_OPTION:
+            argv[index : index + 1] = [option, plugin, *([value] if value else [])]
+            return
+    argv += [_PLUGINS_OPTION, plugin]

@@ -1,0 +1,278 @@
+"""The cases: each takes a harness and a folder. NEEDS says what the trainer must be able to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from channel_metrics import ChannelMetricsError, ConfigError, MetricsConfig
+from contract.script import (
+    Evaluation,
+    Harness,
+    Ran,
+    Script,
+    check_values,
+    expected,
+    flat,
+    steps,
+    window_sequences,
+)
+
+CASES: dict[str, Callable[[Harness, Path], None]] = {}
+NEEDS: dict[str, frozenset[str]] = {}
+ALL = ("loss", "tokens", "samples", "share", "tokens_total", "samples_total")
+
+
+def case(*needs: str) -> Callable[..., Callable[[Harness, Path], None]]:
+    def register(function: Callable[[Harness, Path], None]) -> Callable[[Harness, Path], None]:
+        CASES[function.__name__] = function
+        NEEDS[function.__name__] = frozenset(needs)
+        return function
+
+    return register
+
+
+def config(**given: object) -> MetricsConfig:
+    return MetricsConfig(**({"metrics": ALL, "live_table": False} | given))  # type: ignore[arg-type]
+
+
+def ran(harness: Harness, script: Script, folder: Path) -> Ran:
+    """One process, without an error."""
+    (found,) = harness.run(script, folder)
+    assert found.error is None, found.error
+    return found
+
+
+def train_windows(found: Ran) -> list[dict[str, dict[str, float]]]:
+    return [window.values for window in found.windows if window.split == "train"]
+
+
+@case()
+def windows_add_up(harness: Harness, folder: Path) -> None:
+    script = Script(config=config(), steps=steps("aabb", "abab", "bb-a", "aaaa"))
+    found = ran(harness, script, folder)
+    wanted = [expected(harness, window) for window in window_sequences(script)]
+    for values, of_window in zip(train_windows(found), wanted, strict=True):
+        check_values(values, of_window)
+    for logs, values in zip(found.logs, train_windows(found), strict=True):
+        for channel, of_channel in values.items():
+            for metric, value in of_channel.items():
+                assert logs[f"{channel}_{metric}"] == pytest.approx(value)
+    assert not found.warnings
+
+
+@case()
+def absent_channel_is_absent_and_its_totals_go_on(harness: Harness, folder: Path) -> None:
+    script = Script(config=config(), steps=steps("ab", "aa", "aa", "ab"), every=1)
+    windows = train_windows(ran(harness, script, folder))
+    assert [set(values) for values in windows] == [{"a", "b"}, {"a"}, {"a"}, {"a", "b"}]
+    tokens = [s.tokens for step in script.steps for s in flat(step) if s.channel == "b"]
+    assert windows[-1]["b"]["tokens_total"] == sum(tokens)
+    assert windows[-1]["b"]["samples_total"] == 2
+
+
+@case()
+def unlabeled_is_in_plain_sight(harness: Harness, folder: Path) -> None:
+    script = Script(config=config(), steps=steps("a-", "--"), every=2)
+    found = ran(harness, script, folder)
+    (values,) = train_windows(found)
+    check_values(values, expected(harness, window_sequences(script)[0]))
+    assert list(values) == ["a", "unlabeled"] and "unlabeled_loss" in found.logs[0]
+
+
+@case()
+def all_unlabeled_warns_once(harness: Harness, folder: Path) -> None:
+    chosen = config(channels=("a",))
+    found = ran(harness, Script(config=chosen, steps=steps("--", "--"), every=1), folder)
+    said = [message for message in found.warnings if "count as 'unlabeled'" in message]
+    assert len(said) == 1 and "no record" in said[0]
+
+
+@case()
+def eval_channels_are_respected(harness: Harness, folder: Path) -> None:
+    script = Script(
+        config=config(channels=("a", "b"), eval_channels=("a",)),
+        steps=steps("ab", "ab"),
+        evaluations=(Evaluation(2, steps("abab")[0]),),
+    )
+    found = ran(harness, script, folder)
+    (evaluated,) = found.evaluations
+    assert "eval_a_loss" in evaluated and not any(key.startswith("eval_b") for key in evaluated)
+    assert set(train_windows(found)[0]) == {"a", "b"}
+
+
+@case()
+def evaluation_has_its_own_window_and_no_totals(harness: Harness, folder: Path) -> None:
+    script = Script(
+        config=config(),
+        steps=steps("ab", "aa", "bb", "ab"),
+        evaluations=(Evaluation(1, steps("bbaa", first=40)[0]),),
+    )
+    found = ran(harness, script, folder)
+    (evaluated,) = found.evaluations
+    wanted = expected(harness, flat(script.evaluations[0].batches))
+    for channel, values in wanted.items():
+        for metric, value in values.items():
+            assert evaluated[f"eval_{channel}_{metric}"] == pytest.approx(value, rel=1e-5)
+    assert not any(key.endswith("_total") for key in evaluated)
+    for values, window in zip(train_windows(found), window_sequences(script), strict=True):
+        check_values(values, expected(harness, window))
+
+
+@case("fails")
+def evaluation_that_raises_is_dropped(harness: Harness, folder: Path) -> None:
+    script = Script(
+        config=config(),
+        steps=steps("ab", "aa", "bb", "ab"),
+        evaluations=(
+            Evaluation(1, steps("bbaa", first=40)[0], fails=True),
+            Evaluation(3, steps("abab", first=50)[0]),
+        ),
+    )
+    found = ran(harness, script, folder)
+    (evaluated,) = found.evaluations
+    wanted = expected(harness, flat(script.evaluations[1].batches))
+    assert evaluated["eval_a_tokens"] == wanted["a"]["tokens"]
+    for values, window in zip(train_windows(found), window_sequences(script), strict=True):
+        check_values(values, expected(harness, window))
+
+
+@case()
+def typo_in_eval_channels_is_an_error_when_all_names_are_known(
+    harness: Harness, folder: Path
+) -> None:
+    chosen = config(channels=("bbu", "rru"), unknown="unlabeled", eval_channels=("ruu",))
+    (found,) = harness.run(Script(config=chosen, steps=steps("--", "--")), folder)
+    assert isinstance(found.error, ConfigError) and "did you mean 'rru'" in str(found.error)
+
+
+@case()
+def reserved_keys_are_refused(harness: Harness, folder: Path) -> None:
+    chosen = config(channels=(harness.reserved,))
+    (found,) = harness.run(Script(config=chosen, steps=steps("--", "--")), folder)
+    assert isinstance(found.error, ConfigError) and "the trainer's own key" in str(found.error)
+
+
+@case("save")
+def totals_are_saved_and_resumed(harness: Harness, folder: Path) -> None:
+    """The checkpoint comes in the middle of a window, whose tokens are in it."""
+    every = steps("ab", "aa", "bb", "ab", "aa", "bb")
+    first = ran(harness, Script(config=config(), steps=every[:4], every=2, save_at=3), folder)
+    assert first.checkpoint is not None
+    stored = json.loads((first.checkpoint / "channel_metrics.json").read_text())["channels"]
+    seen = [s for step in every[:3] for s in flat(step)]
+    for name in "ab":
+        assert stored[name]["tokens_total"] == sum(s.tokens for s in seen if s.channel == name)
+    second = ran(
+        harness,
+        Script(config=config(), steps=every, every=6, resume=first.checkpoint),
+        folder / "second",
+    )
+    whole = ran(harness, Script(config=config(), steps=every, every=6), folder / "whole")
+    for name in "ab":
+        for metric in ("tokens_total", "samples_total"):
+            assert train_windows(second)[-1][name][metric] == train_windows(whole)[-1][name][metric]
+
+
+@case("save")
+def a_damaged_file_is_named(harness: Harness, folder: Path) -> None:
+    every = steps("ab", "aa", "bb", "ab")
+    first = ran(harness, Script(config=config(), steps=every[:2], every=2, save_at=2), folder)
+    assert first.checkpoint is not None
+    file = first.checkpoint / "channel_metrics.json"
+    file.write_text("{")
+    script = Script(config=config(), steps=every, every=2, resume=first.checkpoint)
+    (found,) = harness.run(script, folder / "second")
+    assert isinstance(found.error, ChannelMetricsError) and str(file) in str(found.error)
+    script = Script(config=config(on_error="warn"), steps=every, every=2, resume=first.checkpoint)
+    warned = ran(harness, script, folder / "third")
+    assert any(str(file) in message for message in warned.warnings)
+    tokens = sum(s.tokens for step in every[2:] for s in flat(step) if s.channel == "a")
+    assert train_windows(warned)[-1]["a"]["tokens_total"] == tokens
+
+
+@case("rerun")
+def a_step_that_is_run_again_counts_once(harness: Harness, folder: Path) -> None:
+    script = Script(config=config(), steps=steps("ab", "aa", "bb", "ab"), reruns=frozenset({2, 3}))
+    for values, window in zip(
+        train_windows(ran(harness, script, folder)), window_sequences(script), strict=True
+    ):
+        check_values(values, expected(harness, window))
+
+
+@case("skip")
+def a_step_that_is_skipped_does_not_count(harness: Harness, folder: Path) -> None:
+    script = Script(config=config(), steps=steps("ab", "aa", "bb", "ab"), skips=frozenset({2}))
+    for values, window in zip(
+        train_windows(ran(harness, script, folder)), window_sequences(script), strict=True
+    ):
+        check_values(values, expected(harness, window))
+
+
+@case("peek")
+def a_log_in_mid_window_has_ratios_only(harness: Harness, folder: Path) -> None:
+    script = Script(config=config(), steps=steps("ab", "aa"), peeks=frozenset({1}))
+    found = ran(harness, script, folder)
+    (peeked,) = found.peeked
+    assert {"a_loss", "a_share", "b_loss", "b_share"} == set(peeked)
+    (values,) = train_windows(found)
+    check_values(values, expected(harness, window_sequences(script)[0]))
+
+
+@case()
+def a_fault_before_the_first_window_ends_the_run(harness: Harness, folder: Path) -> None:
+    script = Script(config=config(), steps=steps("ab", "aa", "bb", "ab"), fault_at=1)
+    (found,) = harness.run(script, folder)
+    assert isinstance(found.error, ZeroDivisionError) and not found.windows
+
+
+@case()
+def a_fault_after_the_first_window_ends_the_metrics_only(harness: Harness, folder: Path) -> None:
+    script = Script(config=config(), steps=steps("ab", "aa", "bb", "ab", "aa", "bb"), fault_at=3)
+    found = ran(harness, script, folder)
+    assert found.steps == 6 and len(train_windows(found)) == 1
+    said = [message for message in found.warnings if "training goes on" in message]
+    assert len(said) == 1 and "an error of ours" in said[0]
+    assert not any(key.startswith(("a_", "b_")) for logs in found.logs[1:] for key in logs)
+
+
+@case()
+def on_error_can_be_forced(harness: Harness, folder: Path) -> None:
+    every = steps("ab", "aa", "bb", "ab")
+    warned = ran(
+        harness, Script(config=config(on_error="warn"), steps=every, fault_at=0), folder / "warn"
+    )
+    assert warned.steps == 4 and not train_windows(warned)
+    script = Script(config=config(on_error="raise"), steps=every, fault_at=3)
+    (raised,) = harness.run(script, folder / "raise")
+    assert isinstance(raised.error, ZeroDivisionError)
+
+
+@case("lies")
+def a_loss_that_lies_is_told_once(harness: Harness, folder: Path) -> None:
+    script = Script(config=config(), steps=steps("ab", "aa", "bb", "ab"), every=1, lies=True)
+    found = ran(harness, script, folder)
+    said = [message for message in found.warnings if "do not add up" in message]
+    assert len(said) == 1
+
+
+@case("ranks")
+def ranks_agree_with_one_all_reduce(harness: Harness, folder: Path) -> None:
+    """A channel that one rank alone has seen, and one that is new in the last window."""
+    script = Script(
+        config=config(), steps=steps("aabb", "aaab", "abab", "aacc", "abab", "abab"), every=2
+    )
+    per_rank = harness.run(script, folder, ranks=2)
+    assert len(per_rank) == 2
+    for found in per_rank:
+        assert found.error is None, found.error
+        assert train_windows(found) == train_windows(per_rank[0])
+    for values, window in zip(train_windows(per_rank[0]), window_sequences(script), strict=True):
+        check_values(values, expected(harness, window))
+    # The first window meets the names, the second a new one; the third is the steady state.
+    for found in per_rank:
+        assert found.collectives[0] <= 4 and found.collectives[1] <= 4
+        assert found.collectives[2] == 1

@@ -1,0 +1,181 @@
+"""The Trainer of transformers, with a tiny Qwen2 that a learning rate of 0 leaves as it is."""
+
+from __future__ import annotations
+
+import os
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from torch.utils.data import SequentialSampler
+from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from channel_metrics.trainers.hf import attach
+from contract.harness_loop import kept_warnings, watch_windows
+from contract.script import ROWS, Evaluation, OneSequence, Ran, Script, faulty_count, flat
+
+__all__ = ["HFHarness", "Records", "collate", "nll_of", "tiny_qwen2", "token_ids"]
+
+VOCABULARY = 61
+
+
+class Records(torch.utils.data.Dataset[dict[str, Any]]):
+    """Records that cannot be scanned beforehand. fails_at: the index that raises."""
+
+    def __init__(self, sequences: list[OneSequence], fails_at: int | None = None) -> None:
+        self.sequences, self.fails_at = sequences, fails_at
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == self.fails_at:
+            raise RuntimeError("an evaluation that fails")
+        sequence = self.sequences[index]
+        ids = token_ids(sequence)
+        return {"input_ids": ids, "labels": [-100, *ids[1:]], "channel": sequence.channel}
+
+
+class HFHarness:
+    """What other trainers that are built on the Trainer do in another way, they override."""
+
+    name = "hf"
+    can = frozenset({"ranks", "save", "fails"})
+    reserved = "eval"
+
+    def run(self, script: Script, folder: Path, ranks: int = 1) -> list[Ran]:
+        if ranks == 1:
+            return [self.run_here(script, folder)]
+        found: list[Ran] = run_ranks(self.run_here, ranks, script, folder)
+        return found
+
+    def nll(self, sequence: OneSequence) -> float:
+        return nll_of(sequence)
+
+    def run_here(self, script: Script, folder: Path) -> Ran:
+        """The run of this process."""
+        if dist.is_initialized():
+            rank, size = str(dist.get_rank()), str(dist.get_world_size())
+            os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size)
+            # The processes have met already; accelerate only asks whether these are set.
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+        ran = Ran()
+        with kept_warnings(ran), faulty_count(script.fault_at):
+            try:
+                self._train(script, folder, ran)
+            except Exception as error:
+                ran.error = error
+        return ran
+
+    def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
+        """The trainer with its metrics; its batches come in the order of the script."""
+        records = Records([s for step in script.steps for s in flat(step)])
+        trainer = InOrder(
+            tiny_qwen2(),
+            TrainingArguments(**arguments),
+            train_dataset=records,
+            data_collator=collate,
+        )
+        return attach(trainer, script.config)
+
+    def _train(self, script: Script, folder: Path, ran: Ran) -> None:
+        size = dist.get_world_size() if dist.is_initialized() else 1
+        trainer = self.make_trainer(
+            script,
+            {
+                "output_dir": str(folder),
+                "max_steps": len(script.steps),
+                "per_device_train_batch_size": ROWS,
+                "per_device_eval_batch_size": ROWS,
+                "gradient_accumulation_steps": len(script.steps[0]) // size,
+                "logging_steps": script.every,
+                "learning_rate": 0.0,
+                "report_to": [],
+                "use_cpu": True,
+                "disable_tqdm": True,
+                "remove_unused_columns": False,
+                "save_strategy": "no" if script.save_at is None else "steps",
+                "save_steps": script.save_at or 500,
+                "save_only_model": False,
+            },
+        )
+        watch_windows(trainer.channel_metrics, ran)
+        trainer.add_callback(_Following(trainer, script, ran))
+        try:
+            trainer.train(resume_from_checkpoint=script.resume and str(script.resume))
+        finally:
+            ran.logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        if script.save_at is not None:
+            ran.checkpoint = folder / f"checkpoint-{script.save_at}"
+
+
+class InOrder(Trainer):
+    """Takes the records as they come."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return SequentialSampler(self.train_dataset)
+
+
+class _Following(TrainerCallback):
+    def __init__(self, trainer: Any, script: Script, ran: Ran) -> None:
+        self.trainer, self.script, self.ran = trainer, script, ran
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ran.steps += 1
+        for evaluation in self.script.evaluations:
+            if evaluation.after == state.global_step:
+                self._evaluate(evaluation)
+
+    def _evaluate(self, evaluation: Evaluation) -> None:
+        records = Records(flat(evaluation.batches), ROWS if evaluation.fails else None)
+        try:
+            self.ran.evaluations.append(self.trainer.evaluate(records))
+        except RuntimeError:
+            assert evaluation.fails
+
+
+def token_ids(sequence: OneSequence) -> list[int]:
+    """One token of a prompt, and the supervised ones."""
+    rng = random.Random(sequence.number)
+    return [rng.randrange(1, VOCABULARY) for _ in range(sequence.tokens + 1)]
+
+
+def collate(records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Padded on the right."""
+    width = max(len(record["input_ids"]) for record in records)
+    pads = {"input_ids": 0, "labels": -100}
+    batch = {
+        key: torch.tensor([r[key] + [pad] * (width - len(r[key])) for r in records])
+        for key, pad in pads.items()
+    }
+    lengths = [len(record["input_ids"]) for record in records]
+    mask = [[1] * length + [0] * (width - length) for length in lengths]
+    return {**batch, "attention_mask": torch.tensor(mask)}
+
+
+def tiny_qwen2() -> Qwen2ForCausalLM:
+    """The same model for everybody, without dropout."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+@cache
+def nll_of(sequence: OneSequence) -> float:
+    """By a forward of this sequence alone, in float64."""
+    ids = torch.tensor([token_ids(sequence)])
+    with torch.no_grad():
+        logits = tiny_qwen2().double().eval()(input_ids=ids).logits[0, :-1]
+    log_probs = logits.log_softmax(-1)
+    return -float(log_probs.gather(1, ids[0, 1:, None]).sum())

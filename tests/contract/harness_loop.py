@@ -1,0 +1,147 @@
+"""A loop of one's own around `ChannelMetrics`."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+
+from channel_metrics import ChannelMetrics, MicroBatch
+from channel_metrics.ranks.ranks import Ranks
+from contract.script import Batch, OneSequence, Ran, Script, faulty_count
+
+__all__ = ["LoopHarness", "kept_warnings", "watch_windows"]
+
+
+class LoopHarness:
+    """Losses are made up: token t of sequence n has (n + t) % 7 + 0.5."""
+
+    name = "loop"
+    can = frozenset({"rerun", "skip", "peek", "ranks", "lies", "save", "fails"})
+    reserved = "their"
+
+    def run(self, script: Script, folder: Path, ranks: int = 1) -> list[Ran]:
+        if ranks == 1:
+            return [run_here(script, folder)]
+        found: list[Ran] = run_ranks(run_here, ranks, script, folder)
+        return found
+
+    def nll(self, sequence: OneSequence) -> float:
+        return sum(losses_of(sequence))
+
+
+def losses_of(sequence: OneSequence) -> list[float]:
+    return [(sequence.number + t) % 7 + 0.5 for t in range(sequence.tokens)]
+
+
+def run_here(script: Script, folder: Path) -> Ran:
+    """The run of this process."""
+    ran = Ran()
+    with kept_warnings(ran), faulty_count(script.fault_at):
+        try:
+            _train(script, folder, ran)
+        except Exception as error:
+            ran.error = error
+    return ran
+
+
+def _train(script: Script, folder: Path, ran: Ran) -> None:
+    metrics = ChannelMetrics(script.config, reserved=["their_loss"])
+    watch_windows(metrics, ran)
+    metrics.start(script.resume)
+    first = int(script.resume.name.split("-")[1]) if script.resume else 0
+    for number in range(first + 1, len(script.steps) + 1):
+        for _ in range(1 + (number in script.reruns)):
+            metrics.begin_step()
+            for batch in _mine(script.steps[number - 1]):
+                _count(metrics, batch, script.lies)
+        metrics.end_step(discard=number in script.skips)
+        ran.steps += 1
+        if number in script.peeks:
+            ran.peeked.append(metrics.peek(number).logs)
+        if number % script.every == 0:
+            ran.logs.append({})
+            metrics.write(metrics.close(number), ran.logs[-1])
+        for evaluation in script.evaluations:
+            if evaluation.after == number:
+                _evaluate(metrics, evaluation, number, ran)
+        if script.save_at == number:
+            ran.checkpoint = folder / f"checkpoint-{number}"
+            metrics.save(ran.checkpoint, is_writer=metrics.ranks.rank == 0)
+
+
+def _evaluate(metrics: ChannelMetrics, evaluation: Any, number: int, ran: Ran) -> None:
+    try:
+        with metrics.evaluation("eval", number) as found:
+            for batch in _mine(evaluation.batches):
+                _count(metrics, batch, False)
+                if evaluation.fails:
+                    raise RuntimeError("an evaluation that fails")
+    except RuntimeError:
+        return
+    ran.evaluations.append(found.logs)
+
+
+def _mine(batches: Any) -> list[Batch]:
+    """The micro-batches of this rank."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return list(batches[rank::size])
+
+
+def _count(metrics: ChannelMetrics, batch: Batch, lies: bool) -> None:
+    rows = [losses_of(sequence) for sequence in batch]
+    width = max(map(len, rows))
+    losses = torch.tensor([row + [0.0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    metrics.count(
+        MicroBatch(
+            token_losses=losses,
+            channels=[sequence.channel for sequence in batch],
+            loss_mask=mask,
+            reported_sum=losses.sum() * (1.5 if lies else 1.0),
+        )
+    )
+
+
+def watch_windows(metrics: ChannelMetrics, ran: Ran) -> None:
+    """Keep the windows of a session, and how many all-reduces of ours came before each."""
+    calls = [0]
+    all_reduce = Ranks.all_reduce
+
+    class Counted(Ranks):
+        def all_reduce(self, values: Any) -> Any:
+            calls[0] += 1
+            return all_reduce(self, values)
+
+    ranks = metrics.ranks
+    metrics.ranks = Counted(ranks.group, ranks.device, ranks.alone)
+
+    def keep(window: Any) -> None:
+        ran.windows.append(window)
+        ran.collectives.append(calls[0])
+        calls[0] = 0
+
+    metrics.on_window.append(keep)
+
+
+@contextmanager
+def kept_warnings(ran: Ran) -> Any:
+    """Keep what the library warns of."""
+    logger = logging.getLogger("channel_metrics")
+
+    class Keeping(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno >= logging.WARNING:
+                ran.warnings.append(record.getMessage())
+
+    handler = Keeping()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

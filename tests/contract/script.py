@@ -1,0 +1,181 @@
+"""What happens in a run, without a trainer: micro-batches, evaluations, checkpoints, mishaps.
+
+A `Script` says it, a `Harness` makes one trainer do it, and `Ran` is what came of it on one rank.
+The cases (cases.py) never name a trainer. To add one, write a `Harness` and put it into HARNESSES
+of test_contract.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from channel_metrics import MetricsConfig, Window
+from channel_metrics.core.micro_batch import MicroBatch
+
+ROWS = 2
+"""Sequences in each micro-batch: trainers want batches of one size."""
+
+
+@dataclass(frozen=True)
+class OneSequence:
+    """One sequence: its channel, its supervised tokens, and a number that gives its content."""
+
+    channel: str | None
+    tokens: int
+    number: int
+
+
+Batch = tuple[OneSequence, ...]
+Step = tuple[Batch, ...]
+
+
+def steps(*channels: str, tokens: int = 3, first: int = 0) -> tuple[Step, ...]:
+    """One step per argument; each micro-batch has `ROWS` sequences, one letter each.
+
+    `steps("aab-", "bb")`: a first step of two micro-batches, [a, a] and [b, unlabeled], then one
+    of one. Sequences differ in length.
+    """
+    number = first
+    made = []
+    for letters in channels:
+        sequences = []
+        for letter in letters:
+            channel = None if letter == "-" else letter
+            sequences.append(OneSequence(channel, tokens + number % 4, number))
+            number += 1
+        batches = [sequences[i : i + ROWS] for i in range(0, len(sequences), ROWS)]
+        made.append(tuple(map(tuple, batches)))
+    return tuple(made)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation after a step of training. fails: it raises after its first batch."""
+
+    after: int
+    batches: Step
+    fails: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """A run. Every step has the same number of micro-batches."""
+
+    config: MetricsConfig
+    steps: tuple[Step, ...]
+    every: int = 2
+    """Steps between two logs."""
+    evaluations: tuple[Evaluation, ...] = ()
+    reruns: frozenset[int] = frozenset()
+    """Steps (from 1) that the trainer runs twice, counted once."""
+    skips: frozenset[int] = frozenset()
+    """Steps that the optimizer skips, not counted."""
+    peeks: frozenset[int] = frozenset()
+    """Steps after which the trainer logs in mid-window."""
+    save_at: int | None = None
+    """The step after which a checkpoint is written."""
+    resume: Path | None = None
+    """The folder of the checkpoint to go on from; `steps` are those of the whole run."""
+    fault_at: int | None = None
+    """The micro-batch (from 0, of training) in whose counting an error of ours happens."""
+    lies: bool = False
+    """Whether the trainer's own loss is not that of its tokens."""
+
+
+@dataclass
+class Ran:
+    """What came of a run on one rank."""
+
+    windows: list[Window] = field(default_factory=list)
+    """What observers were told."""
+    logs: list[dict[str, float]] = field(default_factory=list)
+    """What the trainer itself logged in training, from the first window on."""
+    peeked: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    """What each evaluation that ended gave."""
+    warnings: list[str] = field(default_factory=list)
+    error: BaseException | None = None
+    checkpoint: Path | None = None
+    """The folder that was saved."""
+    steps: int = 0
+    """How many steps were trained."""
+    collectives: list[int] = field(default_factory=list)
+    """Our all-reduces up to each window, train and evaluation."""
+
+
+class Harness(Protocol):
+    """One trainer. `can`: of "rerun", "skip", "peek", "ranks", "lies", "save", "fails"."""
+
+    name: str
+    can: frozenset[str]
+    reserved: str
+    """The name of a channel whose key (`{channel}_{metric}`) is one of the trainer's own."""
+
+    def run(self, script: Script, folder: Path, ranks: int = 1) -> list[Ran]:
+        """Run it; one `Ran` per rank. Errors come back in `Ran.error`."""
+
+    def nll(self, sequence: OneSequence) -> float:
+        """The summed nll of the supervised tokens of a sequence, by an independent way."""
+
+
+def expected(harness: Harness, sequences: Iterable[OneSequence]) -> dict[str, dict[str, float]]:
+    """{channel: loss, tokens, samples, share} of a window, by counting one after the other."""
+    sums: dict[str, list[float]] = {}
+    for sequence in sequences:
+        of_channel = sums.setdefault(sequence.channel or "unlabeled", [0.0, 0.0, 0.0])
+        of_channel[0] += harness.nll(sequence)
+        of_channel[1] += sequence.tokens
+        of_channel[2] += 1
+    total = sum(tokens for _, tokens, _ in sums.values())
+    return {
+        name: {"loss": nll / tokens, "tokens": tokens, "samples": count, "share": tokens / total}
+        for name, (nll, tokens, count) in sums.items()
+    }
+
+
+def window_sequences(script: Script) -> list[list[OneSequence]]:
+    """The sequences of each train window of a script, in a run that nothing disturbs."""
+    windows: list[list[OneSequence]] = [[]]
+    for number, step in enumerate(script.steps, start=1):
+        if number not in script.skips:
+            windows[-1] += [sequence for batch in step for sequence in batch]
+        if number % script.every == 0:
+            windows.append([])
+    return [window for window in windows if window]
+
+
+def check_values(found: dict[str, dict[str, float]], wanted: dict[str, dict[str, float]]) -> None:
+    """The same channels, and equal values of the metrics that both have."""
+    assert set(found) == set(wanted)
+    for channel, values in found.items():
+        for metric in set(values) & set(wanted[channel]):
+            assert values[metric] == pytest.approx(wanted[channel][metric], rel=1e-5), channel
+
+
+@contextmanager
+def faulty_count(at: int | None) -> Any:
+    """An error of ours in the counting of micro-batch number `at`; None: none."""
+    original = MicroBatch.add_to
+    calls = iter(range(1_000_000))
+
+    def add_to(self: MicroBatch, table: Any) -> None:
+        if next(calls) == at:
+            raise ZeroDivisionError("an error of ours")
+        original(self, table)
+
+    MicroBatch.add_to = add_to  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        MicroBatch.add_to = original  # type: ignore[method-assign]
+
+
+def flat(batches: Sequence[Batch]) -> list[OneSequence]:
+    """All sequences of some micro-batches."""
+    return [sequence for batch in batches for sequence in batch]

@@ -1,0 +1,30 @@
+"""Every case with every trainer that can do it, see script.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from contract.cases import CASES, NEEDS
+from contract.harness_hf import HFHarness
+from contract.harness_loop import LoopHarness
+from contract.script import Harness
+
+HARNESSES: list[Harness] = [LoopHarness(), HFHarness()]
+RUNS = [
+    pytest.param(harness, name, id=f"{harness.name}-{name}")
+    for harness in HARNESSES
+    for name in CASES
+    if NEEDS[name] <= harness.can
+]
+
+
+@pytest.mark.parametrize(("harness", "name"), RUNS)
+def test_case(harness: Harness, name: str, tmp_path: Path) -> None:
+    CASES[name](harness, tmp_path)
+
+
+def test_every_case_is_run_by_somebody() -> None:
+    able = frozenset().union(*(harness.can for harness in HARNESSES))
+    assert frozenset().union(*NEEDS.values()) <= able

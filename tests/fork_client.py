@@ -1,0 +1,124 @@
+"""Starts a `fork_server` and sends it jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paths import python_path
+
+START_SECONDS = 180
+# Beyond the time of a job: what the server needs for imports, and to end the ranks.
+SERVER_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Preload:
+    """What a server does before its first job.
+
+    names: modules to import, or `module:function` to call. environ: variables, beside those of
+    this process. first: what comes first on its path.
+    """
+
+    names: tuple[str, ...]
+    environ: tuple[tuple[str, str], ...] = ()
+    first: tuple[str, ...] = ()
+
+
+class Server:
+    """One server; it starts with the first job. What it prints itself goes to `folder`."""
+
+    def __init__(self, preload: Preload, folder: Path) -> None:
+        self.preload = preload
+        self.folder = folder
+        self.process: subprocess.Popen[str] | None = None
+
+    def ask(
+        self,
+        folder: Path,
+        main: str,
+        *,
+        ranks: int,
+        timeout: float,
+        meet: bool = True,
+        imports: Iterable[str] = (),
+        environ: dict[str, str] | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Run a job; see `fork_server` for what it may say and for the answer.
+
+        more: further entries of the job, which `main` reads.
+        """
+        job = {
+            "folder": str(folder),
+            "main": main,
+            "ranks": ranks,
+            "timeout": timeout,
+            "meet": meet,
+            "imports": list(imports),
+            "environ": environ or {},
+            **more,
+        }
+        try:
+            if self.process is None:
+                self.process = self._start()
+                self._answer(START_SECONDS)
+            assert self.process.stdin is not None
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+            return self._answer(timeout + SERVER_SECONDS)
+        except BaseException:
+            # Also when pytest interrupts the wait: the next job must not read this one's answer.
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the server, and with it what it runs."""
+        process, self.process = self.process, None
+        if process is not None:
+            with process:  # closes its input, at which it ends
+                try:
+                    process.communicate(timeout=SERVER_SECONDS)
+                finally:
+                    process.kill()
+
+    def _answer(self, seconds: float) -> dict[str, Any]:
+        assert self.process is not None and self.process.stdout is not None
+        ready = select.select([self.process.stdout], [], [], seconds)[0]
+        line = self.process.stdout.readline() if ready else ""
+        if not line:
+            log = (self.folder / "server.err").read_text()
+            raise RuntimeError(f"the server ended or said nothing for {seconds} s: {log[-4000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        if "failure" in answer:
+            raise AssertionError(answer["failure"])
+        return answer
+
+    def _start(self) -> subprocess.Popen[str]:
+        # Nothing may come from an earlier run.
+        caches = ("HF_DATASETS_CACHE", "MODELSCOPE_CACHE")
+        settings = {name: str(self.folder / "cache") for name in caches}
+        # No threads before a fork: pyarrow's allocator starts one.
+        settings["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
+        return subprocess.Popen(
+            [sys.executable, "-m", "fork_server", str(self.folder / "server"), *self.preload.names],
+            cwd=self.folder,
+            env={
+                **os.environ,
+                **settings,
+                **dict(self.preload.environ),
+                "PYTHONPATH": python_path(*self.preload.first),
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            # A signal to the tests does not reach it: it ends with its input, and ends its ranks.
+            start_new_session=True,
+        )
