@@ -35,6 +35,7 @@ from channel_metrics.core.schema import TOKENS, Schema
 from channel_metrics.core.table import SumTable
 from channel_metrics.core.totals import TOTALS_FILE, RunTotals, totals_path
 from channel_metrics.data.scan import scan_channels
+from channel_metrics.errors import ChannelMetricsError
 from channel_metrics.ranks.agreed_names import Agreement
 from channel_metrics.ranks.exchange import GlobalSums
 from channel_metrics.ranks.ranks import Ranks
@@ -282,8 +283,14 @@ class ChannelMetrics:
                 " and ".join(self.schema.run_metrics),
             )
             return
-        with self.guard.guarded():
-            self.totals = RunTotals(self.schema).load(path)
+        self.totals = RunTotals(self.schema)
+        try:
+            self.totals.load(path)
+        except ChannelMetricsError as error:
+            # What is counted from here on is right all the same.
+            if self.guard.raises:
+                raise
+            self.warn_once(f"{error} Until then, they start at zero.")
 
     def state_dict(self) -> dict[str, Any]:
         """The totals and the open window of this rank, for a checkpoint of your own."""
