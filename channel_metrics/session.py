@@ -184,8 +184,9 @@ class ChannelMetrics:
         try:
             yield found
         finally:
-            # By identity: an inner one may have been left open by a generator.
-            del self._evaluations[self._evaluations.index(found) :]
+            # A generator may leave an inner one open, or close it after the outer one has ended.
+            if found in self._evaluations:
+                del self._evaluations[self._evaluations.index(found) :]
         if not found.discarded:
             found.window = self._summed(found.table, split, step, prefix)
             self._tell(found.window)

@@ -111,7 +111,7 @@ def test_a_prefix_under_which_all_channels_clash() -> None:
     """`weighted_` + `loss_x` is `weighted_loss_x`, whatever x is."""
     book = KeyBook("{metric}_{channel}")
     for _ in range(2):
-        with pytest.raises(ConfigError, match="'weighted_loss' and 'loss' of a channel the same key"):
+        with pytest.raises(ConfigError, match="'weighted_loss' and 'loss' of a channel the same"):
             book.learn(prefix="weighted_")
     assert book.learn(["a"], prefix="eval_") == []
 
