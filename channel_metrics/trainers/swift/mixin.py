@@ -10,9 +10,9 @@ import torch
 from swift.trainers import Seq2SeqTrainer
 
 from channel_metrics.config import MetricsConfig
+from channel_metrics.data.collator import BOUNDS_KEY, declare_channels
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.trainers.hf.batch import BatchChannels
-from channel_metrics.trainers.hf.data import BOUNDS_KEY, declare_channels
 from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
 from channel_metrics.trainers.hf.state import ChannelState
 from channel_metrics.trainers.swift.collator import GROUP_KEY, SEGMENTS_KEY, SwiftCollator
