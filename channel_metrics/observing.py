@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,28 +13,29 @@ from torch import Tensor
 from channel_metrics.capture.reader import TokenLossReader
 from channel_metrics.capture.transformers import is_causal
 from channel_metrics.core.micro_batch import MicroBatch
+from channel_metrics.counting import Counting
 from channel_metrics.data.collator import BOUNDS_KEY, CollatorFault
 from channel_metrics.errors import ChannelError
-
-if TYPE_CHECKING:
-    from channel_metrics.session import ChannelMetrics
 
 __all__ = ["observe"]
 
 # What each session found out about its model at the first batch.
-_readers: WeakKeyDictionary[ChannelMetrics, TokenLossReader] = WeakKeyDictionary()
+_readers: WeakKeyDictionary[Counting, TokenLossReader] = WeakKeyDictionary()
 
 
 @contextmanager
 def observe(
-    metrics: ChannelMetrics, model: torch.nn.Module, batch: MutableMapping[str, Any]
+    metrics: Counting,
+    model: torch.nn.Module,
+    batch: MutableMapping[str, Any],
+    *,
+    with_correct: bool,
 ) -> Iterator[None]:
     """See `ChannelMetrics.observe`."""
     channels, bounds = batch.pop("channels", None), batch.pop(BOUNDS_KEY, None)
     if not metrics.measuring:
         yield
         return
-    with_correct = "token_acc" in metrics.config.metrics
     new = TokenLossReader(with_correct=with_correct, guard=metrics.guard)
     reader = _readers.setdefault(metrics, new)
     with reader.observe(model) as observation:

@@ -173,7 +173,7 @@ class ChannelMetrics(Counting):
         # Only here: counting by hand needs no transformers.
         from channel_metrics.observing import observe
 
-        with observe(self, model, batch):
+        with observe(self, model, batch, with_correct="token_acc" in self.config.metrics):
             yield
 
     # ---- names -----------------------------------------------------------------------------
