@@ -16,7 +16,8 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 from channel_metrics.core.labels import UNLABELED, LabelTable, Unknown
 from channel_metrics.core.schema import TOKENS, Schema
@@ -257,6 +258,16 @@ class ChannelTable(LabelTable):
     ) -> None:
         self.keys = KeyBook(key_format, reserved=reserved)
         super().__init__(names, unknown=unknown)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Tables travel to worker processes: without the metrics, whose formulas may be lambdas.
+        made = partial(
+            ChannelTable,
+            unknown=self.unknown,
+            key_format=self.key_format,
+            reserved=self.keys.reserved,
+        )
+        return made, (self.names,)
 
     @property
     def key_format(self) -> str:

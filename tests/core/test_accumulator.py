@@ -18,7 +18,7 @@ from strategies import NAMES, Case, accumulate, cases
 
 from channel_metrics import ChannelLossAccumulator, ChannelMetricsError, ChannelTable, ConfigError
 from channel_metrics.core.boundaries import token_channel_ids
-from channel_metrics.core.metrics import WINDOW_METRICS
+from channel_metrics.core.schema import TOKENS
 
 streams = st.lists(cases(), max_size=4)
 finite_streams = st.lists(cases(finite=True), min_size=1, max_size=4)
@@ -38,7 +38,7 @@ def assert_same_sums(
 )
 def test_equals_the_oracle(dtype: torch.dtype, stream: list[Case], form: str) -> None:
     stream = [case.in_dtype(dtype) for case in stream]
-    accumulator = ChannelLossAccumulator(NAMES, metrics=WINDOW_METRICS)
+    accumulator = ChannelLossAccumulator(NAMES, metrics=TOKENS.window_metrics)
     for case in stream:
         given = case.tensors(dtype)
         if form != "names":
@@ -51,7 +51,7 @@ def test_equals_the_oracle(dtype: torch.dtype, stream: list[Case], form: str) ->
 
 @given(finite_streams)
 def test_float32_fallback_equals_the_oracle(stream: list[Case]) -> None:
-    metrics = [name for name in WINDOW_METRICS if name != "ppl"]  # exp() of up to 100
+    metrics = [name for name in TOKENS.window_metrics if name != "ppl"]  # exp() of up to 100
     accumulator = ChannelLossAccumulator(NAMES, metrics=metrics, dtype=torch.float32)
     for case in stream:
         accumulator.update(**case.tensors(torch.float32))

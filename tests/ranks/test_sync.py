@@ -13,7 +13,7 @@ from distributed import run_ranks
 
 from channel_metrics import ChannelError, ChannelLossAccumulator, ChannelMetricsError, sync
 from channel_metrics.core.faults import FaultGuard
-from channel_metrics.core.metrics import WINDOW_METRICS
+from channel_metrics.core.schema import TOKENS
 from channel_metrics.errors import StoppedError
 from channel_metrics.ranks.agreed_names import AgreedNames
 
@@ -66,7 +66,7 @@ def fill(accumulator: ChannelLossAccumulator, window: Window) -> None:
 
 
 def alone(windows: list[Window]) -> dict[str, float]:
-    accumulator = ChannelLossAccumulator(metrics=WINDOW_METRICS)
+    accumulator = ChannelLossAccumulator(metrics=TOKENS.window_metrics)
     for window in windows:
         fill(accumulator, window)
     return accumulator.compute()
@@ -98,7 +98,7 @@ class CountedCollectives:
 def ranks_sync() -> dict[str, Any]:
     rank, size = dist.get_rank(), dist.get_world_size()
     collectives = CountedCollectives()
-    accumulator = ChannelLossAccumulator(metrics=WINDOW_METRICS)
+    accumulator = ChannelLossAccumulator(metrics=TOKENS.window_metrics)
     seen: dict[str, Any] = {"computed": [], "names": [], "collectives": []}
     for window in WINDOWS:
         fill(accumulator, window[rank])
@@ -136,7 +136,7 @@ def agreeing(name: str, rank: int, collectives: CountedCollectives) -> Any:
 
 def random_windows(seed: int, rank: int, size: int) -> list[dict[str, float]]:
     """What is computed in six windows, in which this rank counts its part of random batches."""
-    accumulator = ChannelLossAccumulator(metrics=WINDOW_METRICS)
+    accumulator = ChannelLossAccumulator(metrics=TOKENS.window_metrics)
     computed = []
     for window in drawn(seed):
         fill(accumulator.reset(), [batch for i, batch in enumerate(window) if i % size == rank])
@@ -263,7 +263,7 @@ def test_the_spawner_reports_the_rank_that_failed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_process(dtype: torch.dtype) -> None:
-    accumulator = ChannelLossAccumulator(["b"], metrics=WINDOW_METRICS, dtype=dtype)
+    accumulator = ChannelLossAccumulator(["b"], metrics=TOKENS.window_metrics, dtype=dtype)
     accumulator.table.key_format = "{metric}/{channel}"
     for window in WINDOWS[0]:
         fill(accumulator, window)
