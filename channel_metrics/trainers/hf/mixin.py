@@ -209,8 +209,9 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
 
     def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> Any:
         context, prepared = super()._prepare_context_parallel_inputs(model, inputs)
-        session, scratch = self.channel_metrics, self.channel_scratch
+        session = self.channel_metrics
         if session is not None and session.measuring:
+            scratch = self.channel_scratch
             with session.guard.guarded():
                 # In evaluation, the channels have been taken out of the batch before.
                 pending = scratch.pending
