@@ -35,6 +35,7 @@ from channel_metrics.core.schema import TOKENS, Schema
 from channel_metrics.core.table import SumTable
 from channel_metrics.core.totals import TOTALS_FILE, RunTotals, totals_path
 from channel_metrics.data.scan import scan_channels
+from channel_metrics.errors import ChannelMetricsError
 from channel_metrics.ranks.agreed_names import Agreement
 from channel_metrics.ranks.exchange import GlobalSums
 from channel_metrics.ranks.ranks import Ranks
@@ -149,6 +150,11 @@ class ChannelMetrics:
         """The step joins the window; `discard` it if the optimizer skipped it."""
         step, self._step = self._step, None
         with self.guard.guarded():
+            if discard and step is None:
+                raise ChannelMetricsError(
+                    "end_step(discard=True) needs begin_step() before the step; without it, what "
+                    "the step counted is in the window already."
+                )
             if step is not None and not discard:
                 self._train.to(step.device)
                 self._train.merge(step)
