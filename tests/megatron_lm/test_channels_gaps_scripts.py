@@ -61,7 +61,7 @@ def lie(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_a_loss_function_that_lies_is_told_once(lie: Run) -> None:
     assert list(lie.scalars["unlabeled_tokens"]) == [1, 2, 3]
-    assert lie.ranks[0].err.count("do not add up") == 1
+    assert lie.ranks[0].said.count("do not add up") == 1
 
 
 def test_the_losses_are_those_of_the_tokens_all_the_same(lie: Run) -> None:
@@ -74,7 +74,7 @@ def test_the_losses_are_those_of_the_tokens_all_the_same(lie: Run) -> None:
 
 
 def test_a_window_without_any_channel_is_told(lie: Run) -> None:
-    said = (lie.ranks[0].out + lie.ranks[0].err).splitlines()
+    said = lie.ranks[0].said.splitlines()
     assert sum("all tokens" in line and "unlabeled" in line for line in said) == 1
 
 
