@@ -13,6 +13,7 @@ from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.schema import Schema
 from channel_metrics.core.table import SumTable
+from channel_metrics.errors import ChannelMetricsError
 from channel_metrics.windows import Evaluation
 
 __all__ = ["Counting"]
@@ -81,6 +82,11 @@ class Counting:
         """The step joins the window; `discard` it if the optimizer skipped it."""
         step, self._step = self._step, None
         with self.guard.guarded():
+            if discard and step is None:
+                raise ChannelMetricsError(
+                    "end_step(discard=True) needs begin_step() before the step; without it, what "
+                    "the step counted is in the window already."
+                )
             if step is not None and not discard:
                 self._train.to(step.device)
                 self._train.merge(step)
