@@ -93,9 +93,9 @@ class SumTable:
     def merge(self, other: SumTable) -> None:
         """Add the sums of a table with the same columns; labels are matched by name.
 
-        Nothing is read back from the device for one that shares its labels and device.
+        Nothing is read back from the device for one that shares labels, columns and device.
         """
-        if (other.labels, other.device, other.dtype) == (self.labels, self.device, self.dtype):
+        if other._kind() == self._kind():
             missing = self._num_rows() - other._sums.shape[1]
             for part in (other._sums, other._lost):
                 self._add_up(torch.nn.functional.pad(part, (0, missing)))
@@ -124,7 +124,7 @@ class SumTable:
         """Move the sums to `device`; where it has no float64, they go on as float32."""
         device = torch.device(device)
         if device == self.device:
-            return
+            return self
         dtype = torch.float32 if device.type == "mps" else self.dtype
         if dtype != self.dtype:
             exact = self._sums + self._lost
@@ -156,6 +156,10 @@ class SumTable:
         self._load(state["names"], state["columns"], state["sums"])
         self._mismatch.fill_(state["mismatch"])
         return self
+
+    def _kind(self) -> tuple[Any, ...]:
+        """Tables of one kind can be added up as they are."""
+        return self.labels, self.columns, self.device, self.dtype
 
     def _ids(self, labels: Tensor | Sequence[str | None]) -> Tensor:
         """int64 [N] on the device of the sums."""

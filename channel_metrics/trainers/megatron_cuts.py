@@ -2,14 +2,9 @@
 
 import warnings
 
-from channel_metrics.trainers.megatron.cuts import (
-    MARK,
-    follow_cuts,
-    megatron_modules,
-    replace_everywhere,
-)
+from channel_metrics.trainers.megatron.cuts import follow_cuts, unfollow_cuts
 
-__all__ = ["MARK", "follow_cuts", "megatron_modules", "replace_everywhere"]
+__all__ = ["follow_cuts", "unfollow_cuts"]
 
 warnings.warn(
     "channel_metrics.trainers.megatron_cuts is now channel_metrics.trainers.megatron.cuts; "

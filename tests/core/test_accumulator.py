@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import re
 from collections.abc import Callable
@@ -222,12 +223,24 @@ def test_refuses_other_metrics_and_foreign_states() -> None:
         ChannelLossAccumulator(metrics=["acc"])
     accumulator = ChannelLossAccumulator().update(ONES, channels=["a"])
     before = accumulator.compute()
-    for change in ({"version": 99}, {"columns": ["tokens"]}):
-        with pytest.raises(ChannelMetricsError, match="written by another version"):
-            accumulator.load_state_dict({**accumulator.state_dict(), **change})
+    with pytest.raises(ChannelMetricsError, match="written by another version"):
+        accumulator.load_state_dict({**accumulator.state_dict(), "version": 99})
     with pytest.raises(ChannelMetricsError, match="has version None"):
         accumulator.load_state_dict({})
     assert accumulator.compute() == before
+
+
+def test_a_state_of_other_columns_loads_what_it_has() -> None:
+    state = ChannelLossAccumulator().update(ONES, channels=["a"]).state_dict()
+    columns = ["of another version", *reversed(state["columns"])]
+    sums = torch.cat([torch.full((2, 1), 7.0).double(), state["sums"].flip(1)], dim=1)
+    accumulator = ChannelLossAccumulator(["b"], metrics=TOKENS.window_metrics)
+    accumulator.load_state_dict({**state, "columns": columns, "sums": sums})
+    expected = {"loss": 1.0, "ppl": math.e, "tokens": 4.0, "samples": 1.0, "share": 1.0}
+    assert accumulator.compute_by_channel() == {"a": pytest.approx(expected)}
+    accumulator.load_state_dict({**state, "columns": ["tokens"], "sums": state["sums"][:, :1]})
+    expected = {"loss": 0.0, "ppl": 1.0, "tokens": 4.0, "samples": 0.0, "share": 1.0}
+    assert accumulator.compute_by_channel() == {"a": expected}
 
 
 def test_unknown_error_refuses_a_name() -> None:

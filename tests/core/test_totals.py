@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from channel_metrics import ChannelLossAccumulator, ChannelMetricsError
-from channel_metrics.core.totals import RunTotals
+from channel_metrics.core.schema import Column, Schema
+from channel_metrics.core.totals import TOTALS_FILE, RunTotals, totals_path
 
 
 def window(**tokens: int) -> ChannelLossAccumulator:
@@ -78,7 +79,9 @@ def test_files_keep_numbers_beyond_float32(tmp_path: Path) -> None:
         "[]",
         '{"version": 1}',
         '{"version": 1, "channels": 3}',
-        '{"version": 1, "channels": {"bbu": {"tokens_total": 1}}}',
+        '{"version": 1, "channels": {"bbu": {"tokens_total": "many"}}}',
+        '{"version": 1, "channels": {"bbu": 1}}',
+        "[" * 100_000,
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, text: str) -> None:
@@ -94,3 +97,32 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({"version": 2, "channels": {}}))
     with pytest.raises(ChannelMetricsError, match="must have version 1, but have 2"):
         RunTotals().load(path)
+
+
+def test_a_version_with_other_columns_loads_what_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "channel_metrics.json"
+    path.write_text('{"version": 1, "channels": {"bbu": {"tokens_total": 4, "bytes_total": 9}}}')
+    totals = RunTotals().load(path)
+    assert totals.of("bbu")["tokens_total"] == 4 and totals.of("bbu")["samples_total"] == 0
+    # What this version does not count is kept for the one that does.
+    assert add(totals, window(bbu=1)).state_dict()["channels"]["bbu"] == {
+        **of(5, 1),
+        "bytes_total": 9,
+    }
+
+
+def test_the_old_name_of_the_file(tmp_path: Path) -> None:
+    assert totals_path(tmp_path) is None
+    old = tmp_path / "channel_metrics_totals.json"
+    old.write_text("{}")
+    assert totals_path(tmp_path) == old
+    (tmp_path / TOTALS_FILE).write_text("{}")
+    assert totals_path(tmp_path) == tmp_path / "channel_metrics.json"
+
+
+def test_totals_of_something_else() -> None:
+    pairs = Schema("pairs", count="pairs")
+    pairs.register(Column("margin", "reward", ""), Column("pairs", "pairs", "", total=True))
+    totals = RunTotals(pairs).add(["a"], torch.tensor([[0.5, 0.0], [0.25, 3.0]]))
+    assert totals.of("a") == {"pairs_total": 3}
+    assert totals.copy().state_dict() == {"version": 1, "channels": {"a": {"pairs_total": 3}}}

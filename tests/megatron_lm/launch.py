@@ -69,6 +69,11 @@ class Rank:
     seen: dict[str, Any]
     """By observer."""
 
+    @property
+    def said(self) -> str:
+        """Both streams: Megatron sets up logging, which otherwise goes to the second."""
+        return self.out + self.err
+
     @cached_property
     def lines(self) -> list[Line]:
         return parse_lines(self.out)

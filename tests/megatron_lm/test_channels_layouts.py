@@ -28,7 +28,7 @@ def check_against_megatron(run: Run, rel: float = 1e-5) -> None:
     assert len(logs) == ITERATIONS
     totals = [oracle.total_loss(log) for log in logs]
     assert totals == pytest.approx(list(run.scalars["lm loss"].values()), rel=rel)
-    assert "do not add up" not in "".join(rank.err for rank in run.ranks)
+    assert "do not add up" not in "".join(rank.said for rank in run.ranks)
 
 
 def test_one_process_equals_the_naive_loop(launcher: Launcher, data: Data) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from channel_metrics.trainers.megatron.run import TOTALS_FILE
+from channel_metrics.core.totals import TOTALS_FILE
 from megatron_lm import oracle
 from megatron_lm.data import Data
 from megatron_lm.launch import Launcher, Run, needs_megatron_training
@@ -106,7 +106,8 @@ def test_a_checkpoint_without_totals_warns(launcher: Launcher, data: Data, tmp_p
     launcher.run("dp1", *data.blend(), *save)
     assert not list(tmp_path.rglob(TOTALS_FILE))
     run = launcher.run("dp1", *data.blend(), *CHANNELS, "--load", str(tmp_path), patch=True)
-    assert f"has no {TOTALS_FILE}: it was written without --channels" in run.ranks[0].err
+    said = f"has no {TOTALS_FILE}: it was written without channel metrics"
+    assert said in run.ranks[0].said
     assert totals(run) == counted(run)
 
 

@@ -97,7 +97,7 @@ def test_training_is_unchanged(launcher: Launcher, data: Data) -> None:
 
 def test_targets_across_conversations_are_reported_once(launcher: Launcher, data: Data) -> None:
     run = launcher.run("dp1", *data.sft(), "--channels", patch=True)
-    assert run.ranks[0].err.count("first token of the next conversation") == 1
+    assert run.ranks[0].said.count("first token of the next sequence") == 1
 
 
 def test_a_file_without_channels_is_an_error_at_start(launcher: Launcher, data: Data) -> None:

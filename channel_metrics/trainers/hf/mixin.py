@@ -12,6 +12,7 @@ from channel_metrics.capture.observation import Observation
 from channel_metrics.capture.reader import TokenLossReader
 from channel_metrics.capture.transformers import check_loss_hook, is_causal
 from channel_metrics.config import MetricsConfig
+from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.data.collator import CollatorFault
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
@@ -23,7 +24,6 @@ from channel_metrics.trainers.hf.batch import (
     Scratch,
     first_records,
     labels_of,
-    micro_batch,
     real_records,
     take_channels,
 )
@@ -193,7 +193,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
                     "told, so they are counted twice."
                 )
             batch, values = kept or (batch, values)
-        session.count(micro_batch(batch, values, reported))
+        session.count(MicroBatch.of_values(values, batch.channels, batch.cu_seqlens, reported))
 
     def _real_records(self, session: ChannelMetrics) -> tuple[int, int] | None:
         """How many of how many records are no repetitions; None means all."""

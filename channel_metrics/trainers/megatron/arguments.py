@@ -10,8 +10,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from channel_metrics.config import MetricsConfig
-from channel_metrics.core.keys import ChannelTable
 from channel_metrics.errors import ConfigError, UnsupportedVersionError
+from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.megatron.reserved import megatron_keys
 
 __all__ = [
     "add_arguments",
@@ -21,6 +22,7 @@ __all__ = [
     "declared_names",
     "is_on",
     "name_by_path",
+    "session_of",
     "validate",
 ]
 
@@ -83,9 +85,22 @@ def validate(args: Any) -> None:
                 name = "--" + option.replace("_", "-")
                 raise ConfigError(f"{name} was given without --channels; add --channels.")
         return
+    _refuse_unsupported(args, config_of(args))
+    session_of(args)
+
+
+def session_of(args: Any) -> ChannelMetrics:
+    """A new session of the run; raises for channels whose keys are taken, see `ChannelMetrics`."""
     config = config_of(args)
-    _refuse_unsupported(args, config)
-    ChannelTable(declared_names(args), key_format=config.key_format)
+    names = dict.fromkeys((*declared_names(args), *config.channels))
+    session = ChannelMetrics(
+        dataclasses.replace(config, channels=tuple(names)),
+        reserved=megatron_keys(getattr(args, "validation_set_names", None) or ()),
+    )
+    if not getattr(args, "sft", False) and not _is_external(args):
+        # The data options have named all of them.
+        session.check_eval_channels()
+    return session
 
 
 def declared_names(args: Any) -> list[str]:

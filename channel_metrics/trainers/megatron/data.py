@@ -10,14 +10,13 @@ Letters: S sequence length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from channel_metrics.core.keys import ChannelTable
-from channel_metrics.core.labels import UNLABELED_ID, channels_of
+from channel_metrics.core.labels import UNLABELED_ID, LabelTable, channels_of
 from channel_metrics.errors import ChannelError, ConfigError
 from channel_metrics.trainers.megatron.ids import (
     BATCH_KEY,
@@ -33,17 +32,22 @@ __all__ = ["ChannelDataset", "is_sft", "pack_channel_ids"]
 class ChannelDataset(torch.utils.data.Dataset[Any]):
     """A Megatron data set whose samples carry `channel_ids`; all else is the data set's own.
 
-    dataset: a BlendedDataset, or one data set with a `dataset_path`. id_of: the id of a data
-    set by its path; None is mock data. fields: where a line or a conversation of an SFT file may
-    hold its channel. per_token: give one id per token even where all of a row are the same.
+    Args:
+        dataset: a BlendedDataset, or one data set with a `dataset_path`.
+        table: the channels.
+        id_of: the id of a data set by its path; None is mock data.
+        declare: learns names of channels, before there are workers.
+        fields: where a line or a conversation of an SFT file may hold its channel.
+        per_token: give one id per token even where all of a row are the same.
     """
 
     def __init__(
         self,
         dataset: Any,
-        table: ChannelTable,
+        table: LabelTable,
         id_of: Callable[[str | None], int],
         *,
+        declare: Callable[[Iterable[str]], None],
         fields: Sequence[str],
         per_token: bool = False,
     ) -> None:
@@ -54,7 +58,7 @@ class ChannelDataset(torch.utils.data.Dataset[Any]):
         parts = getattr(dataset, "datasets", None)
         self._is_blend = parts is not None
         self._parts = list(parts) if parts is not None else [dataset]
-        named = [is_sft(part) and _add_names(part, table, fields) for part in self._parts]
+        named = [is_sft(part) and _declare_names(part, declare, fields) for part in self._parts]
         if is_sft(dataset) and not any(named):
             raise ConfigError(_no_channel(dataset, fields))
         # A conversation without a channel, in a file where others have one, stays unlabeled.
@@ -161,13 +165,15 @@ def _names(
     return found
 
 
-def _add_names(part: Any, table: ChannelTable, fields: Sequence[str]) -> bool:
-    """Put the channels of an SFT file into the table; False where no line has any.
+def _declare_names(
+    part: Any, declare: Callable[[Iterable[str]], None], fields: Sequence[str]
+) -> bool:
+    """Learn the channels of an SFT file; False where no line has any.
 
     Data loader workers are other processes: what they would add to the table is lost.
     """
     names = sft_channel_names(_lines(part), fields)
-    table.ids(sorted(names))
+    declare(sorted(names))
     return bool(names)
 
 

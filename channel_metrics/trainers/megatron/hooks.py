@@ -95,12 +95,11 @@ def _counting(forward_backward: Callable[..., Any], run: MegatronRun) -> Callabl
     def counting_forward_backward(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("collect_non_loss_data"):
             return forward_backward(*args, **kwargs)
-        metrics = run.evaluation if kwargs.get("forward_only") else run.train
-        if metrics is run.train:
+        if not run.session.evaluating:
             # Megatron may run an iteration again, to find faulty devices.
-            metrics.begin_step()
-        kwargs["forward_step_func"] = counting_forward_step(kwargs["forward_step_func"], metrics)
-        return forward_backward(*args, **kwargs)
+            run.metrics.begin_step()
+        step = counting_forward_step(kwargs["forward_step_func"], run.metrics)
+        return forward_backward(*args, **{**kwargs, "forward_step_func": step})
 
     return counting_forward_backward
 
@@ -116,14 +115,16 @@ def training_log(original: Original, *args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(original).bind(*args, **kwargs).arguments
         iteration, interval = call["iteration"], run.args.log_interval
         # Megatron leaves the weights alone then, and its own averages as well.
-        run.train.end_step(discard=bool(call["skipped_iter"]))
-        # Megatron logs its first iteration without ending the interval.
-        if iteration % interval == 0 or call.get("is_first_iteration"):
-            ends = iteration % interval == 0
-            values = run.train.compute(reset=ends)
-            with run.guard.guarded():
-                values = values if ends else run.without_counts(values)
-                write(f"iteration {iteration:8d}", values, iteration)
+        run.metrics.end_step(discard=bool(call["skipped_iter"]))
+        if iteration % interval == 0:
+            window = run.session.close(iteration)
+        elif call.get("is_first_iteration"):
+            # Megatron logs its first iteration without ending the interval.
+            window = run.session.peek(iteration)
+        else:
+            return result
+        with run.session.guard.guarded():
+            write(f"iteration {iteration:8d}", window)
     return result
 
 
@@ -132,14 +133,17 @@ def evaluate(original: Original, *args: Any, **kwargs: Any) -> Any:
     run = current_run()
     if run is None:
         return original(*args, **kwargs)
-    run.evaluation.begin_step()
-    result = original(*args, **kwargs)
-    is_timed_out = result[0] is None
-    values = run.evaluation.compute()
-    if _evaluations and not is_timed_out:
-        now = _evaluations[-1]
-        with run.guard.guarded():
-            write(now.title, values, now.iteration, now.next_prefix())
+    now = _evaluations[-1] if _evaluations else None
+    iteration = getattr(run.args, "curr_iteration", 0) if now is None else now.iteration
+    prefix = "eval_" if now is None else now.next_prefix()
+    with run.session.evaluation(prefix.rstrip("_"), iteration, prefix) as evaluation:
+        result = original(*args, **kwargs)
+        if result[0] is None:
+            # It has reached the limit of time.
+            evaluation.discard()
+    if now is not None and evaluation.window is not None:
+        with run.session.guard.guarded():
+            write(now.title, evaluation.window)
     return result
 
 
@@ -185,8 +189,7 @@ def save_checkpoint(original: Original, iteration: int, *args: Any, **kwargs: An
     if run is not None and run.args.save and not kwargs.get("non_persistent_ckpt"):
         from megatron.training.utils import is_last_rank
 
-        with run.guard.guarded():
-            run.save(_folder(run.args.save, iteration), is_writer=is_last_rank())
+        run.session.save(_folder(run.args.save, iteration), is_writer=is_last_rank())
     return result
 
 
@@ -197,8 +200,7 @@ def load_checkpoint(original: Original, *args: Any, **kwargs: Any) -> Any:
     iteration = result[0]
     # Iteration 0 is a start from given weights (--finetune, --pretrained-checkpoint).
     if run is not None and iteration and run.args.load:
-        with run.guard.guarded():
-            run.load(_folder(run.args.load, iteration))
+        run.session.resume(_folder(run.args.load, iteration))
     return result
 
 

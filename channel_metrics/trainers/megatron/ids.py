@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from channel_metrics.core.boundaries import token_channel_ids
 from channel_metrics.core.faults import FaultGuard
-from channel_metrics.core.keys import ChannelTable
+from channel_metrics.core.labels import LabelTable
 from channel_metrics.errors import BoundaryError, ChannelError
 
 __all__ = [
@@ -26,10 +27,9 @@ __all__ = [
     "CROSSINGS_KEY",
     "NO_SEQUENCE",
     "SEQUENCES_KEY",
-    "MicroBatch",
+    "BatchIds",
     "Tap",
     "follow_labels",
-    "in_layout",
 ]
 
 # Under this key our data sets put the ids: one per row, or one per token.
@@ -43,26 +43,30 @@ CROSSINGS_KEY = "channel_crossings"
 # Entries of a batch that say how to cut it; with those that start with cu_seqlens.
 _HOW_TO_CUT = ("max_seqlen", "local_cp_size", "hybrid_cp_group")
 
-_current: contextvars.ContextVar[MicroBatch | None] = contextvars.ContextVar(
+_current: contextvars.ContextVar[BatchIds | None] = contextvars.ContextVar(
     "channel_metrics_micro_batch", default=None
 )
 
 
-class MicroBatch:
+class BatchIds:
     """The ids of the micro-batch whose forward step runs now.
 
-    ids: int64 [B] (one channel per row) or of the shape of the labels; None on ranks without
-        data.
+    ids: int64 [B] (one channel per row), [N] (one per sequence of `cu_seqlens`) or of the shape of
+        the labels; None on ranks without data.
+    cu_seqlens: int32 [N + 1], over the tokens of all rows behind each other.
+    rows: the shape [B, S] of the batch; None where it does not show.
     is_cut: whether the ids have gone through the cut of context parallelism.
     sequences: int64, the channel of each sequence, whatever is cut.
     """
 
     def __init__(
-        self, table: ChannelTable, guard: FaultGuard, *, drop_dataset_id: bool = False
+        self, table: LabelTable, guard: FaultGuard, *, drop_dataset_id: bool = False
     ) -> None:
         self.table = table
         self.guard = guard
         self.ids: Tensor | None = None
+        self.cu_seqlens: Tensor | None = None
+        self.rows: torch.Size | None = None
         self.sequences: Tensor | None = None
         self.is_cut = False
         self.num_batches = 0
@@ -70,7 +74,7 @@ class MicroBatch:
         self._drop_dataset_id = drop_dataset_id
 
     @contextmanager
-    def active(self) -> Iterator[MicroBatch]:
+    def active(self) -> Iterator[BatchIds]:
         """While this holds, cuts of labels are followed."""
         token = _current.set(self)
         try:
@@ -92,9 +96,32 @@ class MicroBatch:
             rest.pop("dataset_id", None)
         return rest
 
+    def of_tokens(self, shape: torch.Size) -> Tensor:
+        """The ids of the tokens, int64 of `shape`: [B, S], or flattened [1, B * S].
+
+        Raises `BoundaryError` if they cannot be about the same tokens.
+        """
+        ids, rows = self.ids, self.rows or shape
+        assert ids is not None
+        if ids.numel() == shape.numel():
+            return ids.reshape(shape)
+        if rows.numel() == shape.numel():
+            if self.cu_seqlens is not None:
+                return token_channel_ids(ids, self.cu_seqlens, rows.numel()).reshape(shape)
+            if ids.numel() == rows[0]:
+                return ids.unsqueeze(1).expand(rows).reshape(shape)
+        raise BoundaryError(
+            f"channel ids of shape {list(ids.shape)} do not fit labels of shape {list(shape)}: "
+            "there must be one per row or one per token; take both from the same batch, and cut "
+            "them by the same function."
+        )
+
     def _take(self, batch: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-        self.ids = _ids_of(batch, self.table)
+        key, self.ids = _ids_of(batch, self.table)
         sequences, crossings = ours[SEQUENCES_KEY], ours[CROSSINGS_KEY]
+        self.rows = _rows_of(batch)
+        if self.ids is not None and self.rows is not None and key == "channels":
+            self.cu_seqlens = _bounds_for(self.ids, batch, self.rows)
         if sequences is not None:
             self.sequences = sequences[sequences != NO_SEQUENCE]
         elif self.ids is not None and self.ids.dim() == 1:
@@ -106,7 +133,7 @@ class MicroBatch:
 class Tap:
     """A data iterator that shows a micro-batch what it gives."""
 
-    def __init__(self, data_iterator: Any, micro_batch: MicroBatch) -> None:
+    def __init__(self, data_iterator: Any, micro_batch: BatchIds) -> None:
         self._data_iterator = data_iterator
         self._micro_batch = micro_batch
 
@@ -132,7 +159,7 @@ def follow_labels(cut: Callable[..., Any], batch: dict[str, Any], *args: Any, **
         return cut(batch, *args, **kwargs)
     probe: dict[str, Any] = {}
     with now.guard.guarded():
-        ids = in_layout(now.ids, labels.shape).to(labels.device, non_blocking=True)
+        ids = now.of_tokens(labels.shape).to(labels.device, non_blocking=True)
         # Before the cut, which changes the batch in place.
         probe = {key: _probe_entry(key, value, ids) for key, value in batch.items()}
     result = cut(batch, *args, **kwargs)
@@ -144,22 +171,6 @@ def follow_labels(cut: Callable[..., Any], batch: dict[str, Any], *args: Any, **
     return result
 
 
-def in_layout(ids: Tensor, shape: torch.Size) -> Tensor:
-    """int64 of `shape` [B, S] or [1, B * S], from ids per row [B] or per token.
-
-    Raises `BoundaryError` if they cannot be about the same tokens.
-    """
-    if ids.numel() == shape.numel():
-        return ids.reshape(shape)
-    if ids.dim() == 1 and ids.numel() and shape.numel() % ids.numel() == 0:
-        return ids.unsqueeze(1).expand(-1, shape.numel() // ids.numel()).reshape(shape)
-    raise BoundaryError(
-        f"channel ids of shape {list(ids.shape)} do not fit labels of shape {list(shape)}: "
-        "there must be one per row or one per token; take both from the same batch, and cut "
-        "them by the same function."
-    )
-
-
 def _probe_entry(key: str, value: Any, ids: Tensor) -> Any:
     # Functions differ in which of the two they take the length from.
     if key in ("labels", "tokens"):
@@ -167,17 +178,60 @@ def _probe_entry(key: str, value: Any, ids: Tensor) -> Any:
     return value if key.startswith("cu_seqlens") or key in _HOW_TO_CUT else None
 
 
-def _ids_of(batch: Mapping[str, Any], table: ChannelTable) -> Tensor | None:
+def _ids_of(batch: Mapping[str, Any], table: LabelTable) -> tuple[str, Tensor | None]:
+    """The ids of a batch, and the key under which they were."""
     for key in (BATCH_KEY, "channels", "dataset_id"):
         value = batch.get(key)
         if isinstance(value, Tensor):
-            return _checked(value.long(), key, table)
+            return key, _checked(value.long(), key, table)
         if isinstance(value, (list, tuple)):
-            return torch.tensor(table.ids(value), dtype=torch.int64)
+            return key, torch.tensor(table.ids(value), dtype=torch.int64)
+    return "", None
+
+
+def _rows_of(batch: Mapping[str, Any]) -> torch.Size | None:
+    """The shape [B, S] that the batch has as the data iterator gives it."""
+    for key in ("labels", "tokens", "loss_mask"):
+        value = batch.get(key)
+        if isinstance(value, Tensor) and value.dim() == 2:
+            return value.shape
     return None
 
 
-def _checked(ids: Tensor, key: str, table: ChannelTable) -> Tensor:
+def _bounds_for(ids: Tensor, batch: Mapping[str, Any], rows: torch.Size) -> Tensor | None:
+    """The bounds of the sequences that `ids` [N] are the channels of; None for ids per row.
+
+    Raises `BoundaryError` if there is neither one id per sequence, nor per row, nor per token.
+    """
+    bounds = _bounds_of(batch, rows)
+    if bounds is not None and ids.dim() == 1 and ids.numel() == bounds.numel() - 1:
+        return bounds
+    if ids.numel() == rows.numel() or (ids.dim() == 1 and ids.numel() == rows[0]):
+        return None
+    held = "no cu_seqlens" if bounds is None else f"{bounds.numel() - 1} sequences (cu_seqlens)"
+    raise BoundaryError(
+        f"channels of shape {list(ids.shape)} do not fit a batch of {rows[0]} rows of {rows[1]} "
+        f"tokens with {held}; give one channel per sequence, per row or per token."
+    )
+
+
+def _bounds_of(batch: Mapping[str, Any], rows: torch.Size) -> Tensor | None:
+    """int32 [N + 1] over all rows, from bounds that are filled up with the length of the row."""
+    found = (batch.get(key) for key in ("cu_seqlens_padded", "cu_seqlens"))
+    given = next((value for value in found if isinstance(value, Tensor)), None)
+    if given is None:
+        return None
+    of_rows = given.reshape(-1, given.shape[-1]).int()
+    if len(of_rows) not in (1, rows[0]):
+        return None
+    starts = [
+        row[:-1][row.diff() > 0] + number * rows[1] for number, row in enumerate(of_rows.unbind())
+    ]
+    end = of_rows.new_tensor([rows[1] * (len(of_rows) - 1)]) + of_rows[-1].max()
+    return torch.cat([*starts, end])
+
+
+def _checked(ids: Tensor, key: str, table: LabelTable) -> Tensor:
     """Ids on the host can be checked without waiting for a device."""
     if ids.device.type != "cpu" or not ids.numel():
         return ids

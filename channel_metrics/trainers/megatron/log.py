@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from channel_metrics.windows import Window
+
 __all__ = ["log_line", "write"]
 
 
@@ -13,25 +15,26 @@ def log_line(title: str, values: Mapping[str, float]) -> str:
     return f" {title} channels |" + "".join(entries)
 
 
-def write(title: str, values: Mapping[str, float], iteration: int, prefix: str = "") -> None:
-    """Print `values` and give them to the writers; only the rank that has them writes.
+def write(title: str, window: Window) -> None:
+    """Print the values of a window, if it has any, and give them to the writers.
 
-    prefix: goes before every key, e.g. `eval_`. With one, the values are on the disk at once:
-    Megatron may end after an evaluation without closing its writer.
+    Only the rank that has them writes. The values of an evaluation are on the disk at once:
+    Megatron may end after it without closing its writer.
     """
     from megatron.training import print_rank_last
     from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
-    named = {f"{prefix}{key}": value for key, value in values.items()}
-    print_rank_last(log_line(title, named))
+    if not window.logs:
+        return
+    print_rank_last(log_line(title, window.logs))
     writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
     if writer is not None:
-        for key, value in named.items():
-            writer.add_scalar(key, value, iteration)
-        if prefix:
+        for key, value in window.logs.items():
+            writer.add_scalar(key, value, window.step)
+        if window.split != "train":
             writer.flush()
-    if wandb_writer and named:
-        wandb_writer.log(named, iteration)
+    if wandb_writer:
+        wandb_writer.log(window.logs, window.step)
 
 
 def _number(value: float) -> str:
