@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from channel_metrics.core.sums import NUM_COLUMNS
-from channel_metrics.ranks.agreed_names import DIGEST_SIZE
+from channel_metrics.core.schema import TOKENS
+from channel_metrics.ranks.exchange import FIRST_SIZE, HEADER_SIZE
 from channel_metrics.ranks.name_union import union_of_names
 
 __all__ = ["Network", "rows", "union_on_host", "vectors"]
@@ -46,13 +46,12 @@ def vectors(
     num_ranks: int, num_channels: int, *, name_bytes: int = NAME_BYTES
 ) -> dict[str, list[int]]:
     """{event: bytes of each vector that is all-reduced}; `num_channels` are agreed on before."""
-    row = 8 * NUM_COLUMNS
-    header = 8 * (3 + 2 * DIGEST_SIZE)
-    log = row * (num_channels + 1) + header
+    row = 8 * len(TOKENS.columns)
+    log = row * (num_channels + 1) + 8 * HEADER_SIZE
     index = 3 * 8 * num_ranks
     return {
         "log": [log],
-        "first log, equal names": [row + header, row * num_channels],
+        "first log, equal names": [8 * FIRST_SIZE, log],
         "one new name on all ranks": [log, row],
         "one new name on one rank": [log, index, name_bytes, row],
         "another new name on each rank": [log, index, name_bytes * num_ranks, row * num_ranks],

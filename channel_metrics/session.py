@@ -23,17 +23,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from channel_metrics.config import MetricsConfig
-from channel_metrics.core.accumulator import ChannelLossAccumulator
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.keys import KeyBook
 from channel_metrics.core.labels import UNLABELED, LabelTable
-from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.schema import TOKENS, Schema
 from channel_metrics.core.table import SumTable
 from channel_metrics.core.totals import TOTALS_FILE, RunTotals, totals_path
+from channel_metrics.counting import Counting
+from channel_metrics.data.collator import BOUNDS_KEY, ChannelCollator
 from channel_metrics.data.scan import scan_channels
 from channel_metrics.errors import ChannelMetricsError
 from channel_metrics.ranks.agreed_names import Agreement
@@ -47,7 +47,7 @@ __all__ = ["ChannelMetrics"]
 logger = logging.getLogger("channel_metrics")
 
 
-class ChannelMetrics:
+class ChannelMetrics(Counting):
     """The channels of one run.
 
     Args:
@@ -75,89 +75,25 @@ class ChannelMetrics:
         schema: Schema = TOKENS,
         on_window: Iterable[Callable[[Window], Any]] = (),
     ) -> None:
-        self.config = config or MetricsConfig()
+        self.config = config = config or MetricsConfig()
         # A copy: columns and metrics are fixed from here on.
-        self.schema = schema = schema.extended()
-        self.labels = LabelTable(self.config.channels, unknown=self.config.unknown)
-        self.keys = KeyBook(
-            self.config.key_format, reserved=reserved, schema=schema, rewrite=rewrite
-        )
-        self._maker = WindowMaker(self.config, schema, self.keys)
+        schema = schema.extended()
+        labels = LabelTable(config.channels, unknown=config.unknown)
+        super().__init__(labels, schema, FaultGuard(config.on_error))
+        self.keys = KeyBook(config.key_format, reserved=reserved, schema=schema, rewrite=rewrite)
+        self._maker = WindowMaker(config, schema, self.keys)
         self.ranks = ranks or Ranks()
-        self.guard = FaultGuard(self.config.on_error)
         self.on_window = list(on_window)
         self.totals = RunTotals(schema)
         self._agreement = Agreement()
-        self._train = self._new_table()
-        self._step: SumTable | None = None
-        self._evaluations: list[Evaluation] = []
-        self._maker.declare(self.labels.names)
-        if self.config.unknown != "add":
+        self._maker.declare(labels.names)
+        if config.unknown != "add":
             self.check_eval_channels()
-
-    # ---- counting --------------------------------------------------------------------------
-
-    @property
-    def measuring(self) -> bool:
-        """Whether this rank still measures."""
-        return self.guard.measuring
 
     @property
     def warned(self) -> frozenset[str]:
         """What has been warned of."""
         return frozenset(self._maker.warned)
-
-    @property
-    def evaluating(self) -> bool:
-        """Whether an evaluation is open, which takes the counts."""
-        return bool(self._evaluations)
-
-    def count(self, batch: MicroBatch) -> None:
-        """Add the tokens of one micro-batch to the innermost open evaluation, else to training."""
-        with self.guard.guarded():
-            if self.measuring:
-                table = self._open_table()
-                assert isinstance(table, ChannelLossAccumulator)
-                batch.add_to(table)
-
-    def add(
-        self,
-        labels: Tensor | Sequence[str | None],
-        values: Mapping[str, Tensor],
-        *,
-        ours: Tensor | None = None,
-        theirs: Tensor | None = None,
-    ) -> None:
-        """Add N things other than tokens: their labels, and [N] values of the schema's columns.
-
-        ours, theirs: a scalar that the values add up to, and the one that the trainer computed.
-        """
-        with self.guard.guarded():
-            if self.measuring:
-                table = self._open_table()
-                table.add(labels, values)
-                if ours is not None and theirs is not None:
-                    table.compare(ours, theirs)
-
-    def begin_step(self) -> None:
-        """Count apart from the window, until `end_step`. Beginning again forgets the step so far:
-        some trainers run a step again."""
-        if self._step is None:
-            self._step = self._new_table()
-        self._step.reset()
-
-    def end_step(self, *, discard: bool = False) -> None:
-        """The step joins the window; `discard` it if the optimizer skipped it."""
-        step, self._step = self._step, None
-        with self.guard.guarded():
-            if discard and step is None:
-                raise ChannelMetricsError(
-                    "end_step(discard=True) needs begin_step() before the step; without it, what "
-                    "the step counted is in the window already."
-                )
-            if step is not None and not discard:
-                self._train.to(step.device)
-                self._train.merge(step)
 
     # ---- windows ---------------------------------------------------------------------------
 
@@ -184,13 +120,8 @@ class ChannelMetrics:
         Evaluations may be nested. One that is left by an exception, or discarded, is dropped
         without a collective. After the block, `window` of what is yielded has the values.
         """
-        found = Evaluation(self._new_table())
-        self._evaluations.append(found)
-        try:
+        with self._open_evaluation() as found:
             yield found
-        finally:
-            # By identity: an inner one may have been left open by a generator.
-            del self._evaluations[self._evaluations.index(found) :]
         if not found.discarded:
             found.window = self._summed(found.table, split, step, prefix)
             self._tell(found.window)
@@ -207,6 +138,43 @@ class ChannelMetrics:
                 "value is left out; choose another key_format, or rename the channel."
             )
         logs.update({key: value for key, value in window.logs.items() if key not in taken})
+
+    # ---- batches ---------------------------------------------------------------------------
+
+    def collator(self, base: Callable[[list[Any]], Any]) -> ChannelCollator:
+        """`base`, whose batches also carry the channels and boundaries that `observe` takes.
+
+        Where channels are declared, or were scanned by `declare`, the batches hold ids; else names.
+        """
+        return ChannelCollator(
+            base,
+            fields=self.config.fields,
+            table=self.labels if self.labels.names else None,
+            bounds_key=BOUNDS_KEY,
+            row_bounds=False,
+            carry_faults=True,
+        )
+
+    @contextmanager
+    def observe(self, model: torch.nn.Module, batch: MutableMapping[str, Any]) -> Iterator[None]:
+        """One forward of a transformers model over exactly the labels of `batch`.
+
+            with metrics.observe(model, batch):
+                loss = model(**batch).loss
+
+        Our keys are taken out of the batch, and the token losses are those that the model's own
+        loss is made of. They are counted when the block ends without an exception. Losses of
+        other models inside the block are not counted.
+
+        Raises:
+            ChannelError: if the batch has no channels, see `collator`.
+            UnsupportedVersionError: if the losses of single tokens cannot be had.
+        """
+        # Only here: counting by hand needs no transformers.
+        from channel_metrics.observing import observe
+
+        with observe(self, model, batch, with_correct="token_acc" in self.config.metrics):
+            yield
 
     # ---- names -----------------------------------------------------------------------------
 
@@ -288,8 +256,14 @@ class ChannelMetrics:
                 " and ".join(self.schema.run_metrics),
             )
             return
-        with self.guard.guarded():
-            self.totals = RunTotals(self.schema).load(path)
+        self.totals = RunTotals(self.schema)
+        try:
+            self.totals.load(path)
+        except ChannelMetricsError as error:
+            # What is counted from here on is right all the same.
+            if self.guard.raises:
+                raise
+            self.warn_once(f"{error} Until then, they start at zero.")
 
     def state_dict(self) -> dict[str, Any]:
         """The totals and the open window of this rank, for a checkpoint of your own."""
@@ -303,16 +277,6 @@ class ChannelMetrics:
         self.totals = totals
 
     # ---- behind the scenes -----------------------------------------------------------------
-
-    def _new_table(self) -> SumTable:
-        if self.schema.unit == "tokens":
-            return ChannelLossAccumulator(self.labels, schema=self.schema)
-        return SumTable(self.labels, self.schema.column_names)
-
-    def _open_table(self) -> SumTable:
-        if self._evaluations:
-            return self._evaluations[-1].table
-        return self._train if self._step is None else self._step
 
     def _sum(self, table: SumTable) -> GlobalSums:
         return sum_over_ranks(table, self._agreement, self.ranks, self.guard)

@@ -163,11 +163,11 @@ class WindowMaker:
         for wrong in self._unknown_eval_channels(names):
             raise ConfigError(wrong)
 
-    def warn_once(self, message: str, *, about: str = "") -> None:
-        """Log a warning the first time it comes up; about: what it is about, if the text varies."""
-        if (about or message) not in self.warned:
-            self.warned.add(about or message)
-            logger.warning(message)
+    def warn_once(self, message: str, *values: object) -> None:
+        """Log a warning the first time it comes up, whatever the values in it are then."""
+        if message not in self.warned:
+            self.warned.add(message)
+            logger.warning(message, *values)
 
     def _drop_counts(self, values: Values) -> None:
         """Of a window that goes on: whoever adds up a log must get the tokens of the run."""
@@ -207,9 +207,9 @@ class WindowMaker:
         if mismatch > MISMATCH_TOLERANCE:
             self.warn_once(
                 "the channels of a window do not add up to the trainer's own loss: the relative "
-                f"difference is {mismatch:.1e}. The tokens or the loss mask that were counted are "
-                "not those that were trained on; please report this with your model and trainer.",
-                about="mismatch",
+                "difference is %.1e. The tokens or the loss mask that were counted are not those "
+                "that were trained on; please report this with your model and trainer.",
+                mismatch,
             )
         if set(values) == {UNLABELED}:
             self.warn_once(

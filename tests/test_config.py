@@ -11,7 +11,7 @@ import pytest
 from channel_metrics import ChannelMetricsError, ConfigError, MetricsConfig
 from channel_metrics.config import refuse_unknown_keys
 from channel_metrics.core.labels import DEFAULT_FIELDS
-from channel_metrics.core.metrics import DEFAULT_METRICS
+from channel_metrics.core.schema import DEFAULT_METRICS
 
 
 def test_defaults() -> None:
@@ -29,7 +29,7 @@ def test_from_plain_values() -> None:
     )
     assert config.channels == ("bbu", "rru")
     table = config.new_table(reserved=["x"])
-    assert (table.names, table.unknown, table.key_format, table.reserved) == (
+    assert (table.names, table.unknown, table.key_format, table.keys.reserved) == (
         ("bbu", "rru"),
         "error",
         "{metric}_{channel}",
@@ -55,13 +55,16 @@ def test_metrics_of_the_window_and_of_the_run() -> None:
         ({"channels": None}, "channels must be a list of strings, but is None."),
         ({"channels": {"bbu": 1}}, "channels must be a list of strings, but is {'bbu': 1}."),
         ({"eval_channels": "bbu"}, "eval_channels must be a list of strings, but is 'bbu'."),
-        ({"on_error": "ignore"}, 'on_error must be "raise" or "warn"'),
+        ({"on_error": "ignore"}, 'on_error must be "raise", "warn" or None, but is \'ignore\'.'),
         ({"metrics": 3}, "metrics must be a list of strings, but is 3."),
         ({"fields": [1]}, "fields must be a list of strings, but is [1]."),
         ({"fields": []}, "fields must name at least one record field, but is empty."),
         ({"metrics": ["token_ac"]}, "unknown metric 'token_ac'; did you mean 'token_acc'?"),
         ({"unknown": True}, 'must be "add", "unlabeled" or "error", but is True.'),
-        ({"key_format": "{channel}"}, "must hold both {channel} and {metric}, but is '{channel}'"),
+        (
+            {"key_format": "{channel}"},
+            "hold both {channel} and {metric}, once and as they are, but is '{channel}'",
+        ),
         ({"channels": ["a b", "a_b"]}, "'a b' and 'a_b' would both be logged as 'a_b'"),
         ({"channels": [""]}, "must be a non-empty string"),
     ],

@@ -16,7 +16,8 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 from channel_metrics.core.labels import UNLABELED, LabelTable, Unknown
 from channel_metrics.core.schema import TOKENS, Schema
@@ -55,6 +56,10 @@ def check_key_format(key_format: str) -> None:
         )
 
 
+# (metric, prefix): with the name of a channel, a key.
+_Form = tuple[str, str]
+
+
 class _Step(NamedTuple):
     """How a channel's name becomes the one that another form would need for the same key."""
 
@@ -64,11 +69,10 @@ class _Step(NamedTuple):
     add_right: str
 
     def __call__(self, name: str) -> str | None:
-        fits = name.startswith(self.strip_left) and name.endswith(self.strip_right)
-        if not fits or len(name) < len(self.strip_left) + len(self.strip_right):
-            return None
-        kept = name[len(self.strip_left) : len(name) - len(self.strip_right)]
-        return self.add_left + kept + self.add_right
+        whole = self.add_left + name + self.add_right
+        end = len(whole) - len(self.strip_right)
+        fits = whole.startswith(self.strip_left) and whole.endswith(self.strip_right)
+        return whole[len(self.strip_left) : end] if fits and end > len(self.strip_left) else None
 
 
 _SAME = _Step("", "", "", "")
@@ -105,8 +109,7 @@ class KeyBook:
         self._known: set[str] = set()
         # {name as it is written: channel}
         self._names: dict[str, str] = {}
-        self._prefixes = [""]
-        self._prepare()
+        self._prepare([""])
         self.learn([UNLABELED])
 
     def key(self, channel: str, metric: str, prefix: str = "") -> str:
@@ -122,12 +125,12 @@ class KeyBook:
     ) -> list[ChannelMetricsError]:
         """Take in channels, and the prefix of a split.
 
-        Returns what would share a key, once each; the keys themselves stay in `clashes`.
+        Returns what would share a key, once each; the keys themselves stay in `clashes`. Raises
+        `ConfigError` for a prefix under which two metrics of any channel would share one.
         """
         new = [name for name in channels if name not in self._known]
         if prefix is not None and prefix not in self._prefixes:
-            self._prefixes.append(prefix)
-            self._prepare()
+            self._prepare([*self._prefixes, prefix])
             new = [*self._known, *new]
         found = []
         for name in new:
@@ -142,7 +145,7 @@ class KeyBook:
     def reserve(self, keys: Iterable[str]) -> None:
         """Reserve more keys; raises `ConfigError` if a known channel is logged under one."""
         self.reserved |= frozenset(keys)
-        self._prepare()
+        self._prepare(self._prefixes)
         for name in self._known:
             error, _ = self.look(name)
             if error is not None:
@@ -172,26 +175,30 @@ class KeyBook:
     def _shared(self, name: str, safe: str) -> tuple[ChannelMetricsError | None, set[str]]:
         said, keys = None, set()
         for step, pairs in self._steps.items():
-            other = self._names.get(step(safe) or "")
-            if other is None or other == name:
+            needed = step(safe)
+            # In two splits, a name may clash with itself: `weighted_` + `weighted` + `_loss`.
+            other = name if needed == safe else self._names.get(needed or "")
+            if other is None:
                 continue
-            keys |= {self.key(name, metric, prefix) for metric, prefix in pairs}
-            key = self.key(name, *pairs[0])
+            keys |= {self.key(name, *mine) for mine, _ in pairs}
+            keys |= {self.key(other, *theirs) for _, theirs in pairs}
+            who = f"channels {other!r} and {name!r} would both"
             said = said or (
-                f"channels {other!r} and {name!r} would both be logged as {key!r}, of different "
-                "metrics or splits; rename one of them or choose another key_format."
+                f"{who if other != name else f'channel {name!r} would twice'} be logged as "
+                f"{self.key(name, *pairs[0][0])!r}, of different metrics or splits; rename "
+                f"{'one of them' if other != name else 'it'} or choose another key_format."
             )
         return (None if said is None else ChannelError(said)), keys
 
-    def _prepare(self) -> None:
+    def _prepare(self, prefixes: list[str]) -> None:
         """What follows from the splits and the metrics alone."""
         forms = {
             (metric, prefix): self._ends(metric, prefix)
-            for prefix in self._prefixes
+            for prefix in prefixes
             for metric in self.schema.metric_names
         }
-        # {step: the (metric, prefix) of a name that stands under the key of another name}
-        self._steps: dict[_Step, list[tuple[str, str]]] = {}
+        # {step: the forms of a name and of the other name, under which they have one key}
+        steps: dict[_Step, list[tuple[_Form, _Form]]] = {}
         for mine, ends in forms.items():
             for other, other_ends in forms.items():
                 step = None if mine == other else _step(ends, other_ends)
@@ -201,10 +208,13 @@ class KeyBook:
                         f"channel the same key {self.key('channel', *mine)!r}; choose another."
                     )
                 if step is not None:
-                    self._steps.setdefault(step, []).append(mine)
-        # {name: the (metric, prefix) whose key is the trainer's}
-        self._forbidden: dict[str, list[tuple[str, str]]] = {}
-        for key in map(self._rewrite, self.reserved):
+                    steps.setdefault(step, []).append((mine, other))
+        self._prefixes, self._steps = prefixes, steps
+        # {name: the forms whose keys are taken}
+        self._forbidden: dict[str, list[_Form]] = {}
+        own = [metric.name for metric in self.schema.metrics if metric.key]
+        of_unlabeled = {self.key(UNLABELED, name, prefix) for name in own for prefix in prefixes}
+        for key in map(self._rewrite, self.reserved | of_unlabeled):
             for form, (head, tail) in forms.items():
                 fits = key.startswith(head) and key.endswith(tail)
                 if fits and len(key) > len(head) + len(tail):
@@ -257,6 +267,16 @@ class ChannelTable(LabelTable):
     ) -> None:
         self.keys = KeyBook(key_format, reserved=reserved)
         super().__init__(names, unknown=unknown)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Tables travel to worker processes: without the metrics, whose formulas may be lambdas.
+        made = partial(
+            ChannelTable,
+            unknown=self.unknown,
+            key_format=self.key_format,
+            reserved=self.keys.reserved,
+        )
+        return made, (self.names,)
 
     @property
     def key_format(self) -> str:

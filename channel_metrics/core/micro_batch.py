@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from channel_metrics.core.accumulator import ChannelLossAccumulator
+from channel_metrics.core.sums import TokenValues
 
 __all__ = ["MicroBatch"]
 
@@ -32,6 +33,25 @@ class MicroBatch:
     weights: Tensor | None = None
     reported_sum: Tensor | None = None
     sequences: Tensor | None = None
+
+    @classmethod
+    def of_values(
+        cls,
+        values: TokenValues,
+        channels: Tensor | Sequence[str | None],
+        cu_seqlens: Tensor | None,
+        reported_sum: Tensor | None,
+    ) -> MicroBatch:
+        """From what a `TokenLossReader` has read."""
+        return cls(
+            token_losses=values.losses,
+            channels=channels,
+            cu_seqlens=cu_seqlens,
+            loss_mask=values.mask,
+            correct=values.correct,
+            weights=values.weights,
+            reported_sum=reported_sum,
+        )
 
     def add_to(self, table: ChannelLossAccumulator) -> None:
         """Count the tokens in `table`, which moves to their device."""

@@ -18,6 +18,8 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from channel_metrics.errors import ConfigError
@@ -39,8 +41,10 @@ class Column:
     """One sum per channel.
 
     per_token: the values of the tokens, of the shape of the losses; only supervised ones are
-        added up. None where this micro-batch does not have them.
-    per_sequence: the values of the sequences [N], where a token says too little.
+        added up. None where this micro-batch does not have them. A function, or the name of an
+        attribute of `TokenView`.
+    per_sequence: the values of the sequences [N], where a token says too little. A function, or
+        the name of an attribute of `SequenceView`.
     Without both, the adapter gives the values itself (`ChannelMetrics.add`).
     """
 
@@ -50,8 +54,8 @@ class Column:
     doc: str
     total: bool = False
     """Whether `<name>_total` counts it since the run began, across checkpoints."""
-    per_token: Callable[[TokenView], Tensor | None] | None = None
-    per_sequence: Callable[[SequenceView], Tensor | None] | None = None
+    per_token: str | Callable[[TokenView], Tensor | None] | None = None
+    per_sequence: str | Callable[[SequenceView], Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -207,37 +211,46 @@ def _perplexity(sums: Sums) -> float | None:
         return math.inf
 
 
+def _nonfinite(sums: Sums) -> float | None:
+    return sums["nonfinite"] or None
+
+
+def _ratio_of(numerator: str, denominator: str, sums: Sums) -> float | None:
+    return ratio(sums[numerator], sums[denominator])
+
+
+# No lambdas: a table of sums can then be pickled.
 TOKENS = Schema("tokens", count="tokens")
 TOKENS.register(
-    Column("tokens", "tokens", "supervised tokens", total=True, per_token=lambda v: v.mask),
+    Column("tokens", "tokens", "supervised tokens", total=True, per_token="mask"),
     Column(
         "samples",
         "sequences",
         "sequences with at least one position",
         total=True,
-        per_sequence=lambda s: s.lengths > 0,
+        per_sequence="filled",
     ),
-    Column("nll", "nats", "token losses that are finite", per_token=lambda v: v.nll),
-    Column("correct", "tokens", "tokens whose target was predicted", per_token=lambda v: v.correct),
+    Column("nll", "nats", "token losses that are finite", per_token="nll"),
+    Column("correct", "tokens", "tokens whose target was predicted", per_token="correct"),
     Column(
         "judged",
         "tokens",
         "tokens for which `correct` was given",
-        per_token=lambda v: None if v.correct is None else v.mask,
+        per_token="judged",
     ),
     Column(
         "nonfinite",
         "tokens",
         "supervised tokens whose loss is NaN or infinite",
-        per_token=lambda v: ~v.finite,
+        per_token="nonfinite",
     ),
     Column(
         "weighted_nll",
         "nats",
         "weight * loss",
-        per_token=lambda v: None if v.weight is None else v.weight * v.nll,
+        per_token="weighted_nll",
     ),
-    Column("weight", "weight", "the weights of tokens", per_token=lambda v: v.weight),
+    Column("weight", "weight", "the weights of tokens", per_token="weight"),
     Metric(
         "loss",
         ("nll", "tokens", "nonfinite"),
@@ -249,14 +262,14 @@ TOKENS.register(
     Metric(
         "weighted_loss",
         ("weighted_nll", "weight"),
-        lambda s: ratio(s["weighted_nll"], s["weight"]),
+        partial(_ratio_of, "weighted_nll", "weight"),
         unit="nats",
         doc="weighted nll / weight; only where tokens are weighted",
     ),
     Metric(
         "token_acc",
         ("correct", "judged"),
-        lambda s: ratio(s["correct"], s["judged"]),
+        partial(_ratio_of, "correct", "judged"),
         doc="correct / tokens; a target that ties for the maximum counts as correct",
         label="Token accuracy",
     ),
@@ -270,7 +283,7 @@ TOKENS.register(
     Metric(
         "tokens",
         ("tokens",),
-        lambda s: s["tokens"],
+        itemgetter("tokens"),
         unit="tokens",
         doc="supervised tokens in the window",
         adds_up=True,
@@ -278,7 +291,7 @@ TOKENS.register(
     Metric(
         "samples",
         ("samples",),
-        lambda s: s["samples"],
+        itemgetter("samples"),
         unit="sequences",
         doc="sequences in the window",
         adds_up=True,
@@ -286,14 +299,14 @@ TOKENS.register(
     Metric(
         "share",
         ("tokens",),
-        lambda s: ratio(s["tokens"], s["all"]),
+        partial(_ratio_of, "tokens", "all"),
         doc="tokens / tokens of all channels, `unlabeled` among them",
         label="Share of the tokens",
     ),
     Metric(
         "nonfinite",
         ("nonfinite",),
-        lambda s: s["nonfinite"] or None,
+        _nonfinite,
         unit="tokens",
         doc="tokens with a NaN or infinite loss, if any: in `tokens` and `share`, not in `loss`",
         adds_up=True,

@@ -8,8 +8,7 @@ never a second pass over tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,38 +46,37 @@ class TokenValues(NamedTuple):
 
 
 class TokenView:
-    """The token values as columns read them: without gradients, and with what several share."""
+    """The token values as columns read them, without gradients.
+
+    losses, mask: as they were given. finite: bool, whether the loss is neither NaN nor infinite.
+
+    All others are 0 where a position is not supervised, and in the dtype of the sums where they
+    are not bool: nll, the finite losses; nonfinite, where the loss is not; correct, and judged,
+    where it was given; weight, that of tokens with a finite loss; weighted_nll. None where this
+    micro-batch does not have them.
+    """
 
     def __init__(self, values: TokenValues, dtype: torch.dtype) -> None:
         self.losses: Tensor = values.losses.detach()
         self.mask: Tensor = values.mask
-        self.correct: Tensor | None = values.correct
-        self.weights: Tensor | None = (
-            None if values.weights is None else values.weights.detach().to(dtype)
-        )
-        self._dtype = dtype
-
-    @cached_property
-    def finite(self) -> Tensor:
-        """bool: whether the loss is neither NaN nor infinite."""
-        return self.losses.abs() < torch.inf  # half of the kernels of torch.isfinite
-
-    @cached_property
-    def nll(self) -> Tensor:
-        """The losses that are finite, 0 elsewhere; in the dtype of the sums."""
-        return self.losses.where(self.finite, 0).to(self._dtype)
-
-    @cached_property
-    def weight(self) -> Tensor | None:
-        """The weights of tokens with a finite loss, 0 elsewhere; None without weights."""
-        return None if self.weights is None else self.weights.where(self.finite, 0)
+        # Half of the kernels of torch.isfinite.
+        self.finite: Tensor = self.losses.abs() < torch.inf
+        counted = self.finite & self.mask
+        self.nll: Tensor = self.losses.where(counted, 0).to(dtype)
+        self.nonfinite: Tensor = self.mask ^ counted
+        self.correct = self.judged = self.weight = self.weighted_nll = None
+        if values.correct is not None:
+            self.correct, self.judged = values.correct & self.mask, self.mask
+        if values.weights is not None:
+            self.weight = values.weights.detach().to(dtype).where(counted, 0)
+            self.weighted_nll = self.weight * self.nll
 
     def column(self, column: Column) -> Tensor | None:
         """The values of one column at the supervised positions, 0 elsewhere."""
-        values = None if column.per_token is None else column.per_token(self)
-        if values is None or values is self.mask:
-            return values
-        return values & self.mask if values.dtype == torch.bool else values.where(self.mask, 0)
+        found = _values_of(self, column.per_token)
+        if found is None or isinstance(column.per_token, str):
+            return found
+        return found & self.mask if found.dtype == torch.bool else found.where(self.mask, 0)
 
 
 class SequenceView(NamedTuple):
@@ -89,6 +87,11 @@ class SequenceView(NamedTuple):
 
     lengths: Tensor
     sums: dict[str, Tensor]
+
+    @property
+    def filled(self) -> Tensor:
+        """bool [N]: whether there is a position."""
+        return self.lengths > 0
 
 
 def sequence_sums(
@@ -122,7 +125,7 @@ def sequence_sums(
         lengths[-1:] = 0
     of_sequences = SequenceView(lengths, sums)
     for column in columns:
-        found = None if column.per_sequence is None else column.per_sequence(of_sequences)
+        found = _values_of(of_sequences, column.per_sequence)
         if found is not None:
             sums[column.name] = found.to(dtype)
     return sums
@@ -152,6 +155,13 @@ def table_rows(ids: Tensor, num_rows: int, num_sums: int) -> Tensor:
     rows = ids.long() + 1
     rows = rows.where((rows > 0) & (rows < num_rows), 0)
     return torch.nn.functional.pad(rows, (0, 1)) if num_sums > ids.numel() else rows
+
+
+def _values_of(view: Any, way: str | Callable[[Any], Tensor | None] | None) -> Tensor | None:
+    if way is None or callable(way):
+        return None if way is None else way(view)
+    found: Tensor | None = getattr(view, way)
+    return found
 
 
 def _token_columns(view: TokenView, columns: Sequence[Column]) -> dict[str, Tensor]:

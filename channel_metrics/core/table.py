@@ -12,7 +12,7 @@ Letters: N things that are counted (sequences, tokens, pairs), C labels, K colum
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from channel_metrics.core.labels import UNLABELED, LabelTable
 from channel_metrics.core.schema import Metric, Schema
 from channel_metrics.core.sums import table_rows
 from channel_metrics.errors import ChannelError, ChannelMetricsError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["SumTable", "values_by_channel"]
 
@@ -90,9 +93,9 @@ class SumTable:
     def merge(self, other: SumTable) -> None:
         """Add the sums of a table with the same columns; labels are matched by name.
 
-        Nothing is read back from the device for one that shares its labels and device.
+        Nothing is read back from the device for one that shares labels, columns and device.
         """
-        if (other.labels, other.device, other.dtype) == (self.labels, self.device, self.dtype):
+        if other._kind() == self._kind():
             missing = self._num_rows() - other._sums.shape[1]
             for part in (other._sums, other._lost):
                 self._add_up(torch.nn.functional.pad(part, (0, missing)))
@@ -111,16 +114,17 @@ class SumTable:
         """The largest relative difference of `compare` since the last reset."""
         return float(self._mismatch)
 
-    def reset(self) -> None:
+    def reset(self) -> Self:
         """Forget the sums, keep the names."""
         for state in (self._sums, self._lost, self._mismatch):
             state.zero_()
+        return self
 
-    def to(self, device: torch.device | str) -> None:
+    def to(self, device: torch.device | str) -> Self:
         """Move the sums to `device`; where it has no float64, they go on as float32."""
         device = torch.device(device)
         if device == self.device:
-            return
+            return self
         dtype = torch.float32 if device.type == "mps" else self.dtype
         if dtype != self.dtype:
             exact = self._sums + self._lost
@@ -128,6 +132,7 @@ class SumTable:
             self.dtype = dtype
         self._sums, self._lost = self._sums.to(device), self._lost.to(device)
         self._mismatch = self._mismatch.to(device, dtype)
+        return self
 
     def state_dict(self) -> dict[str, Any]:
         """Names and sums as plain values and one host tensor; survives a change of ids."""
@@ -139,7 +144,7 @@ class SumTable:
             "mismatch": self.mismatch(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> Self:
         """Replace the sums by those of `state_dict()`; names and columns are matched by name."""
         if state.get("version") != _STATE_VERSION or "columns" not in state:
             raise ChannelMetricsError(
@@ -150,6 +155,11 @@ class SumTable:
         self.reset()
         self._load(state["names"], state["columns"], state["sums"])
         self._mismatch.fill_(state["mismatch"])
+        return self
+
+    def _kind(self) -> tuple[Any, ...]:
+        """Tables of one kind can be added up as they are."""
+        return self.labels, self.columns, self.device, self.dtype
 
     def _ids(self, labels: Tensor | Sequence[str | None]) -> Tensor:
         """int64 [N] on the device of the sums."""

@@ -26,9 +26,12 @@ from channel_metrics.core.faults import Once
 from channel_metrics.core.labels import DEFAULT_FIELDS, LabelTable, channels_of, field_roots
 from channel_metrics.errors import ChannelError, ChannelMetricsError
 
-__all__ = ["ChannelCollator", "CollatorFault"]
+__all__ = ["BOUNDS_KEY", "ChannelCollator", "CollatorFault"]
 
 logger = logging.getLogger("channel_metrics")
+
+# Not "cu_seqlens": a model may take an argument of that name, which must reach it untouched.
+BOUNDS_KEY = "channel_cu_seqlens"
 
 
 @dataclass(frozen=True)

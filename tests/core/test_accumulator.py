@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import re
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from strategies import NAMES, Case, accumulate, cases
 
 from channel_metrics import ChannelLossAccumulator, ChannelMetricsError, ChannelTable, ConfigError
 from channel_metrics.core.boundaries import token_channel_ids
-from channel_metrics.core.metrics import WINDOW_METRICS
+from channel_metrics.core.schema import TOKENS
 
 streams = st.lists(cases(), max_size=4)
 finite_streams = st.lists(cases(finite=True), min_size=1, max_size=4)
@@ -38,7 +39,7 @@ def assert_same_sums(
 )
 def test_equals_the_oracle(dtype: torch.dtype, stream: list[Case], form: str) -> None:
     stream = [case.in_dtype(dtype) for case in stream]
-    accumulator = ChannelLossAccumulator(NAMES, metrics=WINDOW_METRICS)
+    accumulator = ChannelLossAccumulator(NAMES, metrics=TOKENS.window_metrics)
     for case in stream:
         given = case.tensors(dtype)
         if form != "names":
@@ -51,7 +52,7 @@ def test_equals_the_oracle(dtype: torch.dtype, stream: list[Case], form: str) ->
 
 @given(finite_streams)
 def test_float32_fallback_equals_the_oracle(stream: list[Case]) -> None:
-    metrics = [name for name in WINDOW_METRICS if name != "ppl"]  # exp() of up to 100
+    metrics = [name for name in TOKENS.window_metrics if name != "ppl"]  # exp() of up to 100
     accumulator = ChannelLossAccumulator(NAMES, metrics=metrics, dtype=torch.float32)
     for case in stream:
         accumulator.update(**case.tensors(torch.float32))
@@ -222,12 +223,24 @@ def test_refuses_other_metrics_and_foreign_states() -> None:
         ChannelLossAccumulator(metrics=["acc"])
     accumulator = ChannelLossAccumulator().update(ONES, channels=["a"])
     before = accumulator.compute()
-    for change in ({"version": 99}, {"columns": ["tokens"]}):
-        with pytest.raises(ChannelMetricsError, match="written by another version"):
-            accumulator.load_state_dict({**accumulator.state_dict(), **change})
+    with pytest.raises(ChannelMetricsError, match="written by another version"):
+        accumulator.load_state_dict({**accumulator.state_dict(), "version": 99})
     with pytest.raises(ChannelMetricsError, match="has version None"):
         accumulator.load_state_dict({})
     assert accumulator.compute() == before
+
+
+def test_a_state_of_other_columns_loads_what_it_has() -> None:
+    state = ChannelLossAccumulator().update(ONES, channels=["a"]).state_dict()
+    columns = ["of another version", *reversed(state["columns"])]
+    sums = torch.cat([torch.full((2, 1), 7.0).double(), state["sums"].flip(1)], dim=1)
+    accumulator = ChannelLossAccumulator(["b"], metrics=TOKENS.window_metrics)
+    accumulator.load_state_dict({**state, "columns": columns, "sums": sums})
+    expected = {"loss": 1.0, "ppl": math.e, "tokens": 4.0, "samples": 1.0, "share": 1.0}
+    assert accumulator.compute_by_channel() == {"a": pytest.approx(expected)}
+    accumulator.load_state_dict({**state, "columns": ["tokens"], "sums": state["sums"][:, :1]})
+    expected = {"loss": 0.0, "ppl": 1.0, "tokens": 4.0, "samples": 0.0, "share": 1.0}
+    assert accumulator.compute_by_channel() == {"a": expected}
 
 
 def test_unknown_error_refuses_a_name() -> None:

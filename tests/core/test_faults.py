@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from channel_metrics.core.faults import FaultGuard
-from channel_metrics.errors import StoppedError
+from channel_metrics.errors import CollectiveError, StoppedError
 
 
 class Trainer:
@@ -95,3 +95,43 @@ def test_all_ranks_know_after_a_sync(caplog) -> None:
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
     assert "ours" in messages[0] and messages[1].endswith("1 of the ranks")
+
+
+def test_a_set_up_that_was_never_seen_to_work_raises(caplog) -> None:
+    """Without `on_error`: until the first window has been summed and shown, then no more."""
+    guard, trainer = FaultGuard(None), Trainer()
+    with pytest.raises(ZeroDivisionError), guard.guarded():
+        before(None)
+    with pytest.raises(ZeroDivisionError):
+        guard.shielded(trainer.step, after, 1)
+    assert guard.measuring and guard.raises
+    guard.proven = True
+    assert not guard.raises
+    assert guard.shielded(trainer.step, after, 1, 2) == 3
+    assert not guard.measuring and not guard.off
+    (record,) = caplog.records
+    assert "on_error is warn after the first window" in record.getMessage()
+
+
+@pytest.mark.parametrize(("on_error", "raises"), [("raise", True), ("warn", False)])
+def test_on_error_does_not_ask_whether_anything_is_proven(on_error: Any, raises: bool) -> None:
+    guard = FaultGuard(on_error)
+    for guard.proven in (False, True):
+        assert guard.raises is raises
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn", None])
+def test_a_collective_that_failed_is_raised_always(on_error: Any) -> None:
+    guard = FaultGuard(on_error)
+    guard.proven = True
+    with pytest.raises(CollectiveError, match="out of step"), guard.guarded():
+        raise CollectiveError("out of step")
+    trainer = Trainer()
+
+    def observing(original: Any) -> None:
+        original()
+        raise CollectiveError("out of step")
+
+    with pytest.raises(CollectiveError):
+        guard.shielded(trainer.step, observing)
+    assert guard.measuring

@@ -9,15 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from channel_metrics.core.labels import LabelTable
+from channel_metrics.core.table import SumTable
 from channel_metrics.errors import ConfigError
 from channel_metrics.probes.probe import (
+    PROBE_COLUMNS,
     ProbeBudget,
     ProbeConfig,
-    ProbeSums,
     choose,
     deal,
     probe_keys,
 )
+from channel_metrics.ranks.agreed_names import Agreement
+from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.ranks.sync import sum_over_ranks
 
 
@@ -92,16 +96,13 @@ def test_every_sample_is_dealt_once(count: int, num_forwards: int, num_ranks: in
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_sums_come_back_by_number_with_the_clock() -> None:
+def test_sums_come_back_by_name_with_the_clock() -> None:
     rows = torch.arange(24, dtype=torch.float64).view(2, 12)
-    device = torch.device("cpu")
-    sums = ProbeSums(rows, num_datasets=2, clock=(3.0, 4.0), device=device)
-    names, (clock, *found), mismatch = sum_over_ranks(sums, alone=True)
-    torch.testing.assert_close(torch.stack(found), rows)
-    assert names == ("0", "1")
-    assert clock[:3].tolist() == [3.0, 4.0, 0.0] and mismatch == 0
-    nothing = ProbeSums(None, num_datasets=2, clock=(), device=device)
-    assert not sum_over_ranks(nothing, alone=True).sums.any()
+    table = SumTable(LabelTable(["canary", "mmlu"]), PROBE_COLUMNS)
+    table.add(["canary", "mmlu"], dict(zip(PROBE_COLUMNS, rows.unbind(1), strict=True)))
+    found = sum_over_ranks(table, Agreement(), Ranks(alone=True), riders=(3.0, 4.0))
+    assert found.names == ("canary", "mmlu") and found.riders == (3.0, 4.0)
+    assert torch.equal(found.sums[1:], rows) and not found.sums[0].any()
 
 
 # ---- the budget -----------------------------------------------------------------------------

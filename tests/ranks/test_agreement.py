@@ -90,7 +90,7 @@ def test_tables_are_handed_out_as_copies(names: list[str]) -> None:
     table.add("c")
     again = agreed.new_table(like)
     assert again.names == ("b", "a") and again.key_format == "{metric}/{channel}"
-    assert again.unknown == "add" and not again.reserved
+    assert again.unknown == "add" and not again.keys.reserved
     assert like.names == tuple(names)
     plain = ChannelTable()
     longer = agreed.extended(["d"])

@@ -11,11 +11,18 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 
-from channel_metrics import ChannelError, ChannelLossAccumulator, ChannelMetricsError, sync
+from channel_metrics import (
+    ChannelError,
+    ChannelLossAccumulator,
+    ChannelMetricsError,
+    ChannelTable,
+    sync,
+)
 from channel_metrics.core.faults import FaultGuard
-from channel_metrics.core.metrics import WINDOW_METRICS
-from channel_metrics.errors import StoppedError
-from channel_metrics.ranks.agreed_names import AgreedNames
+from channel_metrics.core.schema import TOKENS, Column
+from channel_metrics.errors import CollectiveError, StoppedError
+from channel_metrics.ranks.agreed_names import AgreedNames, Agreement
+from channel_metrics.ranks.sync import sum_over_ranks
 
 Window = list[tuple[list[str | None], list[float]]]  # micro-batches of (channels, losses)
 
@@ -39,8 +46,9 @@ WINDOWS: list[list[Window]] = [
 
 
 # Names that each of four ranks meets in three windows, and the all-reduces of each window: one;
-# one more for the rows of names that are new on all ranks; two more for the union of names that
-# are not. Then the names of all windows, as all ranks of four order them.
+# one more before the first; one more for the rows of names that are new later on; two more for
+# the union of names that are not the same on all ranks. Then the names of all windows, as all
+# ranks of four order them.
 Names = list[str]
 TABLES: dict[str, tuple[list[list[Names]], list[int], list[str]]] = {
     "equal": ([[["b", "a"]] * 4] * 3, [2, 1, 1], ["a", "b"]),
@@ -66,7 +74,7 @@ def fill(accumulator: ChannelLossAccumulator, window: Window) -> None:
 
 
 def alone(windows: list[Window]) -> dict[str, float]:
-    accumulator = ChannelLossAccumulator(metrics=WINDOW_METRICS)
+    accumulator = ChannelLossAccumulator(metrics=TOKENS.window_metrics)
     for window in windows:
         fill(accumulator, window)
     return accumulator.compute()
@@ -98,7 +106,7 @@ class CountedCollectives:
 def ranks_sync() -> dict[str, Any]:
     rank, size = dist.get_rank(), dist.get_world_size()
     collectives = CountedCollectives()
-    accumulator = ChannelLossAccumulator(metrics=WINDOW_METRICS)
+    accumulator = ChannelLossAccumulator(metrics=TOKENS.window_metrics)
     seen: dict[str, Any] = {"computed": [], "names": [], "collectives": []}
     for window in WINDOWS:
         fill(accumulator, window[rank])
@@ -117,6 +125,8 @@ def ranks_sync() -> dict[str, Any]:
     seen["mismatch"] = [reported(off if rank == 0 else 0.0) for off in (0.0, 1e-6, 0.5)]
     seen["both"] = reported(0.5)
     seen["colliding"] = colliding_names(rank)
+    seen["columns"] = other_columns(rank, collectives)
+    seen["failing"] = failing_collective()
     seen["stopped"] = [stopped_rank(rank, place, collectives) for place in ("before", "inside")]
     return seen
 
@@ -136,7 +146,7 @@ def agreeing(name: str, rank: int, collectives: CountedCollectives) -> Any:
 
 def random_windows(seed: int, rank: int, size: int) -> list[dict[str, float]]:
     """What is computed in six windows, in which this rank counts its part of random batches."""
-    accumulator = ChannelLossAccumulator(metrics=WINDOW_METRICS)
+    accumulator = ChannelLossAccumulator(metrics=TOKENS.window_metrics)
     computed = []
     for window in drawn(seed):
         fill(accumulator.reset(), [batch for i, batch in enumerate(window) if i % size == rank])
@@ -157,10 +167,12 @@ def drawn(seed: int) -> list[Window]:
 def unequal_order(rank: int, collectives: CountedCollectives) -> tuple[str, dict[str, int]]:
     """The ranks take the same names for agreed, but not in the same order."""
     accumulator = ChannelLossAccumulator(["a", "b"])
-    accumulator.agreed_names = AgreedNames(["b", "a"] if rank == 1 else ["a", "b"])
+    agreement = Agreement()
+    agreement.columns = accumulator.columns
+    agreement.names = AgreedNames(["b", "a"] if rank == 1 else ["a", "b"])
     collectives.take()
     with pytest.raises(ChannelMetricsError) as refused:
-        sync(accumulator)
+        sum_over_ranks(accumulator, agreement)
     return str(refused.value), collectives.take()
 
 
@@ -180,6 +192,31 @@ def stopped_rank(rank: int, place: str, collectives: CountedCollectives) -> tupl
     with guard.guarded():
         sync(accumulator, guard=guard)
     return guard.off, collectives.take()
+
+
+def other_columns(rank: int, collectives: CountedCollectives) -> tuple[str, dict[str, int]]:
+    """Rank 1 has registered a column of its own."""
+    schema = TOKENS.extended(Column("easy", "tokens", "")) if rank == 1 else TOKENS
+    accumulator = ChannelLossAccumulator(["a"], schema=schema)
+    collectives.take()
+    with pytest.raises(ChannelMetricsError) as refused:
+        sync(accumulator)
+    return str(refused.value), collectives.take()
+
+
+def failing_collective() -> bool:
+    """It is raised whatever the errors of the metrics do: the ranks are out of step."""
+    guard = FaultGuard("warn")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", _broken)
+        with pytest.raises(CollectiveError) as raised, guard.guarded():
+            sync(ChannelLossAccumulator(["a"]), guard=guard)
+    assert "the all-reduce of the channel sums failed (connection lost)" in str(raised.value)
+    return guard.measuring
+
+
+def _broken(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("connection lost")
 
 
 def in_groups(rank: int, size: int) -> dict[str, float]:
@@ -237,6 +274,8 @@ def test_ranks_together_equal_one_process(world_size: int) -> None:
         assert seen["mismatch"] == [0.0, 0.0, 0.5]
         assert seen["both"] == pytest.approx(0.5 * world_size)
         assert "would both be logged as 'x_y'" in seen["colliding"]
+        assert "expected the same columns on all ranks" in seen["columns"][0]
+        assert seen["columns"][1] == steady and seen["failing"]
         # A rank that stopped keeps nobody waiting: all are off after one all-reduce.
         assert seen["stopped"] == [(True, steady)] * 2
     assert len({seen["colliding"] for seen in ranks}) == 1
@@ -263,8 +302,8 @@ def test_the_spawner_reports_the_rank_that_failed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_process(dtype: torch.dtype) -> None:
-    accumulator = ChannelLossAccumulator(["b"], metrics=WINDOW_METRICS, dtype=dtype)
-    accumulator.table.key_format = "{metric}/{channel}"
+    table = ChannelTable(["b"], key_format="{metric}/{channel}")
+    accumulator = ChannelLossAccumulator(table, metrics=TOKENS.window_metrics, dtype=dtype)
     for window in WINDOWS[0]:
         fill(accumulator, window)
     total = sync(accumulator)

@@ -12,17 +12,14 @@ from torch import Tensor
 
 from channel_metrics.capture.logits import shifted_labels
 from channel_metrics.capture.reader import TokenLossReader
-from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.sums import TokenValues
-from channel_metrics.data.collator import CollatorFault
-from channel_metrics.trainers.hf.data import BOUNDS_KEY
+from channel_metrics.data.collator import BOUNDS_KEY, CollatorFault
 
 __all__ = [
     "BatchChannels",
     "Scratch",
     "first_records",
     "labels_of",
-    "micro_batch",
     "real_records",
     "repeats_unseen",
     "take_channels",
@@ -69,21 +66,6 @@ def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorF
     if channels is None or isinstance(channels, CollatorFault):
         return channels
     return BatchChannels(channels, cu_seqlens)
-
-
-def micro_batch(
-    batch: BatchChannels, values: TokenValues, reported_sum: Tensor | None
-) -> MicroBatch:
-    """The tokens of a batch, to be counted."""
-    return MicroBatch(
-        token_losses=values.losses,
-        channels=batch.channels,
-        cu_seqlens=batch.cu_seqlens,
-        loss_mask=values.mask,
-        correct=values.correct,
-        weights=values.weights,
-        reported_sum=reported_sum,
-    )
 
 
 def labels_of(batch: BatchChannels, inputs: Mapping[str, Any]) -> Any:

@@ -6,12 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from channel_metrics.core.labels import LabelTable, field_roots
-from channel_metrics.data.collator import ChannelCollator
+from channel_metrics.data.collator import BOUNDS_KEY, ChannelCollator
 
-__all__ = ["BOUNDS_KEY", "wrap_collator"]
-
-# Not "cu_seqlens": a model may take an argument of that name, which must reach it untouched.
-BOUNDS_KEY = "channel_cu_seqlens"
+__all__ = ["wrap_collator"]
 
 
 def wrap_collator(

@@ -12,6 +12,7 @@ from channel_metrics.capture.observation import Observation
 from channel_metrics.capture.reader import TokenLossReader
 from channel_metrics.capture.transformers import check_loss_hook, is_causal
 from channel_metrics.config import MetricsConfig
+from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.data.collator import CollatorFault
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
@@ -23,7 +24,6 @@ from channel_metrics.trainers.hf.batch import (
     Scratch,
     first_records,
     labels_of,
-    micro_batch,
     real_records,
     take_channels,
 )
@@ -193,7 +193,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
                     "told, so they are counted twice."
                 )
             batch, values = kept or (batch, values)
-        session.count(micro_batch(batch, values, reported))
+        session.count(MicroBatch.of_values(values, batch.channels, batch.cu_seqlens, reported))
 
     def _real_records(self, session: ChannelMetrics) -> tuple[int, int] | None:
         """How many of how many records are no repetitions; None means all."""
@@ -209,8 +209,9 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
 
     def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> Any:
         context, prepared = super()._prepare_context_parallel_inputs(model, inputs)
-        session, scratch = self.channel_metrics, self.channel_scratch
+        session = self.channel_metrics
         if session is not None and session.measuring:
+            scratch = self.channel_scratch
             with session.guard.guarded():
                 # In evaluation, the channels have been taken out of the batch before.
                 pending = scratch.pending

@@ -12,9 +12,8 @@ from swift.sequence_parallel import sequence_parallel
 from torch import Tensor
 
 from channel_metrics.core.boundaries import rows_as_sequences, token_channel_ids
-from channel_metrics.core.labels import UNLABELED_ID
+from channel_metrics.core.labels import UNLABELED_ID, LabelTable
 from channel_metrics.trainers.hf.batch import BatchChannels
-from channel_metrics.trainers.hf.state import ChannelState
 
 __all__ = ["ids_of_this_part", "kept_bounds"]
 
@@ -34,12 +33,12 @@ def kept_bounds(cu_seqlens: Tensor, kept: Tensor | int, num_labels: int) -> Tens
     return torch.where(cu_seqlens > 0, bounds, 0).to(cu_seqlens)
 
 
-def ids_of_this_part(state: ChannelState, batch: BatchChannels, inputs: Any) -> Tensor:
+def ids_of_this_part(labels: LabelTable, batch: BatchChannels, inputs: Any) -> Tensor:
     """[B, part of S] ids of the targets, of the part of the rows that this rank has."""
     tokens = inputs["input_ids"]
     channels = batch.channels
     if not isinstance(channels, Tensor):
-        channels = torch.tensor(state.table.ids(channels), dtype=torch.int64, device=tokens.device)
+        channels = torch.tensor(labels.ids(channels), dtype=torch.int64, device=tokens.device)
     bounds = batch.cu_seqlens
     if bounds is None:
         bounds = rows_as_sequences(*tokens.shape).to(tokens.device)

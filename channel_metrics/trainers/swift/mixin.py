@@ -10,11 +10,12 @@ import torch
 from swift.trainers import Seq2SeqTrainer
 
 from channel_metrics.config import MetricsConfig
+from channel_metrics.core.schema import TOKENS
+from channel_metrics.data.collator import BOUNDS_KEY
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
-from channel_metrics.trainers.hf.batch import BatchChannels
-from channel_metrics.trainers.hf.data import BOUNDS_KEY, declare_channels
-from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
-from channel_metrics.trainers.hf.state import ChannelState
+from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.hf.batch import BatchChannels, Scratch
+from channel_metrics.trainers.hf.mixin import RESERVED_KEYS, ChannelMetricsMixin
 from channel_metrics.trainers.swift.collator import GROUP_KEY, SEGMENTS_KEY, SwiftCollator
 from channel_metrics.trainers.swift.cut import ids_of_this_part, kept_bounds
 from channel_metrics.trainers.swift.data import CHANNEL_COLUMN, records_of
@@ -23,53 +24,76 @@ from channel_metrics.trainers.swift.loss import (
     observe_token_losses,
     own_channel_loss_off,
 )
-from channel_metrics.trainers.swift.state import SwiftReader, SwiftState
+from channel_metrics.trainers.swift.reader import SwiftReader
+from channel_metrics.trainers.swift.schema import schema_with_own_loss
 
-__all__ = ["SwiftChannelMetricsMixin", "mixin_for"]
+__all__ = ["OWN_RESERVED_KEYS", "SwiftChannelMetricsMixin", "mixin_for"]
+
+# Keys that ms-swift's trainers log themselves.
+OWN_RESERVED_KEYS = RESERVED_KEYS | {
+    f"{mode}{key}" for mode in ("", "eval_") for key in ("acc", "aux_loss", "seq_acc", "token_acc")
+}
 
 
 class SwiftChannelMetricsMixin(ChannelMetricsMixin):
     """Put before it: `class MyTrainer(SwiftChannelMetricsMixin, Seq2SeqTrainer)`."""
 
-    state_class = SwiftState
     # What Seq2SeqTrainer has.
     args: Any
     template: Any
 
     def start_channel_metrics(self, config: MetricsConfig) -> None:
-        """Open the windows; raises `ConfigError` for keys that ms-swift logs itself."""
+        """Open a session; raises `ConfigError` for keys that ms-swift logs itself."""
         check_loss_functions()
         super().start_channel_metrics(config)
-        state: Any = self.channel_metrics
+
+    def _new_session(self, config: MetricsConfig) -> ChannelMetrics:
+        schema = TOKENS
+        if self.args.enable_channel_loss:
+            with_own_loss = schema_with_own_loss(config.key_format)
+            schema = with_own_loss if self._logs_own_loss() else schema
+        return ChannelMetrics(
+            config, reserved=OWN_RESERVED_KEYS, ranks=self._ranks(), schema=schema
+        )
+
+    def _logs_own_loss(self) -> bool:
+        """Whether we log `loss_{channel}` in place of ms-swift."""
         # A loss of the user's may need what ms-swift computes for its own channel loss.
-        state.logs_own_names = self.args.enable_channel_loss and self.compute_loss_func is None
-        state.reader.always_weights = state.logs_own_names
-        with state.guard.guarded():
-            state.check_names()
+        return self.args.enable_channel_loss and self.compute_loss_func is None
+
+    def _new_scratch(self, session: ChannelMetrics) -> Scratch:
+        return Scratch(
+            SwiftReader(
+                with_correct="token_acc" in session.config.metrics,
+                guard=session.guard,
+                always_weights=self._logs_own_loss(),
+            )
+        )
 
     # ---- data -----------------------------------------------------------------------------
 
-    def _with_channels(self, state: ChannelState, dataset: Any, description: str) -> Any:
+    def _declare(self, session: ChannelMetrics, dataset: Any, split: str) -> bool:
+        records = records_of(dataset)
         try:
-            scanned = declare_channels(
-                records_of(dataset),
-                fields=(CHANNEL_COLUMN,),
-                table=state.table,
-                description=description,
-            )
+            return session.declare(records, split, fields=(CHANNEL_COLUMN,))
         except ChannelError as error:
+            columns = getattr(records, "column_names", None)
+            if columns is None or CHANNEL_COLUMN in columns:
+                raise
             raise ChannelError(
                 f"{error} ms-swift keeps the column {CHANNEL_COLUMN!r} of a dataset and drops "
-                f"others; the patch ms_swift fills it from {', '.join(state.config.fields)}."
+                f"others; the patch ms_swift fills it from {', '.join(session.config.fields)}."
             ) from None
-        known = scanned or bool(state.config.channels)
+
+    def _with_channels(self, session: ChannelMetrics, dataset: Any, description: str) -> Any:
+        known = self._declare(session, dataset, description) or bool(session.config.channels)
         return SwiftCollator(
             self.data_collator,
-            table=state.table if known else None,
+            table=session.labels if known else None,
             strip=(),
             bounds_key=BOUNDS_KEY,
             row_bounds=False,
-            guard=state.guard,
+            carry_faults=True,
         )
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -78,15 +102,19 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
         prepared = super()._prepare_inputs(inputs)
         for key in (GROUP_KEY, SEGMENTS_KEY):
             prepared.pop(key, None)
-        state = self.channel_metrics
-        if state is not None and state.pending is not None and state.guard.measuring:
-            with state.guard.guarded():
-                state.pending = self._cut_with_labels(state, state.pending, prepared)
+        session = self.channel_metrics
+        if session is not None and session.measuring:
+            scratch = self.channel_scratch
+            with session.guard.guarded():
+                if isinstance(scratch.pending, BatchChannels):
+                    scratch.pending = self._cut_with_labels(session, scratch.pending, prepared)
         return prepared
 
-    def _cut_with_labels(self, state: ChannelState, batch: BatchChannels, inputs: Any) -> Any:
+    def _cut_with_labels(
+        self, session: ChannelMetrics, batch: BatchChannels, inputs: Any
+    ) -> BatchChannels:
         if self.template.sequence_parallel_size > 1:
-            return BatchChannels(ids_of_this_part(state, batch, inputs), None)
+            return BatchChannels(ids_of_this_part(session.labels, batch, inputs), None)
         kept = inputs.get("logits_to_keep")
         if kept is None or batch.cu_seqlens is None:
             return batch
@@ -99,17 +127,16 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
     def _observed_loss(
         self, compute: Any, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        state: Any = self.channel_metrics
-        reader: SwiftReader = state.reader
+        reader: Any = self.channel_scratch.reader
         reader.loss_scale = inputs.get("loss_scale")
         with ExitStack() as stack:
-            if state.logs_own_names and "labels" in inputs:
+            if reader.always_weights and "labels" in inputs:
                 # Weights would keep the loss from Liger, which has the token losses as well.
                 fused = self.args.use_liger_kernel
                 inject = self.template.sequence_parallel_size == 1 and not fused
                 stack.enter_context(own_channel_loss_off(self.args, inputs, inject=inject))
             reader.seen = stack.enter_context(
-                observe_token_losses(with_correct=state.with_correct, guard=state.guard)
+                observe_token_losses(with_correct=reader.with_correct, guard=reader.guard)
             )
             try:
                 return super()._observed_loss(compute, model, inputs, *args, **kwargs)

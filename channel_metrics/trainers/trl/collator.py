@@ -16,9 +16,8 @@ from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.keys import ChannelTable
 from channel_metrics.core.labels import UNLABELED_ID, channel_of
-from channel_metrics.data.collator import ChannelCollator
+from channel_metrics.data.collator import BOUNDS_KEY, ChannelCollator
 from channel_metrics.errors import ChannelError
-from channel_metrics.trainers.hf.data import BOUNDS_KEY
 from channel_metrics.trainers.hf.parallel import target_ids
 
 __all__ = ["PACK_BOUNDS_KEY", "TOKEN_FIELD", "PackCollator", "RecordCollator"]

@@ -161,7 +161,7 @@ def test_channels_add_up_to_the_trainers_loss(tmp_path: Path) -> None:
         tokens = sum(channels[f"{name}_tokens"] for name in names)
         total = sum(channels[f"{name}_loss"] * channels[f"{name}_tokens"] for name in names)
         assert total / tokens == pytest.approx(entry["loss"], rel=1e-6)
-    assert not trainer.channel_metrics.warned and not trainer.channel_metrics.reader.warned
+    assert not trainer.channel_metrics.warned and not trainer.channel_scratch.reader.warned
 
 
 def test_trackers_and_state_file_have_the_values(tmp_path: Path, monkeypatch) -> None:

@@ -181,7 +181,7 @@ def test_no_channel_at_all_is_an_error_at_start(tmp_path: Path) -> None:
 def test_no_channel_in_a_stream_is_said_at_the_first_window(tmp_path: Path, caplog) -> None:
     bare = [{k: v for k, v in r.items() if k != "channel"} for r in make_records(16)]
     train(tmp_path, prepare=attach, records=Streaming(bare))
-    assert caplog.text.count("no record of this window had a channel") == 1
+    assert caplog.text.count("no record of this train window had a channel") == 1
 
 
 def test_a_loader_without_our_collator_is_an_error(tmp_path: Path) -> None:

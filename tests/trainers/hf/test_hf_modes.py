@@ -69,7 +69,7 @@ def run_with_oracle(
         if key.endswith("_token_acc") and rel > 1e-5:
             continue  # in bfloat16 the largest logit may be another
         assert entry[key] == pytest.approx(value, rel=rel)
-    assert not trainer.channel_metrics.warned and not trainer.channel_metrics.reader.warned
+    assert not trainer.channel_metrics.warned and not trainer.channel_scratch.reader.warned
     return trainer
 
 
@@ -145,7 +145,7 @@ def test_gradient_checkpointing(tmp_path: Path, reentrant: bool) -> None:
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": reentrant},
     )
-    assert trainer.channel_metrics.reader.captured
+    assert trainer.channel_scratch.reader.captured
 
 
 def test_bf16_autocast(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_bf16_autocast(tmp_path: Path) -> None:
     run_with_oracle(tmp_path, model, rel=5e-3, bf16=True)
     trainer = train(tmp_path, prepare=attach, bf16=True, logging_steps=1)
     check_own_loss(trainer)
-    assert not trainer.channel_metrics.warned and not trainer.channel_metrics.reader.warned
+    assert not trainer.channel_metrics.warned and not trainer.channel_scratch.reader.warned
 
 
 def test_torch_compile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -166,7 +166,7 @@ def test_torch_compile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
         torch_compile=True,
         torch_compile_backend="inductor",
     )
-    assert trainer.channel_metrics.reader.captured is False
+    assert trainer.channel_scratch.reader.captured is False
     assert "second softmax" in caplog.text
     torch._dynamo.reset()
 

@@ -68,7 +68,7 @@ def test_no_sync_from_the_batch_to_the_accumulator(
     state: Any = trainer.channel_metrics  # type: ignore[attr-defined]
     with NoSync():
         loss_of(trainer, model, batch).backward()
-    assert state.train.device.type == "meta"
+    assert state._train.device.type == "meta"
     assert model.lm_head.weight.grad is not None
 
 
@@ -76,11 +76,9 @@ def test_a_sync_would_be_seen(tmp_path: Path) -> None:
     trainer, batch = trainer_after_one_batch(tmp_path, PaddingCollator())
     model = on_meta(trainer)
 
-    def reading(
-        record: Any, state: Any, batch: Any, labels: Any, observation: Any, **options: Any
-    ) -> None:
-        record(state, batch, labels, observation, **options)
-        observation.losses[0].nll.sum().item()
+    def reading(record: Any, batch: Any, table: Any) -> None:
+        record(batch, table)
+        batch.token_losses.sum().item()
 
     with (
         faults.around("record a micro-batch", reading),

@@ -135,7 +135,7 @@ def test_the_channels_have_the_plain_loss(
     (entry,) = channel_logs(trainer)
     expected = expected_metrics(token_table(model, records), collator.batches)
     assert entry == pytest.approx(expected, rel=1e-5)
-    assert trainer.channel_metrics.reader.captured
+    assert trainer.channel_scratch.reader.captured
 
 
 def test_another_cross_entropy_inside_transformers_own(

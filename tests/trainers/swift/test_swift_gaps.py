@@ -1,29 +1,39 @@
-"""ms-swift's own trainer: what an evaluation logs where channels are chosen for it."""
+"""ms-swift's own trainer: the channels that an evaluation logs, and names that clash."""
 
 from __future__ import annotations
 
-import importlib.util
+from pathlib import Path
+from typing import Any
 
 import pytest
-from hf_launch import Launch, launch
-from swift_files import CHANNELS
+from rank_cases import RanksOf, case
+from swift_files import CHANNELS, given, shared_data
+from swift_tools import SWIFT, both, needs_swift
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("swift") is None,
-    reason="ms-swift is only in the main environment (Python 3.11): `make test` runs this",
-)
+from channel_metrics import MetricsConfig
+
+pytestmark = needs_swift
+alone = case(SWIFT, ranks=1)
 
 CHOSEN = ("bbu", "lvis")
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    return launch("swift", tmp_path_factory)
+@alone
+def chosen_in_evaluation(folder: Path) -> Any:
+    """Two steps, each with an evaluation, which logs two of four channels."""
+    options = {
+        "val_dataset": [f"{shared_data(folder)['plain']}#29"],
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "max_steps": 2,
+        "per_device_eval_batch_size": 4,
+    }
+    return both(given(folder, **options), MetricsConfig(eval_channels=CHOSEN))
 
 
-def test_evaluation_logs_the_channels_that_were_chosen(one: Launch) -> None:
+def test_evaluation_logs_the_channels_that_were_chosen(ranks_of: RanksOf) -> None:
     """The oracle is ms-swift alone, which logs them all, as `eval_loss_{channel}`."""
-    (found,) = one.ranks("chosen_in_evaluation")
+    (found,) = ranks_of(chosen_in_evaluation)
     off, on = found["off"], found["on"]
     assert (on["weights"], on["random"]) == (off["weights"], off["random"])
     pairs = [

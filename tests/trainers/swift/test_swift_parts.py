@@ -19,7 +19,9 @@ from channel_metrics import MetricsConfig
 pytestmark = needs_swift
 alone = case(SWIFT, ranks=1)
 
-PLACES = ("collate for ms-swift", "record a micro-batch")
+# {place: how often it is called, when its second call fails}. The collator goes on: it may run in
+# another process, and its errors travel in the batch.
+PLACES = {"collate for ms-swift": 6, "record a micro-batch": 2}
 
 
 @alone
@@ -43,9 +45,9 @@ def faults_of_ours(folder: Path) -> Any:
 def test_a_fault_of_ours_leaves_the_run(ranks_of: RanksOf) -> None:
     """After one in the collator or in a micro-batch, nothing is measured any more."""
     (found,) = ranks_of(faults_of_ours)
-    for place in PLACES:
+    for place, calls in PLACES.items():
         check_training(found["plain"], found[place])
-        assert found[place]["calls"] == 2
+        assert found[place]["calls"] == calls
         assert not any(channels_in(entry) for entry in found[place]["log"])
 
 
@@ -68,7 +70,8 @@ def name_clash(folder: Path) -> Any:
 
 def test_keys_of_two_meanings_are_refused(ranks_of: RanksOf) -> None:
     (message,) = ranks_of(name_clash)
-    assert "--enable_channel_loss logs with another meaning" in message
+    assert "gives 'loss' and 'channel_loss' of a channel the same key 'loss_channel'" in message
+    assert "Or leave --enable_channel_loss out" in message
 
 
 @alone

@@ -140,6 +140,6 @@ def test_keys() -> None:
 )
 def test_keys_of_different_metrics(key_format: str, names: tuple[str, str]) -> None:
     """`bbu_weighted` + `loss` reads like `bbu` + `weighted_loss`."""
-    with pytest.raises(ChannelError, match="of different metrics; rename one of them"):
+    with pytest.raises(ChannelError, match="of different metrics or splits; rename one of them"):
         ChannelTable(names, key_format=key_format)
     assert len(ChannelTable(names, key_format="{channel}/{metric}")) == 2

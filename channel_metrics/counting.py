@@ -1,0 +1,114 @@
+"""Where counts go: to the train window, to the open step, or to the innermost open evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from channel_metrics.core.accumulator import ChannelLossAccumulator
+from channel_metrics.core.faults import FaultGuard
+from channel_metrics.core.labels import LabelTable
+from channel_metrics.core.micro_batch import MicroBatch
+from channel_metrics.core.schema import Schema
+from channel_metrics.core.table import SumTable
+from channel_metrics.errors import ChannelMetricsError
+from channel_metrics.windows import Evaluation
+
+__all__ = ["Counting"]
+
+
+class Counting:
+    """The sums of this rank that are open now.
+
+    Args:
+        labels: the channels.
+        schema: what is counted.
+        guard: what an error does. With one, nothing is counted any more.
+    """
+
+    def __init__(self, labels: LabelTable, schema: Schema, guard: FaultGuard) -> None:
+        self.labels, self.schema, self.guard = labels, schema, guard
+        self._train = self._new_table()
+        self._step: SumTable | None = None
+        self._evaluations: list[Evaluation] = []
+
+    @property
+    def measuring(self) -> bool:
+        """Whether this rank still measures."""
+        return self.guard.measuring
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether an evaluation is open, which takes the counts."""
+        return bool(self._evaluations)
+
+    def count(self, batch: MicroBatch) -> None:
+        """Add the tokens of one micro-batch to the innermost open evaluation, else to training."""
+        with self.guard.guarded():
+            if self.measuring:
+                table = self._open_table()
+                assert isinstance(table, ChannelLossAccumulator)
+                batch.add_to(table)
+
+    def add(
+        self,
+        labels: Tensor | Sequence[str | None],
+        values: Mapping[str, Tensor],
+        *,
+        ours: Tensor | None = None,
+        theirs: Tensor | None = None,
+    ) -> None:
+        """Add N things other than tokens: their labels, and [N] values of the schema's columns.
+
+        ours, theirs: a scalar that the values add up to, and the one that the trainer computed.
+        """
+        with self.guard.guarded():
+            if self.measuring:
+                table = self._open_table()
+                table.add(labels, values)
+                if ours is not None and theirs is not None:
+                    table.compare(ours, theirs)
+
+    def begin_step(self) -> None:
+        """Count apart from the window, until `end_step`. Beginning again forgets the step so far:
+        some trainers run a step again."""
+        if self._step is None:
+            self._step = self._new_table()
+        self._step.reset()
+
+    def end_step(self, *, discard: bool = False) -> None:
+        """The step joins the window; `discard` it if the optimizer skipped it."""
+        step, self._step = self._step, None
+        with self.guard.guarded():
+            if discard and step is None:
+                raise ChannelMetricsError(
+                    "end_step(discard=True) needs begin_step() before the step; without it, what "
+                    "the step counted is in the window already."
+                )
+            if step is not None and not discard:
+                self._train.to(step.device)
+                self._train.merge(step)
+
+    @contextmanager
+    def _open_evaluation(self) -> Iterator[Evaluation]:
+        """A block whose counts go to a table of their own."""
+        found = Evaluation(self._new_table())
+        self._evaluations.append(found)
+        try:
+            yield found
+        finally:
+            # A generator may leave an inner one open, or close it after the outer one has ended.
+            if found in self._evaluations:
+                del self._evaluations[self._evaluations.index(found) :]
+
+    def _new_table(self) -> SumTable:
+        if self.schema.unit == "tokens":
+            return ChannelLossAccumulator(self.labels, schema=self.schema)
+        return SumTable(self.labels, self.schema.column_names)
+
+    def _open_table(self) -> SumTable:
+        if self._evaluations:
+            return self._evaluations[-1].table
+        return self._train if self._step is None else self._step
