@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fork_client import Server
-from swift_tools import SWIFT
 
 from channel_metrics.demo.tiny import byte_tokenizer
 from channel_metrics.trainers.hf import attach
