@@ -25,7 +25,10 @@ class SFTHarness(HFHarness):
         trainer = SFTInOrder(
             model=tiny_qwen2(),
             args=SFTConfig(
-                **arguments, **options, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None
+                **arguments,
+                **options,
+                dataset_kwargs={"skip_prepare_dataset": True},
+                max_length=None,
             ),
             train_dataset=Records([s for step in script.steps for s in flat(step)]),
             data_collator=DataCollatorForLanguageModeling(pad_token_id=0),
