@@ -232,24 +232,14 @@ TOKENS.register(
     ),
     Column("nll", "nats", "token losses that are finite", per_token="nll"),
     Column("correct", "tokens", "tokens whose target was predicted", per_token="correct"),
-    Column(
-        "judged",
-        "tokens",
-        "tokens for which `correct` was given",
-        per_token="judged",
-    ),
+    Column("judged", "tokens", "tokens for which `correct` was given", per_token="judged"),
     Column(
         "nonfinite",
         "tokens",
         "supervised tokens whose loss is NaN or infinite",
         per_token="nonfinite",
     ),
-    Column(
-        "weighted_nll",
-        "nats",
-        "weight * loss",
-        per_token="weighted_nll",
-    ),
+    Column("weighted_nll", "nats", "weight * loss", per_token="weighted_nll"),
     Column("weight", "weight", "the weights of tokens", per_token="weight"),
     Metric(
         "loss",
