@@ -142,10 +142,7 @@ class ChannelMetrics(Counting):
     # ---- batches ---------------------------------------------------------------------------
 
     def collator(self, base: Callable[[list[Any]], Any]) -> ChannelCollator:
-        """`base`, whose batches also carry the channels and boundaries that `observe` takes.
-
-        Where channels are declared, or were scanned by `declare`, the batches hold ids; else names.
-        """
+        """`base`, whose batches also carry the channels and boundaries that `observe` takes."""
         return ChannelCollator(
             base,
             fields=self.config.fields,
@@ -162,9 +159,8 @@ class ChannelMetrics(Counting):
             with metrics.observe(model, batch):
                 loss = model(**batch).loss
 
-        Our keys are taken out of the batch, and the token losses are those that the model's own
-        loss is made of. They are counted when the block ends without an exception. Losses of
-        other models inside the block are not counted.
+        Our keys are taken out of the batch. The token losses are those that the model's own loss
+        is made of. They are counted when the block ends without an exception.
 
         Raises:
             ChannelError: if the batch has no channels, see `collator`.

@@ -40,11 +40,9 @@ DEFAULT_METRICS = ("loss", "token_acc", "tokens", "share")
 class Column:
     """One sum per channel.
 
-    per_token: the values of the tokens, of the shape of the losses; only supervised ones are
-        added up. None where this micro-batch does not have them. A function, or the name of an
-        attribute of `TokenView`.
-    per_sequence: the values of the sequences [N], where a token says too little. A function, or
-        the name of an attribute of `SequenceView`.
+    per_token: the values of the tokens, of the shape of the losses, or None; only supervised
+        ones are added up. A function, or the name of an attribute of `TokenView`.
+    per_sequence: the same for the values of the sequences [N] and `SequenceView`.
     Without both, the adapter gives the values itself (`ChannelMetrics.add`).
     """
 
@@ -91,10 +89,9 @@ class Metric:
 
 @dataclass
 class Schema:
-    """The columns and metrics of one unit: tokens, preference pairs, completions, probes.
+    """The columns and metrics of one unit: tokens, preference pairs, completions.
 
-    unit: what `count` counts. count: the column that says whether a channel is in a window, and
-    whose share is a channel's share.
+    unit: what is counted. count: the column that counts it.
     """
 
     unit: str
@@ -171,7 +168,7 @@ class Schema:
         return chosen
 
     def chosen(self, names: Sequence[str]) -> list[Metric]:
-        """The metrics that a config with these `metrics` logs, in its order."""
+        """What a config with these `metrics` logs, in its order."""
         asked = [
             metric
             for name in names
