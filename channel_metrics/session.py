@@ -127,10 +127,7 @@ class ChannelMetrics(Counting):
             self._tell(found.window)
 
     def write(self, window: Window, logs: MutableMapping[str, Any]) -> None:
-        """Put the values of a window into a trainer's own log.
-
-        A key that is there already stays what it is, with a warning.
-        """
+        """Put a window into a trainer's own log; a key that is there stays, with a warning."""
         taken = sorted(key for key in window.logs if key in logs)
         if taken:
             self.warn_once(
@@ -207,10 +204,7 @@ class ChannelMetrics(Counting):
         self._maker.declare(name for name in names if name in self.labels)
 
     def check_eval_channels(self) -> None:
-        """Raise `ConfigError` for an `eval_channels` that is none of the known channels.
-
-        For adapters to call once all channels are known.
-        """
+        """Once all channels are known: `ConfigError` for an `eval_channels` that is none."""
         self._maker.check_eval_channels(self.labels.names)
 
     def warn_once(self, message: str) -> None:

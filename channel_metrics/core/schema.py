@@ -40,6 +40,7 @@ DEFAULT_METRICS = ("loss", "token_acc", "tokens", "share")
 class Column:
     """One sum per channel.
 
+    unit: what is added up: `tokens`, `nats`, `sequences`, `pairs`.
     per_token: the values of the tokens, of the shape of the losses, or None; only supervised
         ones are added up. A function, or the name of an attribute of `TokenView`.
     per_sequence: the same for the values of the sequences [N] and `SequenceView`.
@@ -48,7 +49,6 @@ class Column:
 
     name: str
     unit: str
-    """What is added up: `tokens`, `nats`, `sequences`, `pairs`."""
     doc: str
     total: bool = False
     """Whether `<name>_total` counts it since the run began, across checkpoints."""
@@ -105,11 +105,11 @@ class Schema:
         Raises `ConfigError` for a name that is taken, and for a column that is not there.
         """
         for entry in entries:
+            is_column = isinstance(entry, Column)
+            self._refuse_taken(entry.name, self.column_names if is_column else self.metric_names)
             if isinstance(entry, Column):
-                self._refuse_taken(entry.name, self.column_names)
                 self.columns.append(entry)
                 continue
-            self._refuse_taken(entry.name, self.metric_names)
             missing = sorted(set(entry.needs) - {*self.column_names, "all"})
             if missing:
                 raise ConfigError(
