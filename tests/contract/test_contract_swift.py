@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,3 +28,8 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SwiftHarness]:
 @pytest.mark.parametrize("name", [name for name in CASES if NEEDS[name] <= SwiftHarness.can])
 def test_case(harness: SwiftHarness, name: str, tmp_path: Path) -> None:
     CASES[name](harness, tmp_path)
+
+
+def test_ms_swift_is_not_imported_here() -> None:
+    """No test file of this process may: it changes transformers for all the others."""
+    assert "swift" not in sys.modules
