@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from fork_server import Job
 from contract.harness_loop import kept_warnings, losses_of, watch_windows
 from contract.script import Batch, Evaluation, OneSequence, Ran, Script, Step, faulty_count
 
-__all__ = ["MegatronHarness"]
+__all__ = ["MegatronHarness", "run_on_rank"]
 
 SECONDS = 60
 
@@ -27,19 +28,18 @@ class MegatronHarness:
     name = "megatron"
     can = frozenset({"rerun", "skip", "peek", "ranks", "lies", "save", "fails"})
     reserved = "z"
+    preload = Preload(("contract.harness_megatron:prepare",))
+    main = "contract.harness_megatron:rank_main"
 
     def __init__(self) -> None:
         self._server: Server | None = None
 
     def run(self, script: Script, folder: Path, ranks: int = 1) -> list[Ran]:
         if self._server is None:
-            place = Path(tempfile.mkdtemp())
-            self._server = Server(Preload(("contract.harness_megatron:prepare",)), place)
+            self._server = Server(self.preload, Path(tempfile.mkdtemp()))
         folder.mkdir(exist_ok=True)
         (folder / "script.pickle").write_bytes(pickle.dumps(script))
-        answer = self._server.ask(
-            folder, "contract.harness_megatron:rank_main", ranks=ranks, timeout=SECONDS
-        )
+        answer = self._server.ask(folder, self.main, ranks=ranks, timeout=SECONDS)
         said = [(folder / f"rank{rank}.err").read_text()[-3000:] for rank in range(ranks)]
         assert not any(answer["codes"]), "\n".join(said)
         return [pickle.loads((folder / f"{r}.pickle").read_bytes()) for r in range(ranks)]
@@ -67,6 +67,10 @@ def prepare() -> None:
 
 
 def rank_main(job: Job, rank: int) -> int:
+    return run_on_rank(job, rank, lambda *given: Loop(*given).train())
+
+
+def run_on_rank(job: Job, rank: int, train: Callable[[Script, Path, Ran], None]) -> int:
     """On a rank: run the script, and leave what came of it."""
     from megatron.core import parallel_state
 
@@ -77,7 +81,7 @@ def rank_main(job: Job, rank: int) -> int:
     ran = Ran()
     with kept_warnings(ran), faulty_count(script.fault_at):
         try:
-            Loop(script, folder, ran).train()
+            train(script, folder, ran)
         except Exception as error:
             ran.error = error
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(ran))
