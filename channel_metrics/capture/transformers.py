@@ -65,10 +65,7 @@ def observe_loss(
     observation = Observation(with_correct, guard or FaultGuard())
     with ExitStack() as stack:
         for module in _as_called(model):
-            begins = module.register_forward_pre_hook(observation.begin_forward, with_kwargs=True)
-            stack.callback(begins.remove)
-            ends = module.register_forward_hook(observation.end_forward, always_call=True)
-            stack.callback(ends.remove)
+            stack.enter_context(_forwards_seen(module, observation))
         stack.enter_context(observation.active())
         stack.enter_context(_CROSS_ENTROPY.placed())
         stack.enter_context(LIGER_LOSS.placed())
@@ -80,6 +77,37 @@ def _as_called(model: torch.nn.Module) -> list[torch.nn.Module]:
     parallel = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
     inner = getattr(model, "module", None) if isinstance(model, parallel) else None
     return [model] if inner is None else [model, inner]
+
+
+@contextmanager
+def _forwards_seen(module: Any, observation: Observation) -> Iterator[None]:
+    """Tell the observation where forwards of the module begin and end."""
+    compiled = module._compiled_call_impl
+    if compiled is None:
+        begins = module.register_forward_pre_hook(observation.begin_forward, with_kwargs=True)
+        ends = module.register_forward_hook(observation.end_forward, always_call=True)
+        try:
+            yield
+        finally:
+            begins.remove()
+            ends.remove()
+        return
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        observation.begin_forward(module, args, kwargs)
+        outputs = None
+        try:
+            outputs = compiled(*args, **kwargs)
+        finally:
+            observation.end_forward(module, args, outputs)
+        return outputs
+
+    # `model.compile()` would take hooks into the graph.
+    module._compiled_call_impl = call
+    try:
+        yield
+    finally:
+        module._compiled_call_impl = compiled
 
 
 def _observing_cross_entropy(
