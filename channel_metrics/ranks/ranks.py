@@ -63,4 +63,6 @@ class Ranks:
             return torch.device("cuda", torch.cuda.current_device())
         # XPU, NPU and others: the accelerator that this torch was built for.
         found = torch._C._get_accelerator()
+        if found.type == "cpu":
+            return found
         return torch.device(found.type, torch.get_device_module(found).current_device())

@@ -136,23 +136,32 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         session, scratch = self.channel_metrics, self.channel_scratch
         if session is None or not (model.training or session.evaluating):
             return compute(model, inputs, *args, **kwargs)
-        if not has_token_labels(inputs) and self.channel_whole_script:
-            self._leave_alone(session)
-            return compute(model, inputs, *args, **kwargs)
+        if not has_token_labels(inputs):
+            if self.channel_whole_script:
+                self._leave_alone(session)
+                return compute(model, inputs, *args, **kwargs)
+            if "labels" in inputs:
+                raise self._no_token_labels(inputs)
         batch = self._taken_channels(inputs)
         if not self._rank_layout().counts(cut=scratch.cut):
             return compute(model, inputs, *args, **kwargs)
         labels = self._labels_of(batch, inputs)
-        if not isinstance(labels, Tensor) or not has_token_labels(inputs):
-            raise UnsupportedVersionError(
-                "channel metrics need `labels` in the batch, one for each token, but "
-                f"{type(self).__name__} got {_described(inputs)}; detach the metrics for this "
-                "trainer."
-            )
+        if not isinstance(labels, Tensor):
+            raise self._no_token_labels(inputs)
         with scratch.reader.observe(model) as observation:
             result = compute(model, inputs, *args, **kwargs)
         self._count_tokens(session, batch, labels, observation)
         return result
+
+    def _no_token_labels(self, inputs: Any) -> UnsupportedVersionError:
+        given = ", ".join(
+            f"{key} {value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else str(key)
+            for key, value in inputs.items()
+        )
+        return UnsupportedVersionError(
+            "channel metrics need `labels` in the batch, one for each token, but "
+            f"{type(self).__name__} got {given}; detach the metrics for this trainer."
+        )
 
     def _leave_alone(self, session: ChannelMetrics) -> None:
         """End the metrics of a trainer that a patch met, and that learns from no tokens."""
@@ -264,14 +273,6 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
     def _is_causal(self) -> bool | None:
         """Whether the model predicts the next token, by its kind; None if that is not known."""
         return is_causal(self.accelerator.unwrap_model(self.model))
-
-
-def _described(inputs: Any) -> str:
-    """The keys of a batch, and the shapes of its tensors."""
-    return ", ".join(
-        f"{key} {value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else str(key)
-        for key, value in inputs.items()
-    )
 
 
 def check_trainer(trainer_class: type) -> None:
