@@ -90,8 +90,6 @@ class Correctness:
 class _WatchedLoss:
     """Stands in a language model in the place of the method that computes its loss.
 
-    It is an object, so that a deep copy of the model gets one that belongs to the copy.
-
     Args:
         watcher: learns which tokens were right.
         language_model: the model.
