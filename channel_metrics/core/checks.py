@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from channel_metrics.core.cu_seqlens import check_cu_seqlens, check_cu_seqlens_type
+from channel_metrics.core.cu_seqlens import can_read, check_cu_seqlens, check_cu_seqlens_type
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.errors import ChannelError, ChannelMetricsError
 
@@ -81,11 +81,6 @@ def check_layout(losses: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> None
             f"channels has {came} but the batch holds {held} sequences ({source}); pass one "
             "channel per sequence."
         )
-
-
-def can_read(values: Tensor) -> bool:
-    """Whether looking at values is free: no device has to be waited for, no graph is traced."""
-    return values.is_cpu and not torch.compiler.is_compiling()
 
 
 def _check_shape(name: str, value: Tensor | None, shape: torch.Size) -> None:

@@ -40,14 +40,14 @@ class Largest(TorchDispatchMode):
         return found
 
 
-def interpreted(program: str, folder: Path) -> dict[str, Any]:
+def interpreted(program: Path, folder: Path) -> dict[str, Any]:
     """The JSON that `python PROGRAM FOLDER` prints last.
 
     A process of its own, because Triton decides when a kernel is defined whether it will be
     interpreted: the program sets TRITON_INTERPRET first of all.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, str(Path(__file__).parent / program), str(folder)]
+    command = [sys.executable, str(program), str(folder)]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=280, check=False
     )

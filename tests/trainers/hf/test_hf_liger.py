@@ -20,7 +20,7 @@ from channel_metrics.trainers.hf import attach
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return interpreted("liger_run.py", tmp_path_factory.mktemp("liger"))
+    return interpreted(Path(__file__).with_name("liger_run.py"), tmp_path_factory.mktemp("liger"))
 
 
 @needs_liger

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`use_liger_kernel=True` is depre
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return interpreted("trl_liger_run.py", tmp_path_factory.mktemp("trl_liger"))
+    program = Path(__file__).with_name("trl_liger_run.py")
+    return interpreted(program, tmp_path_factory.mktemp("trl_liger"))
 
 
 @needs_liger
