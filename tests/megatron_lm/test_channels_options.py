@@ -212,6 +212,15 @@ def test_graphs_of_whole_iterations_are_refused(
     assert "--channels does not work with CUDA graphs of a full iteration" in said
 
 
+def test_a_typo_in_eval_channels(launcher: Launcher, data: Data, tmp_path: Path) -> None:
+    """The data options have named all channels, so it is known at the start."""
+    config = tmp_path / "channels.yaml"
+    config.write_text("eval_channels: [wbe]\n")
+    args = ("--channels", *oracle.NAMES, "--channels-config", str(config))
+    run = launcher.run("dp1", *data.blend(), *args, patch=True, check=False)
+    assert "did you mean 'web'" in refused(run)
+
+
 def test_without_the_patch_megatron_does_not_know_the_option(
     launcher: Launcher, data: Data
 ) -> None:

@@ -76,9 +76,9 @@ def _cut_with_labels(
         ids = found.ids.unsqueeze(1).expand(labels.shape)
     else:
         ids = token_channel_ids(found.ids, bounds, labels.numel()).view(labels.shape)
-    probe = {"labels": ids.roll(-1, dims=-1), "packed_seq_params": packed}
+    in_place_of_labels = {"labels": ids.roll(-1, dims=-1), "packed_seq_params": packed}
     found.sequences, found.cu_seqlens = found.ids, None
-    found.ids = utils.get_batch_on_this_cp_rank(args, probe)["labels"]
+    found.ids = utils.get_batch_on_this_cp_rank(args, in_place_of_labels)["labels"]
 
 
 def _packed_seq_params(args: Any, given: Mapping[str, Any]) -> Any:
