@@ -63,7 +63,7 @@ def _observing(
             # First: who computes the loss may overwrite what it is given.
             tokens = _measured(observation.with_correct, *args, **kwargs)
             result = compute(*args, **kwargs)
-        observation.losses.append(tokens)
+        observation.record(tokens, result)
         return result
 
     return observation.guard.shielded(original, seen, *args, **kwargs)

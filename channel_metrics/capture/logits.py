@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from channel_metrics.capture.observation import Observation
+from channel_metrics.capture.observation import Forward
 from channel_metrics.core.checks import IGNORE_INDEX
-from channel_metrics.errors import ChannelMetricsError, UnsupportedVersionError
+from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.losses.cross_entropy import TokenLosses, token_losses_of_logits
 
-__all__ = ["find_shift", "mean_nll", "shifted_labels", "token_losses_from_outputs"]
+__all__ = ["mean_nll", "shifted_labels", "token_losses_from_outputs"]
 
 
 def shifted_labels(labels: Tensor) -> Tensor:
@@ -21,18 +21,19 @@ def shifted_labels(labels: Tensor) -> Tensor:
     return torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
 
 
-def token_losses_from_outputs(observation: Observation, targets: Tensor) -> TokenLosses:
+def token_losses_from_outputs(forward: Forward, targets: Tensor, with_correct: bool) -> TokenLosses:
     """Token losses [B * S] on the logits [B, S, V] that the model returned.
 
     Raises `UnsupportedVersionError` where there are none: a fused loss was used, or the model
     returned a part of them only.
     """
-    logits = observation.logits()
-    if logits is None and observation.losses:
+    logits = forward.logits()
+    if logits is None and forward.losses:
         raise UnsupportedVersionError(
             f"expected a loss over all labels {list(targets.shape)}, but the model computed it "
-            f"over {observation.losses[-1].target.numel()} positions; leave logits_to_keep unset "
-            "while metrics are on, or detach them."
+            f"over {forward.losses[-1].target.numel()} positions: it leaves some out, or adds "
+            "some. If the batch or the script passes logits_to_keep, leave it out; else detach "
+            "the metrics for this model."
         )
     if logits is None:
         raise UnsupportedVersionError(
@@ -43,32 +44,18 @@ def token_losses_from_outputs(observation: Observation, targets: Tensor) -> Toke
     if logits.shape[:-1] != targets.shape:
         raise UnsupportedVersionError(
             f"expected logits for all labels {list(targets.shape)}, but the model returned "
-            f"{list(logits.shape)}; leave logits_to_keep unset while metrics are on."
+            f"{list(logits.shape)}. If the batch or the script passes logits_to_keep, leave it "
+            "out; else detach the metrics for this model."
         )
     return token_losses_of_logits(
         logits.detach().flatten(0, -2),
         targets.reshape(-1).to(logits.device),
-        with_correct=observation.with_correct,
+        with_correct=with_correct,
     )
 
 
-def mean_nll(observation: Observation, labels: Tensor, shift: bool) -> float:
+def mean_nll(forward: Forward, labels: Tensor, shift: bool) -> float:
     """The mean nll of the logits that the model returned, with labels shifted or as they are."""
     targets = shifted_labels(labels) if shift else labels
-    total = token_losses_from_outputs(observation, targets).reported_sum
+    total = token_losses_from_outputs(forward, targets, False).reported_sum
     return float(total / (targets != IGNORE_INDEX).sum().clamp(min=1))
-
-
-def find_shift(target: Tensor, labels: Tensor, *, may_shift: bool) -> bool:
-    """Whether the loss saw shifted labels; one look at the first batch."""
-    flat = target.to(labels.device)
-    if may_shift and torch.equal(flat, shifted_labels(labels).reshape(-1)):
-        return True
-    if torch.equal(flat, labels.reshape(-1)):
-        return False
-    seen, given = (int((ids != IGNORE_INDEX).sum()) for ids in (flat, labels))
-    raise ChannelMetricsError(
-        "the model's loss must see the labels of the batch, shifted by one or as they are, but "
-        f"it saw others (shape {list(labels.shape)}, {seen} supervised against {given} in the "
-        "batch); tokens cannot be matched to their channels. Detach the metrics for this model."
-    )

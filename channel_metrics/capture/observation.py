@@ -1,10 +1,16 @@
-"""What one forward of a model shows of its losses, and how loss functions are watched for it."""
+"""What the forwards of one model show of its losses, and how loss functions are watched for it.
+
+A cross entropy belongs to the model if it is computed while the model's forward runs, or
+afterwards over the logits that the forward returned. What another model computes meanwhile, such
+as a teacher, does not count.
+"""
 
 from __future__ import annotations
 
 import functools
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,62 +20,174 @@ import torch
 from torch import Tensor
 
 from channel_metrics.core.faults import FaultGuard
+from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.losses.cross_entropy import TokenLosses
 
-__all__ = ["LossHook", "Observation", "current_observation", "is_defined_in"]
+__all__ = ["Forward", "LossHook", "Observation", "current_observation", "is_defined_in"]
+
+_LABELS = ("labels", "shift_labels")
 
 
-@dataclass
+@dataclass(eq=False)
+class Forward:
+    """One forward of the model.
+
+    has_labels: whether labels were passed to it. trains: whether it keeps what a backward needs.
+    losses: the cross entropies, in the order in which they were computed. outputs: what the model
+    returned, kept only if the token losses may have to be read from it. its_logits: among it, and
+    not kept alive.
+    """
+
+    has_labels: bool = False
+    trains: bool = False
+    losses: list[TokenLosses] = field(default_factory=list)
+    outputs: Any = None
+    its_logits: weakref.ref[Tensor] | None = None
+
+    def logits(self) -> Tensor | None:
+        """The logits that the model returned, if it did."""
+        return _logits_of(self.outputs)
+
+    def loss(self) -> Tensor | None:
+        """The loss that the model itself returned, if it did; one number."""
+        found = self.outputs.get("loss") if isinstance(self.outputs, Mapping) else None
+        if isinstance(self.outputs, tuple):
+            found = next((x for x in self.outputs if isinstance(x, Tensor) and x.dim() == 0), None)
+        # nn.DataParallel returns the losses of its replicas.
+        return found if isinstance(found, Tensor) and found.numel() == 1 else None
+
+    def gave(self, source: Tensor) -> bool:
+        """Whether `source` shares its memory with the logits that the model returned."""
+        logits = None if self.its_logits is None else self.its_logits()
+        return logits is not None and _address(logits) == _address(source)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _logits_of(outputs: Any) -> Tensor | None:
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    if isinstance(outputs, tuple):
+        found = next((x for x in outputs if isinstance(x, Tensor) and x.dim() == 3), None)
+    return found if isinstance(found, Tensor) else None
+
+
+@dataclass(eq=False)
 class Observation:
     """What one `compute_loss` let us see.
 
     with_correct: whether correctness is measured. guard: what an error of ours inside the model's
-    loss does. losses: the cross entropies, in the order in which they were computed. outputs:
-    what the model returned, kept only if it computed no cross entropy that we saw.
+    loss does. forwards: those of the model. others: losses of a training step that were computed
+    outside of them, over other logits.
     """
 
     with_correct: bool
     guard: FaultGuard = field(default_factory=FaultGuard)
     thread: int = field(default_factory=threading.get_ident)
-    losses: list[TokenLosses] = field(default_factory=list)
-    outputs: Any = None
+    forwards: list[Forward] = field(default_factory=list)
+    others: list[TokenLosses] = field(default_factory=list)
+    busy: bool = False
+    _depth: int = 0
 
-    def matching(self, num_tokens: int) -> list[TokenLosses]:
-        """The cross entropies over exactly `num_tokens` positions."""
-        return [found for found in self.losses if found.target.numel() == num_tokens]
+    @property
+    def losses(self) -> list[TokenLosses]:
+        """The cross entropies of all forwards."""
+        return [found for forward in self.forwards for found in forward.losses]
 
-    def logits(self) -> Tensor | None:
-        """The logits that the model returned, if it did."""
-        outputs = self.outputs
-        found = outputs.get("logits") if isinstance(outputs, Mapping) else None
-        return found if isinstance(found, Tensor) else None
+    def chosen(self) -> Forward:
+        """The forward that the labels of the batch belong to.
 
-    def loss(self) -> Tensor | None:
-        """The loss that the model itself returned, if it did."""
-        found = self.outputs.get("loss") if isinstance(self.outputs, Mapping) else None
-        return found if isinstance(found, Tensor) else None
+        Raises `UnsupportedVersionError` if that cannot be told.
+        """
+        if not self.forwards:
+            return Forward(losses=self.others)
+        found = self._candidates()
+        if len(found) > 1:
+            raise UnsupportedVersionError(
+                f"the model ran {len(self.forwards)} forwards in one step, and {len(found)} of "
+                "them may be the one that the labels belong to. Pass the labels to that one alone "
+                "(`model(..., labels=labels)`), or detach the metrics."
+            )
+        return found[0]
+
+    def _candidates(self) -> list[Forward]:
+        found = self.forwards
+        found = [forward for forward in found if forward.trains] or found
+        found = [forward for forward in found if forward.has_labels] or found
+        return [forward for forward in found if forward.losses] or found
+
+    def record(self, tokens: TokenLosses, loss: Any, logits: Tensor | None = None) -> None:
+        """Take in a cross entropy; loss: its result. logits: what it was computed from."""
+        if self._depth:
+            self.forwards[-1].losses.append(tokens)
+            return
+        for forward in self.forwards:
+            if logits is not None and forward.gave(logits):
+                forward.losses.append(tokens)
+                return
+        # A script may call parts of the model in place of its forward. A teacher is not trained.
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            self.others.append(tokens)
+
+    def begin_forward(self, _model: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        """A hook for the model and what wraps it: the outermost one counts."""
+        if not self._is_ours():
+            return
+        if self._depth == 0:
+            has_labels = any(kwargs.get(key) is not None for key in _LABELS)
+            self.forwards.append(Forward(has_labels, torch.is_grad_enabled()))
+        self._depth += 1
+
+    def end_forward(self, _model: Any, _args: Any, outputs: Any) -> None:
+        """The hook for its end, be it by an exception."""
+        if not self._is_ours() or not self._depth:
+            return
+        self._depth -= 1
+        if self._depth:
+            return
+        forward = self.forwards[-1]
+        logits = _logits_of(outputs)
+        forward.its_logits = None if logits is None else weakref.ref(logits)
+        forward.outputs = outputs
+        # Logits are large: held only if the token losses cannot be had without them.
+        held = self._candidates()
+        for one in self.forwards:
+            if one.losses or len(held) > 1 or one is not held[0]:
+                one.outputs = None
+
+    def _is_ours(self) -> bool:
+        # Replicas of nn.DataParallel run in threads of their own. An observation inside this one
+        # takes what it sees.
+        return current_observation() is self
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Losses that this thread computes inside the block belong to this observation."""
-        _active.append(self)
+        active = _active_here()
+        active.append(self)
         try:
             yield
         finally:
-            _active.pop()
+            active.remove(self)
 
 
-# The innermost observation comes last.
-_active: list[Observation] = []
+# The observations of each thread; the innermost one comes last.
+_active = threading.local()
+
+
+def _active_here() -> list[Observation]:
+    found: list[Observation] = _active.__dict__.setdefault("observations", [])
+    return found
 
 
 def current_observation() -> Observation | None:
     """The observation that a loss belongs to which is computed now."""
     # Compiled graphs must not hold our state; their token losses come from the logits.
-    if torch.compiler.is_compiling() or not _active:
+    if torch.compiler.is_compiling():
         return None
-    observation = _active[-1]
-    return observation if observation.thread == threading.get_ident() else None
+    active = _active_here()
+    return active[-1] if active else None
 
 
 class LossHook:
@@ -77,11 +195,14 @@ class LossHook:
 
     The function that stands there when the block begins is called wherever there is no
     observation; where there is one, `observing(observation, function, *args, **kwargs)` must
-    return what that function would.
+    return what that function would. Blocks may be nested, or be those of several threads: the
+    first one puts the watching function there, and the last one takes it away.
     """
 
     def __init__(self, module: str, name: str, observing: Callable[..., Any]) -> None:
         self._module, self._name, self._observing = module, name, observing
+        self._lock = threading.Lock()
+        self._blocks = 0
         self._original: Any = None
         self._watching: Any = None
 
@@ -92,15 +213,22 @@ class LossHook:
         if module is None:
             yield
             return
-        before = getattr(module, self._name)
-        # Blocks may be nested, or be those of several threads: one function serves them all.
-        if before is not self._watching and before is not self._original:
-            self._original, self._watching = before, self._watched(before)
-        setattr(module, self._name, self._watching)
+        with self._lock:
+            found = getattr(module, self._name)
+            if found is not self._watching:
+                # The same function as before, where it can be: torch.compile looks at it.
+                if found is not self._original:
+                    self._original, self._watching = found, self._watched(found)
+                setattr(module, self._name, self._watching)
+            self._blocks += 1
         try:
             yield
         finally:
-            setattr(module, self._name, before)
+            with self._lock:
+                self._blocks -= 1
+                # What somebody else has put there in the meantime stays.
+                if not self._blocks and getattr(module, self._name) is self._watching:
+                    setattr(module, self._name, self._original)
 
     def _watched(self, original: Callable[..., Any]) -> Callable[..., Any]:
         observing = self._observing
@@ -108,9 +236,14 @@ class LossHook:
         @functools.wraps(original)
         def watching(*args: Any, **kwargs: Any) -> Any:
             observation = current_observation()
-            if observation is None:
+            # What watches may be called by what somebody has wrapped around it: once is enough.
+            if observation is None or observation.busy:
                 return original(*args, **kwargs)
-            return observing(observation, original, *args, **kwargs)
+            observation.busy = True
+            try:
+                return observing(observation, original, *args, **kwargs)
+            finally:
+                observation.busy = False
 
         return watching
 

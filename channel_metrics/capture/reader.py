@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from channel_metrics.capture.logits import (
-    find_shift,
     mean_nll,
     shifted_labels,
     token_losses_from_outputs,
 )
-from channel_metrics.capture.observation import Observation
+from channel_metrics.capture.observation import Forward, Observation
+from channel_metrics.capture.placing import Place, beside_labels, find_place, spread_out
 from channel_metrics.capture.transformers import observe_loss
 from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.core.faults import FaultGuard
@@ -60,8 +60,8 @@ class TokenLossReader:
         self.captured: bool | None = None
         self.warned = False
         self._causal: bool | None = None
-        # {per_token: whether the loss shifts the labels}, as seen, and as far as it can be told.
-        self._seen_shifts: dict[bool, bool] = {}
+        # {(per_token, positions before the labels): as seen}, and as far as it can be told.
+        self._places: dict[tuple[bool, int], Place] = {}
         self._likely_shifts: dict[bool, bool] = {}
 
     def observe(self, model: torch.nn.Module) -> AbstractContextManager[Observation]:
@@ -97,25 +97,28 @@ class TokenLossReader:
             ChannelMetricsError: the loss saw other labels than these.
         """
         self._causal = self._causal if causal is None else causal
-        found, shifts = self.trainer_losses(labels, per_token=per_token), not per_token
-        if found is None:
-            found = _captured_losses(observation, labels)
+        found, shifts, lead = self.trainer_losses(labels, per_token=per_token), not per_token, 0
+        forward = observation.chosen() if found is None else None
+        if forward is not None:
+            found = self._captured_losses(forward, labels, per_token)
             if found is not None:
-                shifts = self._seen_shift(found, labels, per_token)
+                shifts, lead = self._place(found, labels, per_token)
         reported = None if found is None else found.reported_sum
         if found is None:
-            shifts = self._likely_shift(observation, labels, per_token)
+            assert forward is not None
+            shifts = self._likely_shift(forward, labels, per_token)
             targets = shifted_labels(labels) if shifts else labels
-            found = token_losses_from_outputs(observation, targets)
+            found = token_losses_from_outputs(forward, targets, self.with_correct)
         self.captured = reported is not None
-        weights = self.weights(found.nll, per_token=per_token)
         values = TokenValues(
-            found.nll.view(labels.shape),
-            (found.target != IGNORE_INDEX).view(labels.shape),
-            None if found.correct is None else found.correct.view(labels.shape),
-            None if weights is None else weights.view(labels.shape),
+            found.nll,
+            found.target != IGNORE_INDEX,
+            found.correct,
+            self.weights(found.nll, per_token=per_token),
         )
-        return (values.in_target_frame() if shifts and not by_rows else values), reported
+        shape = (*labels.shape[:-1], labels.shape[-1] + lead)
+        values, place = values.map(lambda value: value.view(shape)), Place(shifts, lead)
+        return beside_labels(values, place, by_rows=by_rows), reported
 
     # ---- for the readers of trainers that compute token losses themselves --------------------
 
@@ -130,16 +133,42 @@ class TokenLossReader:
 
     # ---- where the labels stand --------------------------------------------------------------
 
-    def _seen_shift(self, found: TokenLosses, labels: Tensor, per_token: bool) -> bool:
-        if per_token not in self._seen_shifts:
-            self._seen_shifts[per_token] = find_shift(found.target, labels, may_shift=not per_token)
-        return self._seen_shifts[per_token]
+    def _captured_losses(
+        self, forward: Forward, labels: Tensor, per_token: bool
+    ) -> TokenLosses | None:
+        """The cross entropy over the labels; None if the model computed none that we saw."""
+        rows = labels.numel() // max(labels.shape[-1], 1)
+        sizes = [found.target.numel() for found in forward.losses]
+        # First those over exactly the labels; a model may add positions before them.
+        fits = [n == labels.numel() for n in sizes]
+        if not any(fits) and not per_token and self._causal is False:
+            few = [spread_out(found, labels) for found in forward.losses]
+            if len(few) == 1 and few[0] is not None:
+                return few[0]
+        if not any(fits) and not per_token:
+            fits = [n % max(rows, 1) == 0 and n >= labels.numel() - rows for n in sizes]
+        candidates = [found for found, fit in zip(forward.losses, fits, strict=True) if fit]
+        if len(candidates) > 1:
+            raise UnsupportedVersionError(
+                f"the model computed {len(candidates)} cross entropies over all labels in one "
+                "step; which of them is its language model loss cannot be told. Detach the "
+                "metrics for this model."
+            )
+        return candidates[0] if candidates else None
 
-    def _likely_shift(self, observation: Observation, labels: Tensor, per_token: bool) -> bool:
-        if per_token in self._seen_shifts:
-            return self._seen_shifts[per_token]
+    def _place(self, found: TokenLosses, labels: Tensor, per_token: bool) -> Place:
+        rows = labels.numel() // max(labels.shape[-1], 1)
+        lead = (found.target.numel() - labels.numel()) // max(rows, 1)
+        if (per_token, lead) not in self._places:
+            place = find_place(found.target, labels, lead, may_shift=not per_token)
+            self._places[per_token, lead] = place
+        return self._places[per_token, lead]
+
+    def _likely_shift(self, forward: Forward, labels: Tensor, per_token: bool) -> bool:
+        if (per_token, 0) in self._places:
+            return self._places[per_token, 0].shifts
         if per_token not in self._likely_shifts:
-            shifts = not per_token and self._shift_by_the_loss(observation, labels)
+            shifts = not per_token and self._shift_by_the_loss(forward, labels)
             if not self._likely_shifts:
                 logger.info(
                     "the loss does not pass transformers' cross entropy: token losses are "
@@ -148,12 +177,12 @@ class TokenLossReader:
             self._likely_shifts[per_token] = shifts
         return self._likely_shifts[per_token]
 
-    def _shift_by_the_loss(self, observation: Observation, labels: Tensor) -> bool:
+    def _shift_by_the_loss(self, forward: Forward, labels: Tensor) -> bool:
         """Whether the labels are shifted: by the model's kind, checked against its own loss."""
-        causal, model_loss = self._causal, observation.loss()
+        causal, model_loss = self._causal, forward.loss()
         if model_loss is not None:
             reported = float(model_loss.detach())
-            means = {shift: mean_nll(observation, labels, shift) for shift in (True, False)}
+            means = {shift: mean_nll(forward, labels, shift) for shift in (True, False)}
             off = {shift: abs(mean - reported) / abs(reported) for shift, mean in means.items()}
             near = min(off, key=off.__getitem__)
             # A loss in bfloat16 has three digits; the other way is clearly worse or unknown.
@@ -176,14 +205,3 @@ class TokenLossReader:
                 "entropy of its logits, shifted or not. Detach the metrics for this model."
             )
         return causal
-
-
-def _captured_losses(observation: Observation, labels: Tensor) -> TokenLosses | None:
-    candidates = observation.matching(labels.numel())
-    if len(candidates) > 1:
-        raise UnsupportedVersionError(
-            f"the model computed {len(candidates)} cross entropies over all labels in one "
-            "step; which of them is its language model loss cannot be told. Detach the "
-            "metrics for this model."
-        )
-    return candidates[0] if candidates else None

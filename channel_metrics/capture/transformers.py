@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -63,18 +63,51 @@ def observe_loss(
     guard: what an error of ours inside the model's loss does; None raises it.
     """
     observation = Observation(with_correct, guard or FaultGuard())
+    with ExitStack() as stack:
+        for module in _as_called(model):
+            stack.enter_context(_forwards_seen(module, observation))
+        stack.enter_context(observation.active())
+        stack.enter_context(_CROSS_ENTROPY.placed())
+        stack.enter_context(LIGER_LOSS.placed())
+        yield observation
 
-    def keep_outputs(_model: Any, _args: Any, outputs: Any) -> None:
-        # Logits are large: held only if the token losses cannot be had without them.
-        if not observation.losses:
-            observation.outputs = outputs
 
-    handle = model.register_forward_hook(keep_outputs)
+def _as_called(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The model, and what it wraps for several processes: a script may call either."""
+    parallel = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
+    inner = getattr(model, "module", None) if isinstance(model, parallel) else None
+    return [model] if inner is None else [model, inner]
+
+
+@contextmanager
+def _forwards_seen(module: Any, observation: Observation) -> Iterator[None]:
+    """Tell the observation where forwards of the module begin and end."""
+    compiled = module._compiled_call_impl
+    if compiled is None:
+        begins = module.register_forward_pre_hook(observation.begin_forward, with_kwargs=True)
+        ends = module.register_forward_hook(observation.end_forward, always_call=True)
+        try:
+            yield
+        finally:
+            begins.remove()
+            ends.remove()
+        return
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        observation.begin_forward(module, args, kwargs)
+        outputs = None
+        try:
+            outputs = compiled(*args, **kwargs)
+        finally:
+            observation.end_forward(module, args, outputs)
+        return outputs
+
+    # `model.compile()` would take hooks into the graph.
+    module._compiled_call_impl = call
     try:
-        with observation.active(), _CROSS_ENTROPY.placed(), LIGER_LOSS.placed():
-            yield observation
+        yield
     finally:
-        handle.remove()
+        module._compiled_call_impl = compiled
 
 
 def _observing_cross_entropy(
@@ -90,7 +123,7 @@ def _observing_cross_entropy(
                 source.detach(), target, ignore_index=ignored, with_correct=observation.with_correct
             )
             loss = compute(*args, **kwargs)
-        observation.losses.append(tokens)
+        observation.record(tokens, loss, source)
         return loss
 
     loss: Tensor = observation.guard.shielded(original, seen, *args, **kwargs)

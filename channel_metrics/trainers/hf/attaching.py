@@ -10,6 +10,7 @@ Training is unchanged bit for bit: loss, gradients, random numbers, weights.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -31,18 +32,31 @@ _MIXINS = {
 }
 
 
-def attach(trainer: TrainerT, config: MetricsConfig | None = None) -> TrainerT:
-    """Give `trainer` channel metrics; the same object is returned.
+def attach(
+    trainer: TrainerT, config: MetricsConfig | None = None, *, whole_script: bool = False
+) -> TrainerT:
+    """Give `trainer` channel metrics; the same object is returned. A second call replaces them.
 
-    A second call only replaces the config. Raises `UnsupportedVersionError` if this
-    transformers lacks a method that the metrics need.
+    Args:
+        trainer: has been made, and does not train yet.
+        config: None takes the defaults.
+        whole_script: for patches, which meet every trainer of a script. One whose batches have no
+            labels of tokens is left alone, and so is one whose data has no channels. An error
+            ends the metrics of this trainer with a warning, unless `on_error` is "raise".
+
+    Raises:
+        UnsupportedVersionError: this transformers lacks a method that the metrics need.
     """
     check_trainer(type(trainer))
     # To mypy, an object cannot change its class.
     changed: Any = trainer
     if not isinstance(trainer, ChannelMetricsMixin):
         changed.__class__ = with_mixin(type(trainer), _mixin_for(type(trainer)))
-    changed.start_channel_metrics(config or MetricsConfig())
+    config = config or MetricsConfig()
+    if whole_script and config.on_error is None:
+        config = replace(config, on_error="warn")
+    changed.channel_whole_script = whole_script
+    changed.start_channel_metrics(config)
     return trainer
 
 
@@ -50,7 +64,8 @@ def detach(trainer: TrainerT) -> TrainerT:
     """Undo `attach`; the trainer is of its own class again."""
     changed: Any = trainer
     changed.__class__ = original_class(type(trainer))
-    vars(trainer).pop("channel_metrics", None)
+    for name in ("channel_metrics", "channel_scratch", "channel_whole_script"):
+        vars(trainer).pop(name, None)
     trainer.pop_callback(LiveTable)
     return trainer
 

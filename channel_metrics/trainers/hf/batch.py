@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ __all__ = [
     "BatchChannels",
     "Scratch",
     "first_records",
+    "has_token_labels",
     "labels_of",
     "real_records",
     "repeats_unseen",
@@ -51,13 +52,15 @@ class Scratch:
 
     reader: of the model's token losses. pending: the channels that were taken out of the batch.
     cut: whether the context that the next loss is computed in cuts the rows. logs_next: whether
-    the next log is that of the training loop itself.
+    the next log is that of the training loop itself. own_keys: what we have put into the results
+    of evaluations.
     """
 
     reader: TokenLossReader
     pending: BatchChannels | CollatorFault | None = None
     cut: bool = False
     logs_next: bool = False
+    own_keys: set[str] = field(default_factory=set)
 
 
 def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorFault | None:
@@ -66,6 +69,19 @@ def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorF
     if channels is None or isinstance(channels, CollatorFault):
         return channels
     return BatchChannels(channels, cu_seqlens)
+
+
+def has_token_labels(inputs: Mapping[str, Any]) -> bool:
+    """Whether a batch of an encoder or decoder has a label per token, and not per record.
+
+    False for the labels of a classifier or a regressor, and where there are none.
+    """
+    labels, ids = inputs.get("labels"), inputs.get("input_ids")
+    if labels is None:
+        labels = inputs.get("shift_labels")
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return False
+    return labels.dim() == 2 or (isinstance(ids, Tensor) and labels.shape == ids.shape)
 
 
 def labels_of(batch: BatchChannels, inputs: Mapping[str, Any]) -> Any:

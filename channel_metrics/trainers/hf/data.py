@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from channel_metrics.core.labels import LabelTable, field_roots
 from channel_metrics.data.collator import BOUNDS_KEY, ChannelCollator
+from channel_metrics.trainers.hf.batch import has_token_labels
 
-__all__ = ["wrap_collator"]
+__all__ = ["TokenBatchCollator", "wrap_collator"]
+
+
+class TokenBatchCollator(ChannelCollator):
+    """Leaves a batch as it is if it has no labels of tokens: such a trainer is not for us."""
+
+    def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
+        # Copied before: a collator may take fields out of its records.
+        records = [dict(one) if isinstance(one, Mapping) else one for one in features]
+        batch = collate(features)
+        if not isinstance(batch, Mapping) or not has_token_labels(batch):
+            return batch
+        return super()._with_channels(lambda _: batch, records)
 
 
 def wrap_collator(

@@ -16,7 +16,7 @@ from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.errors import ConfigError
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import Scratch, repeats_unseen
-from channel_metrics.trainers.hf.data import wrap_collator
+from channel_metrics.trainers.hf.data import TokenBatchCollator, wrap_collator
 from channel_metrics.trainers.hf.parallel import (
     RankLayout,
     RowCollator,
@@ -45,6 +45,9 @@ class ChannelLoadersMixin(_TrainerBase):
 
     channel_metrics: ChannelMetrics | None = None
     channel_scratch: Scratch
+    channel_whole_script = False
+    """Whether a patch attached the metrics to every trainer of a script: what has no labels of
+    tokens is left alone."""
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         with self._channel_collator(self.train_dataset, "train"):
@@ -106,18 +109,19 @@ class ChannelLoadersMixin(_TrainerBase):
         dispatched = dispatched and self.accelerator.num_processes > 1
         cut = self._rank_layout().shards_rows
         if (dispatched or cut) and not known:
+            declare = "declare `channels` in the metrics config"
             reason, remedy = (
-                ("rows are cut along the sequence (cp_size or sp_size > 1)", "")
+                ("rows are cut along the sequence (cp_size or sp_size > 1)", declare)
                 if cut
                 else (
                     "one process sends the batches of a stream to the others (dispatch_batches)",
-                    ', or set accelerator_config={"dispatch_batches": False}',
+                    'set accelerator_config={"dispatch_batches": False}, or, if all batches are '
+                    f"padded to one length (accelerate asks for that), {declare}",
                 )
             )
             raise ConfigError(
                 f"{reason}, so channels must be ids, but the {description} set cannot be scanned "
-                f"for names ({type(dataset).__name__}); declare `channels` in the metrics config"
-                f"{remedy}."
+                f"for names ({type(dataset).__name__}); {remedy}."
             )
         if dispatched:
             check_keeps_rows(self.data_collator)
@@ -145,6 +149,9 @@ class ChannelLoadersMixin(_TrainerBase):
             return self.data_collator
         scanned = self._declare(session, dataset, description)
         known = scanned or bool(session.config.channels)
+        kind = self._collator_kind(dataset, description, known)
+        if kind is ChannelCollator and self.channel_whole_script:
+            kind = TokenBatchCollator
         self._set_signature_columns_if_needed()
         return wrap_collator(
             self.data_collator,
@@ -152,5 +159,5 @@ class ChannelLoadersMixin(_TrainerBase):
             table=session.labels if known else None,
             signature_columns=self._signature_columns,
             remove_unused_columns=self.args.remove_unused_columns,
-            kind=self._collator_kind(dataset, description, known),
+            kind=kind,
         )

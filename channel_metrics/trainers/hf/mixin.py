@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -23,12 +25,15 @@ from channel_metrics.trainers.hf.batch import (
     BatchChannels,
     Scratch,
     first_records,
+    has_token_labels,
     labels_of,
     real_records,
     take_channels,
 )
 from channel_metrics.trainers.hf.parallel import shard_with_labels
 from channel_metrics.trainers.hf.windows import ChannelWindowsMixin
+
+logger = logging.getLogger("channel_metrics")
 
 __all__ = ["RESERVED_KEYS", "ChannelMetricsMixin", "check_trainer"]
 
@@ -52,6 +57,7 @@ _HOOKS = (
     "get_train_dataloader",
     "log",
     "prediction_step",
+    "training_step",
 )
 
 
@@ -103,10 +109,22 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         prepared = super()._prepare_inputs(inputs)
-        if self.channel_metrics is not None:
+        if self.channel_metrics is not None and self._holds_our_keys(prepared):
             # Also where metrics are off: the model must not see our keys.
             self.channel_scratch.pending = take_channels(prepared)
         return prepared
+
+    def _holds_our_keys(self, inputs: Any) -> bool:
+        """False for a batch that was left as it is; a key named `channels` is the script's own."""
+        if not isinstance(inputs, MutableMapping):
+            return False
+        if not self.channel_whole_script or isinstance(inputs.get("channels"), CollatorFault):
+            return True
+        return not self._counts_tokens() or has_token_labels(inputs)
+
+    def _counts_tokens(self) -> bool:
+        session = self.channel_metrics
+        return session is not None and session.schema.unit == "tokens"
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         return self._shielded(super().compute_loss, self._observed_loss, *args, **kwargs)
@@ -118,19 +136,29 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         session, scratch = self.channel_metrics, self.channel_scratch
         if session is None or not (model.training or session.evaluating):
             return compute(model, inputs, *args, **kwargs)
+        if not has_token_labels(inputs) and self.channel_whole_script:
+            self._leave_alone(session)
+            return compute(model, inputs, *args, **kwargs)
         batch = self._taken_channels(inputs)
         if not self._rank_layout().counts(cut=scratch.cut):
             return compute(model, inputs, *args, **kwargs)
         labels = self._labels_of(batch, inputs)
-        if not isinstance(labels, Tensor):
+        if not isinstance(labels, Tensor) or not has_token_labels(inputs):
             raise UnsupportedVersionError(
-                f"channel metrics need `labels` in the batch, but {type(self).__name__} got "
-                f"{', '.join(inputs)}; detach the metrics for this trainer."
+                "channel metrics need `labels` in the batch, one for each token, but "
+                f"{type(self).__name__} got {_described(inputs)}; detach the metrics for this "
+                "trainer."
             )
         with scratch.reader.observe(model) as observation:
             result = compute(model, inputs, *args, **kwargs)
         self._count_tokens(session, batch, labels, observation)
         return result
+
+    def _leave_alone(self, session: ChannelMetrics) -> None:
+        """End the metrics of a trainer that a patch met, and that learns from no tokens."""
+        logger.info("channel metrics: %s has no labels of tokens, left alone", type(self).__name__)
+        session.guard.error = UnsupportedVersionError("no labels of tokens")
+        self.channel_scratch.pending = None
 
     def _taken_channels(self, inputs: Any) -> BatchChannels:
         """The channels of the batch that is computed now; each batch gives them once."""
@@ -154,16 +182,29 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         return self._shielded(super().prediction_step, self._observed_step, *args, **kwargs)
 
     def _observed_step(self, step: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """What `step` returns. Beside generation, and in trainers that override it, it may call
+        the model itself and not `compute_loss`."""
         session, scratch = self.channel_metrics, self.channel_scratch
-        generates = getattr(self.args, "predict_with_generate", False)
-        if session is None or not session.evaluating or not generates:
+        if session is None or not session.evaluating or not self._counts_tokens():
             return step(model, inputs, *args, **kwargs)
         with scratch.reader.observe(model) as observation:
             result = step(model, inputs, *args, **kwargs)
-        # Beside generation, the Seq2SeqTrainer calls the model itself and not `compute_loss`.
         labels = self._prepare_input(inputs.get("labels"))
         if scratch.pending is not None and isinstance(labels, Tensor):
             self._count_tokens(session, self._taken_channels({}), labels, observation)
+        return result
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._shielded(super().training_step, self._checked_step, *args, **kwargs)
+
+    def _checked_step(self, step: Any, *args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        if self._counts_tokens() and self.channel_scratch.pending is not None:
+            raise UnsupportedVersionError(
+                f"{type(self).__name__}.training_step calls the model itself: its batch had "
+                "channels, but `compute_loss` was not called, so no tokens were counted. Put what "
+                "it changes into `compute_loss`, or detach the metrics."
+            )
         return result
 
     def _count_tokens(
@@ -223,6 +264,14 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
     def _is_causal(self) -> bool | None:
         """Whether the model predicts the next token, by its kind; None if that is not known."""
         return is_causal(self.accelerator.unwrap_model(self.model))
+
+
+def _described(inputs: Any) -> str:
+    """The keys of a batch, and the shapes of its tensors."""
+    return ", ".join(
+        f"{key} {value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else str(key)
+        for key, value in inputs.items()
+    )
 
 
 def check_trainer(trainer_class: type) -> None:

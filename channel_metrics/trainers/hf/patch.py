@@ -13,7 +13,7 @@ import transformers
 from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.faults import FaultGuard
-from channel_metrics.trainers.hf.attaching import attach
+from channel_metrics.trainers.hf.attaching import attach, detach
 from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin, check_trainer
 from channel_metrics.trainers.patching import announce, config_of_environment
 
@@ -34,7 +34,7 @@ def apply(config: MetricsConfig | None = None) -> None:
     if is_applied():
         return
     check_trainer(transformers.Trainer)
-    body = attaching(config or config_of_environment())
+    body = attaching(config or config_of_environment(), whole_script=True)
     swap.wrap(transformers.Trainer, "__init__", body, key=_KEY)
     announce(
         f"channel metrics: patched transformers.Trainer.__init__ "
@@ -52,14 +52,22 @@ def is_applied() -> bool:
     return swap.is_wrapped(transformers.Trainer, "__init__", key=_KEY)
 
 
-def attaching(config: MetricsConfig) -> Callable[..., None]:
-    """A body for the constructor of a trainer, which attaches the metrics in the end."""
+def attaching(config: MetricsConfig, *, whole_script: bool = False) -> Callable[..., None]:
+    """A body for the constructor of a trainer, which attaches the metrics in the end.
+
+    whole_script: see `attach`.
+    """
+    on_error = (config.on_error or "warn") if whole_script else config.on_error
 
     def init_with_metrics(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
         original(trainer, *args, **kwargs)
         # A class with the mixin brings its own config.
-        if not isinstance(trainer, ChannelMetricsMixin):
-            with FaultGuard(config.on_error).guarded():
-                attach(trainer, config)
+        if isinstance(trainer, ChannelMetricsMixin):
+            return
+        guard = FaultGuard(on_error)
+        with guard.guarded():
+            attach(trainer, config, whole_script=whole_script)
+        if guard.error is not None:
+            detach(trainer)
 
     return init_with_metrics

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, default_compute_objective
 
 from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.hf.best import check_best_metric
 from channel_metrics.trainers.hf.callbacks import tell_callbacks
 from channel_metrics.trainers.hf.loaders import ChannelLoadersMixin
+from channel_metrics.windows import Window
 
 __all__ = ["ChannelWindowsMixin"]
 
@@ -29,6 +31,7 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
                 checkpoint = called.get("resume_from_checkpoint") or None
                 session.start(None if checkpoint is None else Path(checkpoint))
                 self._check_eval_channels(session)
+                check_best_metric(self, session)
         return loop(*args, **kwargs)
 
     def _check_eval_channels(self, session: ChannelMetrics) -> None:
@@ -77,7 +80,7 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
             final = "train_loss" in logs and "train_runtime" in logs
             self.channel_scratch.logs_next = False
             if regular or final:
-                session.write(session.close(self.state.global_step), logs)
+                self._write(session, session.close(self.state.global_step), logs)
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,6 +96,31 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
         if evaluation.window is not None and output.metrics is not None:
             # transformers' notebook takes the last `..._loss` for the loss of the whole set.
             own_loss = {k: output.metrics.pop(k) for k in (f"{split}_loss",) if k in output.metrics}
-            session.write(evaluation.window, output.metrics)
+            self.channel_scratch.own_keys |= self._write(session, evaluation.window, output.metrics)
             output.metrics.update(own_loss)
         return output
+
+    def _write(self, session: ChannelMetrics, window: Window, logs: dict[str, float]) -> set[str]:
+        """Put the values into the trainer's own log; the keys that are ours."""
+        before = set(logs)
+        if self.channel_whole_script and not window.names:
+            # No rank has met a channel: there is nothing to show that the trainer does not show.
+            if window.split == "train" and window.values:
+                session.guard.off = True
+        else:
+            session.write(window, logs)
+        return set(logs) - before
+
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        default = (None, default_compute_objective)
+        if self.channel_metrics is not None and compute_objective in default:
+            compute_objective = self._objective_without_channels
+        return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
+
+    def _objective_without_channels(self, metrics: dict[str, float]) -> float:
+        """transformers' default objective adds up all that an evaluation returns."""
+        own = self.channel_scratch.own_keys
+        theirs = {key: value for key, value in metrics.items() if key not in own}
+        return float(default_compute_objective(theirs))

@@ -155,7 +155,7 @@ def test_a_weighted_loss_of_its_own_is_reported(tmp_path: Path, caplog) -> None:
     ("model_class", "error", "message"),
     [
         (FusedLoss, UnsupportedVersionError, "returned no logits"),
-        (PartialLogits, UnsupportedVersionError, "leave logits_to_keep unset"),
+        (PartialLogits, UnsupportedVersionError, "logits_to_keep, leave it out"),
         (TwoHeads, UnsupportedVersionError, "computed 2 cross entropies"),
         (OtherLabels, ChannelMetricsError, "tokens cannot be matched to their channels"),
     ],
