@@ -6,7 +6,6 @@ plain PyTorch can come to one masked sum; docs/benchmarks.md says which is used,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -17,8 +16,6 @@ from torch import Tensor
 
 from benchmarks.timing import compare, one_thread
 from benchmarks.update import CASES, Case, Tokens, make_tokens, masked_sum
-from channel_metrics.core.checks import check_ids, check_layout
-from channel_metrics.core.host_sums import has_sparse_products
 
 __all__ = ["run"]
 
@@ -27,7 +24,6 @@ Call = Callable[[], Tensor]
 
 def run(num_rounds: int = 100) -> list[dict[str, object]]:
     """All of them, in both cases; their sums are compared first."""
-    assert has_sparse_products(), "this torch cannot do what is measured here"
     rows: list[dict[str, object]] = []
     for case in CASES:
         tokens = make_tokens(case)
@@ -55,7 +51,6 @@ def _calls(tokens: Tokens, case: Case) -> dict[str, Call]:
     of_token = ids.repeat_interleave(lengths)
     by_channel = of_token.argsort(stable=True)
     channel_lengths = of_token.bincount(minlength=size)
-    picked = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
     def segments(dtype: torch.dtype) -> Tensor:
         columns = torch.cat([(losses * mask).to(dtype), mask.to(dtype)])
@@ -79,21 +74,13 @@ def _calls(tokens: Tokens, case: Case) -> dict[str, Call]:
         sums = torch.stack([_prefix_sums(losses * mask, bounds, True), counts])
         return _grouped(sums, ids, size)
 
-    def sparse_products(checked: bool, whole: bool) -> Tensor:
-        """whole: with the number of sequences, and a look for what is not finite."""
-        if checked:
-            check_ids(ids, size)
-            check_layout(losses, ids, bounds)
-        sums = torch.ones((3 if whole else 2, ids.numel()), dtype=torch.float64)
-        matrix = torch.sparse_csr_tensor(
-            bounds, mask.int(), losses.double(), size=(ids.numel(), 2), check_invariants=False
+    def running_counts() -> Tensor:
+        column = (losses * mask).double()
+        sums = torch.segment_reduce(
+            column, "sum", lengths=bounds.diff().long(), unsafe=True, initial=0
         )
-        torch.mv(matrix, picked, out=sums[0])
-        matrix.values().fill_(1)
-        torch.mv(matrix, picked, out=sums[1])
-        if whole:
-            assert math.isfinite(sums.sum().item())
-        return _grouped(sums, ids, size)[:2]
+        running = F.pad(mask, (1, 0)).cumsum(0)
+        return _grouped(torch.stack([sums, running.index_select(0, bounds).diff()]), ids, size)
 
     def tokens_by_id() -> Tensor:
         return _grouped(torch.stack([(losses * mask).double(), mask.double()]), of_token, size)
@@ -113,10 +100,7 @@ def _calls(tokens: Tokens, case: Case) -> dict[str, Call]:
         "segment_reduce, float32": partial(segments, torch.float32),
         "segment_reduce, float64": partial(segments, torch.float64),
         "segment_reduce, float64, tokens known": segments_of_losses,
-        "sparse products": partial(sparse_products, False, False),
-        "sparse products, ids and bounds checked": partial(sparse_products, True, False),
-        "sparse products, samples and finiteness": partial(sparse_products, False, True),
-        "sparse products, all of these": partial(sparse_products, True, True),
+        "segment_reduce, float64, running counts": running_counts,
         "prefix sums": partial(prefix, False),
         "prefix sums in pairs": partial(prefix, True),
         "prefix sums in pairs, tokens known": prefix_of_losses,

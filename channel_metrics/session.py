@@ -127,10 +127,7 @@ class ChannelMetrics(Counting):
             self._tell(found.window)
 
     def write(self, window: Window, logs: MutableMapping[str, Any]) -> None:
-        """Put the values of a window into a trainer's own log.
-
-        A key that is there already stays what it is, with a warning.
-        """
+        """Put a window into a trainer's own log; a key that is there stays, with a warning."""
         taken = sorted(key for key in window.logs if key in logs)
         if taken:
             self.warn_once(
@@ -142,10 +139,7 @@ class ChannelMetrics(Counting):
     # ---- batches ---------------------------------------------------------------------------
 
     def collator(self, base: Callable[[list[Any]], Any]) -> ChannelCollator:
-        """`base`, whose batches also carry the channels and boundaries that `observe` takes.
-
-        Where channels are declared, or were scanned by `declare`, the batches hold ids; else names.
-        """
+        """`base`, whose batches also carry the channels and boundaries that `observe` takes."""
         return ChannelCollator(
             base,
             fields=self.config.fields,
@@ -162,9 +156,8 @@ class ChannelMetrics(Counting):
             with metrics.observe(model, batch):
                 loss = model(**batch).loss
 
-        Our keys are taken out of the batch, and the token losses are those that the model's own
-        loss is made of. They are counted when the block ends without an exception. Losses of
-        other models inside the block are not counted.
+        Our keys are taken out of the batch. The token losses are those that the model's own loss
+        is made of. They are counted when the block ends without an exception.
 
         Raises:
             ChannelError: if the batch has no channels, see `collator`.
@@ -211,10 +204,7 @@ class ChannelMetrics(Counting):
         self._maker.declare(name for name in names if name in self.labels)
 
     def check_eval_channels(self) -> None:
-        """Raise `ConfigError` for an `eval_channels` that is none of the known channels.
-
-        For adapters to call once all channels are known.
-        """
+        """Once all channels are known: `ConfigError` for an `eval_channels` that is none."""
         self._maker.check_eval_channels(self.labels.names)
 
     def warn_once(self, message: str) -> None:

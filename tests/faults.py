@@ -41,7 +41,7 @@ PLACES: dict[str, tuple[str, str]] = {
     ),
     "find Megatron's loss mask": ("channel_metrics.trainers.megatron.step", "loss_mask_of"),
     "read ms-swift's Megatron batch": (
-        "channel_metrics.trainers.swift_megatron.attaching",
+        "channel_metrics.trainers.swift_megatron.mixin",
         "sequence_channels",
     ),
 }

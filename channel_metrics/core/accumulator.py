@@ -118,8 +118,10 @@ class ChannelLossAccumulator(SumTable):
         self._add(self._ids(channels), sums)
         if reported_sum is not None:
             nll = sums["nll"].sum()
-            # A loss that is not finite is left out here, and makes theirs what it is.
-            self.compare(nll.where(sums["nonfinite"].sum() == 0, torch.nan), reported_sum)
+            if "nonfinite" in sums:
+                # A loss that is not finite is left out here, and makes theirs what it is.
+                nll = nll.where(sums["nonfinite"].sum() == 0, torch.nan)
+            self.compare(nll, reported_sum)
         return self
 
     def merge_state(self, others: Iterable[ChannelLossAccumulator]) -> ChannelLossAccumulator:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from channel_metrics.core.cu_seqlens import check_cu_seqlens, check_cu_seqlens_type
+from channel_metrics.core.cu_seqlens import can_read, check_cu_seqlens, check_cu_seqlens_type
 from channel_metrics.core.masks import as_bool
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.errors import ChannelError, ChannelMetricsError
@@ -115,11 +115,6 @@ def check_layout(losses: Tensor, ids: torch.Size, cu_seqlens: Tensor | None) -> 
             f"channels has {came} but the batch holds {held} sequences ({source}); pass one "
             "channel per sequence."
         )
-
-
-def can_read(values: Tensor) -> bool:
-    """Whether looking at values is free: no device has to be waited for, no graph is traced."""
-    return values.is_cpu and not torch.compiler.is_compiling()
 
 
 def _check_shape(name: str, value: Tensor | None, shape: torch.Size) -> None:

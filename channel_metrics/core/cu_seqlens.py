@@ -18,6 +18,7 @@ __all__ = [
     "Boundaries",
     "boundaries_from_cu_seqlens",
     "boundaries_from_packed_seq_params",
+    "can_read",
     "check_cu_seqlens",
     "check_cu_seqlens_type",
     "rows_as_sequences",
@@ -175,3 +176,8 @@ def to_target_frame(values: Tensor) -> Tensor:
     row; it lands at position 0, which no position of the row predicts, and must be masked.
     """
     return values.roll(1, dims=-1)
+
+
+def can_read(values: Tensor) -> bool:
+    """Whether looking at values is free: no device has to be waited for, no graph is traced."""
+    return values.is_cpu and not torch.compiler.is_compiling()

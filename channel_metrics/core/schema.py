@@ -40,17 +40,15 @@ DEFAULT_METRICS = ("loss", "token_acc", "tokens", "share")
 class Column:
     """One sum per channel.
 
-    per_token: the values of the tokens, of the shape of the losses; only supervised ones are
-        added up. None where this micro-batch does not have them. A function, or the name of an
-        attribute of `TokenView`.
-    per_sequence: the values of the sequences [N], where a token says too little. A function, or
-        the name of an attribute of `SequenceView`.
+    unit: what is added up: `tokens`, `nats`, `sequences`, `pairs`.
+    per_token: the values of the tokens, of the shape of the losses, or None; only supervised
+        ones are added up. A function, or the name of an attribute of `TokenView`.
+    per_sequence: the same for the values of the sequences [N] and `SequenceView`.
     Without both, the adapter gives the values itself (`ChannelMetrics.add`).
     """
 
     name: str
     unit: str
-    """What is added up: `tokens`, `nats`, `sequences`, `pairs`."""
     doc: str
     total: bool = False
     """Whether `<name>_total` counts it since the run began, across checkpoints."""
@@ -91,10 +89,9 @@ class Metric:
 
 @dataclass
 class Schema:
-    """The columns and metrics of one unit: tokens, preference pairs, completions, probes.
+    """The columns and metrics of one unit: tokens, preference pairs, completions.
 
-    unit: what `count` counts. count: the column that says whether a channel is in a window, and
-    whose share is a channel's share.
+    unit: what is counted. count: the column that counts it.
     """
 
     unit: str
@@ -108,11 +105,11 @@ class Schema:
         Raises `ConfigError` for a name that is taken, and for a column that is not there.
         """
         for entry in entries:
+            is_column = isinstance(entry, Column)
+            self._refuse_taken(entry.name, self.column_names if is_column else self.metric_names)
             if isinstance(entry, Column):
-                self._refuse_taken(entry.name, self.column_names)
                 self.columns.append(entry)
                 continue
-            self._refuse_taken(entry.name, self.metric_names)
             missing = sorted(set(entry.needs) - {*self.column_names, "all"})
             if missing:
                 raise ConfigError(
@@ -171,7 +168,7 @@ class Schema:
         return chosen
 
     def chosen(self, names: Sequence[str]) -> list[Metric]:
-        """The metrics that a config with these `metrics` logs, in its order."""
+        """What a config with these `metrics` logs, in its order."""
         asked = [
             metric
             for name in names
@@ -232,24 +229,14 @@ TOKENS.register(
     ),
     Column("nll", "nats", "token losses that are finite", per_token="nll"),
     Column("correct", "tokens", "tokens whose target was predicted", per_token="correct"),
-    Column(
-        "judged",
-        "tokens",
-        "tokens for which `correct` was given",
-        per_token="judged",
-    ),
+    Column("judged", "tokens", "tokens for which `correct` was given", per_token="judged"),
     Column(
         "nonfinite",
         "tokens",
         "supervised tokens whose loss is NaN or infinite",
         per_token="nonfinite",
     ),
-    Column(
-        "weighted_nll",
-        "nats",
-        "weight * loss",
-        per_token="weighted_nll",
-    ),
+    Column("weighted_nll", "nats", "weight * loss", per_token="weighted_nll"),
     Column("weight", "weight", "the weights of tokens", per_token="weight"),
     Column(
         "nonfinite_weight",

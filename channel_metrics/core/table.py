@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from channel_metrics.core.checks import channels_shape, check_ids, check_scalar
+from channel_metrics.core.checks import can_read, channels_shape, check_ids, check_scalar
 from channel_metrics.core.labels import UNLABELED, LabelTable
 from channel_metrics.core.schema import Metric, Schema
 from channel_metrics.core.sums import table_rows
@@ -183,11 +183,13 @@ class SumTable:
 
     def _add(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
         """`values` may have one entry more than `ids`: what lies past the last bound."""
-        rows = table_rows(ids.flatten(), self._num_rows(), next(iter(values.values())).numel())
+        num_sums = next(iter(values.values())).numel()
+        # What can be read has been checked by `_ids`.
+        rows = table_rows(ids.flatten(), self._num_rows(), num_sums, checked=can_read(ids))
         sums = self._sums if self.dtype == torch.float64 else torch.zeros_like(self._sums)
         for row, name in zip(sums, self.columns, strict=True):
             if name in values:
-                row.index_add_(0, rows, values[name].to(self.dtype))
+                row.scatter_add_(0, rows, values[name].to(self.dtype))
         if sums is not self._sums:
             self._add_up(sums)
 

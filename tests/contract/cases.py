@@ -17,7 +17,9 @@ from contract.script import (
     check_values,
     expected,
     flat,
+    size,
     steps,
+    unit,
     window_sequences,
 )
 
@@ -69,8 +71,8 @@ def absent_channel_is_absent_and_its_totals_go_on(harness: Harness, folder: Path
     script = Script(config=config(), steps=steps("ab", "aa", "aa", "ab"), every=1)
     windows = train_windows(ran(harness, script, folder))
     assert [set(values) for values in windows] == [{"a", "b"}, {"a"}, {"a"}, {"a", "b"}]
-    tokens = [s.tokens for step in script.steps for s in flat(step) if s.channel == "b"]
-    assert windows[-1]["b"]["tokens_total"] == sum(tokens)
+    sizes = [size(harness, s) for step in script.steps for s in flat(step) if s.channel == "b"]
+    assert windows[-1]["b"][f"{unit(harness)}_total"] == sum(sizes)
     assert windows[-1]["b"]["samples_total"] == 2
 
 
@@ -135,7 +137,8 @@ def evaluation_that_raises_is_dropped(harness: Harness, folder: Path) -> None:
     found = ran(harness, script, folder)
     (evaluated,) = found.evaluations
     wanted = expected(harness, flat(script.evaluations[1].batches))
-    assert evaluated["eval_a_tokens"] == wanted["a"]["tokens"]
+    counted = unit(harness)
+    assert evaluated[f"eval_a_{counted}"] == wanted["a"][counted]
     for values, window in zip(train_windows(found), window_sequences(script), strict=True):
         check_values(values, expected(harness, window))
 
@@ -164,8 +167,10 @@ def totals_are_saved_and_resumed(harness: Harness, folder: Path) -> None:
     assert first.checkpoint is not None
     stored = json.loads((first.checkpoint / "channel_metrics.json").read_text())["channels"]
     seen = [s for step in every[:3] for s in flat(step)]
+    totals = {f"{unit(harness)}_total", "samples_total"}
     for name in "ab":
-        assert stored[name]["tokens_total"] == sum(s.tokens for s in seen if s.channel == name)
+        sizes = [size(harness, s) for s in seen if s.channel == name]
+        assert stored[name][f"{unit(harness)}_total"] == sum(sizes)
     second = ran(
         harness,
         Script(config=config(), steps=every, every=6, resume=first.checkpoint),
@@ -173,7 +178,7 @@ def totals_are_saved_and_resumed(harness: Harness, folder: Path) -> None:
     )
     whole = ran(harness, Script(config=config(), steps=every, every=6), folder / "whole")
     for name in "ab":
-        for metric in ("tokens_total", "samples_total"):
+        for metric in totals:
             assert train_windows(second)[-1][name][metric] == train_windows(whole)[-1][name][metric]
 
 
@@ -190,8 +195,8 @@ def a_damaged_file_is_named(harness: Harness, folder: Path) -> None:
     script = Script(config=config(on_error="warn"), steps=every, every=2, resume=first.checkpoint)
     warned = ran(harness, script, folder / "third")
     assert any(str(file) in message for message in warned.warnings)
-    tokens = sum(s.tokens for step in every[2:] for s in flat(step) if s.channel == "a")
-    assert train_windows(warned)[-1]["a"]["tokens_total"] == tokens
+    counted = sum(size(harness, s) for step in every[2:] for s in flat(step) if s.channel == "a")
+    assert train_windows(warned)[-1]["a"][f"{unit(harness)}_total"] == counted
 
 
 @case("rerun")

@@ -18,7 +18,7 @@ from channel_metrics.trainers.hf import attach
 from contract.harness_loop import kept_warnings, watch_windows
 from contract.script import ROWS, Evaluation, OneSequence, Ran, Script, faulty_count, flat
 
-__all__ = ["HFHarness", "Records", "collate", "nll_of", "tiny_qwen2", "token_ids"]
+__all__ = ["HFHarness", "InOrder", "Records", "collate", "nll_of", "tiny_qwen2", "token_ids"]
 
 VOCABULARY = 61
 
@@ -71,9 +71,13 @@ class HFHarness:
                 ran.error = error
         return ran
 
+    def records(self, sequences: list[OneSequence], fails_at: int | None = None) -> Records:
+        """What the trainer takes for a dataset."""
+        return Records(sequences, fails_at)
+
     def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
         """The trainer with its metrics; its batches come in the order of the script."""
-        records = Records([s for step in script.steps for s in flat(step)])
+        records = self.records([s for step in script.steps for s in flat(step)])
         trainer = InOrder(
             tiny_qwen2(),
             TrainingArguments(**arguments),
@@ -104,7 +108,7 @@ class HFHarness:
             },
         )
         watch_windows(trainer.channel_metrics, ran)
-        trainer.add_callback(_Following(trainer, script, ran))
+        trainer.add_callback(_Following(self, trainer, script, ran))
         try:
             trainer.train(resume_from_checkpoint=script.resume and str(script.resume))
         finally:
@@ -121,8 +125,8 @@ class InOrder(Trainer):
 
 
 class _Following(TrainerCallback):
-    def __init__(self, trainer: Any, script: Script, ran: Ran) -> None:
-        self.trainer, self.script, self.ran = trainer, script, ran
+    def __init__(self, harness: HFHarness, trainer: Any, script: Script, ran: Ran) -> None:
+        self.harness, self.trainer, self.script, self.ran = harness, trainer, script, ran
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.ran.steps += 1
@@ -131,7 +135,8 @@ class _Following(TrainerCallback):
                 self._evaluate(evaluation)
 
     def _evaluate(self, evaluation: Evaluation) -> None:
-        records = Records(flat(evaluation.batches), ROWS if evaluation.fails else None)
+        fails_at = ROWS if evaluation.fails else None
+        records = self.harness.records(flat(evaluation.batches), fails_at)
         try:
             self.ran.evaluations.append(self.trainer.evaluate(records))
         except RuntimeError:
@@ -157,9 +162,9 @@ def collate(records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {**batch, "attention_mask": torch.tensor(mask)}
 
 
-def tiny_qwen2() -> Qwen2ForCausalLM:
+def tiny_qwen2(seed: int = 0) -> Qwen2ForCausalLM:
     """The same model for everybody, without dropout."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=16,

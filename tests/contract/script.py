@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import pytest
 
 from channel_metrics import MetricsConfig, Window
-from channel_metrics.core.micro_batch import MicroBatch
+from channel_metrics.core.table import SumTable
+from channel_metrics.counting import Counting
 
 ROWS = 2
 """Sequences in each micro-batch: trainers want batches of one size."""
@@ -110,7 +111,11 @@ class Ran:
 
 
 class Harness(Protocol):
-    """One trainer. `can`: of "rerun", "skip", "peek", "ranks", "lies", "save", "fails"."""
+    """One trainer.
+
+    can: of "rerun", "skip", "peek", "ranks", "lies", "save", "fails"; and "pairs", where it counts
+    pairs and no tokens: a sequence of the script is one pair, and its `nll` the loss of that pair.
+    """
 
     name: str
     can: frozenset[str]
@@ -124,18 +129,34 @@ class Harness(Protocol):
         """The summed nll of the supervised tokens of a sequence, by an independent way."""
 
 
+def unit(harness: Harness) -> str:
+    """The metric that says how much of a channel was counted."""
+    return "samples" if "pairs" in harness.can else "tokens"
+
+
+def size(harness: Harness, sequence: OneSequence) -> int:
+    """How much a sequence counts."""
+    return 1 if "pairs" in harness.can else sequence.tokens
+
+
 def expected(harness: Harness, sequences: Iterable[OneSequence]) -> dict[str, dict[str, float]]:
-    """{channel: loss, tokens, samples, share} of a window, by counting one after the other."""
+    """{channel: loss, share, samples, and tokens where they are counted} of a window, by counting
+    one after the other."""
     sums: dict[str, list[float]] = {}
     for sequence in sequences:
         of_channel = sums.setdefault(sequence.channel or "unlabeled", [0.0, 0.0, 0.0])
         of_channel[0] += harness.nll(sequence)
-        of_channel[1] += sequence.tokens
+        of_channel[1] += size(harness, sequence)
         of_channel[2] += 1
-    total = sum(tokens for _, tokens, _ in sums.values())
+    total = sum(counted for _, counted, _ in sums.values())
     return {
-        name: {"loss": nll / tokens, "tokens": tokens, "samples": count, "share": tokens / total}
-        for name, (nll, tokens, count) in sums.items()
+        name: {
+            "loss": nll / counted,
+            "share": counted / total,
+            "samples": count,
+            unit(harness): counted,
+        }
+        for name, (nll, counted, count) in sums.items()
     }
 
 
@@ -161,19 +182,19 @@ def check_values(found: dict[str, dict[str, float]], wanted: dict[str, dict[str,
 @contextmanager
 def faulty_count(at: int | None) -> Any:
     """An error of ours in the counting of micro-batch number `at`; None: none."""
-    original = MicroBatch.add_to
+    original = Counting._open_table
     calls = iter(range(1_000_000))
 
-    def add_to(self: MicroBatch, table: Any) -> None:
+    def open_table(self: Counting) -> SumTable:
         if next(calls) == at:
             raise ZeroDivisionError("an error of ours")
-        original(self, table)
+        return original(self)
 
-    MicroBatch.add_to = add_to  # type: ignore[method-assign]
+    Counting._open_table = open_table  # type: ignore[method-assign]
     try:
         yield
     finally:
-        MicroBatch.add_to = original  # type: ignore[method-assign]
+        Counting._open_table = original  # type: ignore[method-assign]
 
 
 def flat(batches: Sequence[Batch]) -> list[OneSequence]:

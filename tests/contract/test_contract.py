@@ -9,9 +9,10 @@ import pytest
 from contract.cases import CASES, NEEDS
 from contract.harness_hf import HFHarness
 from contract.harness_loop import LoopHarness
+from contract.harness_trl import DPOHarness, SFTHarness
 from contract.script import Harness
 
-HARNESSES: list[Harness] = [LoopHarness(), HFHarness()]
+HARNESSES: list[Harness] = [LoopHarness(), HFHarness(), SFTHarness(), DPOHarness()]
 RUNS = [
     pytest.param(harness, name, id=f"{harness.name}-{name}")
     for harness in HARNESSES

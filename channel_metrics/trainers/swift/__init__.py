@@ -4,14 +4,21 @@
 
 or, for a trainer of one's own, `attach(trainer)`, or
 `class MyTrainer(SwiftChannelMetricsMixin, Seq2SeqTrainer)`.
+
+A name is imported when it is first used: ms-swift changes transformers for the whole process, and
+those who only read its batches do without.
 """
 
 from __future__ import annotations
 
-from channel_metrics.trainers.hf import attach, detach
-from channel_metrics.trainers.swift.collator import SwiftCollator
-from channel_metrics.trainers.swift.data import with_channel_column
-from channel_metrics.trainers.swift.mixin import SwiftChannelMetricsMixin
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from channel_metrics.trainers.hf import attach, detach
+    from channel_metrics.trainers.swift.collator import SwiftCollator
+    from channel_metrics.trainers.swift.data import with_channel_column
+    from channel_metrics.trainers.swift.mixin import SwiftChannelMetricsMixin
 
 __all__ = [
     "SwiftChannelMetricsMixin",
@@ -20,3 +27,17 @@ __all__ = [
     "detach",
     "with_channel_column",
 ]
+
+_MODULES = {
+    "SwiftChannelMetricsMixin": "swift.mixin",
+    "SwiftCollator": "swift.collator",
+    "attach": "hf",
+    "detach": "hf",
+    "with_channel_column": "swift.data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"channel_metrics.trainers.{_MODULES[name]}"), name)

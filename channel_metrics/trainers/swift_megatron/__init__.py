@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from channel_metrics.trainers.swift_megatron.attaching import (
-    SwiftMegatronMixin,
     attach,
     check_megatron_trainer,
     detach,
 )
+from channel_metrics.trainers.swift_megatron.mixin import SwiftMegatronMixin
 
 __all__ = ["SwiftMegatronMixin", "attach", "check_megatron_trainer", "detach"]

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from channel_metrics.core.boundaries import token_channel_ids
 from channel_metrics.core.checks import IGNORE_INDEX
-from channel_metrics.core.keys import ChannelTable
-from channel_metrics.core.labels import channels_of
+from channel_metrics.core.labels import LabelTable, channels_of
 from channel_metrics.errors import BoundaryError, ChannelError
 
 __all__ = ["SequenceChannels", "sequence_channels"]
@@ -44,7 +43,7 @@ class SequenceChannels(list[str | None]):
         self.num_crossings = 0
 
 
-def sequence_channels(args: Any, given: Mapping[str, Any], table: ChannelTable) -> SequenceChannels:
+def sequence_channels(args: Any, given: Mapping[str, Any], table: LabelTable) -> SequenceChannels:
     """The channels of a micro-batch.
 
     args: the arguments of the run. given: the micro-batch before ms-swift has prepared it, with

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from channel_metrics.core.boundaries import Boundaries, boundaries_from_batch
 from channel_metrics.core.checks import IGNORE_INDEX
-from channel_metrics.core.faults import FaultGuard
-from channel_metrics.core.keys import ChannelTable
-from channel_metrics.core.labels import UNLABELED_ID, channel_of
+from channel_metrics.core.labels import UNLABELED_ID, LabelTable, channel_of
 from channel_metrics.data.collator import BOUNDS_KEY, ChannelCollator
 from channel_metrics.errors import ChannelError
 from channel_metrics.trainers.hf.parallel import target_ids
@@ -54,11 +52,10 @@ class PackCollator(ChannelCollator):
         base: Callable[[list[Any]], Any],
         *,
         names: Sequence[str],
-        table: ChannelTable,
-        guard: FaultGuard | None = None,
+        table: LabelTable,
     ) -> None:
         super().__init__(
-            base, fields=(TOKEN_FIELD,), table=table, bounds_key=BOUNDS_KEY, guard=guard
+            base, fields=(TOKEN_FIELD,), table=table, bounds_key=BOUNDS_KEY, carry_faults=True
         )
         self.names = tuple(names)
         # The last entry is what index -1 reads.

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import trl
 from torch import Tensor
 
+from channel_metrics.core.schema import Column, Metric, Sums
 from channel_metrics.errors import UnsupportedVersionError
-from channel_metrics.ranks.sync import MISMATCH_TOLERANCE
+from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.hf.batch import Scratch
 from channel_metrics.trainers.trl.dpo_losses import FORMULAS, Pairs
-from channel_metrics.trainers.trl.pairs import PairChannelMetricsMixin
-from channel_metrics.trainers.trl.state import SampleState
+from channel_metrics.trainers.trl.pairs import PairChannelMetricsMixin, agree
+from channel_metrics.trainers.trl.samples import mean, sample_schema
 
 __all__ = ["DPOChannelMetricsMixin"]
 
@@ -28,24 +31,34 @@ __all__ = ["DPOChannelMetricsMixin"]
 _GATHERED = ("chosen", "rejected", "accuracies", "margins")
 
 
-class _DPOState(SampleState):
-    """Sums over pairs."""
+def _loss(sums: Sums) -> float | None:
+    """Only if it is known for every pair."""
+    samples = sums["samples"]
+    return sums["loss"] / samples if samples and sums["loss_samples"] == samples else None
 
-    columns = ("samples", *_GATHERED, "loss", "loss_samples")
-    checked = False
 
-    def values(self, sums: Any) -> dict[str, float | None]:
-        """TRL's names of the rewards, and the loss if it is known for every pair."""
-        samples = sums["samples"]
-        rewards = {f"rewards/{name}": sums[name] / samples for name in _GATHERED}
-        complete = sums["loss_samples"] == samples
-        return {"loss": sums["loss"] / samples if complete else None, **rewards}
+_SCHEMA = sample_schema(
+    "pairs",
+    *(Column(name, "rewards", f"what TRL logs as rewards/{name}") for name in _GATHERED),
+    Column("loss", "loss", "losses of the pairs whose loss is known"),
+    Column("loss_samples", "pairs", "pairs whose loss is known"),
+    *(mean(f"rewards/{name}", name) for name in _GATHERED),
+    Metric("loss", ("loss", "loss_samples", "samples"), _loss, doc="loss / samples"),
+)
+
+
+@dataclass
+class _DPOScratch(Scratch):
+    """checked: whether the gathered tensors have been looked at."""
+
+    checked: bool = False
 
 
 class DPOChannelMetricsMixin(PairChannelMetricsMixin):
     """Put before DPOTrainer: `class MyDPO(DPOChannelMetricsMixin, DPOTrainer)`."""
 
-    state_class = _DPOState
+    _schema = _SCHEMA
+    channel_scratch: _DPOScratch
     # What DPOTrainer has.
     args: Any
     beta: float
@@ -55,6 +68,9 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
     f_divergence_type: str
     f_alpha_divergence_coef: float
     use_weighting: bool
+
+    def _new_scratch(self, session: ChannelMetrics) -> _DPOScratch:
+        return _DPOScratch(super()._new_scratch(session).reader)
 
     def observe_pairs(
         self,
@@ -74,14 +90,15 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
         if reason is None:
             loss = self._pair_losses(values, inputs["completion_mask"])
             returned = result[0] if isinstance(result, tuple) else result
-            if _agree(loss.mean(), returned.detach(), values["chosen"].dtype):
-                return result, {**values, "loss": loss}
+            # This waits for the device. TRL does so a dozen times per batch, for its own metrics.
+            if bool(agree(loss.mean(), returned.detach(), values["chosen"].dtype)):
+                return result, {**values, "loss": loss, "loss_samples": torch.ones_like(loss)}
             reason = (
                 f"for loss_type={self.loss_types}, the formulas of channel_metrics do not give "
                 f"the loss that trl {trl.__version__} returned"
             )
-        state: Any = self.channel_metrics
-        state.warn_once(
+        assert self.channel_metrics is not None
+        self.channel_metrics.warn_once(
             f"the DPO loss per channel is left out: {reason}. The rewards per channel are exact."
         )
         return result, values
@@ -120,8 +137,7 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
 
     def _check_gathered(self, gathered: Sequence[Tensor], num_pairs: int) -> None:
         """Once, on the values: whether the gathered tensors are what we take them for."""
-        state: Any = self.channel_metrics
-        if state.checked:
+        if self.channel_scratch.checked:
             return
         fits = len(gathered) >= len(_GATHERED)
         if fits:
@@ -135,18 +151,7 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
                 f"order, but trl {trl.__version__} gathered {len(gathered)} tensors of that size, "
                 "or others; use a tested version (see docs/trl.md)."
             )
-        state.checked = True
-
-
-def _agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two losses are the same, up to the rounding of rewards of this dtype.
-
-    This waits for the device. TRL does so a dozen times per batch, for its own metrics.
-    """
-    rounding = 16 * torch.finfo(dtype).eps
-    relative = max(MISMATCH_TOLERANCE, rounding)
-    ours, theirs = ours.float(), theirs.float()
-    return bool(torch.isclose(ours, theirs, rtol=relative, atol=rounding, equal_nan=True))
+        self.channel_scratch.checked = True
 
 
 @contextmanager

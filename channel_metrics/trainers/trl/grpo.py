@@ -3,66 +3,89 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import trl
 from torch import Tensor
 
+from channel_metrics.config import MetricsConfig
 from channel_metrics.core.labels import channel_of
+from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio
 from channel_metrics.errors import ChannelError, ConfigError, UnsupportedVersionError
-from channel_metrics.trainers.hf.data import declare_channels
-from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
-from channel_metrics.trainers.hf.state import ChannelState
-from channel_metrics.trainers.trl.state import SampleState
-from channel_metrics.trainers.trl.sums import ratio
+from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.hf.batch import Scratch
+from channel_metrics.trainers.hf.mixin import RESERVED_KEYS, ChannelMetricsMixin
+from channel_metrics.trainers.trl.samples import sample_schema
 
 __all__ = ["GRPOChannelMetricsMixin"]
 
 _TOTAL = "reward"
+# The columns of each series of rewards.
+_PARTS = ("count", "sum", "square")
 
 
-class _GRPOState(SampleState):
-    """Sums over completions: count, sum and sum of squares of each series of rewards."""
+def _schema(functions: Iterable[str]) -> Schema:
+    """`reward`, `reward_std`, and TRL's `rewards/<function>/mean` and `/std`."""
+    schema = sample_schema("completions")
+    for name in dict.fromkeys((_TOTAL, *map(_series, functions))):
+        mean, std = (name, f"{name}_std") if name == _TOTAL else (f"{name}/mean", f"{name}/std")
+        columns = tuple(f"{part} {name}" for part in _PARTS)
+        schema.register(
+            *(Column(column, "rewards", f"{column} of the completions") for column in columns),
+            Metric(mean, columns, partial(_mean, name), doc="sum / count", always=True),
+            Metric(std, columns, partial(_std, name), doc="unbiased spread", always=True),
+        )
+    return schema
 
-    series: tuple[str, ...] = (_TOTAL,)
-    # The ways of summing up a completion's rewards that TRL's own values do not contradict.
+
+def _series(function: str) -> str:
+    return f"rewards/{function}"
+
+
+def _mean(name: str, sums: Sums) -> float | None:
+    return ratio(sums[f"sum {name}"], sums[f"count {name}"])
+
+
+def _std(name: str, sums: Sums) -> float | None:
+    """The unbiased one, as torch's and TRL's."""
+    count, total, square = (sums[f"{part} {name}"] for part in _PARTS)
+    if count < 2:
+        return None
+    mean = total / count
+    return math.sqrt(max(square - count * mean * mean, 0.0) / (count - 1))
+
+
+@dataclass
+class _GRPOScratch(Scratch):
+    """scored: the rewards of the completions that are made now.
+
+    formulas: the ways of adding up a completion's rewards that TRL's own values do not contradict.
+    """
+
+    scored: Tensor | None = None
     formulas: tuple[str, ...] = ("weighted", "plain")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.set_series(())
-
-    def set_series(self, functions: tuple[str, ...]) -> None:
-        """Open windows for the total and for each reward function."""
-        self.series = (_TOTAL, *(f"rewards/{name}" for name in functions))
-        sums = (f"{part} {name}" for name in self.series for part in ("count", "sum", "square"))
-        self.set_columns(("samples", *sums))
-
-    def values(self, sums: Mapping[str, float]) -> dict[str, float | None]:
-        """`reward`, `reward_std`, and TRL's `rewards/<function>/mean` and `/std`."""
-        found: dict[str, float | None] = {}
-        for name in self.series:
-            mean_key, std_key = f"{name}/mean", f"{name}/std"
-            if name == _TOTAL:
-                mean_key, std_key = _TOTAL, f"{_TOTAL}_std"
-            count, total, square = (sums[f"{part} {name}"] for part in ("count", "sum", "square"))
-            mean = ratio(total, count)
-            found[mean_key] = mean
-            found[std_key] = None if mean is None else _std(count, mean, square)
-        return found
 
 
 class GRPOChannelMetricsMixin(ChannelMetricsMixin):
     """Put before GRPOTrainer: `class MyGRPO(GRPOChannelMetricsMixin, GRPOTrainer)`."""
 
-    state_class = _GRPOState
+    channel_scratch: _GRPOScratch
     # What GRPOTrainer has.
     args: Any
     reward_func_names: list[str]
     reward_weights: Tensor
     _metrics: dict[str, dict[str, list[float]]]
+
+    def _new_session(self, config: MetricsConfig) -> ChannelMetrics:
+        schema = _schema(self.reward_func_names)
+        return ChannelMetrics(config, reserved=RESERVED_KEYS, ranks=self._ranks(), schema=schema)
+
+    def _new_scratch(self, session: ChannelMetrics) -> _GRPOScratch:
+        return _GRPOScratch(super()._new_scratch(session).reader)
 
     def _observed_loss(self, compute: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's own: the rewards have been seen when the completions were made."""
@@ -77,52 +100,53 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
         return self._shielded(generate, self._observed_completions, inputs)
 
     def _observed_completions(self, generate: Any, inputs: list[dict[str, Any]]) -> Any:
-        """What TRL's own generates, with the rewards of the completions recorded."""
-        state: Any = self.channel_metrics
-        channels = [channel_of(record, state.config.fields) for record in inputs]
-        state.scored = None
+        """What TRL's own generates; the rewards of the completions are counted."""
+        session, scratch = self.channel_metrics, self.channel_scratch
+        assert session is not None
+        channels = [channel_of(record, session.config.fields) for record in inputs]
+        scratch.scored = None
         output = generate(inputs)
-        if state.scored is None:
+        rewards, scratch.scored = scratch.scored, None
+        if rewards is None:
             raise UnsupportedVersionError(
                 f"GRPOTrainer must score completions in _calculate_rewards, but trl "
                 f"{trl.__version__} did not call it; use a tested version (see docs/trl.md)."
             )
-        self._record(state, channels, state.scored)
-        state.scored = None
+        session.add(channels, self._values(rewards, len(channels)))
         return output
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
         rewards = super()._calculate_rewards(*args, **kwargs)  # type: ignore[misc]
         if self.channel_metrics is not None:
-            state: Any = self.channel_metrics
-            state.scored = rewards
+            self.channel_scratch.scored = rewards
         return rewards
 
-    def _record(self, state: _GRPOState, channels: list[str | None], rewards: Tensor) -> None:
-        """rewards: [completions of all ranks, functions]; each rank counts its own rows."""
-        ranks, rank, mine = (
-            self.accelerator.num_processes,
-            self.accelerator.process_index,
-            len(channels),
-        )
+    def _values(self, rewards: Tensor, mine: int) -> dict[str, Tensor]:
+        """The columns of the `mine` completions of this rank.
+
+        rewards: [completions of all ranks, functions]; each rank counts its own rows.
+        """
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         if rewards.shape != (ranks * mine, len(self.reward_func_names)):
             raise ChannelError(
                 f"expected rewards of {ranks} x {mine} completions by "
                 f"{len(self.reward_func_names)} functions, but they have shape "
                 f"{list(rewards.shape)}; completions and channels are out of step."
             )
-        if len(state.series) != 1 + len(self.reward_func_names):
-            state.set_series(tuple(self.reward_func_names))
-        total = self._total_rewards(state, rewards)
+        total = self._total_rewards(rewards)
         values = {"samples": torch.ones_like(total)}
-        for name, column in zip(state.series, (total, *rewards.unbind(dim=1)), strict=True):
+        series = (_TOTAL, *map(_series, self.reward_func_names))
+        for name, column in zip(series, (total, *rewards.unbind(dim=1)), strict=True):
             given = ~torch.isnan(column)
-            known = column.double().nan_to_num(nan=0.0)
-            values |= {f"count {name}": given, f"sum {name}": known, f"square {name}": known**2}
+            known = column.double().where(given, 0.0)
+            for part, added in zip(_PARTS, (given.double(), known, known**2), strict=True):
+                # Functions of one name are one series, as in TRL.
+                key = f"{part} {name}"
+                values[key] = values[key] + added if key in values else added
         own = slice(rank * mine, (rank + 1) * mine)
-        state.window.add(channels, {name: value[own] for name, value in values.items()})
+        return {name: value[own] for name, value in values.items()}
 
-    def _total_rewards(self, state: _GRPOState, rewards: Tensor) -> Tensor:
+    def _total_rewards(self, rewards: Tensor) -> Tensor:
         """The reward of each completion, summed up as TRL did for the `reward` that it logs.
 
         Versions differ: with the weights of the functions, and without completions that no
@@ -134,25 +158,23 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
         assert self.model is not None
         mode = "train" if self.model.training else "eval"
         logged = float(self._metrics[mode][_TOTAL][-1])
-        means = {name: float(candidates[name].nanmean()) for name in state.formulas}
+        means = {name: float(candidates[name].nanmean()) for name in self.channel_scratch.formulas}
         fitting = [name for name, mean in means.items() if _same(mean, logged)]
         if not fitting:
             raise UnsupportedVersionError(
                 f"trl {trl.__version__} logs a reward of {logged}, but the completions have "
                 f"{means}; it sums up rewards in another way. Use a tested version."
             )
-        state.formulas = tuple(fitting)
+        self.channel_scratch.formulas = tuple(fitting)
         return candidates[fitting[0]]
 
-    def _with_channels(self, state: ChannelState, dataset: Any, description: str) -> Any:
+    def _with_channels(self, session: ChannelMetrics, dataset: Any, description: str) -> Any:
         if self.args.remove_unused_columns:
             raise ConfigError(
                 "GRPOTrainer with remove_unused_columns=True drops the channel of a prompt "
                 "before it is scored; set remove_unused_columns=False, TRL's default."
             )
-        declare_channels(
-            dataset, fields=state.config.fields, table=state.table, description=description
-        )
+        self._declare(session, dataset, description)
         # The records themselves reach the trainer: no collator has to carry the channels.
         return self.data_collator
 
@@ -161,10 +183,3 @@ def _same(ours: float, theirs: float) -> bool:
     if math.isnan(ours) or math.isnan(theirs):
         return math.isnan(ours) and math.isnan(theirs)
     return math.isclose(ours, theirs, rel_tol=1e-4, abs_tol=1e-6)
-
-
-def _std(count: float, mean: float, square: float) -> float | None:
-    """The unbiased one, as torch's and TRL's."""
-    if count < 2:
-        return None
-    return math.sqrt(max(square - count * mean * mean, 0.0) / (count - 1))

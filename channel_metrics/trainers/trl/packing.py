@@ -21,11 +21,9 @@ from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 
 from channel_metrics.config import MetricsConfig
-from channel_metrics.core.keys import ChannelTable
-from channel_metrics.core.labels import UNLABELED_ID, channel_of, field_roots
+from channel_metrics.core.labels import UNLABELED_ID, LabelTable, channel_of, field_roots
+from channel_metrics.data.scan import scan_channels
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
-from channel_metrics.trainers.hf.data import declare_channels
-from channel_metrics.trainers.hf.state import RESERVED_KEYS
 from channel_metrics.trainers.trl.collator import TOKEN_FIELD
 from channel_metrics.trainers.trl.columns import column_names, columns_left
 
@@ -79,13 +77,10 @@ def pack_with_channels(
     args, dataset = arguments["args"], arguments["dataset"]
     if args.max_length is None:
         raise ValueError("When packing is enabled, `max_length` can't be `None`.")
-    table = config.new_table(RESERVED_KEYS)
-    for name in known:
-        table.add(name)
-    scanned = declare_channels(
-        dataset, fields=config.fields, table=table, description=arguments["dataset_name"]
-    )
-    if not scanned and not config.channels:
+    table = LabelTable([*config.channels, *known], unknown=config.unknown)
+    scanned = scan_channels(dataset, config.fields, arguments["dataset_name"])
+    table.ids(scanned or ())
+    if scanned is None and not config.channels:
         raise ChannelError(
             "a stream that is packed must have its channels declared, since they are numbered "
             "before they are met; set `channels` in the metrics config, or packing=False."
@@ -113,7 +108,7 @@ def _pack_dataset_of(trainer_class: type) -> Any:
 
 
 def _with_token_channels(
-    tokens: Any, kept: list[str], fields: Sequence[str], table: ChannelTable
+    tokens: Any, kept: list[str], fields: Sequence[str], table: LabelTable
 ) -> Any:
     sources = [n for n in column_names(tokens) if n in field_roots(fields) or n in fields]
     options = {"fields": tuple(fields), "names": table.names, "unknown": table.unknown}
@@ -166,7 +161,7 @@ def _indices(
 ) -> list[int]:
     found = [channel_of(record, fields) for record in records]
     # The table is full: a name that would have to be added now has no number anywhere else.
-    table = ChannelTable(names, unknown="error" if unknown == "add" else unknown)
+    table = LabelTable(names, unknown="error" if unknown == "add" else unknown)
     indices = table.ids(found)
     assert all(UNLABELED_ID <= index < len(names) for index in indices)
     return indices

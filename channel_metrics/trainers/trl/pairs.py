@@ -8,41 +8,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from channel_metrics.config import MetricsConfig
+from channel_metrics.core.schema import Schema
 from channel_metrics.data.collator import ChannelCollator
-from channel_metrics.errors import ChannelError, ConfigError
-from channel_metrics.trainers.hf.batch import BatchChannels, real_records, take_channels
-from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
+from channel_metrics.errors import ConfigError
+from channel_metrics.ranks.exchange import MISMATCH_TOLERANCE
+from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.hf.batch import BatchChannels
+from channel_metrics.trainers.hf.mixin import RESERVED_KEYS, ChannelMetricsMixin
 from channel_metrics.trainers.trl.collator import RecordCollator
-from channel_metrics.trainers.trl.state import SampleState
 
-__all__ = ["PairChannelMetricsMixin"]
+__all__ = ["PairChannelMetricsMixin", "agree"]
 
 
 class PairChannelMetricsMixin(ChannelMetricsMixin):
     """One channel per pair; the batch stacks the chosen rows on the rejected ones."""
 
+    _schema: Schema
+    _collator_name = "channel_metrics.trainers.trl.collator.RecordCollator"
+
+    def _new_session(self, config: MetricsConfig) -> ChannelMetrics:
+        return ChannelMetrics(
+            config, reserved=RESERVED_KEYS, ranks=self._ranks(), schema=self._schema
+        )
+
     def _observed_loss(
         self, compute: Any, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """TRL's own loss, with the values of each pair seen on the way."""
-        state: Any = self.channel_metrics
-        if not (model.training or state.evaluating):
+        session = self.channel_metrics
+        if session is None or not (model.training or session.evaluating):
             return compute(model, inputs, *args, **kwargs)
         # Tensor parallel ranks hold the same pairs; the first one counts them.
         if self._rank_layout().tp_rank != 0:
             return compute(model, inputs, *args, **kwargs)
-        batch, state.pending = take_channels(inputs) or state.pending, None
-        if batch is None:
-            raise ChannelError(
-                f"expected `channels` in the batch, but it holds {', '.join(inputs)}; this "
-                "trainer builds its own data loader: wrap its collate_fn with "
-                "channel_metrics.trainers.trl.collator.RecordCollator."
-            )
+        batch = self._taken_channels(inputs)
         result, values = self.observe_pairs(
             compute, batch.num_sequences, model, inputs, *args, **kwargs
         )
-        loss = (result[0] if isinstance(result, tuple) else result).detach()
-        self._record(state, batch, values, loss)
+        loss = result[0] if isinstance(result, tuple) else result
+        self._count_pairs(session, batch, values, loss.detach())
         return result
 
     def observe_pairs(
@@ -54,32 +59,32 @@ class PairChannelMetricsMixin(ChannelMetricsMixin):
         *rest: Any,
         **kw: Any,
     ) -> tuple[Any, dict[str, Tensor]]:
-        """What `compute` returned, and [num_pairs] values of each column."""
+        """What `compute` returned, and [num_pairs] values of each column, `chosen` among them.
+
+        A `loss` among them is compared to the one that was returned.
+        """
         raise NotImplementedError
 
-    def _record(
-        self, state: SampleState, batch: BatchChannels, values: Mapping[str, Tensor], loss: Tensor
+    def _count_pairs(
+        self,
+        session: ChannelMetrics,
+        batch: BatchChannels,
+        values: Mapping[str, Tensor],
+        loss: Tensor,
     ) -> None:
-        window = state.window
-        some = next(iter(values.values()))
-        values = {"samples": torch.ones_like(some), **values}
-        if "loss" in values and self.loss_is_mean_of_pairs():
-            values = {**values, "loss_samples": torch.ones_like(some)}
-            window.compare(values["loss"].double().mean(), loss.double())
-        channels = batch.channels
-        count = self._num_real_pairs(state, batch)
-        window.add(channels[:count], {name: value[:count] for name, value in values.items()})
-
-    def loss_is_mean_of_pairs(self) -> bool:
-        """Whether the trainer's loss of a batch is nothing but the mean over its pairs."""
-        return True
-
-    def _num_real_pairs(self, state: SampleState, batch: BatchChannels) -> int:
-        if not state.evaluating:
-            return batch.num_sequences
-        layout = self._rank_layout()
-        found = real_records(self.accelerator, layout.data_rank, layout.data_size)
-        return batch.num_sequences if found is None else min(found[0], batch.num_sequences)
+        rewards, ours = values["chosen"], None
+        if "loss" in values:
+            ours = values["loss"].double().mean()
+            loss = ours.where(agree(ours, loss, rewards.dtype), loss.double())
+        real = self._real_records(session)
+        count = batch.num_sequences if real is None else min(real[0], batch.num_sequences)
+        values = {"samples": torch.ones_like(rewards), **values}
+        session.add(
+            batch.channels[:count],
+            {name: value[:count] for name, value in values.items()},
+            ours=ours,
+            theirs=loss,
+        )
 
     def _collator_kind(self, dataset: Any, description: str, known: bool) -> type[ChannelCollator]:
         if super()._collator_kind(dataset, description, known) is not ChannelCollator:
@@ -89,3 +94,10 @@ class PairChannelMetricsMixin(ChannelMetricsMixin):
                 "belongs to would be lost. Set both off, or detach the metrics."
             )
         return RecordCollator
+
+
+def agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether two losses are the same, up to the rounding of rewards of this dtype; bool, 0-d."""
+    rounding = 16 * torch.finfo(dtype).eps
+    relative = max(MISMATCH_TOLERANCE, rounding)
+    return torch.isclose(ours.float(), theirs.float(), rtol=relative, atol=rounding, equal_nan=True)

@@ -3,43 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from channel_metrics.core.schema import Column, Metric, Sums
 from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.trainers.trl.pairs import PairChannelMetricsMixin
-from channel_metrics.trainers.trl.state import SampleState
-from channel_metrics.trainers.trl.sums import ratio
+from channel_metrics.trainers.trl.samples import mean, sample_schema
 
 __all__ = ["RewardChannelMetricsMixin"]
 
-_COLUMNS = ("chosen", "rejected", "margin", "accuracy")
+
+def _mean_reward(sums: Sums) -> float | None:
+    """Over chosen and rejected alike, as in TRL."""
+    samples = sums["samples"]
+    return (sums["chosen"] / samples + sums["rejected"] / samples) / 2 if samples else None
 
 
-class _RewardState(SampleState):
-    """Sums over pairs."""
-
-    columns = ("samples", *_COLUMNS, "loss", "loss_samples")
-
-    def values(self, sums: Any) -> dict[str, float | None]:
-        """TRL's names; `mean_reward` is over chosen and rejected alike, as in TRL."""
-        means = {name: sums[name] / sums["samples"] for name in _COLUMNS}
-        return {
-            "loss": ratio(sums["loss"], sums["loss_samples"]),
-            "accuracy": means["accuracy"],
-            "margin": means["margin"],
-            "mean_reward": (means["chosen"] + means["rejected"]) / 2,
-            "rewards/chosen": means["chosen"],
-            "rewards/rejected": means["rejected"],
-        }
+# TRL's names.
+_SCHEMA = sample_schema(
+    "pairs",
+    Column("chosen", "rewards", "rewards of the chosen answers"),
+    Column("rejected", "rewards", "rewards of the rejected answers"),
+    Column("margin", "rewards", "chosen - rejected"),
+    Column("accuracy", "pairs", "pairs whose chosen answer has the higher reward"),
+    Column("loss", "nats", "losses of the pairs"),
+    replace(mean("loss", "loss"), always=False),
+    mean("accuracy", "accuracy"),
+    mean("margin", "margin"),
+    Metric(
+        "mean_reward",
+        ("chosen", "rejected", "samples"),
+        _mean_reward,
+        doc="the reward of an answer, chosen or rejected",
+        always=True,
+    ),
+    mean("rewards/chosen", "chosen"),
+    mean("rewards/rejected", "rejected"),
+)
 
 
 class RewardChannelMetricsMixin(PairChannelMetricsMixin):
     """Put before RewardTrainer: `class MyReward(RewardChannelMetricsMixin, RewardTrainer)`."""
 
-    state_class = _RewardState
+    _schema = _SCHEMA
     args: Any
 
     def observe_pairs(
@@ -51,10 +61,7 @@ class RewardChannelMetricsMixin(PairChannelMetricsMixin):
         *rest: Any,
         **kw: Any,
     ) -> tuple[Any, dict[str, Tensor]]:
-        """The rewards that the model returned; the loss from them, by TRL's own formula.
-
-        The mean of the losses is compared to the loss that TRL returned, in every batch.
-        """
+        """The rewards that the model returned; the loss from them, by TRL's own formula."""
         seen: list[Any] = []
 
         def keep(_model: Any, _args: Any, outputs: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from channel_metrics.core.sums import TokenValues
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.errors import ChannelError, ConfigError, UnsupportedVersionError
 from channel_metrics.losses.cross_entropy import TokenLosses
-from channel_metrics.trainers.hf.batch import BatchChannels
+from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.hf.batch import BatchChannels, Scratch
 from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
-from channel_metrics.trainers.hf.state import ChannelState
 from channel_metrics.trainers.trl.collator import PACK_BOUNDS_KEY, TOKEN_FIELD, PackCollator
 from channel_metrics.trainers.trl.columns import column_names, prepare_for_liger
 from channel_metrics.trainers.trl.packing import pack_with_channels
@@ -61,27 +61,12 @@ class _SFTReader(TokenLossReader):
         )
 
 
-class _SFTState(ChannelState):
-    """Knows where the packs of a micro-batch end."""
+@dataclass
+class _SFTScratch(Scratch):
+    """pack_bounds: where each pack of this micro-batch ends, if it holds packs."""
 
-    reader_class = _SFTReader
-    # Where each pack of this micro-batch ends, if it holds packs.
+    reader: _SFTReader
     pack_bounds: Tensor | None = None
-
-    def _without_repetitions(
-        self, batch: BatchChannels, values: TokenValues, real: tuple[int, int]
-    ) -> tuple[BatchChannels, TokenValues]:
-        bounds = self.pack_bounds
-        if bounds is None or bounds.numel() != real[1] + 1:
-            return super()._without_repetitions(batch, values, real)
-        end: Any = bounds[real[0]]
-        positions = torch.arange(values.mask.numel(), device=values.mask.device)
-        inside = (positions < end).view(values.mask.shape)
-        cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.clamp(max=end)
-        return (
-            replace(batch, cu_seqlens=cu_seqlens),
-            values._replace(mask=values.mask & inside),
-        )
 
 
 class SFTChannelMetricsMixin(ChannelMetricsMixin):
@@ -91,7 +76,7 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
     drops the channels.
     """
 
-    state_class = _SFTState
+    channel_scratch: _SFTScratch
     args: Any
 
     def __init__(
@@ -101,7 +86,7 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
         super().__init__(*args, channel_metrics=channel_metrics, **kwargs)
 
     def start_channel_metrics(self, config: MetricsConfig) -> None:
-        """Open the windows; raises `ChannelError` if the data was packed, or cut to the columns
+        """Open a session; raises `ChannelError` if the data was packed, or cut to the columns
         that TRL keeps for Liger, without channels."""
         late = not hasattr(self, _NAMES_ATTRIBUTE)
         for description, dataset, packing in self._datasets():
@@ -110,20 +95,38 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
                 _check_channels_left(dataset, config, description, packing)
         super().start_channel_metrics(config)
 
+    def _new_scratch(self, session: ChannelMetrics) -> _SFTScratch:
+        with_correct = "token_acc" in session.config.metrics
+        return _SFTScratch(_SFTReader(with_correct=with_correct, guard=session.guard))
+
     def _prepare_inputs(self, inputs: Any) -> Any:
         prepared = super()._prepare_inputs(inputs)
-        state: Any = self.channel_metrics
         bounds = prepared.pop(PACK_BOUNDS_KEY, None)
-        if state is not None:
-            state.pack_bounds = bounds
+        if self.channel_metrics is not None:
+            self.channel_scratch.pack_bounds = bounds
         return prepared
+
+    def _first_records(
+        self, batch: BatchChannels, values: TokenValues, count: int, per_rank: int
+    ) -> tuple[BatchChannels, TokenValues] | None:
+        """Of packs, the first ones."""
+        bounds = self.channel_scratch.pack_bounds
+        if bounds is None or bounds.numel() != per_rank + 1:
+            return super()._first_records(batch, values, count, per_rank)
+        end: Any = bounds[count]
+        positions = torch.arange(values.mask.numel(), device=values.mask.device)
+        inside = (positions < end).view(values.mask.shape)
+        cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.clamp(max=end)
+        return (
+            replace(batch, cu_seqlens=cu_seqlens),
+            values._replace(mask=values.mask & inside),
+        )
 
     def _observed_loss(
         self, compute: Any, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """TRL's own loss; the first outputs with log probs are those that it is made of."""
-        state: Any = self.channel_metrics
-        reader: _SFTReader = state.reader
+        reader = self.channel_scratch.reader
 
         def keep_fused(_model: Any, _args: Any, outputs: Any) -> None:
             if reader.fused is None and getattr(outputs, "log_probs", None) is not None:
@@ -137,8 +140,8 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
             reader.fused = None
 
     def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
-        state = self.channel_metrics
-        config = self._packing_config if state is None else state.config
+        session = self.channel_metrics
+        config = self._packing_config if session is None else session.config
         prepare = super()._prepare_dataset  # type: ignore[misc]
         return prepare_dataset(self, prepare, config, *args, **kwargs)
 
@@ -153,20 +156,28 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
         for name, dataset in (held if isinstance(held, dict) else {"eval": held}).items():
             yield name, dataset, eval_packing
 
-    def _with_channels(self, state: ChannelState, dataset: Any, description: str) -> Any:
-        names = getattr(self, _NAMES_ATTRIBUTE, ())
-        if not names or TOKEN_FIELD not in column_names(dataset):
-            return super()._with_channels(state, dataset, description)
-        if state.table.unknown == "add":
-            for name in names:
-                state.table.add(name)
+    def _names_of_packs(self, dataset: Any) -> tuple[str, ...]:
+        """What the indices in the packs of a dataset mean; none if they have no indices."""
+        names: tuple[str, ...] = getattr(self, _NAMES_ATTRIBUTE, ())
+        return names if names and TOKEN_FIELD in column_names(dataset) else ()
+
+    def _declare(self, session: ChannelMetrics, dataset: Any, split: str) -> bool:
+        names = self._names_of_packs(dataset)
+        session.declare_names(names)
+        return bool(names) or super()._declare(session, dataset, split)
+
+    def _with_channels(self, session: ChannelMetrics, dataset: Any, description: str) -> Any:
+        names = self._names_of_packs(dataset)
+        if not names:
+            return super()._with_channels(session, dataset, description)
+        self._declare(session, dataset, description)
         if self._collator_kind(dataset, description, True) is not ChannelCollator:
             raise ConfigError(
                 "packs are cut along the sequence (cp_size, sp_size), or sent by one process to "
                 "the others (dispatch_batches): their channels would be lost. Set both off, or "
                 "packing=False."
             )
-        return PackCollator(self.data_collator, names=names, table=state.table, guard=state.guard)
+        return PackCollator(self.data_collator, names=names, table=session.labels)
 
 
 def prepare_dataset(

@@ -19,7 +19,7 @@ from megatron_lm.observe import checksum, collectives
 from swift.megatron.trainers.base import BaseMegatronTrainer
 from swift.megatron.trainers.trainer import MegatronTrainer
 
-__all__ = ["collectives", "end", "fault", "logs", "tokens", "used"]
+__all__ = ["collectives", "end", "fault", "lie", "logs", "tokens", "used"]
 
 Result = Callable[[], Any]
 
@@ -128,6 +128,20 @@ def fault() -> Result:
 
     faults.install("read ms-swift's Megatron batch", failing)
     return lambda: len(calls)
+
+
+def lie() -> Result:
+    """The sum that the loss function reports is one per cent too large."""
+    loss_func = MegatronTrainer.loss_func
+
+    @functools.wraps(loss_func)
+    def lying(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss, num_tokens, report = loss_func(self, *args, **kwargs)
+        report["loss"][0] *= 1.01
+        return loss, num_tokens, report
+
+    MegatronTrainer.loss_func = lying
+    return lambda: None
 
 
 def used() -> Result:

@@ -7,7 +7,6 @@ comes of a target that crosses the bound of the sequences, and the messages of w
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,8 @@ from megatron.core import parallel_state as mpu
 from swift.megatron.trainers.reranker_trainer import MegatronRerankerTrainer
 from swift.megatron.trainers.trainer import MegatronTrainer
 
-from channel_metrics import ChannelTable, MetricsConfig
+from channel_metrics import MetricsConfig
+from channel_metrics.core.labels import LabelTable
 from channel_metrics.errors import ChannelMetricsError
 from channel_metrics.trainers.swift import patch as swift_patch
 from channel_metrics.trainers.swift_megatron import attach, check_megatron_trainer, detach, patch
@@ -73,13 +73,11 @@ def crossing(cut: str) -> dict[str, Any]:
     batch = batch_of_two()
     batch["labels"][0, LENGTH] = 2
     ours = attach(trainer_for(cut), MetricsConfig(metrics=("loss", "tokens", "samples")))
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            losses_of(ours, ours._prepare_batch({**batch, "labels": batch["labels"].clone()}))
+    for _ in range(2):
+        losses_of(ours, ours._prepare_batch({**batch, "labels": batch["labels"].clone()}))
     return {
-        "values": ours.channel_metrics.train.compute(),
-        "told": [str(w.message) for w in told],
+        "values": ours.channel_metrics.close(1).logs,
+        "told": sorted(ours.channel_metrics.warned),
     }
 
 
@@ -89,7 +87,7 @@ def crossing_uncut() -> list[Any]:
     batch["labels"][0, LENGTH] = 2
     args = trainer_for("zigzag").args
     args.context_parallel_size = 1
-    found = sequence_channels(args, batch, ChannelTable())
+    found = sequence_channels(args, batch, LabelTable())
     assert found.cu_seqlens is not None
     return [found.cu_seqlens.tolist(), found.ids.tolist(), found.num_crossings]
 
@@ -103,7 +101,7 @@ def refusals() -> dict[str, str]:
         "positions": batch | {"position_ids": torch.arange(2 * LENGTH).unsqueeze(0)},
     }
     found = {
-        name: message(lambda given=given: sequence_channels(args, given, ChannelTable()))
+        name: message(lambda given=given: sequence_channels(args, given, LabelTable()))
         for name, given in of_batch.items()
     }
     other_task = trainer_for("zigzag")
@@ -158,7 +156,7 @@ def main() -> None:
         sums = losses_of(theirs, theirs._prepare_batch(batch_of_two()))
         ours = attach(trainer_for(cut), MetricsConfig(metrics=("loss", "tokens")))
         losses_of(ours, ours._prepare_batch(batch_of_two()))
-        values = ours.channel_metrics.train.compute()
+        values = ours.channel_metrics.close(1).logs
         found[cut] = [
             {name: float(sums[f"loss_{name}"][0] / sums[f"loss_{name}"][1]) for name in LOSSES},
             values,

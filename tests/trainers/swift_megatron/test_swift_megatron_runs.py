@@ -77,7 +77,7 @@ def test_what_is_refused(runs: Runs) -> None:
         "positions": "BoundaryError: the batch names 2 sequences, but its position_ids start anew",
         "task": "UnsupportedVersionError: channel metrics are for the loss of language models",
         "reranker": "UnsupportedVersionError: channel metrics are for ms-swift's MegatronTrainer",
-        "keys": "ConfigError: key_format '{metric}/{channel}' gives the keys loss_<channel>",
+        "keys": "ConfigError: key_format '{metric}/{channel}' gives 'loss' and 'channel_loss' of a",
         "reserved": "ConfigError: channel 'z' would be logged as 'z_loss'",
     }
     assert refused.keys() == wanted.keys()

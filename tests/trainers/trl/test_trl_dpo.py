@@ -372,7 +372,9 @@ def test_a_window_with_another_loss_than_the_formula_has_none(
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
-def test_a_model_in_half_precision_has_losses(tmp_path: Path, loss_type: str) -> None:
+def test_a_model_in_half_precision_has_losses(
+    tmp_path: Path, loss_type: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """The rewards are rounded to bfloat16 in trl 0.29; the loss from them is as exact as they."""
     trainer = dpo(
         tmp_path,
@@ -387,6 +389,7 @@ def test_a_model_in_half_precision_has_losses(tmp_path: Path, loss_type: str) ->
         counts = {name: entry.get(f"{name}_samples", 0) for name in CHANNELS}
         together = sum(count * entry[f"{name}_loss"] for name, count in counts.items() if count)
         assert together / 16 == pytest.approx(float(whole["loss"]), rel=0.02)
+    assert not caplog.messages
 
 
 @pytest.mark.skipif(not OLD, reason="newer TRL has no fused DPO loss of Liger")

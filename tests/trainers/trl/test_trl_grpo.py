@@ -148,6 +148,34 @@ def test_reused_completions_count_once(tmp_path: Path) -> None:
     assert sum(v for k, v in entry.items() if k.endswith("_samples")) == len(scores.given) == 16
 
 
+def test_functions_of_one_name_are_one_series(tmp_path: Path) -> None:
+    """As in TRL, whose mean of both is over all of their scores."""
+    scores = Scores()
+    first, _ = scores.functions()
+
+    def more(completion_ids: list[list[int]], **kwargs: Any) -> Any:
+        return [float(len(ids) + 3) for ids in completion_ids]
+
+    more.__name__ = first.__name__
+    config = GRPOConfig(
+        **arguments(tmp_path, num_generations=2, max_completion_length=6, max_steps=2)
+    )
+    trainer = run(
+        GRPOTrainer,
+        config,
+        prompts(32),
+        reward_funcs=[first, more],
+        prepare=lambda trainer: attach(trainer, COUNTED),
+    )
+    (entry,), (whole,) = logs(trainer), [e for e in trainer.state.log_history if "loss" in e]
+    together = sum(
+        entry[f"{name}_rewards/spread/mean"] * entry[f"{name}_share"]
+        for name in CHANNELS
+        if f"{name}_share" in entry
+    )
+    assert together == pytest.approx(float(whole["rewards/spread/mean"]), rel=1e-5)
+
+
 def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="set remove_unused_columns=False"):
         grpo(tmp_path, prepare=attach, remove_unused_columns=True)

@@ -64,8 +64,9 @@ def test_each_class_gets_its_adapter() -> None:
 
 def test_trl_is_imported_for_its_own_trainers_only() -> None:
     code = (
-        "import sys, channel_metrics.trainers.hf as hf, transformers\n"
-        "assert hf._mixin_for(transformers.Trainer) is hf.ChannelMetricsMixin\n"
+        "import sys, transformers\n"
+        "from channel_metrics.trainers.hf import ChannelMetricsMixin, attaching\n"
+        "assert attaching._mixin_for(transformers.Trainer) is ChannelMetricsMixin\n"
         "assert 'trl' not in sys.modules\n"
     )
     done = subprocess.run(

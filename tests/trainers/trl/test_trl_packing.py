@@ -21,7 +21,7 @@ from trl_tools import (
     word,
 )
 
-from channel_metrics import ChannelError, MetricsConfig
+from channel_metrics import ChannelError, ConfigError, MetricsConfig
 
 
 def packed(folder: Path, trainer_class: Any, dataset: Any, **options: Any) -> Any:
@@ -126,6 +126,17 @@ def test_cached_packs_keep_their_names(tmp_path: Path) -> None:
             assert entry == pytest.approx(expected(trainer.model, window), rel=2e-5)
         found.append(logs(trainer))
     assert found[0] == found[1] != found[2]
+
+
+def test_a_typo_in_eval_channels_is_an_error_with_packs_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'rru'"):
+        sft(
+            tmp_path,
+            MySFT,
+            packing=True,
+            eval_dataset=Dataset.from_list(text_records(12, seed=5)),
+            channel_metrics=MetricsConfig(eval_channels=("ruu",)),
+        )
 
 
 def test_samples_of_packs_are_sequences(tmp_path: Path) -> None:

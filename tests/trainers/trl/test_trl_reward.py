@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -147,17 +148,36 @@ def test_training_is_the_same_with_and_without(
     assert not logs(runs[0]) and logs(runs[1])
     assert torch.equal(weights(runs[0]), weights(runs[1]))
     # The loss per pair is ours, by TRL's formula: compared to TRL's own in each batch.
-    assert "differs from the trainer's own" not in caplog.text
+    assert "do not add up to the trainer's own" not in caplog.text
 
 
-def test_another_formula_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Doubled(RewardTrainer):
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            return 2 * super().compute_loss(*args, **kwargs)
+class Doubled(RewardTrainer):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return 2 * super().compute_loss(*args, **kwargs)
 
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_formula_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: torch.dtype
+) -> None:
     config = RewardConfig(**arguments(tmp_path, max_steps=2))
-    run(Doubled, config, reward_records(64), model=reward_model(), prepare=attach)
-    assert "differs from the trainer's own by 5.0e-01" in caplog.text
+    run(Doubled, config, reward_records(64), model=reward_model().to(dtype), prepare=attach)
+    assert re.search("own loss: the relative difference is (5.0|4.9)e-01", caplog.text)
+
+
+@pytest.mark.parametrize("margin", [True, False])
+def test_rounding_of_half_precision_is_not_reported(
+    tmp_path: Path, margin: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The rewards are bfloat16, and so are the terms that TRL adds up."""
+    trainer = train(
+        tmp_path,
+        reward_records(64, margin=margin),
+        model=reward_model().bfloat16(),
+        prepare=lambda t: attach(t, EVERYTHING),
+    )
+    assert all(entry["bbu_loss"] > 0 for entry in logs(trainer))
+    assert not caplog.messages
 
 
 def test_pairs_without_a_channel(tmp_path: Path) -> None:

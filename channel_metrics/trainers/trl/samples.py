@@ -1,0 +1,54 @@
+"""What TRL's trainers learn from beside tokens, as schemas: preference pairs, completions."""
+
+from __future__ import annotations
+
+from functools import partial
+from operator import itemgetter
+
+from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio
+
+__all__ = ["mean", "sample_schema"]
+
+
+def sample_schema(unit: str, *entries: Column | Metric) -> Schema:
+    """A schema of things that count one each: `samples`, `share`, and these entries.
+
+    The config asks for their number by `samples` or `tokens`; `samples_total` goes on across
+    checkpoints.
+    """
+    schema = Schema(unit, count="samples")
+    schema.register(
+        Column("samples", unit, unit, total=True),
+        Metric(
+            "samples",
+            ("samples",),
+            itemgetter("samples"),
+            unit=unit,
+            doc=f"{unit} in the window",
+            adds_up=True,
+            asked_by=("samples", "tokens"),
+        ),
+        Metric(
+            "share",
+            ("samples",),
+            partial(_mean_of, "samples", "all"),
+            doc=f"{unit} / {unit} of all channels, `unlabeled` among them",
+        ),
+        *entries,
+    )
+    return schema
+
+
+def mean(name: str, column: str) -> Metric:
+    """A value of the trainer's own that is always logged: the mean of a column over the samples."""
+    return Metric(
+        name,
+        (column, "samples"),
+        partial(_mean_of, column, "samples"),
+        doc=f"{column} / samples",
+        always=True,
+    )
+
+
+def _mean_of(column: str, count: str, sums: Sums) -> float | None:
+    return ratio(sums[column], sums[count])

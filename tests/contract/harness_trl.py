@@ -1,0 +1,108 @@
+"""TRL's SFTTrainer, padded, and DPOTrainer, with the model of the Trainer's harness."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl_tools import CHECKPOINTING
+
+from channel_metrics.demo.tiny import byte_tokenizer
+from channel_metrics.trainers.hf import attach
+from contract.harness_hf import HFHarness, InOrder, Records, tiny_qwen2, token_ids
+from contract.script import OneSequence, Script, flat
+
+__all__ = ["DPOHarness", "SFTHarness"]
+
+BETA = 0.3
+REFERENCE_SEED = 1
+OPTIONS = {CHECKPOINTING: False, "bf16": False}
+
+
+class SFTHarness(HFHarness):
+    name = "trl_sft"
+
+    def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
+        unprepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+        trainer = SFTInOrder(
+            model=tiny_qwen2(),
+            args=SFTConfig(**arguments, **OPTIONS, **unprepared),
+            train_dataset=self.records([s for step in script.steps for s in flat(step)]),
+            data_collator=DataCollatorForLanguageModeling(pad_token_id=0),
+            processing_class=byte_tokenizer(),
+        )
+        return attach(trainer, script.config)
+
+
+class SFTInOrder(InOrder, SFTTrainer):
+    """Takes the records as they come."""
+
+
+class DPOHarness(HFHarness):
+    """A sequence of the script is a pair: its tokens are chosen, others are rejected."""
+
+    name = "trl_dpo"
+    can = HFHarness.can - {"ranks"} | {"pairs"}
+
+    def nll(self, sequence: OneSequence) -> float:
+        return loss_of(sequence)
+
+    def records(self, sequences: list[OneSequence], fails_at: int | None = None) -> Records:
+        return Pairs(sequences, fails_at)
+
+    def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
+        trainer = DPOInOrder(
+            model=tiny_qwen2(),
+            ref_model=tiny_qwen2(REFERENCE_SEED),
+            args=DPOConfig(**arguments, **OPTIONS, beta=BETA),
+            train_dataset=self.records([s for step in script.steps for s in flat(step)]),
+            processing_class=byte_tokenizer(),
+        )
+        trainer.data_collator.pad_token_id = 0
+        return attach(trainer, script.config)
+
+
+class DPOInOrder(InOrder, DPOTrainer):
+    """Takes the records as they come, tokenised already."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+
+class Pairs(Records):
+    """Records of the preference format."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        channel = super().__getitem__(index)["channel"]
+        prompt, chosen, rejected = pair_of(self.sequences[index])
+        ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        return {**ids, "channel": channel}
+
+
+def pair_of(sequence: OneSequence) -> tuple[list[int], list[int], list[int]]:
+    """The tokens of prompt, chosen and rejected answer."""
+    first, *chosen = token_ids(sequence)
+    other = OneSequence(sequence.channel, sequence.tokens + 1, sequence.number + 1000)
+    return [first], chosen, token_ids(other)[1:]
+
+
+@cache
+def loss_of(sequence: OneSequence) -> float:
+    """DPO's loss of this pair alone, in float64."""
+    models = [tiny_qwen2(seed).double().eval() for seed in (0, REFERENCE_SEED)]
+    prompt, *answers = pair_of(sequence)
+    chosen, rejected = (
+        log_prob(models[0], prompt, answer) - log_prob(models[1], prompt, answer)
+        for answer in answers
+    )
+    return math.log1p(math.exp(-BETA * (chosen - rejected)))
+
+
+def log_prob(model: torch.nn.Module, prompt: list[int], answer: list[int]) -> float:
+    with torch.no_grad():
+        log_probs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    return sum(log_probs[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))
