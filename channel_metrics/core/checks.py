@@ -15,10 +15,10 @@ from channel_metrics.errors import ChannelError, ChannelMetricsError
 __all__ = [
     "IGNORE_INDEX",
     "can_read",
+    "channels_shape",
     "check_ids",
     "check_layout",
     "check_scalar",
-    "channels_shape",
     "token_values",
 ]
 

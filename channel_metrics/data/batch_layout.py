@@ -19,6 +19,7 @@ from channel_metrics.data.record_order import Span
 from channel_metrics.errors import ChannelError
 
 __all__ = [
+    "has_channel_per_token",
     "names_per_run",
     "names_per_sequence",
     "own_channels",
@@ -123,6 +124,12 @@ def names_per_sequence(
     )
 
 
+def has_channel_per_token(record: Mapping[str, Any], channels: Sequence[Any]) -> bool:
+    """Whether a record lists a channel for each of its tokens, as blocks of mixed texts do."""
+    tokens: Any = record.get("input_ids", ())
+    return len(channels) > 1 and hasattr(tokens, "__len__") and len(tokens) == len(channels)
+
+
 def names_per_run(
     channels: Names, spans: Sequence[Span], boundaries: Boundaries
 ) -> tuple[list[str | None], Boundaries]:
@@ -136,8 +143,9 @@ def names_per_run(
     starts = torch.zeros(size, dtype=torch.bool, device="cpu")
     starts[[bound for bound in boundaries.cu_seqlens.tolist() if bound < size]] = True
     for of_record, (start, end) in zip(channels, spans, strict=True):
-        keep = torch.ones(end - start, dtype=torch.bool, device="cpu")
-        keep = keep if boundaries.keep is None else boundaries.keep[start:end]
+        keep = torch.ones(end - start, device="cpu")
+        if boundaries.keep is not None:
+            keep = boundaries.keep[start:end]
         ids = torch.tensor([numbers[name] for name in of_record], device="cpu")
         kept = int(keep.sum())
         if len(ids) not in (1, kept):
@@ -146,10 +154,9 @@ def names_per_run(
                 f"{kept} of them; cut or pad records and their channels in the dataset, before "
                 "the collator."
             )
-        if end > start:
-            # A pad belongs to the token before it, or to the first one.
-            at = (keep.cumsum(0) - 1).clamp(min=0)
-            owner[start:end] = ids.expand(max(kept, 1))[at] if len(ids) == 1 else ids[at]
+        # A pad belongs to the token before it, or to the first one.
+        at = (keep.cumsum(0).long() - 1).clamp(min=0, max=len(ids) - 1)
+        owner[start:end] = ids[at]
     starts[1:] |= owner[1:] != owner[:-1]
     bounds = starts.nonzero().flatten()
     names = list(numbers)

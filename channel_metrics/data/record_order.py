@@ -11,7 +11,7 @@ differ, so a batch in order costs one comparison per record.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ Span = tuple[int, int]
 # The tokens of a sequence without padding, and the labels at the same places.
 Sequence_ = tuple[Tensor, Tensor | None]
 
-_EQUAL, _CUT, _OTHER = 2, 1, 0
+# Of the tokens of a sequence that a collator changed in part.
+_MOST = 0.75
 
 
 def tokens_of_records(records: Sequence[Mapping[str, Any]]) -> list[Tensor] | None:
@@ -50,15 +51,15 @@ def tokens_of_spans(
     if not isinstance(ids, Tensor):
         return None
     keep = boundaries.keep
-    if ids.numel() != int(boundaries.cu_seqlens[-1]):
+    beside = isinstance(labels, Tensor) and labels.shape == ids.shape
+    if isinstance(labels, Tensor) and not beside:
         # An encoder's input beside a decoder's labels: one row per record.
         if ids.dim() != 2 or ids.shape[0] != len(spans):
             return None
         spans = [(row * ids.shape[1], (row + 1) * ids.shape[1]) for row in range(ids.shape[0])]
         same = isinstance(mask, Tensor) and mask.shape == ids.shape
         keep = mask.flatten() != 0 if same and isinstance(mask, Tensor) else None
-    beside = isinstance(labels, Tensor) and labels.shape == ids.shape
-    flat_labels = labels.flatten() if beside and isinstance(labels, Tensor) else None
+    flat_labels = labels.flatten() if isinstance(labels, Tensor) and beside else None
     return list(_cut(ids.flatten(), flat_labels, keep, spans))
 
 
@@ -70,39 +71,55 @@ def _cut(
         yield ids[start:end][kept], None if labels is None else labels[start:end][kept]
 
 
-def matched_records(
-    sequences: Sequence[Sequence_], records: Sequence[Tensor]
-) -> list[int | None]:
+def matched_records(sequences: Sequence[Sequence_], records: Sequence[Tensor]) -> list[int | None]:
     """For each sequence the number of the record whose tokens it holds; None if no record has them.
 
     A sequence may be a record that was cut or continued on one side. Tokens that a masked language
     model hides are read from the labels.
     """
     own = [_fit(sequence, tokens) for sequence, tokens in zip(sequences, records, strict=True)]
-    found: list[int | None] = [i if fit == _EQUAL else None for i, fit in enumerate(own)]
-    open_ = [i for i, fit in enumerate(own) if fit != _EQUAL]
-    free = list(open_)
-    # What is equal comes first: a shorter record may be how a longer one begins.
-    for wanted in (_EQUAL, _CUT):
-        for i in [i for i in open_ if found[i] is None]:
-            fits = [j for j in free if _fit(sequences[i], records[j]) >= wanted]
-            if fits:
-                found[i] = i if i in fits else fits[0]
-                free.remove(found[i])
+    if all(fit is not None and fit.in_place for fit in own):
+        return list(range(len(records)))
+    equal = [fit is not None and fit.equal for fit in own]
+    found: list[int | None] = [i if same else None for i, same in enumerate(equal)]
+    open_ = [i for i, number in enumerate(found) if number is None]
+    fits = {(i, j): _fit(sequences[i], records[j]) for i in open_ for j in open_}
+    # Equal ones come first, then those that share most: a record may be how a longer one begins.
+    best = sorted(
+        (not fit.equal, -fit.size, i != j, i, j) for (i, j), fit in fits.items() if fit is not None
+    )
+    free = set(open_)
+    for *_, i, j in best:
+        if found[i] is None and j in free:
+            found[i] = j
+            free.remove(j)
     # A collator may also change a few tokens (noise, placeholders).
-    for i in [i for i in open_ if found[i] is None and i in free]:
-        if _edited(sequences[i][0], records[i]):
+    for i in open_:
+        if found[i] is None and i in free and _edited(sequences[i][0], records[i]):
             found[i] = i
     return found
 
 
-def _fit(sequence: Sequence_, record: Tensor) -> int:
+class _Fit(NamedTuple):
+    """How a sequence fits a record: on `size` tokens from the left, or from the right."""
+
+    equal: bool
+    size: int
+    in_place: bool
+    """Whether there is nothing else in the sequence but pads."""
+
+
+def _fit(sequence: Sequence_, record: Tensor) -> _Fit | None:
     tokens, labels = sequence
-    if len(tokens) == len(record):
-        return _EQUAL if _same(tokens, labels, record, slice(None)) else _OTHER
     size = min(len(tokens), len(record))
-    ends = (slice(None, size), slice(-size, None)) if size else (slice(0, 0),)
-    return _CUT if any(_same(tokens, labels, record, end) for end in ends) else _OTHER
+    if len(tokens) == len(record):
+        return _Fit(True, size, True) if _same(tokens, labels, record, slice(None)) else None
+    if size == 0:
+        return _Fit(False, 0, True)
+    for part, rest in ((slice(size), tokens[size:]), (slice(-size, None), tokens[:-size])):
+        if _same(tokens, labels, record, part):
+            return _Fit(False, size, bool((rest == rest[:1]).all()))
+    return None
 
 
 def _same(tokens: Tensor, labels: Tensor | None, record: Tensor, part: slice) -> bool:
@@ -111,9 +128,12 @@ def _same(tokens: Tensor, labels: Tensor | None, record: Tensor, part: slice) ->
 
 
 def _edited(tokens: Tensor, record: Tensor) -> bool:
-    """Whether half of the tokens stand where they stood, or some were put in or left out."""
+    """Whether most tokens stand where they stood, or around what was put in or left out."""
+    size = min(len(tokens), len(record))
     if len(tokens) == len(record):
-        return int((tokens == record).sum()) * 2 >= len(record)
-    short, long = sorted((tokens.tolist(), record.tolist()), key=len)
-    rest = iter(long)
-    return all(token in rest for token in short)
+        kept = int((tokens == record).sum())
+    else:
+        head = (tokens[:size] == record[:size]).long().cumprod(0)
+        tail = (tokens.flip(0)[:size] == record.flip(0)[:size]).long().cumprod(0)
+        kept = min(int(head.sum() + tail.sum()), size)
+    return kept >= _MOST * size

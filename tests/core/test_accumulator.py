@@ -201,7 +201,7 @@ BOUNDS = torch.tensor([0, 2, 4], dtype=torch.int32)
         ({"token_losses": torch.ones(1, 2, 2)}, "but has [1, 2, 2]; a reduced loss"),
         ({"token_losses": IDS}, "floating point tensor of nll in nats, but is torch.int64"),
         ({"token_losses": [1.0]}, "but is list"),
-        ({"token_losses": ONES.to(torch.float8_e4m3fn)}, "but is torch.float8_e4m3fn; pass float32"),
+        ({"token_losses": ONES.to(torch.float8_e4m3fn)}, "but is torch.float8_e4m3fn; pass"),
         ({"cu_seqlens": [0, 2, 4]}, "cu_seqlens must be an int32 tensor, but is list; pass"),
         ({"labels": [1, 2, 3, 4]}, "labels must be a tensor, but is list"),
         ({"reported_sum": 4.0}, "reported_sum must be a tensor of one number, but is float; pass"),

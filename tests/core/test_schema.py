@@ -146,7 +146,8 @@ def test_metrics_that_one_name_asks_for() -> None:
         (
             lambda: Metric("easy_share", ("easy", "tokens"), lambda s: 0.0),
             "metric 'easy_share' needs the columns easy, but there are tokens, samples, nll, "
-            "correct, judged, nonfinite, weighted_nll, weight, nonfinite_weight; register the column first",
+            "correct, judged, nonfinite, weighted_nll, weight, nonfinite_weight; register "
+            "the column first",
         ),
     ],
 )
