@@ -122,6 +122,7 @@ def run_command(
     config: Annotated[
         Path | None, typer.Option(help="YAML of the metrics: fields, channels, metrics, keys.")
     ] = None,
+    *,
     as_module: Annotated[
         bool, typer.Option("-m", help="SCRIPT is the name of a module, as for python -m.")
     ] = False,

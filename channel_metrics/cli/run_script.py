@@ -1,8 +1,8 @@
 """Run somebody's training script, unmodified, with patches applied first.
 
-What the script sees is what it would see from `python SCRIPT ARGS...` or `python -m MODULE ARGS...`:
-its `sys.argv`, its folder (or the current one) first on `sys.path`, `__name__ == "__main__"`; its
-exit code, its traceback and the signals it gets are its own.
+What the script sees is what it would see from `python SCRIPT ARGS...` (or `python -m SCRIPT`): its
+`sys.argv`, its folder (with -m the current one) first on `sys.path`, `__name__ == "__main__"`;
+its exit code, its traceback and the signals it gets are its own.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def run_script(
 ) -> None:
     """Apply `patches` in order, then run `script` as the main program with `args`.
 
-    as_module: whether `script` is the name of a module, as after `python -m`. config: a YAML file with a `MetricsConfig`, for the patches of this process and, by the
+    as_module: whether `script` is the name of a module, as after `python -m`.
+    config: a YAML file with a `MetricsConfig`, for the patches of this process and, by the
     environment, of the processes that it starts.
 
     Raises `ConfigError` for an unknown patch or a missing script, before anything runs.
@@ -78,9 +79,9 @@ def _check_module(name: str) -> None:
                 f"the module {name!r} does not exist; it is looked for as `python -m {name}` "
                 "would, from the current folder on."
             )
-    if found is not None and found.submodule_search_locations is not None:
-        if importlib.util.find_spec(f"{name}.__main__") is None:
-            raise ConfigError(
-                f"{name!r} is a package without a __main__ module; name the module in it that "
-                "is to run."
-            )
+    package = found is not None and found.submodule_search_locations is not None
+    if package and importlib.util.find_spec(f"{name}.__main__") is None:
+        raise ConfigError(
+            f"{name!r} is a package without a __main__ module; name the module in it that is to "
+            "run."
+        )
