@@ -34,7 +34,7 @@ from channel_metrics.core.table import SumTable
 from channel_metrics.core.totals import TOTALS_FILE, RunTotals, totals_path
 from channel_metrics.counting import Counting
 from channel_metrics.data.collator import BOUNDS_KEY, ChannelCollator
-from channel_metrics.data.scan import scan_channels
+from channel_metrics.data.scan import class_names, scan_channels
 from channel_metrics.errors import ChannelMetricsError
 from channel_metrics.ranks.agreed_names import Agreement
 from channel_metrics.ranks.exchange import GlobalSums
@@ -86,6 +86,8 @@ class ChannelMetrics(Counting):
         self.on_window = list(on_window)
         self.totals = RunTotals(schema)
         self._agreement = Agreement()
+        # {field: names} of class labels in the declared datasets
+        self._classes: dict[str, tuple[str, ...]] = {}
         self._maker.declare(labels.names)
         if config.unknown != "add":
             self.check_eval_channels()
@@ -147,6 +149,7 @@ class ChannelMetrics(Counting):
             bounds_key=BOUNDS_KEY,
             row_bounds=False,
             carry_faults=True,
+            classes=self._classes,
         )
 
     @contextmanager
@@ -185,7 +188,9 @@ class ChannelMetrics(Counting):
         Raises:
             ChannelError: if no record of a training set has a channel; and as `declare_names`.
         """
-        names = scan_channels(dataset, fields or self.config.fields, split)
+        fields = fields or self.config.fields
+        self._classes.update(class_names(dataset, fields))
+        names = scan_channels(dataset, fields, split, needed=not self.config.channels)
         if names is not None:
             self.declare_names(names)
         return names is not None

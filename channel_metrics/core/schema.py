@@ -209,7 +209,7 @@ def _perplexity(sums: Sums) -> float | None:
 
 
 def _nonfinite(sums: Sums) -> float | None:
-    return sums["nonfinite"] or None
+    return sums["nonfinite"] + sums["nonfinite_weight"] or None
 
 
 def _ratio_of(numerator: str, denominator: str, sums: Sums) -> float | None:
@@ -238,6 +238,12 @@ TOKENS.register(
     ),
     Column("weighted_nll", "nats", "weight * loss", per_token="weighted_nll"),
     Column("weight", "weight", "the weights of tokens", per_token="weight"),
+    Column(
+        "nonfinite_weight",
+        "tokens",
+        "tokens with a finite loss whose weight is NaN or infinite",
+        per_token="nonfinite_weight",
+    ),
     Metric(
         "loss",
         ("nll", "tokens", "nonfinite"),
@@ -292,10 +298,11 @@ TOKENS.register(
     ),
     Metric(
         "nonfinite",
-        ("nonfinite",),
+        ("nonfinite", "nonfinite_weight"),
         _nonfinite,
         unit="tokens",
-        doc="tokens with a NaN or infinite loss, if any: in `tokens` and `share`, not in `loss`",
+        doc="tokens with a NaN or infinite loss or weight, if any: in `tokens` and `share`; "
+        "such a loss is not in `loss`, such a weight not in `weighted_loss`",
         adds_up=True,
         always=True,
     ),

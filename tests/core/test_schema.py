@@ -83,6 +83,7 @@ def test_metric_names() -> None:
 def test_the_token_schema() -> None:
     assert TOKENS.column_names == (
         "tokens", "samples", "nll", "correct", "judged", "nonfinite", "weighted_nll", "weight",
+        "nonfinite_weight",
     )  # fmt: skip
     assert TOKENS.total_names == ("tokens", "samples")
     assert TOKENS.run_metrics == ("tokens_total", "samples_total")
@@ -145,7 +146,8 @@ def test_metrics_that_one_name_asks_for() -> None:
         (
             lambda: Metric("easy_share", ("easy", "tokens"), lambda s: 0.0),
             "metric 'easy_share' needs the columns easy, but there are tokens, samples, nll, "
-            "correct, judged, nonfinite, weighted_nll, weight; register the column first",
+            "correct, judged, nonfinite, weighted_nll, weight, nonfinite_weight; register "
+            "the column first",
         ),
     ],
 )
