@@ -54,7 +54,7 @@ class Window:
     columns: tuple[str, ...] = ()
     """The columns of `table`."""
 
-    table: Tensor = field(default_factory=lambda: torch.zeros(1, 0), repr=False)
+    table: Tensor = field(default_factory=lambda: torch.zeros(1, 0, device="cpu"), repr=False)
     """Sums, float64 [len(names) + 1, len(columns)] on the host; row 0 is `unlabeled`."""
 
     def sums(self, channel: str) -> dict[str, float]:

@@ -125,7 +125,7 @@ class ChannelCollator:
         self._warned: set[str] = set()
         self._num_batches = 0
         self._reorders = False
-        # Whether the tokens of some batch were those of its records.
+        # Whether a sequence of some batch held just the tokens of a record.
         self._comparable = False
 
     @property
@@ -226,9 +226,10 @@ class ChannelCollator:
         sequences = None if tokens is None else tokens_of_spans(batch, boundaries, spans or ())
         if tokens is None or sequences is None:
             return None
-        found = matched_records(sequences, tokens)
+        found, exact = matched_records(sequences, tokens)
         order = [number for number in found if number is not None]
-        if not order and not self._comparable:
+        self._comparable |= exact
+        if not self._comparable:
             # A collator that makes other tokens of every record says nothing of their order.
             return None
         if len(order) < len(found):
@@ -238,7 +239,6 @@ class ChannelCollator:
                 "channels cannot be matched. Do this in the dataset, before the collator, or let "
                 "the collator return `channels` itself, one name per sequence."
             )
-        self._comparable = True
         if order == list(range(len(order))):
             return None
         late = 0 if self._reorders or count < _FIRST_BATCHES else _ONE_OF - 1

@@ -2,7 +2,7 @@
 
 >>> tokens = [torch.tensor([3, 4, 5]), torch.tensor([1, 2])]
 >>> matched_records([(row, None) for row in tokens], tokens[::-1])
-[1, 0]
+([1, 0], True)
 
 Pure, and meant for the host. Both lists are short (a micro-batch), and compared only where they
 differ, so a batch in order costs one comparison per record.
@@ -71,15 +71,18 @@ def _cut(
         yield ids[start:end][kept], None if labels is None else labels[start:end][kept]
 
 
-def matched_records(sequences: Sequence[Sequence_], records: Sequence[Tensor]) -> list[int | None]:
+def matched_records(
+    sequences: Sequence[Sequence_], records: Sequence[Tensor]
+) -> tuple[list[int | None], bool]:
     """For each sequence the number of the record whose tokens it holds; None if no record has them.
 
     A sequence may be a record that was cut or continued on one side. Tokens that a masked language
-    model hides are read from the labels.
+    model hides are read from the labels. The second value says whether any sequence holds just the
+    tokens of a record: if none does, the collator makes other tokens, which prove nothing.
     """
     own = [_fit(sequence, tokens) for sequence, tokens in zip(sequences, records, strict=True)]
     if all(fit is not None and fit.in_place for fit in own):
-        return list(range(len(records)))
+        return list(range(len(records))), True
     equal = [fit is not None and fit.equal for fit in own]
     found: list[int | None] = [i if same else None for i, same in enumerate(equal)]
     open_ = [i for i, number in enumerate(found) if number is None]
@@ -93,11 +96,12 @@ def matched_records(sequences: Sequence[Sequence_], records: Sequence[Tensor]) -
         if found[i] is None and j in free:
             found[i] = j
             free.remove(j)
+    exact = any(number is not None for number in found)
     # A collator may also change a few tokens (noise, placeholders).
     for i in open_:
         if found[i] is None and i in free and _edited(sequences[i][0], records[i]):
             found[i] = i
-    return found
+    return found, exact
 
 
 class _Fit(NamedTuple):

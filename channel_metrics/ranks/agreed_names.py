@@ -69,7 +69,7 @@ class AgreedNames:
         if self._rows is None or self._rows[0] is not table or len(self._rows[1]) <= len(table):
             place = {name: row for row, name in enumerate(self.names, start=1)}
             rows = [0, *(place.get(name, -1) for name in table.names)]
-            self._rows = table, torch.tensor(rows, dtype=torch.int64)
+            self._rows = table, torch.tensor(rows, dtype=torch.int64, device="cpu")
         return self._rows[1]
 
     def new_table(self, like: ChannelTable) -> ChannelTable:
@@ -110,7 +110,8 @@ def digest_of(names: Sequence[str]) -> Tensor:
     """float64 [DIGEST_SIZE]: 16-bit words of a SHA-256 of `names` in this order; their squares."""
     taken = hashlib.sha256(packed(names)).digest()[: 2 * _NUM_WORDS]
     words = [int.from_bytes(taken[i : i + 2], "big") for i in range(0, len(taken), 2)]
-    return torch.tensor([*words, *(word * word for word in words)], dtype=torch.float64)
+    sums = [*words, *(word * word for word in words)]
+    return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
 
 def all_equal(summed: Tensor, *, num_ranks: int) -> bool:

@@ -88,7 +88,7 @@ def exchange(
         local = _local(window, agreement, guard)
     names, width = agreement.names, len(window.columns)
     counts = [bool(local.new), not guard.measuring, local.mismatch]
-    header = torch.tensor([*riders, *counts], dtype=torch.float64)
+    header = torch.tensor([*riders, *counts], dtype=torch.float64, device="cpu")
     sums = _placed(local, 0, len(names) + 1).flatten()
     flat = yield torch.cat([sums, header, names.digest, digest_of(local.new)])
     sums = flat[: -HEADER_SIZE - len(riders)].view(-1, width)
@@ -125,7 +125,7 @@ def _meet(
     num_ranks: int,
 ) -> Generator[Tensor, Tensor, None]:
     """Before the first sums: the same columns on all ranks, and the names that they begin with."""
-    stopped = torch.tensor([not guard.measuring], dtype=torch.float64)
+    stopped = torch.tensor([not guard.measuring], dtype=torch.float64, device="cpu")
     flat = yield torch.cat([stopped, digest_of(columns), digest_of(local.new)])
     _refuse_stopped(int(flat[0]))
     of_columns, of_names = flat[1:].view(2, DIGEST_SIZE)
@@ -157,8 +157,8 @@ def _local(window: SumTable, agreement: Agreement, guard: FaultGuard) -> _Local:
             names = window.labels.names if new else ()
             sorted_new = sorted(names[row - 1] for row in new)
             return _Local(window.sums(), rows, sorted_new, _told(window.mismatch()))
-    nothing = torch.zeros(1, len(window.columns), dtype=torch.float64)
-    return _Local(nothing, torch.zeros(1, dtype=torch.int64), [], 0.0)
+    nothing = torch.zeros(1, len(window.columns), dtype=torch.float64, device="cpu")
+    return _Local(nothing, torch.zeros(1, dtype=torch.int64, device="cpu"), [], 0.0)
 
 
 def _told(mismatch: float) -> float:

@@ -59,11 +59,11 @@ def _padded(payload: bytes) -> bytes:
 
 def _index(own: bytes, rank: int, num_ranks: int) -> Tensor:
     """int64 [num_ranks, 3], zeros but for row `rank`."""
-    index = torch.zeros(num_ranks, 3, dtype=torch.int64)
+    index = torch.zeros(num_ranks, 3, dtype=torch.int64, device="cpu")
     if own:
         taken = hashlib.sha256(own).digest()
         halves = [int.from_bytes(taken[i : i + _WORD], "big", signed=True) for i in (0, _WORD)]
-        index[rank] = torch.tensor([*halves, len(own)])
+        index[rank] = torch.tensor([*halves, len(own)], device="cpu")
     return index
 
 

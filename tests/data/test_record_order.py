@@ -156,13 +156,20 @@ def hidden(records: list[Record]) -> dict[str, Any]:
     return batch
 
 
+def corrupted(records: list[Record]) -> dict[str, Any]:
+    """T5's spans: some records keep most of their tokens, some keep few."""
+    return padded(
+        [{"input_ids": [*r["input_ids"][: (4, 2, 1)[i]], 7, 7]} for i, r in enumerate(records)]
+    )
+
+
 def rewritten(records: list[Record]) -> dict[str, Any]:
     """Other tokens for all records: nothing can be compared."""
     return padded([{"input_ids": [i + 1000 for i in r["input_ids"]]} for r in records])
 
 
 @pytest.mark.parametrize(
-    "base", [padded, cut_right, cut_left, ended, noisy, expanded, hidden, rewritten]
+    "base", [padded, cut_right, cut_left, ended, noisy, expanded, hidden, corrupted, rewritten]
 )
 def test_collators_that_keep_the_order(base: Base, caplog: pytest.LogCaptureFixture) -> None:
     records = [record(5 + i, "abc"[i], 100 * (i + 1)) for i in range(3)]

@@ -193,7 +193,7 @@ def _ids_of(batch: Mapping[str, Any], table: LabelTable) -> tuple[str, Tensor | 
         if isinstance(value, Tensor):
             return key, _checked(value.long(), key, table)
         if isinstance(value, (list, tuple)):
-            return key, torch.tensor(table.ids(value), dtype=torch.int64)
+            return key, torch.tensor(table.ids(value), dtype=torch.int64, device="cpu")
     return "", None
 
 
