@@ -14,7 +14,6 @@ Nothing here imports torch: those who only read logs do not wait for it.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from channel_metrics.errors import ConfigError
+from channel_metrics.errors import ConfigError, hint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,9 +161,7 @@ class Schema:
         chosen = tuple(dict.fromkeys(names))
         for name in chosen:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise ConfigError(f"unknown metric {name!r}; {hint}Known: {', '.join(known)}.")
+                raise ConfigError(f"unknown metric {name!r}; {hint(name, known)}")
         return chosen
 
     def chosen(self, names: Sequence[str]) -> list[Metric]:

@@ -74,7 +74,7 @@ def test_metric_names() -> None:
         TOKENS.check(["tokens_total"], WINDOW_METRICS)
     with pytest.raises(ConfigError, match="unknown metric 'los'; did you mean 'loss'"):
         TOKENS.check(["los"])
-    with pytest.raises(ConfigError, match="unknown metric 'zzz'; Known: loss, weighted_loss"):
+    with pytest.raises(ConfigError, match="unknown metric 'zzz'; known are loss, weighted_loss"):
         TOKENS.check(["zzz"])
     with pytest.raises(ConfigError, match="unknown metric 'nonfinite'"):
         TOKENS.check(["nonfinite"])  # logged by itself, where there is one
