@@ -185,7 +185,7 @@ def test_logits_to_keep_is_refused(tmp_path: Path) -> None:
     plain = tiny_model(attention_dropout=0.0)
     model = PartOfTheLogits(plain.config)
     with pytest.raises(
-        UnsupportedVersionError, match="over 16 positions: .* logits_to_keep, leave it out"
+        UnsupportedVersionError, match=r"over 16 positions: .* logits_to_keep, leave it out"
     ):
         train(tmp_path, prepare=attach, model=model, records=fixed_records(16))
 
