@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_args
@@ -11,7 +10,7 @@ from channel_metrics.core.faults import OnError
 from channel_metrics.core.keys import ChannelTable
 from channel_metrics.core.labels import DEFAULT_FIELDS, Unknown
 from channel_metrics.core.schema import DEFAULT_METRICS, TOKENS
-from channel_metrics.errors import ConfigError
+from channel_metrics.errors import ConfigError, hint
 
 __all__ = ["MetricsConfig", "refuse_unknown_keys"]
 
@@ -90,6 +89,4 @@ def refuse_unknown_keys(mapping: Mapping[str, Any], known: Iterable[str], where:
     known = list(known)
     for key in mapping:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
-            raise ConfigError(f"unknown key {key!r} in {where}; {hint}")
+            raise ConfigError(f"unknown key {key!r} in {where}; {hint(str(key), known)}")

@@ -25,7 +25,7 @@ class Counting:
     Args:
         labels: the channels.
         schema: what is counted.
-        guard: what an error does. With one, nothing is counted any more.
+        guard: decides what an error does. After the first error, nothing is counted any more.
     """
 
     def __init__(self, labels: LabelTable, schema: Schema, guard: FaultGuard) -> None:
@@ -41,7 +41,7 @@ class Counting:
 
     @property
     def evaluating(self) -> bool:
-        """Whether an evaluation is open, which takes the counts."""
+        """Whether an evaluation is open. Counts then go to it."""
         return bool(self._evaluations)
 
     def count(self, batch: MicroBatch) -> None:
@@ -60,9 +60,13 @@ class Counting:
         ours: Tensor | None = None,
         theirs: Tensor | None = None,
     ) -> None:
-        """Add N things other than tokens: their labels, and [N] values of the schema's columns.
+        """Add N samples that are not tokens, such as preference pairs.
 
-        ours, theirs: a scalar that the values add up to, and the one that the trainer computed.
+        Args:
+            labels: their channels, as N names or ids [N].
+            values: {column of the schema: values [N]}.
+            ours, theirs: a scalar that follows from the values, and the trainer's own. Each
+                window compares their sums.
         """
         with self.guard.guarded():
             if self.measuring:
@@ -72,14 +76,16 @@ class Counting:
                     table.compare(ours, theirs)
 
     def begin_step(self) -> None:
-        """Count apart from the window, until `end_step`. Beginning again forgets the step so far:
-        some trainers run a step again."""
+        """Count in a table for this step, until `end_step`.
+
+        A second call drops what the step has counted so far, for trainers that repeat a step.
+        """
         if self._step is None:
             self._step = self._new_table()
         self._step.reset()
 
     def end_step(self, *, discard: bool = False) -> None:
-        """The step joins the window; `discard` it if the optimizer skipped it."""
+        """Add the step to the window, or `discard` it if the optimizer skipped it."""
         step, self._step = self._step, None
         with self.guard.guarded():
             if discard and step is None:
@@ -93,13 +99,13 @@ class Counting:
 
     @contextmanager
     def _open_evaluation(self) -> Iterator[Evaluation]:
-        """A block whose counts go to a table of their own."""
+        """A block with a table of its own, which takes the counts."""
         found = Evaluation(self._new_table())
         self._evaluations.append(found)
         try:
             yield found
         finally:
-            # A generator may leave an inner one open, or close it after the outer one has ended.
+            # A generator may leave an inner evaluation open, or close it after the outer one.
             if found in self._evaluations:
                 del self._evaluations[self._evaluations.index(found) :]
 

@@ -5,6 +5,9 @@ Every message follows one pattern: what was expected, what came, what to do.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 __all__ = [
     "BoundaryError",
     "ChannelError",
@@ -13,6 +16,7 @@ __all__ = [
     "ConfigError",
     "StoppedError",
     "UnsupportedVersionError",
+    "hint",
 ]
 
 
@@ -42,3 +46,9 @@ class StoppedError(ChannelMetricsError):
 
 class UnsupportedVersionError(ChannelMetricsError):
     """A framework version, or a use of it, that an adapter cannot observe correctly."""
+
+
+def hint(name: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the nearest known name, or all of them."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."

@@ -19,7 +19,7 @@ from channel_metrics.errors import ChannelError
 
 __all__ = ["observe"]
 
-# What each session found out about its model at the first batch.
+# The reader of each session. It keeps what it learned about the model at the first batch.
 _readers: WeakKeyDictionary[Counting, TokenLossReader] = WeakKeyDictionary()
 
 

@@ -1,4 +1,4 @@
-"""`ChannelMetrics`: everything that a run keeps of its channels, once, for every trainer.
+"""`ChannelMetrics`: everything that a run knows of its channels; the same class for all trainers.
 
     metrics = ChannelMetrics(MetricsConfig(channels=("bbu", "rru")))
     for step, batch in enumerate(loader, start=1):
@@ -7,9 +7,9 @@
         if step % 10 == 0:
             print(metrics.close(step).logs)              # {"bbu_loss": ..., ...}
 
-It owns the windows of training and evaluation, the totals of the run, the names, the log keys, the
-observers, and what an error does. An adapter says where a trainer's tokens, names, log points and
-checkpoints are, and nothing else.
+It owns the windows of training and evaluation, the totals of the run, the names, the log keys and
+the observers, and it decides what an error does. An adapter only says where a trainer's tokens,
+names, log points and checkpoints are.
 
 Every rank makes the same calls in the same order. `close`, `peek`, the end of an `evaluation` and
 `save` are collectives.
@@ -34,7 +34,7 @@ from channel_metrics.core.table import SumTable
 from channel_metrics.core.totals import TOTALS_FILE, RunTotals, totals_path
 from channel_metrics.counting import Counting
 from channel_metrics.data.collator import BOUNDS_KEY, ChannelCollator
-from channel_metrics.data.scan import scan_channels
+from channel_metrics.data.scan import class_names, scan_channels
 from channel_metrics.errors import ChannelMetricsError
 from channel_metrics.ranks.agreed_names import Agreement
 from channel_metrics.ranks.exchange import GlobalSums
@@ -53,16 +53,16 @@ class ChannelMetrics(Counting):
     Args:
         config: what is measured and logged.
         reserved: log keys of the trainer itself, which no channel may have.
-        rewrite: what the trainer's writers do to keys, see `KeyBook`.
-        ranks: who counts together; by default the default process group, or one process.
+        rewrite: how the trainer's log writers change keys, see `KeyBook`.
+        ranks: the ranks that count together; by default the default process group, or one process.
         schema: what is counted; tokens by default.
-        on_window: called with each closed `Window`, the same on all ranks. One whose attribute
-            `is_display` is true is removed with a warning when it fails; any other ends the run,
-            because it may steer the training, and ranks must not differ.
+        on_window: functions that get each closed `Window`, which is the same on all ranks. If one
+            with a true attribute `is_display` fails, it is removed with a warning. If another one
+            fails, the run ends, because it may steer the training, and ranks must not differ.
 
     Raises:
-        ConfigError, ChannelError: for declared channels that would share a log key, and for an
-            `eval_channels` that no declared channel has.
+        ConfigError, ChannelError: if declared channels would share a log key, or if an entry of
+            `eval_channels` is no declared channel.
     """
 
     def __init__(
@@ -86,19 +86,21 @@ class ChannelMetrics(Counting):
         self.on_window = list(on_window)
         self.totals = RunTotals(schema)
         self._agreement = Agreement()
+        # {field: names} of class labels in the declared datasets
+        self._classes: dict[str, tuple[str, ...]] = {}
         self._maker.declare(labels.names)
         if config.unknown != "add":
             self.check_eval_channels()
 
     @property
     def warned(self) -> frozenset[str]:
-        """What has been warned of."""
+        """The warnings that were logged."""
         return frozenset(self._maker.warned)
 
     # ---- windows ---------------------------------------------------------------------------
 
     def close(self, step: int) -> Window:
-        """End the train window: sum it over all ranks, tell the observers, open the next."""
+        """End the train window: sum it over all ranks, call the observers, open the next one."""
         self.end_step()
         window = self._summed(self._train, "train", step)
         self._train.reset()
@@ -108,17 +110,17 @@ class ChannelMetrics(Counting):
         return window
 
     def peek(self, step: int) -> Window:
-        """The train window so far. It goes on, so there are no counts, no totals, no observers:
-        whoever adds up the tokens of a log must get the tokens of the run."""
+        """The train window so far, without a call of the observers. It stays open, so counts and
+        totals are left out: the logged tokens must add up to those of the run."""
         self.end_step()
         return self._summed(self._train, "train", step, final=False)
 
     @contextmanager
     def evaluation(self, split: str, step: int, prefix: str = "eval_") -> Iterator[Evaluation]:
-        """A block of counts of their own; the train window and an open step wait.
+        """A block that counts in a window of its own, which is `window` of the result afterwards.
 
-        Evaluations may be nested. One that is left by an exception, or discarded, is dropped
-        without a collective. After the block, `window` of what is yielded has the values.
+        Evaluations may be nested. If an exception ends the block, or if it is discarded, its
+        counts are dropped without a collective.
         """
         with self._open_evaluation() as found:
             yield found
@@ -127,7 +129,7 @@ class ChannelMetrics(Counting):
             self._tell(found.window)
 
     def write(self, window: Window, logs: MutableMapping[str, Any]) -> None:
-        """Put a window into a trainer's own log; a key that is there stays, with a warning."""
+        """Add a window to a trainer's own log. A key that is there stays, with a warning."""
         taken = sorted(key for key in window.logs if key in logs)
         if taken:
             self.warn_once(
@@ -139,7 +141,7 @@ class ChannelMetrics(Counting):
     # ---- batches ---------------------------------------------------------------------------
 
     def collator(self, base: Callable[[list[Any]], Any]) -> ChannelCollator:
-        """`base`, whose batches also carry the channels and boundaries that `observe` takes."""
+        """A collator like `base` that also adds the channels and boundaries for `observe`."""
         return ChannelCollator(
             base,
             fields=self.config.fields,
@@ -147,6 +149,7 @@ class ChannelMetrics(Counting):
             bounds_key=BOUNDS_KEY,
             row_bounds=False,
             carry_faults=True,
+            classes=self._classes,
         )
 
     @contextmanager
@@ -156,14 +159,14 @@ class ChannelMetrics(Counting):
             with metrics.observe(model, batch):
                 loss = model(**batch).loss
 
-        Our keys are taken out of the batch. The token losses are those that the model's own loss
-        is made of. They are counted when the block ends without an exception.
+        Our keys are removed from the batch. The token losses come from the model's own loss. They
+        are counted when the block ends without an exception.
 
         Raises:
             ChannelError: if the batch has no channels, see `collator`.
-            UnsupportedVersionError: if the losses of single tokens cannot be had.
+            UnsupportedVersionError: if the losses of single tokens cannot be read.
         """
-        # Only here: counting by hand needs no transformers.
+        # Not at the top, because `count` needs no transformers.
         from channel_metrics.observing import observe
 
         with observe(self, model, batch, with_correct="token_acc" in self.config.metrics):
@@ -172,12 +175,12 @@ class ChannelMetrics(Counting):
     # ---- names -----------------------------------------------------------------------------
 
     def declare(self, dataset: Any, split: str, fields: Sequence[str] = ()) -> bool:
-        """Learn the channels of a dataset, where they can be read beforehand.
+        """Learn the channels of a dataset, if they can be read before training.
 
         Args:
-            dataset: a `datasets.Dataset`, or a list of records. Others cannot be scanned.
-            split: `train`, or what the messages call this set.
-            fields: where a record holds its channel; by default those of the config.
+            dataset: a `datasets.Dataset` or a list of records; nothing else can be scanned.
+            split: `train`, or another name of this set, for messages.
+            fields: the fields that may hold the channel; by default those of the config.
 
         Returns:
             Whether the dataset could be scanned.
@@ -185,36 +188,37 @@ class ChannelMetrics(Counting):
         Raises:
             ChannelError: if no record of a training set has a channel; and as `declare_names`.
         """
-        names = scan_channels(dataset, fields or self.config.fields, split)
+        fields = fields or self.config.fields
+        self._classes.update(class_names(dataset, fields))
+        names = scan_channels(dataset, fields, split, needed=not self.config.channels)
         if names is not None:
             self.declare_names(names)
         return names is not None
 
     def declare_names(self, names: Iterable[str]) -> None:
-        """Learn the names of channels that are known beforehand, in the same order on all ranks.
+        """Learn names of channels before training, in the same order on all ranks.
 
-        Those that the config does not want (`unknown`) are an error, or count as unlabeled.
+        `unknown` of the config decides about names that are not declared in it.
 
         Raises:
-            ChannelError, ConfigError: for names that would share a log key, and for one that the
-                config refuses.
+            ChannelError, ConfigError: if names share a log key, or if the config refuses one.
         """
         names = [name for name in names if name != UNLABELED]
         self.labels.ids(names)
         self._maker.declare(name for name in names if name in self.labels)
 
     def check_eval_channels(self) -> None:
-        """Once all channels are known: `ConfigError` for an `eval_channels` that is none."""
+        """Raise `ConfigError` if an entry of `eval_channels` is none of the channels so far."""
         self._maker.check_eval_channels(self.labels.names)
 
     def warn_once(self, message: str) -> None:
-        """Log a warning the first time it comes up."""
+        """Log a warning, once."""
         self._maker.warn_once(message)
 
     # ---- checkpoints -----------------------------------------------------------------------
 
     def start(self, folder: Path | None = None) -> None:
-        """A run begins: an empty window, and the totals of the checkpoint `folder`, or zeros."""
+        """Begin a run: empty the window, and load the totals of the checkpoint `folder`, if any."""
         self._train.reset()
         self._step = None
         self.totals = RunTotals(self.schema)
@@ -224,7 +228,7 @@ class ChannelMetrics(Counting):
     def save(self, folder: Path, *, is_writer: bool) -> None:
         """Write the totals of all ranks into the folder of a checkpoint. A collective.
 
-        Those of the open window are among them, and it stays open.
+        They include the open window, which stays open. Only the rank with `is_writer` writes.
         """
         self.end_step()
         if self.guard.off:
@@ -236,7 +240,7 @@ class ChannelMetrics(Counting):
                 totals.save(folder / TOTALS_FILE)
 
     def resume(self, folder: Path) -> None:
-        """Go on with the totals of a checkpoint; warn and start at zero if it has none."""
+        """Go on from the totals of a checkpoint. If it has none, warn and start at zero."""
         path = totals_path(folder)
         if path is None:
             logger.warning(
@@ -250,7 +254,7 @@ class ChannelMetrics(Counting):
         try:
             self.totals.load(path)
         except ChannelMetricsError as error:
-            # What is counted from here on is right all the same.
+            # The counts from here on are right.
             if self.guard.raises:
                 raise
             self.warn_once(f"{error} Until then, they start at zero.")
@@ -274,7 +278,7 @@ class ChannelMetrics(Counting):
     def _summed(
         self, table: SumTable, split: str, step: int, prefix: str = "", *, final: bool = True
     ) -> Window:
-        """The window of all ranks; one without values where the metrics have ended."""
+        """The window of all ranks; a window without values if the metrics have ended."""
         if not self.guard.off:
             with self.guard.guarded():
                 found = self._sum(table)
@@ -287,7 +291,7 @@ class ChannelMetrics(Counting):
         return Window(split=split, step=step, prefix=prefix, final=final)
 
     def _tell(self, window: Window) -> None:
-        # A trainer may log twice at one step: nobody is told of a window that holds nothing.
+        # A trainer may log twice at one step. Observers do not get a window that holds nothing.
         if not self.measuring or not window.table.any():
             return
         for observer in list(self.on_window):

@@ -6,9 +6,9 @@
     with swap.wrapped(module, "loss", body):                  # for one block
         ...
 
-`original` is what stands there at the time of wrapping, whoever put it there. If somebody else
-wraps after us, putting back leaves theirs in its place: ours stays below it, and passes straight
-through.
+`original` is the attribute as it was when we wrapped it, even if somebody else had wrapped it
+before. If somebody else wraps it after us, `unwrap` leaves their wrapper in place. Our replacement
+stays below it, and then only calls the original.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ _INHERITED = object()
 def wrap(owner: Any, name: str, body: Body, *, key: str, everywhere_in: str | None = None) -> None:
     """Run `body(original, ...)` in place of `owner.name(...)`, until `unwrap(key)`.
 
-    A second call with the same key does nothing, unless somebody has thrown the first away.
+    A second call with the same key does nothing, unless somebody has removed our replacement.
 
     Args:
         owner: a class or a module.
         name: a function or method of it, which may be inherited.
-        body: is called with the original before the arguments.
-        key: says whose replacement it is.
-        everywhere_in: a package whose modules import the function from each other by name. It
-            is replaced in all of them that are imported now.
+        body: is called with the original, then with the arguments.
+        key: names the replacement for `unwrap` and `is_wrapped`.
+        everywhere_in: a package whose modules import the function from each other by name. The
+            function is replaced in all modules of the package that are imported now.
     """
     if is_wrapped(owner, name, key=key):
         return
-    # It may be called by something that does not show it: `body` must not run twice.
-    thrown_away = _swaps.pop((key, owner, name), None)
-    if thrown_away is not None:
-        thrown_away.put_back()
+    # Something may still call a replacement that was removed. `body` must not run twice.
+    removed = _swaps.pop((key, owner, name), None)
+    if removed is not None:
+        removed.put_back()
     _swaps[key, owner, name] = _Swap(owner, name, body, key, everywhere_in)
 
 
@@ -59,7 +59,7 @@ def unwrap(key: str) -> None:
 
 
 def is_wrapped(owner: Any, name: str, *, key: str) -> bool:
-    """Whether `owner.name` is wrapped with this key now, be it below wrappers of others."""
+    """Whether `owner.name` is wrapped with this key now. Others may have wrapped it after us."""
 
     def is_it(function: Any) -> bool:
         swap = _swap_of(function)
@@ -72,7 +72,7 @@ def is_wrapped(owner: Any, name: str, *, key: str) -> bool:
 def wrapped(owner: Any, name: str, body: Body) -> Iterator[None]:
     """Run `body(original, ...)` in place of `owner.name(...)` inside the block.
 
-    Blocks may be nested: the `original` of the inner one is what the outer one has put there.
+    Blocks may be nested: the `original` of the inner block is the replacement of the outer one.
     """
     swap = _Swap(owner, name, body)
     try:
@@ -105,7 +105,7 @@ class _Swap:
                 setattr(place, name, replacement)
 
     def original(self) -> Any:
-        """What is called; a method that is inherited may have been replaced in the meantime."""
+        """The function to call. An inherited one is looked up anew, as it may have changed."""
         if self.is_inherited:
             return getattr(super(self.owner, self.owner), self.name)
         return self.found
@@ -136,7 +136,7 @@ def _swap_of(value: Any) -> _Swap | None:
 
 
 def _clear(place: Any, name: str) -> None:
-    """Take away replacements that are not active, from the top down to what is used."""
+    """Remove replacements that are not active, from the outermost to the first active one."""
     while (swap := _swap_of(vars(place).get(name))) is not None and not swap.active:
         if swap.own is _INHERITED:
             delattr(place, name)
@@ -144,19 +144,20 @@ def _clear(place: Any, name: str) -> None:
             setattr(place, name, swap.own)
 
 
-def with_mixin(cls: type, mixin: type) -> type:
-    """The class `(mixin, cls)`, under the name of `cls`, which logs and model cards show.
+def original_class(cls: type) -> type:
+    """The class that `with_mixin` made `cls` from; any other class is returned as it is."""
+    found: type = vars(cls).get(_ORIGINAL_CLASS, cls)
+    return found
 
-    Instances of it can be pickled if those of `cls` can. The same arguments give the same class.
+
+def with_mixin(cls: type, mixin: type) -> type:
+    """A class with the bases `(mixin, cls)` and the name of `cls`.
+
+    Logs and model cards show that name. Instances can be pickled if those of `cls` can. The same
+    arguments give the same class.
     """
     made: type = _with_mixin(cls, mixin)
     return made
-
-
-def original_class(cls: type) -> type:
-    """What `with_mixin` has made `cls` from; any other class as it is."""
-    found: type = vars(cls).get(_ORIGINAL_CLASS, cls)
-    return found
 
 
 @functools.cache
@@ -165,7 +166,7 @@ def _with_mixin(cls: Any, mixin: Any) -> Any:
         reduced: tuple[Any, ...] = super(made, self).__reduce_ex__(protocol)
         if type(self) is not made:
             return reduced
-        # pickle finds a class by its name, which stands for the class without the mixin.
+        # pickle looks a class up by its name, and finds the class without the mixin.
         make, args, *state = reduced
         return _remake, (mixin, make, *(cls if a is made else a for a in args)), *state
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.schema import Schema
 from channel_metrics.core.table import SumTable, values_by_channel
 from channel_metrics.core.totals import RunTotals
-from channel_metrics.errors import ConfigError
+from channel_metrics.errors import ConfigError, hint
 from channel_metrics.ranks.exchange import MISMATCH_TOLERANCE, GlobalSums
 
 __all__ = ["Evaluation", "Window", "WindowMaker"]
@@ -37,28 +36,28 @@ class Window:
     """The optimizer step at which the window was closed."""
 
     prefix: str = ""
-    """What stands before the keys of `logs`, such as `eval_`."""
+    """The first part of the keys of `logs`, such as `eval_`."""
 
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     """{channel: {metric: value}} for the channels that are logged, `unlabeled` last."""
 
     logs: dict[str, float] = field(default_factory=dict)
-    """The same under log keys."""
+    """The same values under their log keys."""
 
     final: bool = True
-    """Whether the window has ended; after `peek` it goes on."""
+    """Whether the window has ended; a window of `peek` is still open."""
 
     names: tuple[str, ...] = ()
-    """The channels that the ranks know, in the order of the rows of `table`."""
+    """The channels that the ranks know, in the order of `table`."""
 
     columns: tuple[str, ...] = ()
     """The columns of `table`."""
 
-    table: Tensor = field(default_factory=lambda: torch.zeros(1, 0), repr=False)
-    """Sums, float64 [len(names) + 1, len(columns)] on the host; row 0 is `unlabeled`."""
+    table: Tensor = field(default_factory=lambda: torch.zeros(1, 0, device="cpu"), repr=False)
+    """Sums, float64 [len(names) + 1, len(columns)] on the host; `unlabeled` comes first."""
 
     def sums(self, channel: str) -> dict[str, float]:
-        """{column: sum} of one channel; zeros for one that is not in the window."""
+        """{column: sum} of one channel; zeros for a channel that is not in the window."""
         if channel != UNLABELED and channel not in self.names:
             return dict.fromkeys(self.columns, 0.0)
         row = 0 if channel == UNLABELED else self.names.index(channel) + 1
@@ -68,7 +67,7 @@ class Window:
 class Evaluation:
     """An evaluation that is open, or has just ended.
 
-    window: its values once it has ended; None if it was left by an exception or discarded.
+    window: its values, after it has ended. None if an exception ended it, or if it was discarded.
     """
 
     def __init__(self, table: SumTable) -> None:
@@ -77,21 +76,21 @@ class Evaluation:
         self.discarded = False
 
     def discard(self) -> None:
-        """Drop what was counted; nothing is sent. Every rank must do so, or none."""
+        """Drop what was counted, without a collective. All ranks must do so, or none."""
         self.discarded = True
 
     @property
     def logs(self) -> dict[str, float]:
-        """The values under their log keys; empty while it is open, and if it was dropped."""
+        """The values under their log keys; empty if there is no window."""
         return {} if self.window is None else self.window.logs
 
 
 class WindowMaker:
-    """Makes the windows of one run; what is wrong with one is said once.
+    """Makes the windows of one run. Each problem is warned of once.
 
     Args:
-        config: which metrics, and which channels in evaluation.
-        schema: what the sums are.
+        config: which metrics are logged, and which channels in evaluation.
+        schema: the columns and metrics.
         keys: learns the channels and splits of the run.
     """
 
@@ -115,7 +114,7 @@ class WindowMaker:
         Args:
             found: the sums of all ranks.
             split, step, prefix, final: as in `Window`.
-            totals: of a training window that has ended, with this window; else None.
+            totals: those of the run, this window included. None for evaluations and open windows.
         """
         self.learn(found.names, prefix)
         values = values_by_channel(self.schema, found.names, found.sums, self._metrics)
@@ -147,30 +146,31 @@ class WindowMaker:
     def declare(self, names: Iterable[str]) -> None:
         """Learn names that are known beforehand.
 
-        Raises `ConfigError` or `ChannelError` if two of them would share a key, or one has a key
-        of the trainer's.
+        Raises:
+            ConfigError, ChannelError: if two names would share a key, or if a key is the
+                trainer's.
         """
         for error in self.keys.learn(names):
             raise error
 
     def learn(self, names: Iterable[str], prefix: str) -> None:
-        """Learn names that were met on the way; keys that are shared are left out of the logs."""
+        """Learn names that came up during the run. Keys that two values share are not logged."""
         for error in [*self.keys.learn(names), *self.keys.learn(prefix=prefix)]:
             self.warn_once(f"{error} These keys are left out of the log.")
 
     def check_eval_channels(self, names: Sequence[str]) -> None:
-        """Raise `ConfigError` for an `eval_channels` that is none of `names`."""
+        """Raise `ConfigError` for an entry of `eval_channels` that is not in `names`."""
         for wrong in self._unknown_eval_channels(names):
             raise ConfigError(wrong)
 
     def warn_once(self, message: str, *values: object) -> None:
-        """Log a warning the first time it comes up, whatever the values in it are then."""
+        """Log a warning once. Later calls with the same message and other values do nothing."""
         if message not in self.warned:
             self.warned.add(message)
             logger.warning(message, *values)
 
     def _drop_counts(self, values: Values) -> None:
-        """Of a window that goes on: whoever adds up a log must get the tokens of the run."""
+        """Leave counts out of an open window, or the sum of the logged counts would be wrong."""
         counts = {metric.name for metric in self._metrics if metric.adds_up}
         for of_channel in values.values():
             for name in counts.intersection(of_channel):
@@ -195,13 +195,11 @@ class WindowMaker:
                 del values[channel]
 
     def _unknown_eval_channels(self, names: Sequence[str]) -> list[str]:
-        wrong = []
-        for name in self.config.eval_channels:
-            if name not in names and name != UNLABELED:
-                near = difflib.get_close_matches(name, names, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}."
-                wrong.append(f"eval_channels names {name!r}, which is no channel; {hint}")
-        return wrong
+        return [
+            f"eval_channels names {name!r}, which is no channel; {hint(name, names)}"
+            for name in self.config.eval_channels
+            if name not in names and name != UNLABELED
+        ]
 
     def _warn_of(self, split: str, mismatch: float, values: Values) -> None:
         if mismatch > MISMATCH_TOLERANCE:

@@ -20,6 +20,7 @@ class Sums:
     tokens: int = 0
     samples: int = 0
     nonfinite: int = 0
+    nonfinite_weights: int = 0
     correct: int = 0
     judged: int = 0
     losses: list[float] = field(default_factory=list)
@@ -98,7 +99,11 @@ def _add_token(sums: Sums, batch: Batch, target: int) -> None:
         sums.nonfinite += 1
         return
     sums.losses.append(batch.losses[at])
-    if batch.weights is not None:
+    if batch.weights is None:
+        return
+    if not math.isfinite(batch.weights[at]):
+        sums.nonfinite_weights += 1
+    else:
         sums.weighted.append(batch.weights[at] * batch.losses[at])
         sums.weights.append(batch.weights[at])
 
@@ -116,6 +121,6 @@ def _values(sums: Sums, all_tokens: int) -> dict[str, float]:
         values["weighted_loss"] = math.fsum(sums.weighted) / math.fsum(sums.weights)
     if sums.judged:
         values["token_acc"] = sums.correct / sums.judged
-    if sums.nonfinite:
-        values["nonfinite"] = float(sums.nonfinite)
+    if sums.nonfinite + sums.nonfinite_weights:
+        values["nonfinite"] = float(sums.nonfinite + sums.nonfinite_weights)
     return values

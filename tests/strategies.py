@@ -83,7 +83,7 @@ def cases(draw: st.DrawFn, finite: bool = False) -> Case:
     optional = {
         "labels": st.sampled_from([IGNORED, 0, 1]),
         "correct": st.booleans(),
-        "weights": st.floats(0, 4, width=16),
+        "weights": st.floats(0, 4, width=16) | st.just(4.0 if finite else float("nan")),
     }
     drawn = {
         key: draw(st.none() | st.lists(values, min_size=num_tokens, max_size=num_tokens))

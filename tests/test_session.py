@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from datasets import ClassLabel, Dataset, Features
 
 from channel_metrics import ChannelError, ChannelMetricsError, ConfigError, MetricsConfig
 from channel_metrics.core.micro_batch import MicroBatch
@@ -599,3 +601,37 @@ def test_ids_per_token_and_the_sequences_apart() -> None:
 @pytest.fixture(autouse=True)
 def _warnings_are_seen(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, logger="channel_metrics")
+
+
+def test_another_default_device(tmp_path: Path) -> None:
+    """What belongs on the host stays there, in a collective of one rank too."""
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    losses, labels = torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.int64)
+    torch.set_default_device("meta")
+    try:
+        metrics = ChannelMetrics(MetricsConfig(metrics=("loss", "tokens")))
+        collate = metrics.collator(lambda _: {"labels": labels})
+        assert collate([{"channel": "a"}, {"channel": "b"}])["channels"] == ["a", "b"]
+        metrics.declare([{"channel": "a"}, {"channel": "b"}], "train")
+        batch = metrics.collator(lambda _: {"labels": labels})([{"channel": "b"}, {"channel": "a"}])
+        metrics.count(MicroBatch(token_losses=losses, channels=batch["channels"]))
+        metrics.count(MicroBatch(token_losses=losses, channels=["new", None]))
+        logs = metrics.close(1).logs
+        assert metrics.close(2).values == {}
+    finally:
+        torch.set_default_device(None)
+        dist.destroy_process_group()
+    names = ("a", "b", "new", "unlabeled")
+    assert logs == {f"{n}_{m}": v for n in names for m, v in (("loss", 1.0), ("tokens", 3.0))}
+
+
+def test_class_labels_of_a_declared_dataset() -> None:
+    """A collator without a dataset of its own has the names from `declare`."""
+    features = Features(channel=ClassLabel(names=["web", "books"]))
+    metrics = ChannelMetrics()
+    metrics.declare(Dataset.from_dict({"channel": [1, 0, 1]}, features=features), "train")
+    assert metrics.labels.names == ("books", "web")
+    batch = {"labels": torch.zeros(2, 3, dtype=torch.int64)}
+    found = metrics.collator(lambda _: batch)([{"channel": 0}, {"channel": 1}])
+    assert found["channels"].tolist() == [1, 0]

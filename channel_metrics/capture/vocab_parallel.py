@@ -5,9 +5,8 @@ Letters: S sequence positions, B rows.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,6 @@ from channel_metrics.losses.vocab_parallel import vocab_parallel_correct
 __all__ = ["Correctness"]
 
 _METHOD = "compute_language_model_loss"
-_MARK = "_channel_metrics_watched"
 # One for the model's own loss and one per depth of multi-token prediction, of two micro-batches.
 _MAX_PENDING = 32
 
@@ -34,33 +32,29 @@ class Correctness:
     """
 
     def __init__(self, guard: FaultGuard) -> None:
-        self._guard = guard
+        self.guard = guard
+        # Somebody else's loss function may call the one that it replaced, which is watched too.
+        self.is_watching = False
         self._pending: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
+        self._not_found_in = ""
 
     def watch(self, model: Any) -> None:
-        """Measure from now on in the language model inside `model`, if it holds one."""
+        """Measure from now on in the language model inside `model`, if it holds one.
+
+        Call it before each forward: what somebody has put in the place of the model's loss in
+        the meantime is watched too, and is what computes the loss.
+        """
         language_model = _language_model(model)
-        if language_model is None or getattr(language_model, _MARK, None) is self:
+        if language_model is None:
+            # A stage of a pipeline may be without one.
+            self._not_found_in = type(model).__name__
             return
-        original: Callable[..., Tensor] = getattr(type(language_model), _METHOD).__get__(
-            language_model
-        )
-
-        @functools.wraps(original)
-        def compute_language_model_loss(labels: Tensor, logits: Tensor, **kwargs: Any) -> Tensor:
-            correct = None
-            # Not `measuring`: the tensor-parallel ranks go on together until all know of an error.
-            if not self._guard.off:
-                with self._guard.guarded():
-                    group = _tensor_parallel_group(language_model)
-                    correct = vocab_parallel_correct(logits, labels, group)
-            losses = original(labels, logits, **kwargs)
-            if correct is not None:
-                self._remember(losses, correct)
-            return losses
-
-        setattr(language_model, _METHOD, compute_language_model_loss)
-        setattr(language_model, _MARK, self)
+        found = vars(language_model).get(_METHOD)
+        if isinstance(found, _WatchedLoss):
+            if found.watcher is self:
+                return
+            found = found.own
+        setattr(language_model, _METHOD, _WatchedLoss(self, language_model, found))
 
     def of(self, losses: Tensor) -> Tensor:
         """bool [B, S] for the `losses` that a watched model returned; may be asked for once."""
@@ -68,8 +62,8 @@ class Correctness:
         if found is None:
             raise ChannelMetricsError(
                 "token accuracy needs the losses that compute_language_model_loss returned, but "
-                f"the loss function got another tensor (shape {list(losses.shape)}); leave "
-                "token_acc out of the metrics for this model."
+                f"the loss function got another tensor (shape {list(losses.shape)})"
+                f"{self._where()}; leave token_acc out of the metrics for this model."
             )
         return found[1]
 
@@ -77,11 +71,58 @@ class Correctness:
         """Drop what nobody asked for: the losses of multi-token prediction."""
         self._pending.clear()
 
-    def _remember(self, losses: Tensor, correct: Tensor) -> None:
+    def remember(self, losses: Tensor, correct: Tensor) -> None:
+        """Keep which tokens were right until the loss function gets their losses."""
         # The tensor is kept: while it lives, nothing else has its address.
         self._pending[_identity(losses)] = (losses.detach(), correct)
         while len(self._pending) > _MAX_PENDING:
             del self._pending[next(iter(self._pending))]
+
+    def _where(self) -> str:
+        if not self._not_found_in:
+            return ""
+        return (
+            f"; {self._not_found_in} has no such method, nor has what it holds as .module or "
+            ".language_model"
+        )
+
+
+class _WatchedLoss:
+    """Stands in a language model in the place of the method that computes its loss.
+
+    Args:
+        watcher: learns which tokens were right.
+        language_model: the model.
+        own: what stood in the instance before; None is the method of its class.
+    """
+
+    def __init__(
+        self, watcher: Correctness, language_model: Any, own: Callable[..., Tensor] | None
+    ) -> None:
+        self.watcher, self.own = watcher, own
+        self._language_model = language_model
+
+    def __call__(self, labels: Tensor, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # The class is asked at each call: somebody may have replaced its method by then.
+        original = self.own or getattr(type(self._language_model), _METHOD).__get__(
+            self._language_model
+        )
+        watcher = self.watcher
+        # Not `measuring`: the tensor-parallel ranks go on together until all know of an error.
+        if watcher.guard.off or watcher.is_watching:
+            return cast(Tensor, original(labels, logits, *args, **kwargs))
+        correct = None
+        with watcher.guard.guarded():
+            group = _tensor_parallel_group(self._language_model)
+            correct = vocab_parallel_correct(logits, labels, group)
+        watcher.is_watching = True
+        try:
+            losses = cast(Tensor, original(labels, logits, *args, **kwargs))
+        finally:
+            watcher.is_watching = False
+        if correct is not None:
+            watcher.remember(losses, correct)
+        return losses
 
 
 def _identity(losses: Tensor) -> tuple[int, torch.Size]:
@@ -89,11 +130,11 @@ def _identity(losses: Tensor) -> tuple[int, torch.Size]:
 
 
 def _language_model(model: Any) -> Any:
-    """What is wrapped in `model` (Float16Module, DistributedDataParallel), if it has a loss."""
-    while not hasattr(type(model), _METHOD):
-        model = getattr(model, "module", None)
-        if model is None:
-            return None
+    """What has the method: `model`, what it wraps (Float16Module, DistributedDataParallel), or
+    the language model of a multimodal one (LLaVAModel)."""
+    while model is not None and not hasattr(type(model), _METHOD):
+        wrapped = getattr(model, "module", None)
+        model = getattr(model, "language_model", None) if wrapped is None else wrapped
     return model
 
 

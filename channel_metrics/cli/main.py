@@ -112,7 +112,7 @@ def check_command(
 @app.command("run", context_settings={"allow_interspersed_args": False})
 def run_command(
     context: typer.Context,
-    script: Annotated[str, typer.Argument(help="The training script.")],
+    script: Annotated[str, typer.Argument(help="The training script; with -m, a module.")],
     args: Annotated[
         list[str] | None, typer.Argument(help="Everything after SCRIPT belongs to it.")
     ] = None,
@@ -122,23 +122,29 @@ def run_command(
     config: Annotated[
         Path | None, typer.Option(help="YAML of the metrics: fields, channels, metrics, keys.")
     ] = None,
+    *,
+    as_module: Annotated[
+        bool, typer.Option("-m", help="SCRIPT is the name of a module, as for python -m.")
+    ] = False,
 ) -> None:
     """Run an unmodified training script with channel metrics.
 
     Options of ours come before SCRIPT. Output, exit code and signals are those of the script.
     """
-    start = partial(_run_script, script, list(args or []), list(patch or []), config)
+    start = partial(_run_script, script, list(args or []), list(patch or []), config, as_module)
     if isinstance(context.obj, list):
         context.obj.append(start)
     else:
         start()
 
 
-def _run_script(script: str, args: list[str], patches: list[str], config: Path | None) -> None:
+def _run_script(
+    script: str, args: list[str], patches: list[str], config: Path | None, as_module: bool
+) -> None:
     from channel_metrics.cli.run_script import run_script
 
     try:
-        run_script(script, args, patches, config)
+        run_script(script, args, patches, config, as_module=as_module)
     except ChannelMetricsError as error:
         frames = traceback.walk_tb(error.__traceback__)
         if any(frame.f_globals.get("__name__") == "runpy" for frame, _ in frames):

@@ -1,13 +1,14 @@
 """Run somebody's training script, unmodified, with patches applied first.
 
-What the script sees is what it would see from `python SCRIPT ARGS...`: its `sys.argv`, its folder
-first on `sys.path`, `__name__ == "__main__"`; its exit code, its traceback and the signals it gets
-are its own.
+What the script sees is what it would see from `python SCRIPT ARGS...` (or `python -m SCRIPT`): its
+`sys.argv`, its folder (with -m the current one) first on `sys.path`, `__name__ == "__main__"`;
+its exit code, its traceback and the signals it gets are its own.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import runpy
 import sys
@@ -30,10 +31,16 @@ PATCH_MODULES = {
 
 
 def run_script(
-    script: str, args: Sequence[str], patches: Sequence[str], config: Path | None = None
+    script: str,
+    args: Sequence[str],
+    patches: Sequence[str],
+    config: Path | None = None,
+    *,
+    as_module: bool = False,
 ) -> None:
     """Apply `patches` in order, then run `script` as the main program with `args`.
 
+    as_module: whether `script` is the name of a module, as after `python -m`.
     config: a YAML file with a `MetricsConfig`, for the patches of this process and, by the
     environment, of the processes that it starts.
 
@@ -42,7 +49,7 @@ def run_script(
     for name in patches:
         if name not in PATCH_MODULES:
             raise ConfigError(f"unknown patch {name!r}; there are {', '.join(PATCH_MODULES)}.")
-    if not os.path.exists(script):
+    if not as_module and not os.path.exists(script):
         raise ConfigError(
             f"the script {script!r} does not exist; options of ours come before it, its own "
             "arguments after it."
@@ -53,5 +60,28 @@ def run_script(
     for name in patches:
         importlib.import_module(PATCH_MODULES[name]).apply()
     sys.argv = [script, *args]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))
-    runpy.run_path(script, run_name="__main__")
+    if as_module:
+        sys.path[0] = os.getcwd()
+        _check_module(script)
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = os.path.dirname(os.path.abspath(script))
+        runpy.run_path(script, run_name="__main__")
+
+
+def _check_module(name: str) -> None:
+    """Raise `ConfigError` for a module that cannot be run; its parents are imported."""
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        found = importlib.util.find_spec(".".join(parts[:end]))
+        if found is None or (end < len(parts) and found.submodule_search_locations is None):
+            raise ConfigError(
+                f"the module {name!r} does not exist; it is looked for as `python -m {name}` "
+                "would, from the current folder on."
+            )
+    package = found is not None and found.submodule_search_locations is not None
+    if package and importlib.util.find_spec(f"{name}.__main__") is None:
+        raise ConfigError(
+            f"{name!r} is a package without a __main__ module; name the module in it that is to "
+            "run."
+        )

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from channel_metrics.core.checks import check_layout, token_values
+from channel_metrics.core.checks import channels_shape, check_layout, check_scalar, token_values
 from channel_metrics.core.keys import ChannelTable, metric_key
 from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.schema import DEFAULT_METRICS, TOKENS, Schema
@@ -82,7 +82,9 @@ class ChannelLossAccumulator(SumTable):
         weights: Tensor | None = None,
         reported_sum: Tensor | None = None,
     ) -> ChannelLossAccumulator:
-        """Add one micro-batch. With ids, nothing is read back from the device.
+        """Add one micro-batch: all of it, or nothing if it is refused.
+
+        With ids, nothing is read back from the device.
 
         Args:
             token_losses: [T] or [B, S], raw nll in nats of the token at each position.
@@ -102,15 +104,18 @@ class ChannelLossAccumulator(SumTable):
             ChannelError, BoundaryError: naming the argument, what was expected, and what came.
         """
         values = token_values(token_losses, labels, loss_mask, correct, weights)
-        ids = self._ids(channels)
+        if reported_sum is not None:
+            check_scalar("reported_sum", reported_sum)
+        shape = channels_shape(channels)
         # One id for one token of shape [1] is the id of a sequence: without bounds, [T] is one.
-        per_token = cu_seqlens is None and ids.shape == token_losses.shape and ids.shape != (1,)
+        per_token = cu_seqlens is None and shape == token_losses.shape and shape != (1,)
         if per_token:
             sums = token_sums(values, self.dtype, self.schema.columns)
         else:
-            check_layout(values.losses, ids, cu_seqlens)
+            check_layout(values.losses, shape, cu_seqlens)
             sums = sequence_sums(values, cu_seqlens, self.dtype, self.schema.columns)
-        self._add(ids, sums)
+        # Names may join the table: nothing after this is refused.
+        self._add(self._ids(channels), sums)
         if reported_sum is not None:
             nll = sums["nll"].sum()
             if "nonfinite" in sums:

@@ -65,7 +65,9 @@ def boundaries_from_batch(batch: Mapping[str, Any]) -> Boundaries:
     num_tokens = shape.numel()
     for key in _CU_SEQLENS_KEYS:
         if batch.get(key) is not None:
-            return boundaries_from_cu_seqlens(batch[key].flatten(), num_tokens)
+            bounds = batch[key]
+            flat = bounds.flatten() if isinstance(bounds, Tensor) else bounds
+            return boundaries_from_cu_seqlens(flat, num_tokens)
     if batch.get("packed_seq_params") is not None:
         return boundaries_from_packed_seq_params(batch["packed_seq_params"], num_tokens)
     found = _implicit_boundaries(batch, shape)

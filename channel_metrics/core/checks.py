@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from channel_metrics.core.cu_seqlens import can_read, check_cu_seqlens, check_cu_seqlens_type
+from channel_metrics.core.masks import as_bool
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.errors import ChannelError, ChannelMetricsError
 
-__all__ = ["IGNORE_INDEX", "can_read", "check_ids", "check_layout", "token_values"]
+__all__ = [
+    "IGNORE_INDEX",
+    "can_read",
+    "channels_shape",
+    "check_ids",
+    "check_layout",
+    "check_scalar",
+    "token_values",
+]
 
 IGNORE_INDEX = -100
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def token_values(
@@ -26,10 +38,11 @@ def token_values(
     A position is supervised when its label is not -100 and its loss_mask is not 0; without
     either of them, every position is.
     """
-    if not isinstance(token_losses, Tensor) or not token_losses.is_floating_point():
-        came = getattr(token_losses, "dtype", type(token_losses).__name__)
+    came = getattr(token_losses, "dtype", type(token_losses).__name__)
+    if came not in _FLOATS:
         raise ChannelMetricsError(
-            f"token_losses must be a floating point tensor of nll in nats, but is {came}."
+            f"token_losses must be a floating point tensor of nll in nats, but is {came}; pass "
+            "float32, bfloat16, float16 or float64."
         )
     if token_losses.dim() not in (1, 2):
         raise ChannelMetricsError(
@@ -45,6 +58,7 @@ def token_values(
         raise ChannelMetricsError(f"labels must be integer token ids, but is {labels.dtype}.")
     if correct is not None and correct.dtype != torch.bool:
         raise ChannelMetricsError(f"correct must be bool, but is {correct.dtype}.")
+    correct = None if correct is None else as_bool(correct)
     return TokenValues(token_losses, _mask(token_losses, labels, loss_mask), correct, weights)
 
 
@@ -63,20 +77,40 @@ def check_ids(ids: Tensor, num_channels: int) -> None:
         )
 
 
-def check_layout(losses: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Raise `ChannelError` unless there is one id per sequence, `BoundaryError` for bad bounds."""
+def channels_shape(channels: Tensor | Sequence[str | None]) -> torch.Size:
+    """The shape of ids, or of a list of names; raises `ChannelError` for one name by itself."""
+    if isinstance(channels, str):
+        raise ChannelError(
+            f"channels must be one name per sequence, but is the string {channels!r}; pass a list."
+        )
+    return channels.shape if isinstance(channels, Tensor) else torch.Size([len(channels)])
+
+
+def check_scalar(name: str, value: Tensor) -> None:
+    """Raise `ChannelMetricsError` unless `value` is a tensor of one number."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        came = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ChannelMetricsError(
+            f"{name} must be a tensor of one number, but is {came}; pass the sum before .item()."
+        )
+
+
+def check_layout(losses: Tensor, ids: torch.Size, cu_seqlens: Tensor | None) -> None:
+    """Raise `ChannelError` unless there is one id per sequence, `BoundaryError` for bad bounds.
+
+    ids: the shape of the channels.
+    """
     if cu_seqlens is None:
         held = losses.shape[0] if losses.dim() == 2 else 1
         source = f"token_losses has shape {list(losses.shape)} and cu_seqlens is not given"
     else:
+        check_cu_seqlens_type(cu_seqlens)
         if can_read(cu_seqlens):
             check_cu_seqlens(cu_seqlens, losses.numel())
-        else:
-            check_cu_seqlens_type(cu_seqlens)
         held = cu_seqlens.numel() - 1
         source = f"cu_seqlens has {held + 1} bounds"
-    if ids.dim() != 1 or ids.numel() != held:
-        came = f"{ids.numel()} entries" if ids.dim() == 1 else f"shape {list(ids.shape)}"
+    if tuple(ids) != (held,):
+        came = f"{ids.numel()} entries" if len(ids) == 1 else f"shape {list(ids)}"
         raise ChannelError(
             f"channels has {came} but the batch holds {held} sequences ({source}); pass one "
             "channel per sequence."
@@ -84,6 +118,8 @@ def check_layout(losses: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> None
 
 
 def _check_shape(name: str, value: Tensor | None, shape: torch.Size) -> None:
+    if value is not None and not isinstance(value, Tensor):
+        raise ChannelMetricsError(f"{name} must be a tensor, but is {type(value).__name__}.")
     if value is not None and value.shape != shape:
         raise ChannelMetricsError(
             f"{name} must have the shape of token_losses {list(shape)}, but has "
@@ -92,8 +128,8 @@ def _check_shape(name: str, value: Tensor | None, shape: torch.Size) -> None:
 
 
 def _mask(losses: Tensor, labels: Tensor | None, loss_mask: Tensor | None) -> Tensor:
-    if loss_mask is not None and loss_mask.dtype != torch.bool:
-        loss_mask = loss_mask != 0
+    if loss_mask is not None:
+        loss_mask = as_bool(loss_mask)
     if labels is None:
         return torch.ones_like(losses, dtype=torch.bool) if loss_mask is None else loss_mask
     mask = labels != IGNORE_INDEX

@@ -89,6 +89,11 @@ def _bounds_error(cu_seqlens: Tensor, num_tokens: int) -> BoundaryError:
 
 def check_cu_seqlens_type(cu_seqlens: Tensor) -> None:
     """Raise `BoundaryError` unless `cu_seqlens` is a 1-D int32 or int64 tensor with an entry."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise BoundaryError(
+            f"cu_seqlens must be an int32 tensor, but is {type(cu_seqlens).__name__}; pass "
+            "torch.tensor(cu_seqlens, dtype=torch.int32)."
+        )
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise BoundaryError(
             f"cu_seqlens must be int32 or int64, but is {cu_seqlens.dtype}; convert it with "
@@ -103,7 +108,7 @@ def check_cu_seqlens_type(cu_seqlens: Tensor) -> None:
 
 def rows_as_sequences(num_rows: int, row_length: int) -> Tensor:
     """int32 [B + 1]: every row of a [B, S] batch is one sequence, padding included."""
-    return torch.arange(num_rows + 1, dtype=torch.int32) * row_length
+    return torch.arange(num_rows + 1, dtype=torch.int32, device="cpu") * row_length
 
 
 def boundaries_from_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> Boundaries:
@@ -139,7 +144,7 @@ def boundaries_from_packed_seq_params(params: Any, num_tokens: int) -> Boundarie
     owner = sequence_index(padded, num_tokens)
     inside = owner < lengths.numel() - 1
     safe = owner.clamp(max=lengths.numel() - 2)
-    offset = torch.arange(num_tokens) - padded.long()[safe]
+    offset = torch.arange(num_tokens, device=padded.device) - padded.long()[safe]
     return Boundaries(padded.to(torch.int32), inside & (offset < lengths.diff().long()[safe]))
 
 

@@ -142,6 +142,11 @@ class KeyBook:
             self._names.setdefault(self._rewrite(sanitize(name)), name)
         return found
 
+    def forget(self, name: str) -> None:
+        """Take back a channel that shares no key."""
+        self._known.discard(name)
+        self._names.pop(self._rewrite(sanitize(name)), None)
+
     def reserve(self, keys: Iterable[str]) -> None:
         """Reserve more keys; raises `ConfigError` if a known channel is logged under one."""
         self.reserved |= frozenset(keys)
@@ -295,3 +300,7 @@ class ChannelTable(LabelTable):
         if error is not None:
             raise error
         self.keys.learn([name])
+
+    def _remove(self, name: str) -> None:
+        super()._remove(name)
+        self.keys.forget(name)

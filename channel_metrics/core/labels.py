@@ -7,7 +7,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from channel_metrics.errors import ChannelError, ConfigError
@@ -21,7 +24,10 @@ __all__ = [
     "channel_of",
     "channels_of",
     "field_roots",
+    "look_up",
 ]
+
+logger = logging.getLogger("channel_metrics")
 
 DEFAULT_FIELDS = ("channel", "dataset_source", "metadata._fusion_source", "dataset_id")
 UNLABELED = "unlabeled"
@@ -29,7 +35,8 @@ UNLABELED_ID = -1
 
 Unknown = Literal["add", "unlabeled", "error"]
 
-_MISSING = object()
+# The first name with spaces around it is told of.
+_told: set[str] = set()
 
 
 def field_roots(fields: Sequence[str]) -> tuple[str, ...]:
@@ -38,19 +45,29 @@ def field_roots(fields: Sequence[str]) -> tuple[str, ...]:
 
 
 def channels_of(
-    record: Mapping[str, Any], fields: Sequence[str] = DEFAULT_FIELDS
+    record: Mapping[str, Any],
+    fields: Sequence[str] = DEFAULT_FIELDS,
+    classes: Mapping[str, Sequence[str]] | None = None,
 ) -> list[str | None]:
     """The channels of the sequences in one record: one, or several where it is a pack.
 
-    The first field that is there and not None wins; a list there means one channel per packed
-    sequence. A record without any gives `[None]`.
+    The first field that holds a channel wins; a list there means one channel per packed
+    sequence, or per token. A record without any gives `[None]`: None, NaN, `pd.NA` and an empty
+    string are no channel. Spaces around a name do not belong to it.
+
+    classes: {field: names} of the fields whose integers are numbers of classes, see
+        `channel_metrics.data.scan.class_names`.
     """
     for field in fields:
-        value = _lookup(record, field)
+        value = look_up(record, field)
+        names = (classes or {}).get(field, ())
+        if getattr(value, "ndim", 0) == 1:
+            value = value.tolist()
         if isinstance(value, (list, tuple)):
-            return [_as_name(item, field) for item in value]
-        if value is not _MISSING and value is not None:
-            return [_as_name(value, field)]
+            return _as_names(value, field, names)
+        name = _as_name(value, field, names)
+        if name is not None:
+            return [name]
     return [None]
 
 
@@ -96,21 +113,31 @@ class LabelTable:
 
     def add(self, name: str) -> int:
         """The id of `name`, which joins the table if it is new; `unlabeled` is always -1."""
-        if name == UNLABELED:
+        bare = _bare(name)
+        if bare == UNLABELED:
             return UNLABELED_ID
-        if name in self._ids:
-            return self._ids[name]
-        if not isinstance(name, str) or not name.strip():
+        if bare in self._ids:
+            return self._ids[bare]
+        if not isinstance(bare, str) or not bare:
             raise ChannelError(
                 f"a channel name must be a non-empty string, but is {name!r}; give the source a "
                 "name, or leave the field out to count its tokens as unlabeled."
             )
-        self._check(name)
-        return self._ids.setdefault(name, len(self._ids))
+        self._check(bare)
+        return self._ids.setdefault(bare, len(self._ids))
+
+    def add_all(self, names: Iterable[str]) -> list[int]:
+        """The ids of `names`, which join the table: all of them, or none if one is refused."""
+        with self._all_or_none():
+            return [self.add(name) for name in names]
 
     def ids(self, names: Iterable[str | None]) -> list[int]:
-        """The ids of `names`; None is unlabeled, an unknown name does what `unknown` says."""
-        return [UNLABELED_ID if name is None else self._id(name) for name in names]
+        """The ids of `names`; None is unlabeled, an unknown name does what `unknown` says.
+
+        Where one is refused, none of them joins the table.
+        """
+        with self._all_or_none():
+            return [UNLABELED_ID if name is None else self._id(name) for name in names]
 
     def knows_all(self, names: Iterable[str | None]) -> bool:
         """Whether `ids(names)` would neither grow the table nor need to."""
@@ -121,8 +148,24 @@ class LabelTable:
     def _check(self, name: str) -> None:
         """Raise for a name that must not join; here all may."""
 
+    def _remove(self, name: str) -> None:
+        """Take back the name that joined last."""
+        del self._ids[name]
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """If the block is left by an exception, the names that joined in it leave again."""
+        before = len(self._ids)
+        try:
+            yield
+        except Exception:
+            for name in reversed(list(self._ids)[before:]):
+                self._remove(name)
+            raise
+
     def _id(self, name: str) -> int:
-        if name in self._ids or name == UNLABELED or self.unknown == "add":
+        known = _bare(name) in self._ids or _bare(name) == UNLABELED
+        if known or self.unknown == "add":
             return self.add(name)
         if self.unknown == "unlabeled":
             return UNLABELED_ID
@@ -132,25 +175,63 @@ class LabelTable:
         )
 
 
-def _lookup(record: Mapping[str, Any], field: str) -> Any:
+def look_up(record: Mapping[str, Any], field: str) -> Any:
+    """What a dotted field of a record holds; None if it is not there."""
     if field in record:
         return record[field]
     value: Any = record
     for part in field.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            return _MISSING
+            return None
         value = value[part]
     return value
 
 
-def _as_name(value: Any, field: str) -> str | None:
+def _as_names(values: Sequence[Any], field: str, classes: Sequence[str]) -> list[str | None]:
+    # One channel per token is a long list of a few values.
+    try:
+        names = {value: _as_name(value, field, classes) for value in set(values)}
+    except TypeError:  # tensors of one number, and what is no name at all
+        return [_as_name(value, field, classes) for value in values]
+    return [names[value] for value in values]
+
+
+def _as_name(value: Any, field: str, classes: Sequence[str] = ()) -> str | None:
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()
-    if value is None or isinstance(value, str):
-        return value
+    if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
+        # A column of integers with gaps comes as floats.
+        value = None if math.isnan(value) else int(value)
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):  # pd.NA, without pandas
+        return None
+    if isinstance(value, str):
+        return _stripped(value) or None
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+        return _class_name(value, field, classes) if classes else str(value)
     raise ChannelError(
         f"field {field!r} of a record must be a name or an integer, but is "
         f"{type(value).__name__}; point `fields` at the entry that holds the channel."
     )
+
+
+def _class_name(number: int, field: str, classes: Sequence[str]) -> str | None:
+    """The name of a class; -1 is none."""
+    if -1 <= number < len(classes):
+        return None if number == -1 else classes[number]
+    raise ChannelError(
+        f"field {field!r} of a record must be the number of a class, -1 or 0 to "
+        f"{len(classes) - 1}, but is {number}; the column's ClassLabel has too few names."
+    )
+
+
+def _bare(name: Any) -> Any:
+    """Spaces around a name do not belong to it."""
+    return name.strip() if isinstance(name, str) else name
+
+
+def _stripped(name: str) -> str:
+    found: str = _bare(name)
+    if found and found != name and not _told:
+        _told.add(name)
+        logger.warning("channel %r has spaces around it: it is counted as %r.", name, found)
+    return found

@@ -12,10 +12,17 @@ from channel_metrics.core.cu_seqlens import Boundaries, rows_as_sequences, seque
 from channel_metrics.errors import BoundaryError
 
 __all__ = [
+    "as_bool",
     "boundaries_from_attention_mask",
     "boundaries_from_position_ids",
     "boundaries_from_seq_idx",
 ]
+
+
+def as_bool(values: Tensor) -> Tensor:
+    """bool, True where values are not 0; a bool tensor whose bytes are neither 0 nor 1, too."""
+    # Kernels take such bytes (of a uint8 that was viewed as bool) for what they are.
+    return (values.view(torch.uint8) if values.dtype == torch.bool else values) != 0
 
 
 def boundaries_from_attention_mask(attention_mask: Tensor) -> Boundaries:
@@ -36,7 +43,8 @@ def boundaries_from_attention_mask(attention_mask: Tensor) -> Boundaries:
         raise BoundaryError(
             f"a 2-D attention_mask must be bool or integer, but is {attention_mask.dtype}."
         )
-    numbers = attention_mask.long()
+    bits = attention_mask.dtype == torch.bool
+    numbers = (as_bool(attention_mask) if bits else attention_mask).long()
     if numbers.numel() and int(numbers.min()) < 0:
         raise BoundaryError(
             f"attention_mask must hold 0/1 or segment numbers, but holds {int(numbers.min())}."
@@ -51,11 +59,11 @@ def boundaries_from_attention_mask(attention_mask: Tensor) -> Boundaries:
 def boundaries_from_position_ids(
     position_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Boundaries:
-    """From position ids [B, S] or [T] that restart at 0 with every sequence (padding-free).
+    """From position ids [B, S] or [T] that restart with every sequence, at 0 or another number.
 
     A 0/1 `attention_mask` [B, S] names the pad positions, which never start a sequence. Every
     row starts a sequence. A tail of pads that is not masked cannot be told from sequences of
-    length 1; the number of channels will not fit it, and that is an error.
+    length 1: there are then more sequences than channels, which is an error.
     """
     if position_ids.dim() == 1:
         position_ids = position_ids.unsqueeze(0)
@@ -71,8 +79,13 @@ def boundaries_from_position_ids(
                 f"attention_mask has shape {list(attention_mask.shape)} but position_ids has "
                 f"{list(position_ids.shape)}; they describe the same tokens."
             )
-        keep = attention_mask.bool()
-    return _from_starts((position_ids == 0) & keep, keep)
+        keep = as_bool(attention_mask)
+    before = _kept_before(keep)
+    previous = position_ids.gather(1, before.clamp(min=0))
+    restarts = (before < 0) | (position_ids < previous)
+    # Sequences of one token do not go back: they repeat what others begin at.
+    first = torch.isin(position_ids, position_ids[keep & restarts])
+    return _from_starts(keep & (restarts | (first & (position_ids == previous))), keep)
 
 
 def boundaries_from_seq_idx(seq_idx: Tensor) -> Boundaries:
@@ -121,7 +134,8 @@ def _from_segment_numbers(numbers: Tensor) -> Boundaries:
 
 def _kept_before(keep: Tensor) -> Tensor:
     """[B, S]: the last kept position before each one, else -1: pads in a row open nothing."""
-    index = torch.where(keep, torch.arange(keep.shape[1]).expand_as(keep), -1)
+    positions = torch.arange(keep.shape[1], device=keep.device)
+    index = torch.where(keep, positions.expand_as(keep), -1)
     return torch.nn.functional.pad(index.cummax(1).values, (1, 0), value=-1)[:, :-1]
 
 
@@ -137,15 +151,14 @@ def _from_block_diagonal(mask: Tensor) -> Boundaries:
             f"elsewhere), but holds {float(mask.max())}; pass 0/1 masks as bool."
         )
     # Additive masks hold 0 where attention is allowed and a large negative number elsewhere.
-    allowed = mask[:, 0] >= 0 if mask.is_floating_point() else mask[:, 0].bool()
+    allowed = mask[:, 0] >= 0 if mask.is_floating_point() else as_bool(mask[:, 0])
     keep = allowed.diagonal(dim1=1, dim2=2)
     before = _kept_before(keep)
     joined = allowed.gather(2, before.clamp(min=0).unsqueeze(2)).squeeze(2) & (before >= 0)
     boundaries = _from_starts(keep & ~joined, keep)
-    size = mask.shape[-1]
     owner = sequence_index(boundaries.cu_seqlens, keep.numel()).view(keep.shape)
     same = (owner[:, :, None] == owner[:, None, :]) & keep[:, :, None] & keep[:, None, :]
-    causal = same & torch.ones(size, size, dtype=torch.bool).tril()
+    causal = same & torch.ones_like(same[0]).tril()
     # What pad positions attend to says nothing.
     allowed = allowed & keep[:, :, None]
     if not (torch.equal(allowed, causal) or torch.equal(allowed, same)):

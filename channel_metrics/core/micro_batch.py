@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from channel_metrics.core.accumulator import ChannelLossAccumulator
+from channel_metrics.core.checks import check_ids
 from channel_metrics.core.sums import TokenValues
 
 __all__ = ["MicroBatch"]
@@ -56,6 +57,8 @@ class MicroBatch:
     def add_to(self, table: ChannelLossAccumulator) -> None:
         """Count the tokens in `table`, which moves to their device."""
         device = self.token_losses.device
+        if self.sequences is not None:
+            check_ids(self.sequences, len(table.labels))
         table.to(device)
         channels = self.channels
         if isinstance(channels, Tensor):

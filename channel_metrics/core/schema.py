@@ -14,7 +14,6 @@ Nothing here imports torch: those who only read logs do not wait for it.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from channel_metrics.errors import ConfigError
+from channel_metrics.errors import ConfigError, hint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,9 +161,7 @@ class Schema:
         chosen = tuple(dict.fromkeys(names))
         for name in chosen:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise ConfigError(f"unknown metric {name!r}; {hint}Known: {', '.join(known)}.")
+                raise ConfigError(f"unknown metric {name!r}; {hint(name, known)}")
         return chosen
 
     def chosen(self, names: Sequence[str]) -> list[Metric]:
@@ -209,7 +206,7 @@ def _perplexity(sums: Sums) -> float | None:
 
 
 def _nonfinite(sums: Sums) -> float | None:
-    return sums["nonfinite"] or None
+    return sums["nonfinite"] + sums["nonfinite_weight"] or None
 
 
 def _ratio_of(numerator: str, denominator: str, sums: Sums) -> float | None:
@@ -238,6 +235,12 @@ TOKENS.register(
     ),
     Column("weighted_nll", "nats", "weight * loss", per_token="weighted_nll"),
     Column("weight", "weight", "the weights of tokens", per_token="weight"),
+    Column(
+        "nonfinite_weight",
+        "tokens",
+        "tokens with a finite loss whose weight is NaN or infinite",
+        per_token="nonfinite_weight",
+    ),
     Metric(
         "loss",
         ("nll", "tokens", "nonfinite"),
@@ -292,10 +295,11 @@ TOKENS.register(
     ),
     Metric(
         "nonfinite",
-        ("nonfinite",),
+        ("nonfinite", "nonfinite_weight"),
         _nonfinite,
         unit="tokens",
-        doc="tokens with a NaN or infinite loss, if any: in `tokens` and `share`, not in `loss`",
+        doc="tokens with a NaN or infinite loss or weight, if any: in `tokens` and `share`; "
+        "such a loss is not in `loss`, such a weight not in `weighted_loss`",
         adds_up=True,
         always=True,
     ),

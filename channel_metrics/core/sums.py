@@ -16,6 +16,7 @@ from torch import Tensor
 
 from channel_metrics.core.cu_seqlens import can_read, to_target_frame
 from channel_metrics.core.schema import TOKENS, Column
+from channel_metrics.errors import ChannelMetricsError
 
 __all__ = ["SequenceView", "TokenValues", "TokenView", "sequence_sums", "table_rows", "token_sums"]
 
@@ -52,14 +53,15 @@ class TokenView:
     losses, mask: as they were given. All others are 0 where a position is not supervised, and in
     the dtype of the sums where they are not bool: nll, the finite losses; nonfinite, where the
     loss is not (None if all are known to be finite); correct, and judged, where it was given;
-    weight, that of tokens with a finite loss; weighted_nll. None where this micro-batch does not
-    have them.
+    weight, that of tokens where it and the loss are finite; weighted_nll; nonfinite_weight, where
+    only the weight is not. None where this micro-batch does not have them.
     """
 
     def __init__(self, values: TokenValues, dtype: torch.dtype) -> None:
         self.losses: Tensor = values.losses.detach()
         self.mask: Tensor = values.mask
-        self.nonfinite = self.correct = self.judged = self.weight = self.weighted_nll = None
+        self.nonfinite = self.correct = self.judged = None
+        self.weight = self.weighted_nll = self.nonfinite_weight = None
         finite, counted = self.losses, self.mask
         # Where a look is free, and all losses are finite, there is nothing to leave out.
         if not can_read(finite) or not math.isfinite(finite.sum().item()):
@@ -71,14 +73,18 @@ class TokenView:
         if values.correct is not None:
             self.correct, self.judged = values.correct & self.mask, self.mask
         if values.weights is not None:
-            self.weight = values.weights.detach().to(dtype).where(counted, 0)
+            weights = values.weights.detach().to(dtype)
+            weighed = counted & (weights.abs() < torch.inf)
+            self.weight = weights.where(weighed, 0)
             self.weighted_nll = self.weight * self.nll
+            self.nonfinite_weight = counted ^ weighed
 
     def column(self, column: Column) -> Tensor | None:
         """The values of one column at the supervised positions, 0 elsewhere."""
         found = _values_of(self, column.per_token)
         if found is None or isinstance(column.per_token, str):
             return found
+        _check_values(column, found, self.mask.shape)
         return found & self.mask if found.dtype == torch.bool else found.where(self.mask, 0)
 
 
@@ -129,6 +135,7 @@ def sequence_sums(
     for column in columns:
         found = _values_of(of_sequences, column.per_sequence)
         if found is not None:
+            _check_values(column, found, lengths.shape)
             sums[column.name] = found.to(dtype)
     return sums
 
@@ -167,6 +174,14 @@ def _values_of(view: Any, way: str | Callable[[Any], Tensor | None] | None) -> T
         return None if way is None else way(view)
     found: Tensor | None = getattr(view, way)
     return found
+
+
+def _check_values(column: Column, values: Tensor, shape: torch.Size) -> None:
+    if values.shape != shape:
+        raise ChannelMetricsError(
+            f"column {column.name!r} must give values of shape {list(shape)}, but gave "
+            f"{list(values.shape)}; return one value per token, or per sequence."
+        )
 
 
 def _token_columns(view: TokenView, columns: Sequence[Column]) -> dict[str, Tensor]:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from channel_metrics.core.checks import can_read, check_ids
+from channel_metrics.core.checks import can_read, channels_shape, check_ids, check_scalar
 from channel_metrics.core.labels import UNLABELED, LabelTable
 from channel_metrics.core.schema import Metric, Schema
 from channel_metrics.core.sums import table_rows
-from channel_metrics.errors import ChannelError, ChannelMetricsError
+from channel_metrics.errors import ChannelError, ChannelMetricsError, ConfigError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,6 +52,11 @@ class SumTable:
         self.labels = labels
         self.columns = tuple(columns)
         self.dtype = dtype or _dtype_of(device)
+        if self.dtype not in (torch.float64, torch.float32):
+            raise ConfigError(
+                f"dtype must be torch.float64 or torch.float32, but is {dtype}; in any other, "
+                "counts and losses would be rounded."
+            )
         # Tensors made in inference mode could not be added to outside of it.
         with torch.inference_mode(False):
             size = (len(self.columns), len(labels) + 1)
@@ -86,7 +91,8 @@ class SumTable:
 
         Two zeros do not differ. What is not finite, theirs or ours, is not compared.
         """
-        ours, theirs = ours.detach().to(self._mismatch), theirs.detach().to(self._mismatch)
+        check_scalar("the loss to compare with", theirs)
+        ours, theirs = (one.detach().reshape(()).to(self._mismatch) for one in (ours, theirs))
         off = (ours - theirs).abs() / torch.maximum(ours.abs(), theirs.abs())
         torch.maximum(self._mismatch, torch.nan_to_num(off, nan=0, posinf=0), out=self._mismatch)
 
@@ -145,16 +151,22 @@ class SumTable:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Self:
-        """Replace the sums by those of `state_dict()`; names and columns are matched by name."""
+        """Replace the sums by those of `state_dict()`; names and columns are matched by name.
+
+        Raises `ChannelMetricsError` for a state that is damaged; then the sums stay what they were.
+        """
         if state.get("version") != _STATE_VERSION or "columns" not in state:
             raise ChannelMetricsError(
                 f"the state must have version {_STATE_VERSION} and name its columns, but has "
                 f"version {state.get('version')!r} and columns {state.get('columns')}; it was "
                 "written by another version of channel_metrics."
             )
+        columns, names, sums, mismatch = _checked_state(state)
+        # Names are refused before the sums are touched.
+        self.labels.add_all(names)
         self.reset()
-        self._load(state["names"], state["columns"], state["sums"])
-        self._mismatch.fill_(state["mismatch"])
+        self._load(names, columns, sums)
+        self._mismatch.fill_(mismatch)
         return self
 
     def _kind(self) -> tuple[Any, ...]:
@@ -166,11 +178,7 @@ class SumTable:
         if isinstance(labels, Tensor):
             check_ids(labels, len(self.labels))
             return labels.to(self.device, non_blocking=True)
-        if isinstance(labels, str):
-            raise ChannelError(
-                f"channels must be one name per sequence, but is the string {labels!r}; pass a "
-                "list."
-            )
+        channels_shape(labels)
         return torch.tensor(self.labels.ids(labels), dtype=torch.int64, device=self.device)
 
     def _add(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
@@ -206,8 +214,9 @@ class SumTable:
 
     def _load(self, names: Sequence[str], columns: Sequence[str], sums: Tensor) -> None:
         """Add float64 [len(names) + 1, len(columns)]; columns that are unknown here are dropped."""
-        rows = torch.tensor([0, *(self.labels.add(name) + 1 for name in names)], device=self.device)
-        placed = torch.zeros(len(self.columns), len(sums), dtype=torch.float64)
+        ids = self.labels.add_all(names)
+        rows = torch.tensor([0, *(index + 1 for index in ids)], device=self.device)
+        placed = sums.new_zeros(len(self.columns), len(sums))
         for index, name in enumerate(columns):
             if name in self.columns:
                 placed[self.columns.index(name)] = sums[:, index]
@@ -235,6 +244,26 @@ def values_by_channel(
         ordered[index]: schema.values(dict(zip(columns, row, strict=True)), total, metrics)
         for index, row in zip(present.tolist(), rows[present].tolist(), strict=True)
     }
+
+
+def _checked_state(state: Mapping[str, Any]) -> tuple[list[str], list[str], Tensor, float]:
+    """columns, names, sums [len(names) + 1, len(columns)] and mismatch of a `state_dict()`."""
+    try:
+        columns, names = [str(name) for name in state["columns"]], list(state["names"])
+        sums = torch.as_tensor(state["sums"], dtype=torch.float64, device="cpu")
+        mismatch = float(state["mismatch"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ChannelMetricsError(
+            f"the state must hold columns, names, sums and mismatch, but is damaged ({error!r}); "
+            "load the state of another checkpoint."
+        ) from None
+    expected = (len(names) + 1, len(columns))
+    if sums.shape != expected:
+        raise ChannelMetricsError(
+            f"the sums of a state with {len(names)} names and {len(columns)} columns must have "
+            f"shape {list(expected)}, but have {list(sums.shape)}; it is damaged."
+        )
+    return columns, names, sums, mismatch
 
 
 def _dtype_of(device: torch.device) -> torch.dtype:

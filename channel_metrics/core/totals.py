@@ -25,6 +25,7 @@ TOTALS_FILE = "channel_metrics.json"
 # What the Megatron adapters of version 0.1 called it.
 _OLD_FILE = "channel_metrics_totals.json"
 _VERSION = 1
+_LIMIT = 2**63
 
 
 class RunTotals:
@@ -67,15 +68,21 @@ class RunTotals:
         return {"version": _VERSION, "channels": {name: self.of(name) for name in self._totals}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> RunTotals:
-        """Replace the totals by those of `state_dict()`."""
+        """Replace the totals by those of `state_dict()`.
+
+        Raises `ChannelMetricsError` for a damaged state; then the totals stay what they were.
+        """
+        if not isinstance(state, Mapping) or not isinstance(state.get("channels", {}), Mapping):
+            raise ChannelMetricsError("the totals must be a mapping of channels to counts.")
         if state.get("version") != _VERSION:
             raise ChannelMetricsError(
                 f"the totals must have version {_VERSION}, but have {state.get('version')!r}; "
                 "they were written by another version of channel_metrics."
             )
+        if "channels" not in state:
+            raise ChannelMetricsError("the totals must have `channels`, but have none.")
         self._totals = {
-            str(name): {str(key): int(count) for key, count in totals.items()}
-            for name, totals in state["channels"].items()
+            str(name): _checked(str(name), totals) for name, totals in state["channels"].items()
         }
         return self
 
@@ -90,11 +97,24 @@ class RunTotals:
         """Read what `save` wrote; raises `ChannelMetricsError` for a file that is damaged."""
         try:
             return self.load_state_dict(json.loads(path.read_text()))
-        except (KeyError, TypeError, AttributeError, ValueError, OSError, RecursionError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise ChannelMetricsError(
                 f"{path} must hold the totals of a run, but cannot be read ({error!r}); delete "
                 "it to resume with totals that start at zero."
             ) from None
+
+
+def _checked(channel: str, totals: Any) -> dict[str, int]:
+    """The totals of one channel; raises `ChannelMetricsError` unless they are counts."""
+    if not isinstance(totals, Mapping):
+        raise ChannelMetricsError(f"the totals of {channel!r} must be counts, but are {totals!r}.")
+    for key, count in totals.items():
+        if type(count) is not int or not 0 <= count < _LIMIT:
+            came = "out of that range" if type(count) is int else repr(count)[:40]
+            raise ChannelMetricsError(
+                f"{key} of {channel!r} must be a whole number from 0 to 2**63 - 1, but is {came}."
+            )
+    return {str(key): count for key, count in totals.items()}
 
 
 def totals_path(folder: Path) -> Path | None:

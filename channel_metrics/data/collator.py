@@ -24,14 +24,36 @@ from channel_metrics.core.boundaries import Boundaries, boundaries_from_batch
 from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.core.faults import Once
 from channel_metrics.core.labels import DEFAULT_FIELDS, LabelTable, channels_of, field_roots
+from channel_metrics.data.batch_layout import (
+    Names,
+    has_channel_per_token,
+    names_per_run,
+    names_per_sequence,
+    own_channels,
+    rows_of,
+    spans_of_records,
+    without_pad_tail,
+)
+from channel_metrics.data.record_order import (
+    Span,
+    matched_records,
+    tokens_of_records,
+    tokens_of_spans,
+)
 from channel_metrics.errors import ChannelError, ChannelMetricsError
 
-__all__ = ["BOUNDS_KEY", "ChannelCollator", "CollatorFault"]
+__all__ = ["BOUNDS_KEY", "RECORDS_KEY", "ChannelCollator", "CollatorFault"]
 
 logger = logging.getLogger("channel_metrics")
 
 # Not "cu_seqlens": a model may take an argument of that name, which must reach it untouched.
 BOUNDS_KEY = "channel_cu_seqlens"
+# For each row or sequence the number of its record, where the collator changed their order.
+RECORDS_KEY = "channel_records"
+# The order of records is looked at in so many batches at first, and in one of so many later.
+_FIRST_BATCHES, _ONE_OF = 8, 100
+
+Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,6 +86,16 @@ class ChannelCollator:
     row_bounds: whether the boundaries are added even if every row is one sequence.
     carry_faults: whether an error of ours travels in the batch, as `channels`, because it
         is for the main process to decide what becomes of it. Without this it is raised.
+    classes: {field: names} where a field holds numbers of classes (`ClassLabel`), see
+        `channel_metrics.data.scan.class_names`.
+    records_key: the batch key for the numbers of the records, if `base` changes their order;
+        None leaves them out.
+
+    A `base` that returns `channels` itself (names, or ids of `table`, one per sequence), and
+    boundaries under `bounds_key` where rows are not sequences, is taken at its word. Of any other,
+    the first batches and a sample of the later ones are compared with the `input_ids` of their
+    records: where `base` sorts them, the channels follow. Records without `input_ids` cannot be
+    compared, and must come out in the order in which they went in.
 
     Raises `ChannelError` if records and sequences do not fit each other.
     """
@@ -78,8 +110,12 @@ class ChannelCollator:
         bounds_key: str = "cu_seqlens",
         row_bounds: bool = True,
         carry_faults: bool = False,
+        classes: Mapping[str, Sequence[str]] | None = None,
+        records_key: str | None = None,
     ) -> None:
         self.base = base
+        self.classes = dict(classes or {})
+        self.records_key = records_key
         self.carry_faults = carry_faults
         self.fields = tuple(fields)
         self.table = table
@@ -87,6 +123,10 @@ class ChannelCollator:
         self.bounds_key = bounds_key
         self.row_bounds = row_bounds
         self._warned: set[str] = set()
+        self._num_batches = 0
+        self._reorders = False
+        # Whether a sequence of some batch held just the tokens of a record.
+        self._comparable = False
 
     @property
     def roots(self) -> tuple[str, ...]:
@@ -125,8 +165,8 @@ class ChannelCollator:
         return self.base([self._without_fields(feature) for feature in features])
 
     def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
-        records = [_as_record(feature) for feature in features]
-        channels = [channels_of(record, self.fields) for record in records]
+        # Copies: collators may change their records.
+        records = [dict(f) if isinstance(f, Mapping) else f for f in features]
         batch = collate(features)
         if not isinstance(batch, MutableMapping):
             raise ChannelError(
@@ -134,30 +174,86 @@ class ChannelCollator:
                 "channels need a batch that they can ride in."
             )
         if "channels" in batch:
-            raise ChannelError(
-                "the wrapped collator already returned the key 'channels'; rename that column, "
-                "or leave the annotation to one of the two."
-            )
-        batch.update(self._added_keys(batch, channels))
+            channels = own_channels(batch["channels"], self.table)
+            bounds = batch.pop(self.bounds_key, None)
+            view = batch if bounds is None else {**batch, "cu_seqlens": bounds}
+            batch.update(self._added_keys(view, channels))
+        else:
+            found = [_as_record(record) for record in records]
+            channels = [channels_of(record, self.fields, self.classes) for record in found]
+            batch.update(self._added_keys(batch, channels, found))
         return batch
 
     def _added_keys(
-        self, batch: Mapping[str, Any], channels: list[list[str | None]]
+        self, batch: Mapping[str, Any], channels: Names, records: Sequence[Record] = ()
     ) -> dict[str, Any]:
-        """`channels` and the boundaries; channels: those that each record lists."""
-        num_names = sum(len(of_record) for of_record in channels)
-        boundaries = _without_pad_tail(boundaries_from_batch(batch), num_names, batch)
-        self._check_labels(batch.get("labels"), boundaries)
-        names = _names_per_sequence(channels, boundaries, batch)
+        """`channels` and the boundaries.
+
+        channels: those that each record lists. records: given if the order of the batch may be
+        compared with them.
+        """
+        records = records or [{}] * len(channels)
+        per_token = [has_channel_per_token(r, c) for r, c in zip(records, channels, strict=True)]
+        counts = [1 if all_ else len(c) for all_, c in zip(per_token, channels, strict=True)]
+        boundaries = without_pad_tail(boundaries_from_batch(batch), sum(counts), batch)
+        spans = spans_of_records(counts, boundaries, batch)
+        order = self._changed_order(records, batch, boundaries, spans)
+        if order is not None:
+            channels = [channels[i] for i in order]
+        if any(per_token) and spans is not None:
+            names, boundaries = names_per_run(channels, spans, boundaries)
+        else:
+            names = names_per_sequence(channels, boundaries, batch)
+            self._check_labels(batch.get("labels"), boundaries)
         added: dict[str, Any] = {"channels": self._ids_or_names(names)}
-        if self.row_bounds or boundaries.num_sequences != _rows(batch)[0]:
+        if self.row_bounds or boundaries.num_sequences != rows_of(batch)[0]:
             added[self.bounds_key] = boundaries.cu_seqlens
+        if order is not None and self.records_key is not None:
+            added[self.records_key] = torch.tensor(order, device="cpu")
         return added
+
+    def _changed_order(
+        self,
+        records: Sequence[Record],
+        batch: Mapping[str, Any],
+        boundaries: Boundaries,
+        spans: Sequence[Span] | None,
+    ) -> list[int] | None:
+        """The number of the record in each span; None if it is in order, or cannot be compared."""
+        count, self._num_batches = self._num_batches, self._num_batches + 1
+        due = self._reorders or count < _FIRST_BATCHES or count % _ONE_OF == 0
+        tokens = tokens_of_records(records) if due and spans is not None else None
+        sequences = None if tokens is None else tokens_of_spans(batch, boundaries, spans or ())
+        if tokens is None or sequences is None:
+            return None
+        found, exact = matched_records(sequences, tokens)
+        order = [number for number in found if number is not None]
+        self._comparable |= exact
+        if not self._comparable:
+            # A collator that makes other tokens of every record says nothing of their order.
+            return None
+        if len(order) < len(found):
+            raise ChannelError(
+                f"sequence {found.index(None)} of a batch holds the tokens of none of its "
+                f"{len(found)} records: the collator reorders, drops or replaces records, so their "
+                "channels cannot be matched. Do this in the dataset, before the collator, or let "
+                "the collator return `channels` itself, one name per sequence."
+            )
+        if order == list(range(len(order))):
+            return None
+        late = 0 if self._reorders or count < _FIRST_BATCHES else _ONE_OF - 1
+        self._reorders = True
+        self._warn_once(
+            late,
+            "the collator changes the order of records, which it did not do at first: up to %d "
+            "batches before this one may have been counted under other channels.",
+        )
+        return order
 
     def _ids_or_names(self, names: list[str | None]) -> Tensor | list[str | None]:
         if self.table is None or not self.table.knows_all(names):
             return names
-        return torch.tensor(self.table.ids(names), dtype=torch.int64)
+        return torch.tensor(self.table.ids(names), dtype=torch.int64, device="cpu")
 
     def _without_fields(self, feature: Any) -> Any:
         if not isinstance(feature, Mapping) or not self.strip.intersection(feature):
@@ -191,49 +287,6 @@ class ChannelCollator:
             logger.warning("first such batch: " + message, count)
 
 
-def _without_pad_tail(
-    boundaries: Boundaries, num_names: int, batch: Mapping[str, Any]
-) -> Boundaries:
-    """Padding-free rows that are padded to a multiple end in pads that look like sequences.
-
-    TRL gives all of them position 0, and labels of -100: nothing there is counted.
-    """
-    labels = batch.get("labels")
-    if boundaries.num_sequences <= num_names or not isinstance(labels, Tensor):
-        return boundaries
-    tail = boundaries.cu_seqlens[num_names:]
-    pads = labels.flatten()[int(tail[0]) : int(tail[-1])]
-    if _rows(batch)[0] != 1 or bool((tail.diff() != 1).any() | (pads != IGNORE_INDEX).any()):
-        return boundaries
-    return Boundaries(boundaries.cu_seqlens[: num_names + 1], boundaries.keep)
-
-
-def _names_per_sequence(
-    channels: list[list[str | None]], boundaries: Boundaries, batch: Mapping[str, Any]
-) -> list[str | None]:
-    names = [name for of_record in channels for name in of_record]
-    held = boundaries.num_sequences
-    counts = _sequences_per_row(boundaries, batch)
-    by_row = len(channels) == len(counts)
-    if by_row:
-        # Each record is one row: its one channel is that of all its sequences, or it lists them.
-        rows = [c * n if len(c) == 1 else c for c, n in zip(channels, counts, strict=True)]
-        if [len(row) for row in rows] == counts:
-            return [name for row in rows for name in row]
-    # Which row a sequence of no tokens is in cannot be seen where two rows meet.
-    certain = by_row and bool((boundaries.cu_seqlens.diff() > 0).all())
-    if len(names) == held and not certain:
-        return names
-    if all(name is None for name in names):
-        return [None] * held
-    per_row = f"{[len(c) for c in channels]} against {counts} per row, " if by_row else ""
-    raise ChannelError(
-        f"the records name {len(names)} channels but the batch holds {held} sequences "
-        f"({per_row}boundaries {boundaries.cu_seqlens[:8].tolist()}{'...' if held > 7 else ''}); "
-        "a packer must keep one channel per sequence, in order."
-    )
-
-
 def _as_record(feature: Any) -> Mapping[str, Any]:
     if isinstance(feature, Mapping):
         return feature
@@ -244,21 +297,3 @@ def _as_record(feature: Any) -> Mapping[str, Any]:
         )
     record: Mapping[str, Any] = vars(feature)
     return record
-
-
-def _sequences_per_row(boundaries: Boundaries, batch: Mapping[str, Any]) -> list[int]:
-    num_rows, row_length = _rows(batch)
-    if not num_rows or not row_length:
-        return []
-    rows = (boundaries.cu_seqlens[:-1].long() // row_length).clamp(max=num_rows - 1)
-    counts: list[int] = torch.bincount(rows, minlength=num_rows).tolist()
-    return counts
-
-
-def _rows(batch: Mapping[str, Any]) -> tuple[int, int]:
-    """The number of rows and their length; (0, 0) where no token tensor shows them."""
-    for key in ("labels", "input_ids"):
-        value = batch.get(key)
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return (value.shape[0], value.shape[1]) if value.dim() > 1 else (1, value.shape[0])
-    return 0, 0

@@ -7,27 +7,33 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from channel_metrics.core.labels import channels_of, field_roots
+from channel_metrics.core.labels import channels_of, field_roots, look_up
 from channel_metrics.errors import ChannelError
 
-__all__ = ["count_channels", "scan_channels"]
+__all__ = ["class_names", "count_channels", "scan_channels"]
 
 logger = logging.getLogger("channel_metrics")
 
-_SCAN_ROWS = 65_536
+# Rows that are read at once; records that list a channel per token are long.
+_SCAN_ROWS, _SCAN_LISTS = 65_536, 1_024
 
 
-def scan_channels(dataset: Any, fields: Sequence[str], split: str) -> list[str] | None:
+def scan_channels(
+    dataset: Any, fields: Sequence[str], split: str, *, needed: bool = True
+) -> list[str] | None:
     """The channels of a dataset, sorted, so that all ranks give them the same ids.
 
+    needed: whether a training set must have some; not where they are declared, and the collator
+    returns them.
+
     None for a dataset that cannot be scanned. Raises `ChannelError` if no record of a training set
-    has a channel.
+    has a channel that is needed.
     """
     counts = count_channels(dataset, fields)
     if counts is None:
         return None
     unlabeled = counts.pop(None, 0)
-    if not counts and unlabeled and split == "train":
+    if not counts and unlabeled and needed and split == "train":
         columns = getattr(dataset, "column_names", None) or sorted(dataset[0])
         raise ChannelError(
             f"none of the {unlabeled} records of the {split} set has a channel: looked for "
@@ -51,17 +57,33 @@ def scan_channels(dataset: Any, fields: Sequence[str], split: str) -> list[str] 
 def count_channels(dataset: Any, fields: Sequence[str]) -> Counter[str | None] | None:
     """{channel: records} of a `datasets.Dataset` or a list of records; None for other datasets.
 
-    Reads the channel columns only. A packed record counts once for each of its sequences.
+    Reads the channel columns only. A record that lists channels counts once for each of them.
     """
+    classes = class_names(dataset, fields)
     if isinstance(dataset, (list, tuple)) and dataset and isinstance(dataset[0], Mapping):
         return Counter(name for record in dataset for name in channels_of(record, fields))
     if not hasattr(dataset, "select_columns") or not hasattr(dataset, "with_format"):
         return None
     if not hasattr(dataset, "__len__"):
         return None
-    return Counter(
-        name for record in _records(dataset, fields) for name in channels_of(record, fields)
-    )
+    counts: Counter[str | None] = Counter()
+    for record in _records(dataset, fields):
+        counts.update(channels_of(record, fields, classes))
+    return counts
+
+
+def class_names(dataset: Any, fields: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """{field: names} of the fields whose column is a `ClassLabel`, or lists of them."""
+    features = getattr(dataset, "features", None)
+    found: dict[str, tuple[str, ...]] = {}
+    if not isinstance(features, Mapping):
+        return found
+    for field in fields:
+        feature = look_up(features, field)
+        feature = getattr(feature, "feature", feature)
+        if type(feature).__name__ == "ClassLabel" and feature.names:
+            found[field] = tuple(feature.names)
+    return found
 
 
 def _records(dataset: Any, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -70,6 +92,12 @@ def _records(dataset: Any, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
     if not roots:
         yield from ({} for _ in range(len(dataset)))
         return
-    for batch in dataset.select_columns(roots).with_format(None).iter(batch_size=_SCAN_ROWS):
+    lists = any(_is_list(dataset.features.get(root)) for root in roots)
+    size = _SCAN_LISTS if lists else _SCAN_ROWS
+    for batch in dataset.select_columns(roots).with_format(None).iter(batch_size=size):
         for values in zip(*(batch[root] for root in roots), strict=True):
             yield dict(zip(roots, values, strict=True))
+
+
+def _is_list(feature: Any) -> bool:
+    return isinstance(feature, list) or hasattr(feature, "feature")

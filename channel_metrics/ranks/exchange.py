@@ -1,18 +1,19 @@
-"""The protocol by which ranks add up their sums, without a network: what one rank sends, in order.
+"""What ranks send to add up their sums, as a generator that knows nothing of a network.
 
-`exchange` yields a vector, and is given back the sum of that vector over all ranks. Before the
-first sums, one vector of fixed length tells whether all ranks have the same columns, and the same
-names; if the names differ, the ranks find their union (`name_union`). From then on one vector is
-all there is in the steady state; its length depends only on what the ranks agreed on before:
+`exchange` yields vectors, and is sent the sum of each vector over all ranks. Before the first
+sums, one vector of fixed length shows whether all ranks have the same columns and the same names.
+If the names differ, the ranks find their union (`name_union`). After that, one vector per call is
+enough, as long as no rank meets a new name. Its length depends only on what the ranks agreed on:
 
     [ sums of unlabeled and of the agreed names | riders | ranks with new names | stopped
       | mismatch | digest of the agreed names | digest of the new names ]
 
-A rank that met a name which is not agreed on yet says so in that same vector. Where the digests
-tell that all ranks have the same new names, one more vector has the sums of these names; else the
-ranks first find their union. New names stand sorted behind the old ones. No rank needs to have
-seen a channel, or any batch at all, to take part. A rank that has stopped measuring takes part
-with zeros, so that nobody waits for it, and makes all ranks raise `StoppedError`.
+A rank that met a new name reports it in this vector. If the digests of all ranks are equal, they
+have the same new names, and one more vector holds the sums of these. If not, the ranks find the
+union first. New names are sorted and follow the old ones.
+
+A rank takes part even if it has seen no channel, or no batch at all. A rank that has stopped
+measuring takes part once more with zeros. Then all ranks raise `StoppedError`.
 
 Letters: C labels of this rank's table, A agreed names, K columns.
 """
@@ -40,18 +41,21 @@ __all__ = [
     "local_sums",
 ]
 
-# A relative difference to the trainer's own loss from which on it is reported.
+# A larger relative difference to the trainer's own loss is reported.
 MISMATCH_TOLERANCE = 1e-4
 
-# Numbers in the first vector, and beside the sums and riders in every later one.
+# The length of the first vector.
 FIRST_SIZE = 1 + 2 * DIGEST_SIZE
+# How many numbers a later vector holds besides the sums and the riders.
 HEADER_SIZE = 3 + 2 * DIGEST_SIZE
-
-Vectors = Generator[Tensor, Tensor, "GlobalSums"]
 
 
 class GlobalSums(NamedTuple):
-    """The sums of all ranks. Row 0 of `sums`, float64 [len(names) + 1, K], is `unlabeled`."""
+    """The sums of all ranks.
+
+    names: A of them. sums: float64 [A + 1, K] on the host; row 0 is `unlabeled`. mismatch: see
+    `sync`. riders: the sums of the further numbers.
+    """
 
     names: tuple[str, ...]
     sums: Tensor
@@ -60,7 +64,11 @@ class GlobalSums(NamedTuple):
 
 
 class _Local(NamedTuple):
-    """What this rank has counted. `rows`: where its `sums` belong in the agreed order."""
+    """What this rank has counted.
+
+    sums: [C + 1, K]. rows: [C + 1], their rows in the agreed order. new: names that are not
+    agreed on yet, sorted.
+    """
 
     sums: Tensor
     rows: Tensor
@@ -69,26 +77,40 @@ class _Local(NamedTuple):
 
 
 def exchange(
-    window: SumTable,
+    table: SumTable,
     agreement: Agreement,
     guard: FaultGuard,
     *,
     rank: int,
     num_ranks: int,
     riders: Sequence[float] = (),
-) -> Vectors:
-    """Yields vectors, takes back their sums over the `num_ranks` ranks, returns all sums.
+) -> Generator[Tensor, Tensor, GlobalSums]:
+    """Add up the sums of all ranks.
 
-    Raises, on all ranks alike, `StoppedError` where one has stopped, and `ChannelMetricsError`
-    where they do not have the same columns, or do not share what they take for agreed.
+    Args:
+        table: the sums of this rank.
+        agreement: what the ranks agreed on before; new names are added to it.
+        guard: says whether this rank still measures.
+        rank, num_ranks: which rank this is, and of how many.
+        riders: further numbers to add up, as many on each rank.
+
+    Yields:
+        Vectors. Send back the sum of each over all ranks.
+
+    Returns:
+        The sums of all ranks, the same on each of them.
+
+    Raises:
+        StoppedError: on all ranks, if one has stopped.
+        ChannelMetricsError: on all ranks, if their columns or their agreed names differ.
     """
-    local = _local(window, agreement, guard)
+    local = _local(table, agreement, guard)
     if not agreement.columns:
-        yield from _meet(local, window.columns, agreement, guard, rank=rank, num_ranks=num_ranks)
-        local = _local(window, agreement, guard)
-    names, width = agreement.names, len(window.columns)
+        yield from _meet(local, table.columns, agreement, guard, rank=rank, num_ranks=num_ranks)
+        local = _local(table, agreement, guard)
+    names, width = agreement.names, len(table.columns)
     counts = [bool(local.new), not guard.measuring, local.mismatch]
-    header = torch.tensor([*riders, *counts], dtype=torch.float64)
+    header = torch.tensor([*riders, *counts], dtype=torch.float64, device="cpu")
     sums = _placed(local, 0, len(names) + 1).flatten()
     flat = yield torch.cat([sums, header, names.digest, digest_of(local.new)])
     sums = flat[: -HEADER_SIZE - len(riders)].view(-1, width)
@@ -99,19 +121,19 @@ def exchange(
     _refuse_unequal(len(names), all_equal(of_agreed, num_ranks=num_ranks))
     if any_new:
         yield from _join(local.new, of_new, agreement, rank, num_ranks)
-        local = local._replace(rows=agreement.names.rows_of(window.labels))
+        local = local._replace(rows=agreement.names.rows_of(table.labels))
         joined = len(agreement.names) - len(names)
         added = yield _placed(local, len(names) + 1, joined).flatten()
         sums = torch.cat([sums, added.view(-1, width)])
     return GlobalSums(agreement.names.names, sums, mismatch, tuple(summed_riders))
 
 
-def local_sums(window: SumTable, guard: FaultGuard, riders: Sequence[float] = ()) -> GlobalSums:
-    """The sums of a rank that is alone; raises `StoppedError` if it has stopped."""
+def local_sums(table: SumTable, guard: FaultGuard, riders: Sequence[float] = ()) -> GlobalSums:
+    """The sums of a rank that counts alone; raises `StoppedError` if it has stopped."""
     with guard.guarded():
         if guard.measuring:
-            told = _told(window.mismatch())
-            return GlobalSums(window.labels.names, window.sums(), told, tuple(riders))
+            mismatch = _reported(table.mismatch())
+            return GlobalSums(table.labels.names, table.sums(), mismatch, tuple(riders))
     raise _stopped_error(1)
 
 
@@ -124,8 +146,8 @@ def _meet(
     rank: int,
     num_ranks: int,
 ) -> Generator[Tensor, Tensor, None]:
-    """Before the first sums: the same columns on all ranks, and the names that they begin with."""
-    stopped = torch.tensor([not guard.measuring], dtype=torch.float64)
+    """Before the first sums: check that all ranks have the same columns, and agree on names."""
+    stopped = torch.tensor([not guard.measuring], dtype=torch.float64, device="cpu")
     flat = yield torch.cat([stopped, digest_of(columns), digest_of(local.new)])
     _refuse_stopped(int(flat[0]))
     of_columns, of_names = flat[1:].view(2, DIGEST_SIZE)
@@ -141,33 +163,33 @@ def _meet(
 def _join(
     new: Sequence[str], digests: Tensor, agreement: Agreement, rank: int, num_ranks: int
 ) -> Generator[Tensor, Tensor, None]:
-    """The new names of all ranks join those that are agreed on."""
+    """Add the new names of all ranks to those that are agreed on."""
     joined = tuple(new)
     if not all_equal(digests, num_ranks=num_ranks):
         joined = yield from union_of_names(new, rank, num_ranks)
     agreement.names = agreement.names.extended(joined)
 
 
-def _local(window: SumTable, agreement: Agreement, guard: FaultGuard) -> _Local:
-    """What this rank has counted; zeros if it has stopped, or stops here."""
+def _local(table: SumTable, agreement: Agreement, guard: FaultGuard) -> _Local:
+    """What this rank has counted; zeros if it has stopped, or if an error stops it here."""
     with guard.guarded():
         if guard.measuring:
-            rows = agreement.names.rows_of(window.labels)
+            rows = agreement.names.rows_of(table.labels)
             new = (rows < 0).nonzero().flatten().tolist()
-            names = window.labels.names if new else ()
+            names = table.labels.names if new else ()
             sorted_new = sorted(names[row - 1] for row in new)
-            return _Local(window.sums(), rows, sorted_new, _told(window.mismatch()))
-    nothing = torch.zeros(1, len(window.columns), dtype=torch.float64)
-    return _Local(nothing, torch.zeros(1, dtype=torch.int64), [], 0.0)
+            return _Local(table.sums(), rows, sorted_new, _reported(table.mismatch()))
+    nothing = torch.zeros(1, len(table.columns), dtype=torch.float64, device="cpu")
+    return _Local(nothing, torch.zeros(1, dtype=torch.int64, device="cpu"), [], 0.0)
 
 
-def _told(mismatch: float) -> float:
-    """Below the tolerance it is rounding."""
+def _reported(mismatch: float) -> float:
+    """0 for a mismatch that is only rounding."""
     return mismatch if mismatch > MISMATCH_TOLERANCE else 0.0
 
 
 def _placed(local: _Local, start: int, length: int) -> Tensor:
-    """[length, K]: the sums of the rows `start` to `start + length` of the agreed order."""
+    """[length, K]: the sums for the rows from `start` on, in the agreed order."""
     rows = local.rows - start
     inside = rows >= 0
     placed = local.sums.new_zeros(length, local.sums.shape[1])
@@ -190,5 +212,5 @@ def _refuse_unequal(num_names: int, equal: bool) -> None:
     if not equal:
         raise ChannelMetricsError(
             f"expected all ranks to begin with the same {num_names} names in the same order, but "
-            "they do not, so their sums cannot be told apart; give every rank the same channels."
+            "they do not, so their sums cannot be matched; give every rank the same channels."
         )

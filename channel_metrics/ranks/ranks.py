@@ -15,13 +15,13 @@ __all__ = ["Ranks"]
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks that each count tokens nobody else counts.
+    """The ranks that count together. Every token is counted by one of them.
 
-    group: their process group; None is the default one. Without torch.distributed initialised
+    group: their process group; None is the default one. If torch.distributed is not initialised,
         there is one rank.
-    device: where a collective runs; None asks the backend. It never depends on where the tokens
-        of a window happened to be: a rank that counts nothing takes part like the others.
-    alone: this rank trains by itself, whatever process group there is; nothing is sent.
+    device: where a collective runs; None asks the backend. It does not depend on the device of
+        the tokens, because a rank that counts nothing takes part, too.
+    alone: this rank trains by itself, even if there is a process group. Nothing is sent.
     """
 
     group: dist.ProcessGroup | None = None
@@ -30,7 +30,7 @@ class Ranks:
 
     @property
     def is_one(self) -> bool:
-        """Whether there is nobody to add up with."""
+        """Whether this rank counts alone."""
         return self.alone or not dist.is_available() or not dist.is_initialized()
 
     @property
@@ -44,7 +44,7 @@ class Ranks:
         return 1 if self.is_one else dist.get_world_size(self.group)
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """`values` summed over the ranks, on the host. Raises `CollectiveError` if that fails."""
+        """The sum of `values` over the ranks, on the host; `CollectiveError` if that fails."""
         try:
             moved = values.to(self.device or self._device_of_backend())
             dist.all_reduce(moved, op=dist.ReduceOp.SUM, group=self.group)

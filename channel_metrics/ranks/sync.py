@@ -1,7 +1,7 @@
-"""A table of sums and the ranks -> the sums of all ranks, with one all-reduce.
+"""Add up the sums of all ranks with one all-reduce of torch.distributed.
 
-All ranks call this at the same log points. What they send, and what a new name costs, stands in
-`channel_metrics.ranks.exchange`; here it meets torch.distributed.
+All ranks call this at the same log points. `channel_metrics.ranks.exchange` describes what they
+send, and what a new name costs.
 """
 
 from __future__ import annotations
@@ -16,17 +16,12 @@ from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.keys import ChannelTable
 from channel_metrics.core.table import SumTable
 from channel_metrics.ranks.agreed_names import Agreement
-from channel_metrics.ranks.exchange import (
-    MISMATCH_TOLERANCE,
-    GlobalSums,
-    exchange,
-    local_sums,
-)
+from channel_metrics.ranks.exchange import GlobalSums, exchange, local_sums
 from channel_metrics.ranks.ranks import Ranks
 
-__all__ = ["MISMATCH_TOLERANCE", "GlobalSums", "sum_over_ranks", "sync"]
+__all__ = ["sum_over_ranks", "sync"]
 
-# What the ranks agreed on for an accumulator that belongs to no session.
+# What the ranks agreed on, for each accumulator that belongs to no session.
 _agreements: WeakKeyDictionary[SumTable, Agreement] = WeakKeyDictionary()
 
 
@@ -37,46 +32,49 @@ def sync(
     alone: bool = False,
     guard: FaultGuard | None = None,
 ) -> ChannelLossAccumulator:
-    """A new accumulator on the host with the sums over all ranks of `group`. A collective.
+    """A new accumulator with the sums over all ranks of `group`, on the host. A collective.
 
     Args:
-        accumulator: keeps its sums; reset it to open the next window.
+        accumulator: the sums of this rank. It keeps them; reset it to open the next window.
         group, alone: see `Ranks`.
         guard: says whether this rank still measures.
 
     Returns:
         The sums under the names of all ranks. Its `mismatch` is 0 if no rank exceeds
-        MISMATCH_TOLERANCE, else the sum over the ranks that do: an upper bound of the largest,
-        since one all-reduce can only add.
+        `MISMATCH_TOLERANCE`. Otherwise it is the sum over the ranks that do, because an
+        all-reduce can only add. That is an upper bound of the largest.
 
     Raises:
         StoppedError: on all ranks, if one of them has stopped measuring.
+        ChannelError: on all ranks, if names of different ranks would share a log key.
     """
     ranks = Ranks(group, alone=alone)
     agreement = _agreements.setdefault(accumulator, Agreement())
     found = sum_over_ranks(accumulator, agreement, ranks, guard)
     like = accumulator.table
     like = like if isinstance(like, ChannelTable) else ChannelTable(like.names)
-    table = like.open_copy() if ranks.is_one else agreement.names.new_table(like)
+    # A copy is much faster, because names are checked when they join a table.
+    same = like.names == found.names
+    joined = like.open_copy() if same else ChannelTable(found.names, key_format=like.key_format)
     return ChannelLossAccumulator.of_sums(
-        table, found.sums, metrics=accumulator.metrics, mismatch=found.mismatch
+        joined, found.sums, metrics=accumulator.metrics, mismatch=found.mismatch
     )
 
 
 def sum_over_ranks(
-    window: SumTable,
+    table: SumTable,
     agreement: Agreement,
     ranks: Ranks | None = None,
     guard: FaultGuard | None = None,
     riders: Sequence[float] = (),
 ) -> GlobalSums:
-    """The names and sums of all ranks, those of `unlabeled` first. A collective.
+    """The names and sums of all ranks. A collective.
 
     Args:
-        window: keeps its sums.
-        agreement: what these ranks agreed on before; it is carried on from window to window.
+        table: the sums of this rank. It keeps them.
+        agreement: what these ranks agreed on before. Give the same object in every call.
         guard: says whether this rank still measures.
-        riders: a few numbers more that are added up over the ranks, as many on each of them.
+        riders: a few more numbers to add up over the ranks. Each rank gives as many.
 
     Raises:
         StoppedError: on all ranks, if one of them has stopped measuring.
@@ -84,8 +82,8 @@ def sum_over_ranks(
     """
     ranks, guard = ranks or Ranks(), guard or FaultGuard()
     if ranks.is_one:
-        return local_sums(window, guard, riders)
-    steps = exchange(window, agreement, guard, rank=ranks.rank, num_ranks=ranks.size, riders=riders)
+        return local_sums(table, guard, riders)
+    steps = exchange(table, agreement, guard, rank=ranks.rank, num_ranks=ranks.size, riders=riders)
     vector = next(steps)
     while True:
         summed = ranks.all_reduce(vector)

@@ -145,6 +145,46 @@ def test_run_leaves_everything_after_the_script_to_it(script: Path, installed: P
     assert done.returncode == 7
 
 
+MODULE = """
+import sys
+from . import helper
+print(sys.argv[1:], __name__, __package__, helper.VALUE, sys.path[0], sys.argv[0])
+assert sys.modules["__main__"].__dict__ is globals()
+"""
+
+
+def test_run_of_a_module_is_that_of_python_m(
+    tmp_path: Path, installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "package" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "__init__.py").touch()
+    (inner / "helper.py").write_text("VALUE = 5")
+    for name in ("module", "__main__"):
+        (inner / f"{name}.py").write_text(MODULE)
+    env = os.environ | {"PYTHONPATH": str(installed)}
+    run = [sys.executable, "-m", "channel_metrics", "run", "-m"]
+    for name in ("package.inner.module", "package.inner"):
+        args = [name, "--patch", "x", "-m", "--", "-v"]
+        theirs, ours = (
+            subprocess.run(
+                [*command, *args], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+            ).stdout
+            for command in ([sys.executable, "-m"], run)
+        )
+        assert theirs == ours
+        assert "['--patch', 'x', '-m', '--', '-v'] __main__ package.inner 5" in ours
+    monkeypatch.chdir(tmp_path)
+    for name, message in (
+        ("package.inner.none", "the module 'package.inner.none' does not exist"),
+        ("package.inner.helper.deeper", "does not exist"),
+        ("none.module", "the module 'none.module' does not exist"),
+        ("package", "'package' is a package without a __main__ module"),
+    ):
+        code, out, err = invoke("run", "-m", name)
+        assert (code, out) == (2, "") and message in err
+
+
 def test_run_keeps_traceback_and_signal_of_the_script(script: Path, installed: Path) -> None:
     ours = command("run", script, "ours", root=installed)
     assert ours.returncode == 1

@@ -33,10 +33,11 @@ class MegatronHarness:
 
     def __init__(self) -> None:
         self._server: Server | None = None
+        self._place = tempfile.TemporaryDirectory()
 
     def run(self, script: Script, folder: Path, ranks: int = 1) -> list[Ran]:
         if self._server is None:
-            self._server = Server(self.preload, Path(tempfile.mkdtemp()))
+            self._server = Server(self.preload, Path(self._place.name))
         folder.mkdir(exist_ok=True)
         (folder / "script.pickle").write_bytes(pickle.dumps(script))
         answer = self._server.ask(folder, self.main, ranks=ranks, timeout=SECONDS)
@@ -51,6 +52,7 @@ class MegatronHarness:
         """End the server."""
         if self._server is not None:
             self._server.close()
+        self._place.cleanup()
 
 
 def prepare() -> None:
@@ -62,8 +64,11 @@ def prepare() -> None:
     cpu.install()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        import megatron.core.enums
         import megatron.core.pipeline_parallel
         import megatron.core.transformer  # noqa: F401
+
+        import channel_metrics.trainers.megatron  # noqa: F401
 
 
 def rank_main(job: Job, rank: int) -> int:

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl_tools import CHECKPOINTING
@@ -26,20 +27,30 @@ OPTIONS = {CHECKPOINTING: False, "bf16": False}
 class SFTHarness(HFHarness):
     name = "trl_sft"
 
+    def records(self, sequences: list[OneSequence], fails_at: int | None = None) -> Records:
+        return Rows(sequences, fails_at)
+
     def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
+        records = self.records([s for step in script.steps for s in flat(step)])
         unprepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
         trainer = SFTInOrder(
             model=tiny_qwen2(),
             args=SFTConfig(**arguments, **OPTIONS, **unprepared),
-            train_dataset=self.records([s for step in script.steps for s in flat(step)]),
+            train_dataset=stand_in(records),
             data_collator=DataCollatorForLanguageModeling(pad_token_id=0),
             processing_class=byte_tokenizer(),
         )
+        trainer.train_dataset = records
         return attach(trainer, script.config)
 
 
 class SFTInOrder(InOrder, SFTTrainer):
     """Takes the records as they come."""
+
+
+class Rows(Records):
+    # Newer TRL asks for them before an evaluation.
+    column_names = ("input_ids", "labels", "channel")
 
 
 class DPOHarness(HFHarness):
@@ -55,13 +66,15 @@ class DPOHarness(HFHarness):
         return Pairs(sequences, fails_at)
 
     def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
+        records = self.records([s for step in script.steps for s in flat(step)])
         trainer = DPOInOrder(
             model=tiny_qwen2(),
             ref_model=tiny_qwen2(REFERENCE_SEED),
             args=DPOConfig(**arguments, **OPTIONS, beta=BETA),
-            train_dataset=self.records([s for step in script.steps for s in flat(step)]),
+            train_dataset=stand_in(records),
             processing_class=byte_tokenizer(),
         )
+        trainer.train_dataset = records
         trainer.data_collator.pad_token_id = 0
         return attach(trainer, script.config)
 
@@ -81,6 +94,11 @@ class Pairs(Records):
         prompt, chosen, rejected = pair_of(self.sequences[index])
         ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
         return {**ids, "channel": channel}
+
+
+def stand_in(records: Records) -> Dataset:
+    """For the constructors of newer TRL, which take no dataset of torch."""
+    return Dataset.from_list([records[0]])
 
 
 def pair_of(sequence: OneSequence) -> tuple[list[int], list[int], list[int]]:

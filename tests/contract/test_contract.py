@@ -12,6 +12,9 @@ from contract.harness_loop import LoopHarness
 from contract.harness_trl import DPOHarness, SFTHarness
 from contract.script import Harness
 
+# trl 1.16 reads a property that transformers 5.23 has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
+
 HARNESSES: list[Harness] = [LoopHarness(), HFHarness(), SFTHarness(), DPOHarness()]
 RUNS = [
     pytest.param(harness, name, id=f"{harness.name}-{name}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from swift_tools import needs_swift
@@ -13,22 +12,23 @@ from contract.cases import CASES, NEEDS
 from contract.harness_megatron import MegatronHarness
 from contract.harness_swift_megatron import SwiftMegatronHarness
 
-HARNESSES = {MegatronHarness: (), SwiftMegatronHarness: (needs_swift,)}
+HARNESSES = {"megatron": MegatronHarness(), "swift_megatron": SwiftMegatronHarness()}
 RUNS = [
-    pytest.param(kind, name, id=f"{kind.name}-{name}", marks=marks)
-    for kind, marks in HARNESSES.items()
+    pytest.param(key, name, marks=needs_swift if key == "swift_megatron" else ())
+    for key, harness in HARNESSES.items()
     for name in CASES
-    if NEEDS[name] <= kind.can
+    if NEEDS[name] <= harness.can
 ]
 
 
-@pytest.fixture(scope="module")
-def harness(request: Any) -> Iterator[MegatronHarness]:
-    harness = request.param()
-    yield harness
-    harness.close()
+@pytest.fixture(scope="module", autouse=True)
+def servers() -> Iterator[None]:
+    """They start with the first case, and end with the last."""
+    yield
+    for harness in HARNESSES.values():
+        harness.close()
 
 
-@pytest.mark.parametrize(("harness", "name"), RUNS, indirect=["harness"])
-def test_case(harness: MegatronHarness, name: str, tmp_path: Path) -> None:
-    CASES[name](harness, tmp_path)
+@pytest.mark.parametrize(("key", "name"), RUNS)
+def test_case(key: str, name: str, tmp_path: Path) -> None:
+    CASES[name](HARNESSES[key], tmp_path)

@@ -125,8 +125,18 @@ def test_block_diagonal_mask_whose_padding_attends_to_tokens() -> None:
         ([[1, 1, 0, 1, 0]], [[0, 0, 1, 1, 1]], [0, 4, 5], [0, 0, 1, 1, 1]),
         ([[0, 1, 0, 0]], [[1, 1, 1, 0]], [0, 2, 4], [1, 1, 1, 0]),
         ([[0, 0], [0, 1]], [[0, 0], [1, 1]], [0, 2, 4], [0, 0, 1, 1]),
+        # RoBERTa and others count from 2: DataCollatorWithFlattening(position_ids_start=2).
+        ([[2, 3, 4, 2, 3]], None, [0, 3, 5], None),
+        ([[2, 2, 3, 2]], None, [0, 1, 3, 4], None),
+        ([[2, 2, 3, 0, 0]], None, [0, 1, 3, 4, 5], None),
+        ([[1, 1, 2, 3, 2]], [[0, 1, 1, 1, 1]], [0, 4, 5], [0, 1, 1, 1, 1]),
+        # Tokens of an image share a position, which is no restart.
+        ([[0, 1, 1, 1, 2, 0, 1, 1]], None, [0, 5, 8], None),
     ],
-    ids=["flat", "row", "rows", "no-zero", "left", "left-packed", "right-packed", "empty-row"],
+    ids=[
+        *["flat", "row", "rows", "no-zero", "left", "left-packed", "right-packed", "empty-row"],
+        *["from-2", "from-2-short", "from-2-padded", "from-2-masked", "image"],
+    ],
 )
 def test_position_ids(position_ids: Any, mask: Any, bounds: list[int], keep: Any) -> None:
     given = None if mask is None else torch.tensor(mask)
@@ -232,3 +242,31 @@ def test_target_frame_moves_each_row() -> None:
     moved = to_target_frame(torch.tensor([[1, 2, 3], [4, 5, 6]]))
     assert moved.tolist() == [[3, 1, 2], [6, 4, 5]]
     assert to_target_frame(torch.tensor([1, 2, 3])).tolist() == [3, 1, 2]
+
+
+def test_masks_whose_bytes_are_neither_0_nor_1() -> None:
+    """A uint8 that is viewed as bool."""
+    odd = torch.tensor([[2, 255, 0]], dtype=torch.uint8).view(torch.bool)
+    positions = torch.tensor([[0, 0, 1]])
+    square = torch.tensor([[4, 0], [2, 255]], dtype=torch.uint8).view(torch.bool)
+    check(boundaries_from_attention_mask(odd), [0, 3], [1, 1, 0])
+    check(boundaries_from_batch({"labels": positions, "attention_mask": odd}), [0, 3], [1, 1, 0])
+    check(boundaries_from_position_ids(positions, odd), [0, 1, 3], [1, 1, 0])
+    check(boundaries_from_attention_mask(square.view(1, 1, 2, 2)), [0, 2])
+
+
+def test_another_default_device() -> None:
+    """What is made on the host stays there."""
+    labels, mask = torch.ones(2, 3, dtype=torch.int64), torch.tensor([[1, 1, 0], [1, 2, 2]])
+    positions = torch.tensor([[0, 1, 0], [0, 1, 2]])
+    blocks = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
+    params = PackedSeqParams(cu_seqlens_q=ints(0, 3), cu_seqlens_q_padded=ints(0, 6))
+    torch.set_default_device("meta")
+    try:
+        check(boundaries_from_batch({"labels": labels}), [0, 3, 6])
+        check(boundaries_from_attention_mask(mask), [0, 3, 4, 6], [1, 1, 0, 1, 1, 1])
+        check(boundaries_from_attention_mask(blocks), [0, 3, 6])
+        check(boundaries_from_position_ids(positions), [0, 2, 3, 6])
+        check(boundaries_from_packed_seq_params(params, 6), [0, 6], [1, 1, 1, 0, 0, 0])
+    finally:
+        torch.set_default_device(None)

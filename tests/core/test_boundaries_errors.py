@@ -79,6 +79,14 @@ def ints(*values: Any) -> Tensor:
             "0/1 or segment numbers, but holds -5",
         ),
         (
+            lambda: boundaries_from_attention_mask(ints([1, -1])),
+            "0/1 or segment numbers, but holds -1",
+        ),
+        (
+            lambda: boundaries_from_batch({"labels": torch.ones(1, 4), "cu_seqlens": [0, 4]}),
+            "cu_seqlens must be an int32 tensor, but is list; pass torch.tensor(cu_seqlens",
+        ),
+        (
             lambda: boundaries_from_attention_mask(ints([2, 1], [0, 0])),
             "row 1 of the segment numbers holds padding only",
         ),

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from channel_metrics import ChannelError, ChannelTable, ConfigError
+from channel_metrics.core import labels
 from channel_metrics.core.keys import metric_key, sanitize
 from channel_metrics.core.labels import DEFAULT_FIELDS, channel_of, channels_of, field_roots
 
@@ -29,6 +31,14 @@ from channel_metrics.core.labels import DEFAULT_FIELDS, channel_of, channels_of,
         ({"channel": "first", "dataset_source": "second"}, ["first"]),
         ({"channel": ["a", None, 3]}, ["a", None, "3"]),
         ({"channel": ("a", "b")}, ["a", "b"]),
+        ({"channel": float("nan"), "dataset_id": 3.0}, ["3"]),
+        ({"channel": np.float64("nan")}, [None]),
+        ({"channel": pd.NA, "dataset_source": pd.NaT}, [None]),
+        ({"channel": "", "dataset_source": "  "}, [None]),
+        ({"channel": ["a", "", float("nan"), 3.0, pd.NA, "a "]}, ["a", None, None, "3", None, "a"]),
+        ({"channel": np.array(["a", "b", "a"])}, ["a", "b", "a"]),
+        ({"channel": torch.tensor([3, 1, 3])}, ["3", "1", "3"]),
+        ({"channel": [torch.tensor(3), np.int64(1)]}, ["3", "1"]),
         ({"metadata": "not a mapping"}, [None]),
         ({"metadata": {}}, [None]),
         ({}, [None]),
@@ -36,6 +46,42 @@ from channel_metrics.core.labels import DEFAULT_FIELDS, channel_of, channels_of,
 )
 def test_channels_of_a_record(record: dict[str, Any], channels: list[str | None]) -> None:
     assert channels_of(record) == channels
+
+
+def test_integers_that_number_classes() -> None:
+    classes = {"source": ("web", "books")}
+    assert channels_of({"source": 1}, ["source"], classes) == ["books"]
+    assert channels_of({"source": [0, -1, None, 1]}, ["source"], classes) == [
+        *["web", None, None, "books"]
+    ]
+    assert channels_of({"source": "web", "other": 1}, ["source"], classes) == ["web"]
+    assert channels_of({"other": 1}, ["source", "other"], classes) == ["1"]
+    with pytest.raises(ChannelError, match="-1 or 0 to 1, but is 2"):
+        channels_of({"source": 2}, ["source"], classes)
+
+
+def test_spaces_around_a_name_are_left_out_and_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labels, "_told", set())
+    assert channels_of({"channel": "web "}) == channels_of({"channel": ["web"]}) == ["web"]
+    assert channels_of({"channel": "\tbooks"}) == ["books"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "channel 'web ' has spaces around it: it is counted as 'web'."
+    ]
+    # Declared names, too.
+    table = ChannelTable(["web ", " books"], unknown="error")
+    assert table.names == ("web", "books")
+    assert table.ids(["web", "books ", " unlabeled"]) == [0, 1, -1]
+
+
+def test_names_join_together_or_not_at_all() -> None:
+    table = ChannelTable(["bbu"])
+    for call in (table.ids, table.add_all):
+        with pytest.raises(ChannelError, match="'a!' and 'a\\?' would both"):
+            call(["new", "a!", "bbu", "a?"])
+        assert table.names == ("bbu",)
+    assert table.ids(["a?", "new"]) == [1, 2]
 
 
 def test_own_fields() -> None:

@@ -74,7 +74,7 @@ def test_metric_names() -> None:
         TOKENS.check(["tokens_total"], WINDOW_METRICS)
     with pytest.raises(ConfigError, match="unknown metric 'los'; did you mean 'loss'"):
         TOKENS.check(["los"])
-    with pytest.raises(ConfigError, match="unknown metric 'zzz'; Known: loss, weighted_loss"):
+    with pytest.raises(ConfigError, match="unknown metric 'zzz'; known are loss, weighted_loss"):
         TOKENS.check(["zzz"])
     with pytest.raises(ConfigError, match="unknown metric 'nonfinite'"):
         TOKENS.check(["nonfinite"])  # logged by itself, where there is one
@@ -83,6 +83,7 @@ def test_metric_names() -> None:
 def test_the_token_schema() -> None:
     assert TOKENS.column_names == (
         "tokens", "samples", "nll", "correct", "judged", "nonfinite", "weighted_nll", "weight",
+        "nonfinite_weight",
     )  # fmt: skip
     assert TOKENS.total_names == ("tokens", "samples")
     assert TOKENS.run_metrics == ("tokens_total", "samples_total")
@@ -145,7 +146,8 @@ def test_metrics_that_one_name_asks_for() -> None:
         (
             lambda: Metric("easy_share", ("easy", "tokens"), lambda s: 0.0),
             "metric 'easy_share' needs the columns easy, but there are tokens, samples, nll, "
-            "correct, judged, nonfinite, weighted_nll, weight; register the column first",
+            "correct, judged, nonfinite, weighted_nll, weight, nonfinite_weight; register "
+            "the column first",
         ),
     ],
 )

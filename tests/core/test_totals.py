@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from channel_metrics import ChannelLossAccumulator, ChannelMetricsError
+from channel_metrics import (
+    ChannelLossAccumulator,
+    ChannelMetrics,
+    ChannelMetricsError,
+    MetricsConfig,
+    MicroBatch,
+)
 from channel_metrics.core.schema import Column, Schema
 from channel_metrics.core.totals import TOTALS_FILE, RunTotals, totals_path
 
@@ -81,15 +87,42 @@ def test_files_keep_numbers_beyond_float32(tmp_path: Path) -> None:
         '{"version": 1, "channels": 3}',
         '{"version": 1, "channels": {"bbu": {"tokens_total": "many"}}}',
         '{"version": 1, "channels": {"bbu": 1}}',
+        '{"version": 1, "channels": {"bbu": {"tokens_total": %s}}}' % ("9" * 5_000),
+        '{"version": 1, "channels": {"bbu": {"tokens_total": 9223372036854775808}}}',
+        '{"version": 1, "channels": {"bbu": {"tokens_total": NaN}}}',
+        '{"version": 1, "channels": {"bbu": {"tokens_total": Infinity}}}',
+        '{"version": 1, "channels": {"bbu": {"tokens_total": -1}}}',
+        '{"version": 1, "channels": {"bbu": {"tokens_total": 2.5}}}',
+        '{"version": 1, "channels": {"bbu": {"tokens_total": true}}}',
+        '{"version": 1, "channels": {"bbu": {"tokens_total": "3"}}}',
+        '{"version": 1, "channels": []}',
+        '{"version": NaN, "channels": {}}',
         "[" * 100_000,
+        '{"a":' * 100_000,
+        b"\xff\xfe\x00damaged\x80",
+        None,
     ],
 )
-def test_damaged_files_are_named(tmp_path: Path, text: str) -> None:
+def test_damaged_files_are_named(tmp_path: Path, text: str | bytes | None) -> None:
     path = tmp_path / "channel_metrics.json"
-    path.write_text(text)
+    if text is None:
+        path.mkdir()
+    else:
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    totals = add(RunTotals(), window(bbu=3))
     with pytest.raises(ChannelMetricsError) as error:
-        RunTotals().load(path)
+        totals.load(path)
     assert str(path) in str(error.value) and "delete it" in str(error.value)
+    assert totals.of("bbu") == of(3, 1)
+    # A run that only warns goes on with zeros.
+    session = ChannelMetrics(MetricsConfig(on_error="warn"))
+    session.totals = totals
+    session.start(tmp_path)
+    assert session.totals.state_dict()["channels"] == {}
+    assert any(str(path) in warning for warning in session.warned)
+    session.count(MicroBatch(token_losses=torch.ones(1, 2), channels=["bbu"]))
+    session.close(1)
+    assert session.totals.of("bbu") == of(2, 1)
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:

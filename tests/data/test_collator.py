@@ -80,6 +80,7 @@ LEFT = tokenizer("left")
         (DataCollatorForLanguageModeling(tokenizer(), mlm=True), MIXED, PADDED),
         (DataCollatorWithFlattening(), MIXED, PACKED),
         (DataCollatorWithFlattening(), LABELED, PACKED),
+        (DataCollatorWithFlattening(position_ids_start=2), MIXED, PACKED),
         (DataCollatorWithFlattening(return_flash_attn_kwargs=True), MIXED, PACKED),
         (DataCollatorWithFlattening(return_seq_idx=True), MIXED, PACKED),
         (

@@ -84,6 +84,19 @@ TWO_ROWS = [[5, 5, 5, 5], [5, 5, 5, 5]]
             ["a", "b"],
             [0, 2, 3],
         ),
+        (
+            {"labels": [[5, -100, -100, -100, -100]], "position_ids": [[0, 0, 0, 0, 0]]},
+            named("a"),
+            ["a"],
+            [0, 1],
+        ),
+        # Sequences of several tokens are sequences, and so are those that are trained on.
+        (
+            {"labels": [[5, -100, -100, -100]], "position_ids": [[0, 0, 1, 0]]},
+            named(["a", "b", "c"]),
+            ["a", "b", "c"],
+            [0, 1, 3, 4],
+        ),
         # Nothing in the batch.
         ({"labels": torch.zeros(2, 0, dtype=torch.int64)}, named("a", "b"), ["a", "b"], [0, 0, 0]),
         ({"input_ids": torch.zeros(0, 3)}, [], [], [0]),
@@ -118,6 +131,22 @@ def test_one_channel_per_sequence(
             named("a", "b"),
             "name 2 channels but the batch holds 3 sequences",
         ),
+        # A tail that is not all pads.
+        (
+            {"labels": [[5, 5, -100, 5, -100]], "position_ids": [[0, 1, 0, 0, 0]]},
+            named("a", "b"),
+            "name 2 channels but the batch holds 4 sequences",
+        ),
+        (
+            {"labels": [[5, 5, -100, -100, -100]], "position_ids": [[0, 1, 0, 0, 1]]},
+            named("a", "b", "c", "d"),
+            "name 4 channels but the batch holds 3 sequences",
+        ),
+        (
+            {"labels": [[5, 5, 5, -100, -100, -100]], "position_ids": [[0, 1, 0, 0, 0, 1]]},
+            named("a", "b"),
+            "name 2 channels but the batch holds 4 sequences",
+        ),
         (
             {"labels": TWO_ROWS, "attention_mask": [[1, 1, 1, 1], [1, 1, 2, 2]]},
             named(["a", "b"], ["c"]),
@@ -133,7 +162,10 @@ def test_one_channel_per_sequence(
             named("a", "b"),
             "(boundaries [0, 1, 2, 3, 4, 5, 6, 7]...)",
         ),
-        ({"labels": ROW, "channels": [1]}, named("a"), "already returned the key 'channels'"),
+        ({"labels": ROW, "channels": [1]}, named("a"), "as ids, but no table says what they mean"),
+        ({"labels": ROW, "channels": "a"}, named("a"), "names or int64 ids [num_sequences]"),
+        ({"labels": ROW, "channels": [[1.0]]}, named("a"), "one per sequence, but gave [1, 1]"),
+        ({"labels": ROW, "channels": ("a", "b")}, named("a"), "name 2 channels but the batch"),
         ({"labels": ROW}, [(1, 2)], "an object with attributes to have a channel, but is tuple"),
         ({"labels": ROW}, named(1.5), "'channel' of a record must be a name or an integer"),
     ],

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from typing import Any
+
 import pytest
 
 from megatron_lm import oracle
@@ -69,6 +73,45 @@ def test_evaluation_inside_a_window_changes_nothing_in_it(launcher: Launcher, da
     often = launcher.run("dp2", *args, "--eval-interval", "2", *CHANNELS, patch=True)
     assert list(by_step(often, "eval_")) == [2, 4, 6]
     assert train_logs(never) == train_logs(often)
+
+
+def forward_only() -> oracle.Result:
+    """Training steps as Megatron's main branch takes them with `--freeze-all-layers`."""
+    from megatron.training import training
+
+    step, kinds = training.train_step, []
+    signature = inspect.signature(step)
+
+    @functools.wraps(step)
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        forward_backward = call.arguments["forward_backward_func"]
+
+        def forward(**given: Any) -> Any:
+            kinds.append("train")
+            return forward_backward(**{**given, "forward_only": True})
+
+        call.arguments["forward_backward_func"] = forward
+        return step(*call.args, **call.kwargs)
+
+    training.train_step = train_step
+    return lambda: len(kinds)
+
+
+def test_training_that_only_runs_forward_is_training(launcher: Launcher, data: Data) -> None:
+    """`--freeze-all-layers`; only what `evaluate()` runs is validation."""
+    args = (*data.blend()[:-2], "--split", "80,20,0", *EVERY_3, "--freeze-all-layers")
+    run = launcher.run("dp2", *args, *CHANNELS, patch=True, observe=(forward_only,))
+    assert [rank.seen["forward_only"] for rank in run.ranks] == [ITERATIONS] * 2
+    logs = train_logs(run)
+    assert list(logs) == list(range(1, ITERATIONS + 1))
+    for step, log in logs.items():
+        tokens = {n: log[f"{n}_tokens"] for n in oracle.NAMES if f"{n}_tokens" in log}
+        assert sum(tokens.values()) == STEP_TOKENS
+        total = sum(log[f"{name}_loss"] * count for name, count in tokens.items())
+        assert total / STEP_TOKENS == pytest.approx(run.scalars["lm loss"][step], rel=1e-5)
+    for log in by_step(run, "eval_").values():
+        assert sum(log[f"{name}_tokens"] for name in oracle.NAMES) == 2 * STEP_TOKENS
 
 
 def test_the_test_set_has_its_own_prefix(launcher: Launcher, data: Data) -> None:

@@ -145,6 +145,22 @@ def test_totals_are_in_the_persistent_checkpoints_only(run: Run, folder: Path) -
     assert sorted(path.parent for path in folder.rglob("channel_metrics*.json")) == wanted
 
 
+def test_a_resume_from_a_checkpoint_that_is_not_persistent_starts_at_zero(
+    launcher: Launcher, data: Data, run: Run, folder: Path, tmp_path: Path
+) -> None:
+    """And says so: such a checkpoint has no totals."""
+    shutil.copytree(folder / "non_persistent", tmp_path / "non_persistent")
+    resumed = launcher.run(
+        "dp2", *data.blend(), "--load", str(tmp_path), "--non-persistent-ckpt-type", "global",
+        "--exit-interval", "4", "--channels", *NAMES, "--channels-metrics", *METRICS.split(", "),
+        patch=True, observe=(windows.micro_batches,),
+    )  # fmt: skip
+    assert "at iteration 3" in resumed.ranks[0].out
+    logged = {key: curve[4] for key, curve in resumed.scalars.items() if key.endswith(TOTALS)}
+    assert logged and logged == counts(windows.expected(resumed, "train", 0))
+    assert "written without channel metrics" in resumed.ranks[0].said
+
+
 def test_totals_of_the_persistent_checkpoints_are_exact(run: Run, folder: Path) -> None:
     """In the middle of a window, before and after one that is not persistent."""
     for step in (2, 4, 6):

@@ -193,6 +193,34 @@ def test_options_that_cannot_be_followed(
     assert "ConfigError" in refused(run) or "ChannelError" in refused(run)
 
 
+@pytest.mark.parametrize(
+    "graphs",
+    [
+        ("--cuda-graph-impl", "full_iteration"),
+        ("--cuda-graph-impl", "local", "--cuda-graph-scope", "full_iteration"),
+        ("--enable-cuda-graph", "--cuda-graph-scope", "full_iteration"),
+    ],
+    ids=["impl", "scope", "enable"],
+)
+def test_graphs_of_whole_iterations_are_refused(
+    launcher: Launcher, data: Data, graphs: tuple[str, ...]
+) -> None:
+    """Megatron makes the first spelling of the others; what it asks for with them is there."""
+    needed = ("--no-check-for-nan-in-loss-and-grad", "--te-rng-tracker")
+    args = (*data.blend(), "--channels", *graphs, *needed)
+    said = refused(launcher.run("dp1", *args, patch=True, check=False))
+    assert "--channels does not work with CUDA graphs of a full iteration" in said
+
+
+def test_a_typo_in_eval_channels(launcher: Launcher, data: Data, tmp_path: Path) -> None:
+    """The data options have named all channels, so it is known at the start."""
+    config = tmp_path / "channels.yaml"
+    config.write_text("eval_channels: [wbe]\n")
+    args = ("--channels", *oracle.NAMES, "--channels-config", str(config))
+    run = launcher.run("dp1", *data.blend(), *args, patch=True, check=False)
+    assert "did you mean 'web'" in refused(run)
+
+
 def test_without_the_patch_megatron_does_not_know_the_option(
     launcher: Launcher, data: Data
 ) -> None:

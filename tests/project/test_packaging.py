@@ -17,6 +17,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# What the tests need beside the package.
+FOLDERS = ("benchmarks", "configs", "constraints", "docs", "scripts", "tests")
+FILES = ("CHANGELOG.md", "Makefile")
 BUILD = """
 import sys
 from setuptools import build_meta
@@ -47,9 +50,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("packaging")
     tree = folder / "tree"
     tree.mkdir()
-    for name in ("channel_metrics", "patches"):
+    for name in ("channel_metrics", "patches", *FOLDERS):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", *FILES):
         shutil.copy(ROOT / name, tree)
     return build(tree, folder / "dist")
 
@@ -97,6 +100,28 @@ def test_the_sdist_builds_the_same_wheel(built: tuple[Path, Path], tmp_path: Pat
     (tree,) = tmp_path.iterdir()
     wheel, _ = build(tree, tmp_path / "dist")
     assert names_in(wheel) == names_in(built[0])
+
+
+def test_the_tests_run_from_the_sdist(built: tuple[Path, Path], tmp_path: Path) -> None:
+    with tarfile.open(built[1]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tree,) = tmp_path.iterdir()
+    for folder in FOLDERS:
+        ours, theirs = (
+            {
+                str(path.relative_to(root))
+                for path in (root / folder).rglob("*")
+                if path.is_file() and "__pycache__" not in path.parts
+            }
+            for root in (ROOT, tree)
+        )
+        assert ours == theirs
+    assert all((tree / name).exists() for name in FILES)
+    # Some that need the data of configs/, helpers, the patches and the page of the report.
+    chosen = ("core/test_labels.py", "demo/test_train_config.py", "project/test_patches_package.py")
+    tests = [f"tests/{name}" for name in chosen]
+    printed = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=tree)
+    assert " passed" in printed
 
 
 def test_torch_is_the_only_dependency(built: tuple[Path, Path]) -> None:

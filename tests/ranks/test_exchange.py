@@ -77,7 +77,7 @@ def group_of(num_ranks: int, names: Iterable[str] = ()) -> Group:
 
 # The very first vector: whether a rank has stopped, and two digests of float64.
 FIRST = 8 * (1 + 2 * DIGEST_SIZE)
-NUM_COLUMNS = 8
+NUM_COLUMNS = 9
 
 
 def vector_bytes(num_channels: int, num_riders: int = 0) -> int:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from channel_metrics.capture.logits import shifted_labels
 from channel_metrics.capture.reader import TokenLossReader
+from channel_metrics.core.boundaries import sequence_index
 from channel_metrics.core.sums import TokenValues
-from channel_metrics.data.collator import BOUNDS_KEY, CollatorFault
+from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, CollatorFault
 
 __all__ = [
     "BatchChannels",
@@ -30,10 +31,12 @@ __all__ = [
 @dataclass(frozen=True)
 class BatchChannels:
     """channels: per sequence (ids or names), or ids of the targets [B, S], see `parallel`.
-    cu_seqlens: int32 [num_sequences + 1], None where every row is one sequence."""
+    cu_seqlens: int32 [num_sequences + 1], None where every row is one sequence. records: the
+    number of the record in each row or sequence, None where they are in order."""
 
     channels: Tensor | list[str | None]
     cu_seqlens: Tensor | None
+    records: Tensor | None = None
 
     @property
     def per_token(self) -> bool:
@@ -66,9 +69,10 @@ class Scratch:
 def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorFault | None:
     """Remove our keys from `inputs`; None if they are not there."""
     channels, cu_seqlens = inputs.pop("channels", None), inputs.pop(BOUNDS_KEY, None)
+    records = inputs.pop(RECORDS_KEY, None)
     if channels is None or isinstance(channels, CollatorFault):
         return channels
-    return BatchChannels(channels, cu_seqlens)
+    return BatchChannels(channels, cu_seqlens, records)
 
 
 def has_token_labels(inputs: Mapping[str, Any]) -> bool:
@@ -127,6 +131,8 @@ def first_records(
 
     None if it cannot be told what a record is: neither a row nor a sequence.
     """
+    if batch.records is not None:
+        batch, values = _in_order_of_records(batch, batch.records, values)
     shape, bounds = values.mask.shape, batch.cu_seqlens
     rows = shape[0] if len(shape) == 2 else 1
     if rows == per_rank:
@@ -144,6 +150,26 @@ def first_records(
         return BatchChannels(batch.channels[:count], None), _rows(kept, count)
     # Sequences behind the end become empty: no tokens, no samples.
     return BatchChannels(batch.channels, bounds.clamp(max=end)), kept
+
+
+def _in_order_of_records(
+    batch: BatchChannels, records: Tensor, values: TokenValues
+) -> tuple[BatchChannels, TokenValues]:
+    """The rows, or the sequences, as they would be if the collator had kept their order."""
+    order, channels = records.argsort(), batch.channels
+    if isinstance(channels, Tensor):
+        channels = channels[order]
+    else:
+        channels = [channels[i] for i in order.tolist()]
+    shape, bounds = values.mask.shape, batch.cu_seqlens
+    if shape[0] == len(order) and len(shape) == 2:
+        return BatchChannels(channels, bounds), values.map(lambda rows: rows[order])
+    assert bounds is not None
+    # Tokens move with their sequence; those past the last bound stay where they are.
+    ranks = torch.nn.functional.pad(records, (0, 1), value=len(order))
+    moved = ranks[sequence_index(bounds, values.mask.numel())].argsort(stable=True)
+    bounds = torch.nn.functional.pad(bounds.diff()[order].cumsum(0), (1, 0)).to(bounds.dtype)
+    return BatchChannels(channels, bounds), values.map(lambda t: t.flatten()[moved].view(shape))
 
 
 def _rows(values: TokenValues, count: int) -> TokenValues:

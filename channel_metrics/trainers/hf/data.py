@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from channel_metrics.core.labels import LabelTable, field_roots
-from channel_metrics.data.collator import BOUNDS_KEY, ChannelCollator
+from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
 from channel_metrics.trainers.hf.batch import has_token_labels
 
 __all__ = ["TokenBatchCollator", "wrap_collator"]
@@ -32,6 +32,7 @@ def wrap_collator(
     signature_columns: Sequence[str],
     remove_unused_columns: bool,
     kind: type[ChannelCollator] = ChannelCollator,
+    classes: Mapping[str, Sequence[str]] | None = None,
 ) -> ChannelCollator:
     """`base` with channels, seeing exactly the columns that it would see without us.
 
@@ -52,4 +53,6 @@ def wrap_collator(
         bounds_key=BOUNDS_KEY,
         row_bounds=False,
         carry_faults=True,
+        classes=classes,
+        records_key=RECORDS_KEY,
     )

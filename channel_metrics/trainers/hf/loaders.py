@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from channel_metrics.data.collator import ChannelCollator
+from channel_metrics.data.scan import class_names
 from channel_metrics.errors import ConfigError
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import Scratch, repeats_unseen
@@ -160,4 +161,5 @@ class ChannelLoadersMixin(_TrainerBase):
             signature_columns=self._signature_columns,
             remove_unused_columns=self.args.remove_unused_columns,
             kind=kind,
+            classes=class_names(dataset, session.config.fields),
         )

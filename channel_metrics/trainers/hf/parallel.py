@@ -135,10 +135,13 @@ class TargetIdCollator(ChannelCollator):
     """`channels` is int64 [B, S]: for each position, the channel of the target it predicts."""
 
     def _added_keys(
-        self, batch: Mapping[str, Any], channels: list[list[str | None]]
+        self,
+        batch: Mapping[str, Any],
+        channels: list[list[str | None]],
+        records: Sequence[Mapping[str, Any]] = (),
     ) -> dict[str, Any]:
         """Without boundaries: the channels of the sequences are written out over their tokens."""
-        added = super()._added_keys(batch, channels)
+        added = super()._added_keys(batch, channels, records)
         ids = _as_ids(added, "a batch is cut along the sequence (cp_size or sp_size > 1)")
         labels = batch.get("labels")
         if not isinstance(labels, Tensor) or labels.dim() != 2:
@@ -147,20 +150,25 @@ class TargetIdCollator(ChannelCollator):
                 "to cut channels along the sequence, the batch must have labels of shape "
                 f"[batch, sequence], but they are {came}."
             )
-        bounds = added.get(self.bounds_key)
+        bounds = added.pop(self.bounds_key, None)
         bounds = rows_as_sequences(*labels.shape) if bounds is None else bounds
         of_tokens = token_channel_ids(ids, bounds, labels.numel()).view(labels.shape)
-        return {"channels": target_ids(of_tokens)}
+        return {**added, "channels": target_ids(of_tokens)}
 
 
 class RowCollator(ChannelCollator):
     """For batches that one process sends to the others: only tensors with one entry per row."""
 
     def _added_keys(
-        self, batch: Mapping[str, Any], channels: list[list[str | None]]
+        self,
+        batch: Mapping[str, Any],
+        channels: list[list[str | None]],
+        records: Sequence[Mapping[str, Any]] = (),
     ) -> dict[str, Any]:
         """The channels; raises `ConfigError` if rows and sequences are not the same."""
-        added = super()._added_keys(batch, channels)
+        added = super()._added_keys(batch, channels, records)
+        # Here the repeated records of an evaluation are the last rows, whatever the order.
+        added.pop(self.records_key or "", None)
         _as_ids(added, "one process sends its batches to the others (dispatch_batches)")
         if self.bounds_key in added:
             raise ConfigError(_NOT_BY_ROWS.format(f"holds {len(added['channels'])} sequences"))

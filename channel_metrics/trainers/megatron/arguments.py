@@ -203,10 +203,11 @@ def _without_ending(path: str) -> list[str]:
 def _refuse_unsupported(args: Any, config: MetricsConfig) -> None:
     if getattr(args, "yaml_cfg", None) is not None:
         raise UnsupportedVersionError("--channels does not work with --yaml-cfg; use arguments.")
-    if getattr(args, "cuda_graph_impl", None) == "full_iteration":
+    if _captures_iterations(args):
         raise ConfigError(
-            "--channels does not work with --cuda-graph-impl full_iteration: a captured "
-            "iteration runs no Python that could count; use another implementation."
+            "--channels does not work with CUDA graphs of a full iteration (full_iteration in "
+            "--cuda-graph-impl or --cuda-graph-scope): a captured iteration runs no Python that "
+            "could count; leave full_iteration out, so that only layers are captured."
         )
     if getattr(args, "perform_rl_step", False):
         raise ConfigError("--channels does not work with --perform-rl-step; leave it out.")
@@ -221,3 +222,19 @@ def _refuse_unsupported(args: Any, config: MetricsConfig) -> None:
             "the file of --channels-config lists channels, but the data options name them here; "
             "give the names to --channels."
         )
+
+
+def _captures_iterations(args: Any) -> bool:
+    """Whether whole iterations become CUDA graphs, in the options of core 0.13 to 0.19.
+
+    0.18 and later: `--cuda-graph-impl full_iteration`. Before, the scope says it, for the local
+    implementation: `--cuda-graph-impl local`, or `--enable-cuda-graph` up to 0.14.
+    """
+    implementation = getattr(args, "cuda_graph_impl", None)
+    is_local = implementation == "local" or bool(getattr(args, "enable_cuda_graph", False))
+    scopes = getattr(args, "cuda_graph_scope", None) or ()
+    scopes = scopes.split(",") if isinstance(scopes, str) else scopes
+    scopes = scopes if isinstance(scopes, (list, tuple)) else [scopes]
+    # Some versions have names, others members of an enum.
+    names = {getattr(scope, "name", scope) for scope in scopes}
+    return implementation == "full_iteration" or (is_local and "full_iteration" in names)

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from channel_metrics.capture.vocab_parallel import Correctness
@@ -123,6 +124,7 @@ class MegatronChannelMetrics:
             if kwargs.get("non_loss_data") or not self.session.measuring or not _counts_here():
                 return result
             with self.session.guard.guarded():
+                _refuse_capture(losses)
                 self._warn_of_crossings(num_crossings)
                 batch = self._micro_batch(
                     losses.detach(), channels, loss_mask, _bounds(cu_seqlens, packed_seq_params)
@@ -139,13 +141,21 @@ class MegatronChannelMetrics:
         return counting_loss_func
 
     def begin_step(self) -> None:
-        """A step begins, or is run again: what it has counted so far is forgotten."""
-        self.session.begin_step()
-        self._correctness.forget()
+        """A step begins, or is run again: what it has counted so far is forgotten.
+
+        Steps are those of training: inside an evaluation this does nothing.
+        """
+        if not self.session.evaluating:
+            self.session.begin_step()
+            self._correctness.forget()
 
     def end_step(self, *, discard: bool = False) -> None:
-        """The step is over; `discard` it if the optimizer skipped it."""
-        self.session.end_step(discard=discard)
+        """The step is over; `discard` it if the optimizer skipped it, or if it was not finished.
+
+        Inside an evaluation this does nothing.
+        """
+        if not self.session.evaluating:
+            self.session.end_step(discard=discard)
 
     def compute(self, step: int = 0, *, reset: bool = True) -> dict[str, float]:
         """The metrics of the training window over all ranks, under their log keys. A collective.
@@ -210,6 +220,14 @@ def _in_layout(losses: Tensor, channels: Channels, loss_mask: Tensor) -> tuple[T
         f"loss_mask {list(loss_mask.shape)}, or one id per token, but got {count} channels; for a "
         "pack of several sequences pass cu_seqlens or packed_seq_params."
     )
+
+
+def _refuse_capture(losses: Tensor) -> None:
+    if losses.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ConfigError(
+            "the loss function runs inside the capture of a CUDA graph, whose replays run no "
+            "Python that could count; do not capture whole iterations (FullCudaGraphWrapper)."
+        )
 
 
 def _counts_here() -> bool:

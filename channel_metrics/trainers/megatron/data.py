@@ -131,7 +131,7 @@ def pack_channel_ids(
             f"a pack holds {packed} conversations (cu_seqlens), but its line gives only "
             f"{len(conversation_ids)}; each must start with a system message."
         )
-    owners = torch.tensor(conversation_ids[:packed], dtype=torch.int64)
+    owners = torch.tensor(conversation_ids[:packed], dtype=torch.int64, device="cpu")
     own = owners.repeat_interleave(bounds.diff()[:packed])
     own = torch.nn.functional.pad(own, (0, length - own.numel()), value=UNLABELED_ID)
     # The last position predicts what was cut off; it has no target, and is not supervised.

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from channel_metrics.trainers.megatron import arguments as megatron_arguments
 from channel_metrics.trainers.megatron.log import write
 from channel_metrics.trainers.megatron.run import MegatronRun
@@ -95,7 +97,7 @@ def _counting(forward_backward: Callable[..., Any], run: MegatronRun) -> Callabl
     def counting_forward_backward(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("collect_non_loss_data"):
             return forward_backward(*args, **kwargs)
-        if not run.session.evaluating:
+        if torch.is_grad_enabled():
             # Megatron may run an iteration again, to find faulty devices.
             run.metrics.begin_step()
         step = counting_forward_step(kwargs["forward_step_func"], run.metrics)

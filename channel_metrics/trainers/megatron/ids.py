@@ -40,6 +40,14 @@ NO_SEQUENCE = -2
 # Under this key a pack says how many of its supervised targets belong to the next sequence.
 CROSSINGS_KEY = "channel_crossings"
 
+# Bounds of sequences in a batch, where tokens sit before what attention sees of them.
+_BOUNDS_KEYS = (
+    "cu_seqlens_padded",
+    "cu_seqlens_q_padded",
+    "cu_seqlens",
+    "cu_seqlens_q",
+    "cu_seq_lens_q",
+)
 # Entries of a batch that say how to cut it; with those that start with cu_seqlens.
 _HOW_TO_CUT = ("max_seqlen", "local_cp_size", "hybrid_cp_group")
 
@@ -185,16 +193,16 @@ def _ids_of(batch: Mapping[str, Any], table: LabelTable) -> tuple[str, Tensor | 
         if isinstance(value, Tensor):
             return key, _checked(value.long(), key, table)
         if isinstance(value, (list, tuple)):
-            return key, torch.tensor(table.ids(value), dtype=torch.int64)
+            return key, torch.tensor(table.ids(value), dtype=torch.int64, device="cpu")
     return "", None
 
 
 def _rows_of(batch: Mapping[str, Any]) -> torch.Size | None:
-    """The shape [B, S] that the batch has as the data iterator gives it."""
+    """The shape [B, S] that the batch has as the data iterator gives it; of a flat one [1, S]."""
     for key in ("labels", "tokens", "loss_mask"):
         value = batch.get(key)
-        if isinstance(value, Tensor) and value.dim() == 2:
-            return value.shape
+        if isinstance(value, Tensor) and value.dim() in (1, 2):
+            return value.shape if value.dim() == 2 else torch.Size((1, *value.shape))
     return None
 
 
@@ -217,7 +225,9 @@ def _bounds_for(ids: Tensor, batch: Mapping[str, Any], rows: torch.Size) -> Tens
 
 def _bounds_of(batch: Mapping[str, Any], rows: torch.Size) -> Tensor | None:
     """int32 [N + 1] over all rows, from bounds that are filled up with the length of the row."""
-    found = (batch.get(key) for key in ("cu_seqlens_padded", "cu_seqlens"))
+    found = [batch.get(key) for key in _BOUNDS_KEYS]
+    params = batch.get("packed_seq_params")
+    found += [getattr(params, key, None) for key in _BOUNDS_KEYS]
     given = next((value for value in found if isinstance(value, Tensor)), None)
     if given is None:
         return None

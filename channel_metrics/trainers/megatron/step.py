@@ -5,6 +5,9 @@
 
 For forward steps as Megatron's own scripts write them: one batch from the data iterator, with
 `channels` (or a blend's `dataset_id`) in it, and `partial(loss_func, loss_mask, ...)` returned.
+
+A validation loop that uses the same forward step needs a window of its own, see
+`ChannelMetrics.evaluation`. Without one, what is computed without gradients is not counted.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
@@ -70,7 +74,7 @@ def _counting_loss_func(
     def counting_loss_func(losses: Any, *args: Any, **kwargs: Any) -> Any:
         counted = loss_func
         # A tensor-parallel rank without data holds a copy of what another counts.
-        if batch.num_batches and metrics.session.measuring:
+        if batch.num_batches and metrics.session.measuring and _has_a_window(metrics):
             with metrics.session.guard.guarded():
                 ids = _ids(batch)
                 mask = loss_mask_of(loss_func)
@@ -89,6 +93,18 @@ def _counting_loss_func(
         return counted(losses, *args, **kwargs)
 
     return counting_loss_func
+
+
+def _has_a_window(metrics: MegatronChannelMetrics) -> bool:
+    """Whether the tokens are those of training, or of an evaluation that is open."""
+    # Megatron may train forward only (--freeze-all-layers), but never without gradients.
+    if torch.is_grad_enabled() or metrics.session.evaluating:
+        return True
+    metrics.session.warn_once(
+        "losses that are computed without gradients are not counted, because they are not those "
+        "of training; open a window for them: `with metrics.session.evaluation(...)`."
+    )
+    return False
 
 
 def _ids(batch: BatchIds) -> Tensor:

@@ -4,12 +4,16 @@ Patched are
 - `Seq2SeqTrainer.__init__`: each trainer that is made afterwards gets `attach(self, config)`;
 - `RowPreprocessor.__call__`: fills the column `channel` of a dataset from the fields of the
   config, because ms-swift drops all columns that it does not know;
+- `SwiftSft._prepare_dataset`: runs whose loss is not one of tokens, `swift rlhf` among them, say
+  that they have no channel metrics;
 - `swift.cli.main.parse_yaml_args`: processes that the command line starts are patched too;
 - `MegatronTrainer.__init__`, in runs that use it.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -35,10 +39,12 @@ __all__ = ["KEY", "apply", "is_applied", "revert"]
 
 KEY = "ms_swift"
 _PLUGINS_OPTION = "--external_plugins"
-_COMMANDS = ("sft", "pt")
+_COMMANDS = ("sft", "pt", "rlhf")
 # ms-swift imports its Megatron side only in runs that use it, and so do we.
 _MEGATRON = "swift.megatron.trainers.trainer"
 _MEGATRON_PATCH = "channel_metrics.trainers.swift_megatron.patch"
+
+logger = logging.getLogger("channel_metrics")
 
 
 def apply(config: MetricsConfig | None = None) -> None:
@@ -58,7 +64,7 @@ def apply(config: MetricsConfig | None = None) -> None:
     _reach_megatron(chosen)
     for owner, name, body in (
         (Seq2SeqTrainer, "__init__", attaching(chosen)),
-        (SwiftSft, "_prepare_dataset", _reaching_megatron(chosen)),
+        (SwiftSft, "_prepare_dataset", _preparing(chosen)),
         (RowPreprocessor, "__call__", _filling(chosen)),
         (swift_cli, "parse_yaml_args", _with_plugin),
     ):
@@ -81,14 +87,29 @@ def _reach_megatron(config: MetricsConfig) -> None:
         import_module(_MEGATRON_PATCH).apply(config)
 
 
-def _reaching_megatron(config: MetricsConfig) -> Callable[..., Any]:
-    """`megatron sft` prepares its data as `swift sft` does; by then its own trainer is imported."""
-
-    def prepare_dataset(original: Any, *args: Any, **kwargs: Any) -> Any:
+def _preparing(config: MetricsConfig) -> Callable[..., Any]:
+    def prepare_dataset(original: Any, pipeline: Any, *args: Any, **kwargs: Any) -> Any:
+        # `megatron sft` prepares its data as `swift sft` does; by then its trainer is imported.
         _reach_megatron(config)
-        return original(*args, **kwargs)
+        _say_if_without_metrics(pipeline.args)
+        return original(pipeline, *args, **kwargs)
 
     return prepare_dataset
+
+
+def _say_if_without_metrics(args: Any) -> None:
+    """Warn, on one rank, if the run trains on another loss than that of tokens."""
+    rlhf_type = getattr(args, "rlhf_type", None)
+    if os.environ.get("RANK", "0") != "0" or (rlhf_type is None and args.task_type == "causal_lm"):
+        return
+    task = f"task_type {args.task_type}" if rlhf_type is None else f"rlhf_type {rlhf_type}"
+    no_effect = "; --enable_channel_loss has no effect" if args.enable_channel_loss else ""
+    logger.warning(
+        "no channel metrics in this run: they are for the loss of tokens that `sft` and `pt` "
+        "train on (task_type causal_lm), and this is %s%s.",
+        task,
+        no_effect,
+    )
 
 
 def _filling(config: MetricsConfig) -> Callable[..., Any]:

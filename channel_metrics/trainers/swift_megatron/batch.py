@@ -56,7 +56,7 @@ def sequence_channels(args: Any, given: Mapping[str, Any], table: LabelTable) ->
     found = SequenceChannels(names, torch.tensor(table.ids(names), dtype=torch.int64))
     bounds = None if packed is None else packed.cu_seqlens_q[: len(names) + 1]
     if bounds is not None:
-        _check_bounds(bounds, found)
+        _check_bounds(bounds, found, given.get("seq_lens"))
         found.num_crossings = int((labels[0, bounds[1:-1].long()] != IGNORE_INDEX).sum())
         # A shifted label stands one position before its token.
         found.cu_seqlens = (bounds - 1).clamp(min=0)
@@ -76,9 +76,9 @@ def _cut_with_labels(
         ids = found.ids.unsqueeze(1).expand(labels.shape)
     else:
         ids = token_channel_ids(found.ids, bounds, labels.numel()).view(labels.shape)
-    probe = {"labels": ids.roll(-1, dims=-1), "packed_seq_params": packed}
+    in_place_of_labels = {"labels": ids.roll(-1, dims=-1), "packed_seq_params": packed}
     found.sequences, found.cu_seqlens = found.ids, None
-    found.ids = utils.get_batch_on_this_cp_rank(args, probe)["labels"]
+    found.ids = utils.get_batch_on_this_cp_rank(args, in_place_of_labels)["labels"]
 
 
 def _packed_seq_params(args: Any, given: Mapping[str, Any]) -> Any:
@@ -116,9 +116,18 @@ def _names(given: Mapping[str, Any], held_in: str | None, num_rows: int) -> list
     return names
 
 
-def _check_bounds(bounds: Tensor, found: SequenceChannels) -> None:
+def _check_bounds(bounds: Tensor, found: SequenceChannels, lengths: Any) -> None:
+    """lengths: of the sequences without their padding, if the batch has them."""
+    remedy = "positions of each sequence must count from 0, and nowhere else."
     if bounds.numel() != len(found) + 1:
         raise BoundaryError(
             f"the batch names {len(found)} sequences, but its position_ids start anew "
-            f"{bounds.numel() - 1} times; positions of each sequence must count from 0."
+            f"{bounds.numel() - 1} times; {remedy}"
         )
+    for number, length in enumerate(() if lengths is None else lengths):
+        held = int(bounds[number + 1] - bounds[number])
+        if held < int(length):
+            raise BoundaryError(
+                f"sequence {number} of the batch has {int(length)} tokens (seq_lens), but its "
+                f"position_ids start anew after {held}; {remedy}"
+            )

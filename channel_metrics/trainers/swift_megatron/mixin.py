@@ -168,8 +168,7 @@ class SwiftMegatronMixin(BaseMegatronTrainer):  # type: ignore[misc]
         if not session.guard.off:
             with session.guard.guarded():
                 for model in self.unwrapped_models:
-                    # Multimodal models hold the language model.
-                    self.channel_counting.watch(getattr(model, "language_model", model))
+                    self.channel_counting.watch(model)
 
 
 def _to(bounds: Tensor | None, like: Tensor) -> Tensor | None:

@@ -6,7 +6,6 @@ of its own because it imports the Megatron side of ms-swift, which most runs do 
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from swift.megatron.trainers.trainer import MegatronTrainer
@@ -18,8 +17,6 @@ from channel_metrics.trainers.swift.patch import KEY
 from channel_metrics.trainers.swift_megatron.attaching import attach, check_megatron_trainer
 
 __all__ = ["apply", "is_applied"]
-
-logger = logging.getLogger("channel_metrics")
 
 
 def apply(config: MetricsConfig) -> None:
@@ -34,14 +31,10 @@ def apply(config: MetricsConfig) -> None:
 
     def init_with_metrics(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
         original(trainer, *args, **kwargs)
-        task = trainer.args.task_type
-        if task != "causal_lm":
-            logger.warning(
-                "no channel metrics: task_type is %s, whose loss is not one of tokens.", task
-            )
-            return
-        with FaultGuard(config.on_error).guarded():
-            attach(trainer, config)
+        # Of other tasks, `channel_metrics.trainers.swift.patch` has said so.
+        if trainer.args.task_type == "causal_lm":
+            with FaultGuard(config.on_error).guarded():
+                attach(trainer, config)
 
     swap.wrap(MegatronTrainer, "__init__", init_with_metrics, key=KEY)
 

@@ -98,6 +98,32 @@ def eval_flattened(folder: Path) -> Any:
     return _evaluated(folder, Dataset.from_list, collator=collator)
 
 
+class Sorting:
+    """A collator that changes the order of its records: the repeated ones are not the last."""
+
+    def __init__(self, base: Any) -> None:
+        self.base = base
+
+    def __call__(self, features: list[Any]) -> Any:
+        return self.base(sorted(features, key=lambda feature: feature["input_ids"]))
+
+
+@ddp
+def eval_sorted(folder: Path) -> Any:
+    return _evaluated(folder, Dataset.from_list, collator=Sorting(PaddingCollator()))
+
+
+@ddp
+def eval_sorted_flattened(folder: Path) -> Any:
+    collator = Sorting(DataCollatorWithFlattening(return_flash_attn_kwargs=False))
+    return _evaluated(folder, Dataset.from_list, collator=collator)
+
+
+@ddp
+def eval_sorted_dispatch(folder: Path) -> Any:
+    return _evaluated(folder, Dataset.from_list, DISPATCH, collator=Sorting(PaddingCollator()))
+
+
 @pytest.mark.parametrize("size", EVAL_SIZES)
 @pytest.mark.parametrize(
     "case",
@@ -108,6 +134,9 @@ def eval_flattened(folder: Path) -> Any:
         eval_dispatch_split,
         eval_stream,
         eval_flattened,
+        eval_sorted,
+        eval_sorted_flattened,
+        eval_sorted_dispatch,
     ],
 )
 def test_evaluation_counts_each_record_once(ranks_of: RanksOf, case: Case, size: int) -> None:

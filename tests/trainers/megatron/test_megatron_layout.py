@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +80,39 @@ def test_the_bounds_of_a_pack_decide(channels: Any, filling: list[int]) -> None:
     assert found == OF_THE_PACK
 
 
+@pytest.mark.parametrize("key", ["cu_seqlens", "cu_seqlens_q", "cu_seq_lens_q"])
+@pytest.mark.parametrize("where", ["batch", "packed_seq_params"])
+def test_bounds_have_several_names(key: str, where: str) -> None:
+    given: Any = {key: torch.tensor(PACK, dtype=torch.int32)}
+    if where == "packed_seq_params":
+        given = {where: SimpleNamespace(**given)}
+    assert through_a_forward_step(losses_of(PACK), channels=list(NAMES), **given) == OF_THE_PACK
+
+
+@pytest.mark.parametrize("key", ["cu_seqlens_padded", "cu_seqlens_q_padded"])
+def test_the_bounds_of_where_tokens_sit_go_before_those_of_attention(key: str) -> None:
+    given = {key: torch.tensor(PACK, dtype=torch.int32)}
+    for shorter in ("cu_seqlens", "cu_seqlens_q"):
+        given[shorter] = torch.tensor([0, 3, 6, 9, 36], dtype=torch.int32)
+    assert through_a_forward_step(losses_of(PACK), channels=list(NAMES), **given) == OF_THE_PACK
+
+
+def test_the_bounds_of_a_flat_batch_decide() -> None:
+    """Labels of one axis, as packs without rows have them."""
+    bounds = torch.tensor(PACK, dtype=torch.int32)
+    flat = losses_of(PACK)[0]
+    found = through_a_forward_step(flat, channels=list(NAMES), cu_seqlens=bounds)
+    assert found == OF_THE_PACK
+    with pytest.raises(BoundaryError, match="no cu_seqlens"):
+        through_a_forward_step(flat, channels=list(NAMES))
+
+
+def test_tokens_behind_the_last_bound_are_unlabeled() -> None:
+    bounds = torch.tensor([0, 4, 8, 12, 36], dtype=torch.int32)
+    found = through_a_forward_step(losses_of(PACK), channels=list(NAMES), cu_seqlens=bounds)
+    assert found == OF_THE_PACK | values(d=(4, 24, 1), unlabeled=(4, 4, 0))
+
+
 def test_bounds_of_several_rows() -> None:
     """Two rows of eight tokens; the second holds one sequence."""
     bounds = torch.tensor([[0, 3, 8, 8], [0, 8, 8, 8]], dtype=torch.int32)
@@ -146,3 +181,89 @@ def test_a_session_is_not_given_what_it_has() -> None:
 def test_a_step_that_did_not_begin_cannot_be_discarded() -> None:
     with pytest.raises(Exception, match=r"needs begin_step\(\)"):
         new_metrics().end_step(discard=True)
+
+
+def test_steps_are_those_of_training() -> None:
+    """An evaluation in the middle of a step leaves it as it is, whatever it calls."""
+    metrics, mask = new_metrics(), torch.ones(1, 4)
+    count = metrics.count(partial(loss_func, mask), channels=["a"], loss_mask=mask)
+    metrics.begin_step()
+    count(torch.full((1, 4), 2.0))
+    with metrics.session.evaluation("eval", step=1) as evaluation:
+        metrics.begin_step()
+        count(torch.full((1, 4), 5.0))
+        metrics.end_step(discard=True)
+    assert evaluation.logs["eval_a_tokens"] == 4
+    count(torch.full((1, 4), 4.0))
+    metrics.end_step()
+    assert metrics.compute() == values(a=(3, 8, 2))
+
+
+def a_forward_step(data_iterator: Any, model: Any) -> Any:
+    batch = next(data_iterator)
+    return batch["losses"], partial(loss_func, batch["loss_mask"])
+
+
+def a_batch(loss: float) -> dict[str, Any]:
+    rows = {"labels": torch.zeros(1, 4).long(), "loss_mask": torch.ones(1, 4)}
+    return {**rows, "losses": torch.full((1, 4), loss), "channels": ["a"]}
+
+
+def test_validation_without_a_window_does_not_get_into_training(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A loop that validates by the forward step of training, as Megatron-Bridge's."""
+    metrics = new_metrics()
+    step = counting_forward_step(a_forward_step, metrics)
+
+    def forward(loss: float) -> None:
+        output, loss_function = step(iter([a_batch(loss)]), torch.nn.Module())
+        loss_function(output)
+
+    forward(1.0)
+    with torch.no_grad():
+        forward(9.0)
+        forward(9.0)
+        with metrics.session.evaluation("eval", step=1) as evaluation:
+            forward(5.0)
+    assert evaluation.logs == {"eval_a_loss": 5, "eval_a_tokens": 4, "eval_a_samples": 1}
+    assert metrics.compute() == values(a=(1, 4, 1))
+    assert caplog.text.count("computed without gradients are not counted") == 1
+
+
+def test_data_that_ends_in_the_middle_of_a_step() -> None:
+    """The loop sees the end, and what the step has counted can be left out."""
+    metrics = new_metrics()
+    step = counting_forward_step(a_forward_step, metrics)
+    data = iter([a_batch(1.0), a_batch(3.0), a_batch(100.0)])
+
+    def step_of_two() -> None:
+        metrics.begin_step()
+        for _ in range(2):
+            output, loss_function = step(data, torch.nn.Module())
+            loss_function(output)
+        metrics.end_step()
+
+    step_of_two()
+    with pytest.raises(StopIteration):
+        step_of_two()
+    metrics.end_step(discard=True)
+    assert metrics.compute() == values(a=(2, 8, 2))
+
+
+def test_crossings_are_told_by_the_logger(caplog: pytest.LogCaptureFixture) -> None:
+    """Megatron's scripts ignore warnings on all ranks but the first. Once, for the first batch."""
+    metrics, mask = new_metrics(), torch.ones(1, 8)
+    bounds = torch.tensor([0, 4, 8], dtype=torch.int32)
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING, "channel_metrics"):
+        warnings.simplefilter("ignore", UserWarning)
+        for number in (3, 5):
+            metrics.count(
+                partial(loss_func, mask),
+                channels=["a", "b"],
+                loss_mask=mask,
+                cu_seqlens=bounds,
+                num_crossings=number,
+            )(torch.ones(1, 8))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("3 supervised targets of this micro-batch")

@@ -99,6 +99,8 @@ def refusals() -> dict[str, str]:
         "one_name": batch | {"channel": ["math"]},
         "no_number": {k: v for k, v in batch.items() if k != "seq_lens"},
         "positions": batch | {"position_ids": torch.arange(2 * LENGTH).unsqueeze(0)},
+        # Three pieces for two names; the last would look like padding.
+        "pieces": batch | {"position_ids": batch["position_ids"] % torch.tensor([4] * 8 + [8] * 8)},
     }
     found = {
         name: message(lambda given=given: sequence_channels(args, given, LabelTable()))

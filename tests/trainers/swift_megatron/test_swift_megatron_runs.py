@@ -75,6 +75,7 @@ def test_what_is_refused(runs: Runs) -> None:
         "one_name": "ChannelError: channel has 1 entries but the batch holds 2 sequences of the",
         "no_number": "BoundaryError: a batch of packed sequences must say how many there are",
         "positions": "BoundaryError: the batch names 2 sequences, but its position_ids start anew",
+        "pieces": "BoundaryError: sequence 0 of the batch has 8 tokens (seq_lens), but its",
         "task": "UnsupportedVersionError: channel metrics are for the loss of language models",
         "reranker": "UnsupportedVersionError: channel metrics are for ms-swift's MegatronTrainer",
         "keys": "ConfigError: key_format '{metric}/{channel}' gives 'loss' and 'channel_loss' of a",
