@@ -17,7 +17,6 @@ Every rank makes the same calls in the same order. `close`, `peek`, the end of a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,8 +42,6 @@ from channel_metrics.ranks.sync import sum_over_ranks
 from channel_metrics.windows import Evaluation, Window, WindowMaker
 
 __all__ = ["ChannelMetrics"]
-
-logger = logging.getLogger("channel_metrics")
 
 
 class ChannelMetrics(Counting):
@@ -243,11 +240,9 @@ class ChannelMetrics(Counting):
         """Go on from the totals of a checkpoint. If it has none, warn and start at zero."""
         path = totals_path(folder)
         if path is None:
-            logger.warning(
-                "%s has no %s: it was written without channel metrics, so %s count from here.",
-                folder,
-                TOTALS_FILE,
-                " and ".join(self.schema.run_metrics),
+            self.warn_once(
+                f"{folder} has no {TOTALS_FILE}: it was written without channel metrics, so "
+                f"{' and '.join(self.schema.run_metrics)} count from here."
             )
             return
         self.totals = RunTotals(self.schema)

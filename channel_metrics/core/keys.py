@@ -6,8 +6,7 @@
 >>> [type(error).__name__ for error in book.learn(["bbu", "eval"])]
 ['ConfigError']
 
-A key is a head, a channel and a tail: `eval_` + `bbu` + `_loss`. Two of them are equal where one
-head continues the other and one tail continues the other by what the channel's name lacks:
+A key is a head, a channel and a tail: `eval_` + `bbu` + `_loss`. Two forms can give one key:
 `bbu_weighted` + `_loss` is `bbu` + `_weighted_loss`, `eval_bbu` + `_loss` is `eval_` + `bbu_loss`.
 """
 
@@ -101,12 +100,9 @@ class KeyBook:
         rewrite: Callable[[str], str] = str,
     ) -> None:
         check_key_format(key_format)
-        self.key_format = key_format
-        self.schema = schema
-        self.reserved = frozenset(reserved)
+        self.key_format, self.schema, self.reserved = key_format, schema, frozenset(reserved)
         self.clashes: set[str] = set()
-        self._rewrite = rewrite
-        self._known: set[str] = set()
+        self._rewrite, self._known = rewrite, set[str]()
         # {name as it is written: channel}
         self._names: dict[str, str] = {}
         self._prepare([""])
@@ -256,10 +252,8 @@ def _step(ends: tuple[str, str], other: tuple[str, str]) -> _Step | None:
 class ChannelTable(LabelTable):
     """A `LabelTable` for an accumulator by itself: names join only if their keys are free.
 
-    Args:
-        names, unknown: as for `LabelTable`.
-        key_format: the log key that `ChannelLossAccumulator.compute` gives.
-        reserved: log keys that a channel must not have.
+    names, unknown: as for `LabelTable`. key_format: of the keys that `compute` gives. reserved:
+    keys that a channel must not have.
     """
 
     def __init__(

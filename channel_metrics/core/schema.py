@@ -217,22 +217,11 @@ def _ratio_of(numerator: str, denominator: str, sums: Sums) -> float | None:
 TOKENS = Schema("tokens", count="tokens")
 TOKENS.register(
     Column("tokens", "tokens", "supervised tokens", total=True, per_token="mask"),
-    Column(
-        "samples",
-        "sequences",
-        "sequences with at least one position",
-        total=True,
-        per_sequence="filled",
-    ),
+    Column("samples", "sequences", "sequences with a position", total=True, per_sequence="filled"),
     Column("nll", "nats", "token losses that are finite", per_token="nll"),
     Column("correct", "tokens", "tokens whose target was predicted", per_token="correct"),
     Column("judged", "tokens", "tokens for which `correct` was given", per_token="judged"),
-    Column(
-        "nonfinite",
-        "tokens",
-        "supervised tokens whose loss is NaN or infinite",
-        per_token="nonfinite",
-    ),
+    Column("nonfinite", "tokens", "tokens whose loss is NaN or infinite", per_token="nonfinite"),
     Column("weighted_nll", "nats", "weight * loss", per_token="weighted_nll"),
     Column("weight", "weight", "the weights of tokens", per_token="weight"),
     Column(
