@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env env-latest demo demo-megatron test test-latest lint bench clean
+.PHONY: help env env-latest demo demo-megatron test test-latest test-upstream lint bench clean
 
 BIN := .venv/bin
 BIN_LATEST := .venv-latest/bin
@@ -14,7 +14,7 @@ TEST_ENV := DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP
 ARGS ?=
 
 help: ## This list
-	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 15
 
 env: .venv/.stamp ## Create .venv (Python 3.11), at exact versions
 env-latest: .venv-latest/.stamp ## Create .venv-latest (newest releases), at exact versions
@@ -38,6 +38,10 @@ test: env ## Run the tests in .venv
 
 test-latest: env-latest ## Run the tests in .venv-latest
 	$(TEST_ENV) $(BIN_LATEST)/python $(PYTEST) $(ARGS)
+
+test-upstream: env ## Run TRL's or transformers' tests with and without our patch (TRL_PATH=...)
+	$(TEST_ENV) TRL_PATH=$(TRL_PATH) TRANSFORMERS_PATH=$(TRANSFORMERS_PATH) \
+		$(BIN)/python tests/upstream $(ARGS)
 
 lint: env ## ruff, mypy, import-linter
 	$(BIN)/ruff check
