@@ -69,5 +69,5 @@ class ProbeReader:
             self.model(**inputs)
         values, _ = self._reader.read(observation, labels, causal=self._causal)
         sums = sequence_sums(values, batch.cu_seqlens.to(values.losses.device), dtype)
-        finite = sums["tokens"] - sums["nonfinite"]
+        finite = sums["tokens"] - sums.get("nonfinite", 0)
         return torch.cat([moments(sums["nll"], finite), moments(sums["correct"], sums["tokens"])])
