@@ -66,7 +66,7 @@ def _keeping_channels(config: MetricsConfig) -> Callable[..., Any]:
         # A class with the mixin has packed the channels already, and calls this without packing.
         if isinstance(trainer, SFTChannelMetricsMixin):
             return prepare(*args, **kwargs)
-        with FaultGuard(config.on_error).guarded():
+        with FaultGuard(config.on_error or "warn").guarded():
             return prepare_dataset(trainer, prepare, config, *args, **kwargs)
         return prepare(*args, **kwargs)
 
