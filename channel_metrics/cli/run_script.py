@@ -1,8 +1,7 @@
-"""Run somebody's training script, unmodified, with patches applied first.
+"""Run an unmodified training script after applying patches.
 
-What the script sees is what it would see from `python SCRIPT ARGS...`: its `sys.argv`, its folder
-first on `sys.path`, `__name__ == "__main__"`; its exit code, its traceback and the signals it gets
-are its own.
+The script runs as with `python SCRIPT ARGS...`: it has its own `sys.argv`, its folder is first on
+`sys.path`, and `__name__` is "__main__". Its exit code, tracebacks and signals are unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from channel_metrics.errors import ConfigError
 __all__ = ["PATCH_MODULES", "run_script"]
 
 
-# The names that `--patch` takes, and the module whose `apply` it is.
+# {name that `--patch` takes: the module whose `apply` is called}
 PATCH_MODULES = {
     "hf_trainer": "channel_metrics.trainers.hf.patch",
     "megatron": "channel_metrics.trainers.megatron.patch",
@@ -32,12 +31,17 @@ PATCH_MODULES = {
 def run_script(
     script: str, args: Sequence[str], patches: Sequence[str], config: Path | None = None
 ) -> None:
-    """Apply `patches` in order, then run `script` as the main program with `args`.
+    """Apply patches, then run a script as the main program.
 
-    config: a YAML file with a `MetricsConfig`, for the patches of this process and, by the
-    environment, of the processes that it starts.
+    Args:
+        script: the path of the script.
+        args: its arguments.
+        patches: names from `PATCH_MODULES`, in this order.
+        config: a YAML file with a `MetricsConfig`. Processes that the script starts get it, too,
+            through the environment.
 
-    Raises `ConfigError` for an unknown patch or a missing script, before anything runs.
+    Raises:
+        ConfigError: for an unknown patch or a missing script, before anything runs.
     """
     for name in patches:
         if name not in PATCH_MODULES:
