@@ -1,10 +1,10 @@
 """Gives ms-swift's trainers channel metrics.
 
-Patched are
-- `Seq2SeqTrainer.__init__`: each trainer that is made afterwards gets `attach(self, config)`;
-- `RowPreprocessor.__call__`: fills the column `channel` of a dataset from the fields of the
-  config, because ms-swift drops all columns that it does not know;
-- `swift.cli.main.parse_yaml_args`: processes that the command line starts are patched too;
+These functions are patched:
+- `Seq2SeqTrainer.__init__`: each trainer that is made afterwards gets `attach(self, config)`.
+- `RowPreprocessor.__call__`: fills the dataset column `channel` from the fields of the config,
+  because ms-swift drops all columns that it does not know.
+- `swift.cli.main.parse_yaml_args`: patches the processes that the command line starts.
 - `MegatronTrainer.__init__`, in runs that use it.
 """
 
@@ -36,7 +36,7 @@ __all__ = ["KEY", "apply", "is_applied", "revert"]
 KEY = "ms_swift"
 _PLUGINS_OPTION = "--external_plugins"
 _COMMANDS = ("sft", "pt")
-# ms-swift imports its Megatron side only in runs that use it, and so do we.
+# Like ms-swift, we import the Megatron side only in runs that use it.
 _MEGATRON = "swift.megatron.trainers.trainer"
 _MEGATRON_PATCH = "channel_metrics.trainers.swift_megatron.patch"
 
@@ -45,7 +45,7 @@ def apply(config: MetricsConfig | None = None) -> None:
     """Patch ms-swift; a second call does nothing.
 
     Args:
-        config: None reads the file that CHANNEL_METRICS_CONFIG names, or takes the defaults.
+        config: None takes that of the file in CHANNEL_METRICS_CONFIG, or the defaults.
 
     Raises:
         UnsupportedVersionError: this ms-swift lacks what is needed; nothing is patched.
@@ -82,7 +82,7 @@ def _reach_megatron(config: MetricsConfig) -> None:
 
 
 def _reaching_megatron(config: MetricsConfig) -> Callable[..., Any]:
-    """`megatron sft` prepares its data as `swift sft` does; by then its own trainer is imported."""
+    """`megatron sft` prepares its data like `swift sft`, after its trainer has been imported."""
 
     def prepare_dataset(original: Any, *args: Any, **kwargs: Any) -> Any:
         _reach_megatron(config)
@@ -93,7 +93,7 @@ def _reaching_megatron(config: MetricsConfig) -> Callable[..., Any]:
 
 def _filling(config: MetricsConfig) -> Callable[..., Any]:
     def preprocess(original: Any, preprocessor: Any, dataset: Any, *args: Any, **kw: Any) -> Any:
-        # With --columns the user says which column the channel is.
+        # With --columns, the user has named the column of the channel.
         if CHANNEL_COLUMN not in preprocessor.origin_columns.values():
             with FaultGuard(config.on_error).guarded():
                 dataset = with_channel_column(dataset, config.fields)
@@ -103,9 +103,9 @@ def _filling(config: MetricsConfig) -> Callable[..., Any]:
 
 
 def _with_plugin(original: Any, argv: list[str]) -> None:
-    """The command line starts processes that know nothing of this one's patches."""
+    """Add our plugin for the processes that the command line starts."""
     original(argv)
-    # Other commands may not have the option; here, `argv` comes without the command.
+    # Other commands may not have the option. `argv` is without the command here.
     if sys.argv[1:2] and sys.argv[1] in _COMMANDS:
         _add_plugin(argv, _plugin_file())
 
@@ -113,7 +113,7 @@ def _with_plugin(original: Any, argv: list[str]) -> None:
 def _plugin_file() -> str:
     """The file that patches a process of ms-swift when it is imported."""
     package = Path(__file__).parents[2]
-    # Installed, the folder lies inside the package; in a checkout, beside it.
+    # The folder is inside an installed package, and beside the package in a checkout.
     installed, checkout = (f / "patches" / "ms_swift.py" for f in (package, package.parent))
     return str(installed if installed.exists() else checkout)
 

@@ -1,7 +1,7 @@
 """Gives each `MegatronTrainer` of ms-swift that is made from now on channel metrics.
 
-It is part of `channel_metrics.trainers.swift.patch`, which applies and reverts it. It is a module
-of its own because it imports the Megatron side of ms-swift, which most runs do not have.
+`channel_metrics.trainers.swift.patch` applies and reverts it. It is a module of its own because it
+imports the Megatron side of ms-swift, which most runs do not have.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def apply(config: MetricsConfig) -> None:
     """Patch `MegatronTrainer.__init__`; a second call does nothing.
 
     Raises:
-        UnsupportedVersionError: this ms-swift lacks what is needed; nothing is patched.
+        UnsupportedVersionError: for an ms-swift that we do not know. Nothing is patched then.
     """
     if is_applied():
         return
@@ -36,9 +36,7 @@ def apply(config: MetricsConfig) -> None:
         original(trainer, *args, **kwargs)
         task = trainer.args.task_type
         if task != "causal_lm":
-            logger.warning(
-                "no channel metrics: task_type is %s, whose loss is not one of tokens.", task
-            )
+            logger.warning("no channel metrics: task_type is %s, which has no token losses.", task)
             return
         with FaultGuard(config.on_error).guarded():
             attach(trainer, config)
