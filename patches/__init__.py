@@ -3,7 +3,7 @@
     import channel_metrics.patches.hf_trainer     # after: pip install channel_metrics
     import patches.hf_trainer                     # in the root of a checkout
 
-Each module offers `apply`, `revert` and `is_applied` of `channel_metrics.trainers.*.patch`.
-Applying twice patches once, under whichever name it is imported. A version that lacks what a
-patch needs is refused with `UnsupportedVersionError`.
+Each module has `apply`, `revert` and `is_applied` of `channel_metrics.trainers.*.patch`. A second
+import does nothing, even under the other name. A version that a patch does not know raises
+`UnsupportedVersionError`.
 """

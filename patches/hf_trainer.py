@@ -2,9 +2,9 @@
 
     import channel_metrics.patches.hf_trainer
 
-Each trainer that is made afterwards gets `channel_metrics.trainers.hf.attach`. The config is read
-from the YAML file that the environment variable CHANNEL_METRICS_CONFIG names, if it is set.
-`revert()` undoes it for trainers made later.
+`channel_metrics.trainers.hf.attach` is called for each trainer that is made afterwards. The config
+is read from the YAML file in the environment variable CHANNEL_METRICS_CONFIG, if it is set.
+`revert()` undoes the patch for trainers that are made later.
 """
 
 from __future__ import annotations

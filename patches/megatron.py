@@ -2,8 +2,8 @@
 
     import channel_metrics.patches.megatron      # before the script imports from megatron
 
-Without `--channels` in the command line, nothing changes. What is patched:
-`channel_metrics.trainers.megatron.patch`. `revert()` undoes all of it.
+Nothing changes without `--channels` in the command line. `channel_metrics.trainers.megatron.patch`
+lists what is patched. `revert()` undoes all of it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import os
 import sys
 
 if __name__ == "megatron":
-    # This folder is on sys.path (ms-swift puts the folder of a plugin there), and this file hides
-    # the package: the importer gets the package.
+    # This folder is on sys.path (ms-swift adds the folder of a plugin), so this file hides the
+    # package of the same name. Import that package instead.
     _folder = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != _folder]
     del sys.modules["megatron"]

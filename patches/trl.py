@@ -2,7 +2,8 @@
 
     import channel_metrics.patches.trl
 
-It includes `channel_metrics.patches.hf_trainer`. `revert()` undoes both for trainers made later.
+It includes `channel_metrics.patches.hf_trainer`. `revert()` undoes both for trainers that are made
+later.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import os
 import sys
 
 if __name__ == "trl":
-    # This folder is on sys.path (ms-swift puts the folder of a plugin there), and this file hides
-    # the package: the importer gets the package.
+    # This folder is on sys.path (ms-swift adds the folder of a plugin), so this file hides the
+    # package of the same name. Import that package instead.
     _folder = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != _folder]
     del sys.modules["trl"]

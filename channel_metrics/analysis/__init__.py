@@ -1,4 +1,4 @@
-"""Runs that are over, or that were made without us: logs -> one table -> curves, estimates, report.
+"""Reads the logs of runs, also of runs without channel metrics: tables, estimates, reports.
 
     from channel_metrics.analysis.run import load_run
     run = load_run(Path("runs/debug"))
@@ -13,11 +13,5 @@
 | `report` | the report: one HTML file, and pictures |
 | `watch` | the log of a job that is running |
 
-Which metrics there are, and which have a chart, is read from `channel_metrics.core.schema`.
-
-Importing this package imports nothing else.
+`channel_metrics.core.schema` defines the metrics, and which of them have a chart.
 """
-
-from __future__ import annotations
-
-__all__: list[str] = []

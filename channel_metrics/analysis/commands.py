@@ -46,7 +46,10 @@ def add_commands(
 ) -> None:
     """Add the commands to `app`.
 
-    reported: a context that turns our errors into messages. console: makes the console.
+    Args:
+        app: the command line.
+        reported: makes a context that turns our errors into messages.
+        console: makes the console.
     """
 
     @app.command("analyze")
@@ -79,11 +82,13 @@ def add_commands(
         estimated, with 95 % bands; points that the mix does not determine are left out.
         """
         with reported():
+            from channel_metrics.analysis.readers.sources import OUTPUT_FOLDER
+            from channel_metrics.analysis.run import folder_of
             from channel_metrics.analysis.write import write_csv, write_events, write_parquet
 
             loaded = _load(runs, format, channel)
             loaded = _with_estimates(loaded, samples, sample_data, batch_size)
-            folder = output_dir or _default_folder(runs[0])
+            folder = output_dir or folder_of(runs[0]) / OUTPUT_FOLDER
             write_parquet(loaded, folder / "metrics.parquet")
             write_csv(loaded, folder / "metrics.csv")
             for run in loaded:
@@ -133,12 +138,12 @@ def _with_estimates(
 
 @contextmanager
 def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr while something is read; redirected output gets none."""
+    """A progress bar on stderr, if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    # Told of every line, which would take longer than reading it.
+    # An update of the bar per line would take longer than reading the line.
     waiting = 0
     with Progress(
         *columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True
@@ -153,12 +158,6 @@ def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
                 waiting = 0
 
         yield advance
-
-
-def _default_folder(run: Path) -> Path:
-    from channel_metrics.analysis.readers.sources import OUTPUT_FOLDER
-
-    return (run if run.is_dir() else run.parent) / OUTPUT_FOLDER
 
 
 def _show(run: Run, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""A run, read: series by channel, metric and split.
+"""A run that was read from its log: series by channel, metric and split.
 
 >>> run = load_run(Path("runs/debug"))                         # doctest: +SKIP
 >>> steps, values = run.series("bbu", "loss")                  # doctest: +SKIP
@@ -13,10 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from channel_metrics.analysis.readers.keys import GLOBAL, Key, decode_keys
+from channel_metrics.analysis.readers.keys import Key, decode_keys
 from channel_metrics.analysis.readers.readings import Problems, Progress, Reading
 from channel_metrics.analysis.readers.sources import pick_source
-from channel_metrics.analysis.store import SeriesStore, SeriesWriter
+from channel_metrics.analysis.store import SeriesStore, store_of
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.errors import ChannelMetricsError
 
@@ -27,41 +27,41 @@ __all__ = [
     "RUN_FILE",
     "Run",
     "configured_ratios",
-    "global_loss",
+    "folder_of",
     "load_run",
     "run_from_readings",
     "run_names",
 ]
 
-# Written by `channel-metrics train` into the run folder: what was configured.
+# `channel-metrics train` writes the configured ratios into this file of the run folder.
 RUN_FILE = "channel_metrics_run.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything a log holds, in order."""
+    """All series of a log."""
 
     name: str
-    """For people: tells runs apart."""
+    """The name that is shown."""
 
     origin: str
-    """Where it was read from, and in which format."""
+    """The file and the format that it was read from."""
 
     problems: Problems
-    """What could not be read, and notes."""
+    """Places that could not be read, and notes."""
 
     store: SeriesStore = field(repr=False)
     """The readings, by the keys of the log."""
 
     meanings: dict[str | Key, Key] = field(repr=False)
-    """What the keys mean."""
+    """{key of the log: its meaning}"""
 
     ratios: dict[str, float] = field(default_factory=dict)
-    """The configured mix, channel by channel, relative to each other; of records."""
+    """The configured ratios of the records, by channel, relative to each other."""
 
     @property
     def keys(self) -> tuple[Key, ...]:
-        """All series."""
+        """The meanings of all series."""
         return tuple(self.meanings.values())
 
     @cached_property
@@ -69,7 +69,7 @@ class Run:
         return {meaning: key for key, meaning in self.meanings.items()}
 
     def channels(self, split: str | None = None) -> list[str]:
-        """Names in the order of the log; `unlabeled` last."""
+        """Names of channels in the order of the log; `unlabeled` is last."""
         names = dict.fromkeys(
             key.channel for key in self.keys if key.channel and split in (None, key.split)
         )
@@ -102,10 +102,16 @@ def load_run(
     channels: Iterable[str] = (),
     progress: Progress = lambda _: None,
 ) -> Run:
-    """Read the log that `path` is or holds, see `sources`.
+    """Read a log.
 
-    format: which log, where a folder has several. channels: names that are channels, where the
-    keys leave that open. Raises `ChannelMetricsError` if nothing is there or nothing is in it.
+    Args:
+        path: a log file, or a run folder, see `sources`.
+        format: which log to read, if a folder has several.
+        channels: names that are channels. By default, they are inferred from the keys.
+        progress: is called with the number of bytes that were read.
+
+    Raises:
+        ChannelMetricsError: if there is no log, or no value in it.
     """
     source, others = pick_source(path, format)
     problems = Problems()
@@ -118,7 +124,7 @@ def load_run(
         name=path.resolve().name,
         origin=f"{source.files[-1]}{files}, {source.format}",
         problems=problems,
-        channels=[*channels, *(name for name in ratios)],
+        channels=[*channels, *ratios],
         ratios=ratios,
     )
 
@@ -132,20 +138,17 @@ def run_from_readings(
     channels: Iterable[str] = (),
     ratios: dict[str, float] | None = None,
 ) -> Run:
-    """A run of what a reader gives."""
-    with SeriesWriter() as writer:
-        for step, key, value in readings:
-            writer.add(step, key, value)
-        store = writer.finish()
+    """A run from the readings of a reader."""
+    store = store_of(readings)
     if not len(store):
         first = f" The first problem: {problems.examples[0]}" if problems.examples else ""
         raise ChannelMetricsError(f"expected values in {origin}, but there are none.{first}")
     meanings = decode_keys(store.keys, [*channels, UNLABELED] if (channels := [*channels]) else ())
-    # The trainer's own values, such as the epoch, are logged with each evaluation, too.
+    # Only channels are counted: trainers repeat their own values, such as the epoch.
     repeated = sum(store.num_repeated(key) for key, means in meanings.items() if means.channel)
     if repeated:
         problems.note(
-            f"{repeated} values stand there twice for one step, as after a resume; the last counts"
+            f"{repeated} values were logged twice for one step, as after a resume; the last counts"
         )
     return Run(
         name=name,
@@ -158,7 +161,7 @@ def run_from_readings(
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """A short name for each path, different from those of the others."""
+    """A short name for each path; all names differ."""
     parts = [path.resolve().parts for path in paths]
     names = ["/".join(part[-1:]) for part in parts]
     depth = 1
@@ -168,15 +171,14 @@ def run_names(paths: Sequence[Path]) -> list[str]:
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
 
 
-def global_loss(run: Run, split: str = "train") -> tuple[Steps, Values]:
-    """The trainer's own loss."""
-    return run.series(GLOBAL, "loss", split)
+def folder_of(path: Path) -> Path:
+    """The folder of a run, given the folder or a log in it."""
+    return path if path.is_dir() else path.parent
 
 
 def configured_ratios(path: Path, problems: Problems) -> dict[str, float]:
-    """The mix that stands beside the log; empty if none does."""
-    folder = path if path.is_dir() else path.parent
-    file = folder / RUN_FILE
+    """The configured ratios in the run folder; empty if there are none."""
+    file = folder_of(path) / RUN_FILE
     if not file.is_file():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""Readings on disk, so that a log of any size can be put in order in little memory.
+"""Keeps readings on disk, so that a log of any size can be sorted in little memory.
 
 >>> with SeriesWriter() as writer:
 ...     writer.add(2, "loss", 1.5)
@@ -13,11 +13,12 @@ import shutil
 import tempfile
 import weakref
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from channel_metrics.analysis.readers.keys import Key
+from channel_metrics.analysis.readers.readings import Reading
 from channel_metrics.extras import need
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     Steps = NDArray[np.int64]
     Values = NDArray[np.float64]
 
-__all__ = ["SeriesStore", "SeriesWriter"]
+__all__ = ["SeriesStore", "SeriesWriter", "store_of"]
 
 _CHUNK = 1 << 16
 
@@ -37,12 +38,12 @@ class _Folder:
 
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="channel_metrics_"))
-        # TemporaryDirectory would warn that nobody deleted it by hand.
+        # TemporaryDirectory would warn if nobody calls its cleanup().
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 class SeriesWriter:
-    """Takes readings in any order; `finish` puts them in order, key by key."""
+    """Takes readings in any order; `finish` sorts them by key."""
 
     def __init__(self) -> None:
         self._np: Any = need("numpy", extra="report")
@@ -69,7 +70,7 @@ class SeriesWriter:
             self._flush()
 
     def finish(self) -> SeriesStore:
-        """The readings, key by key; the writer takes no more."""
+        """The readings, sorted by key. The writer takes no more."""
         self._flush()
         self.__exit__()
         counts = self._np.zeros(len(self._ids), dtype="int64")
@@ -126,7 +127,7 @@ class SeriesWriter:
 
 
 class SeriesStore:
-    """Readings in order: one series of steps and values per key."""
+    """Sorted readings: one series of steps and values per key."""
 
     def __init__(
         self,
@@ -143,7 +144,7 @@ class SeriesStore:
 
     @property
     def keys(self) -> tuple[str | Key, ...]:
-        """All keys, in the order in which they were first met."""
+        """All keys, in the order of their first readings."""
         return tuple(self._bounds)
 
     def __len__(self) -> int:
@@ -153,7 +154,7 @@ class SeriesStore:
     def series(self, key: str | Key) -> tuple[Steps, Values]:
         """Steps (int64 [N], strictly increasing) and values (float64 [N]) of one key.
 
-        A step that was logged twice, as after a resume, keeps what was logged last.
+        If a step was logged twice, as after a resume, the last value is kept.
         """
         first, end = self._bounds[key]
         steps, values = self._steps[first:end], self._values[first:end]
@@ -164,6 +165,14 @@ class SeriesStore:
         return self._np.asarray(steps), self._np.asarray(values)
 
     def num_repeated(self, key: str | Key) -> int:
-        """How many readings of `key` were logged again later, for the same step."""
+        """The number of readings of `key` that a later one for the same step replaces."""
         first, end = self._bounds[key]
         return int(end - first) - len(self.series(key)[0])
+
+
+def store_of(readings: Iterable[Reading]) -> SeriesStore:
+    """All readings of a reader, sorted."""
+    with SeriesWriter() as writer:
+        for step, key, value in readings:
+            writer.add(step, key, value)
+        return writer.finish()

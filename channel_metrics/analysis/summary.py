@@ -1,4 +1,4 @@
-"""The table at the end of a run: from the trainer's `log_history`, one row per channel.
+"""The table at the end of a run, from the trainer's `log_history`.
 
 >>> rows = summarize([{"bbu_loss": 2.0, "bbu_tokens": 8}, {"bbu_loss": 1.0, "bbu_tokens": 8}],
 ...                  ["bbu"])
@@ -18,14 +18,14 @@ from channel_metrics.core.labels import UNLABELED
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["ChannelRow", "render", "summarize"]
+__all__ = ["ChannelRow", "number", "part_of", "percent", "render", "summarize"]
 
 Log = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelRow:
-    """What became of one channel; None where the logs do not say."""
+    """The values of one channel at the end of a run. Those that are not logged are None."""
 
     channel: str
     """The name, as declared."""
@@ -43,13 +43,13 @@ class ChannelRow:
     """The loss of its last evaluation."""
 
     tokens: int | None
-    """Supervised tokens of all windows."""
+    """Tokens of all windows."""
 
     share: float | None
-    """`tokens`, of those of all channels."""
+    """`tokens` / tokens of all channels."""
 
     record_share: float | None
-    """Records of all windows, of those of all channels; what a ratio of records speaks of."""
+    """Records / records of all channels, which a configured ratio is compared to."""
 
     @property
     def change(self) -> float | None:
@@ -62,7 +62,7 @@ class ChannelRow:
 def summarize(
     log_history: Sequence[Log], channels: Iterable[str], key_format: str = "{channel}_{metric}"
 ) -> list[ChannelRow]:
-    """One row for every channel that the logs speak of, in the given order; `unlabeled` last."""
+    """The channels that the logs have, in the given order; `unlabeled` is last."""
     rows = []
     names = list(dict.fromkeys([*channels, UNLABELED]))
     tokens = {name: _total(log_history, metric_key(key_format, name, "tokens")) for name in names}
@@ -80,8 +80,8 @@ def summarize(
                 token_acc=accuracies[-1] if accuracies else None,
                 eval_loss=eval_losses[-1] if eval_losses else None,
                 tokens=tokens[name],
-                share=_share(tokens, name),
-                record_share=_share(samples, name),
+                share=part_of(tokens, name),
+                record_share=part_of(samples, name),
             )
             rows.append(row)
     return rows
@@ -93,7 +93,7 @@ def render(
     ratios: Mapping[str, float] | None = None,
     domains: Mapping[str, str] | None = None,
 ) -> Table:
-    """A rich table of `rows`; ratios are shown beside the shares of the records, as parts of 1."""
+    """A rich table of the channels. Ratios are shown as shares, beside those of the records."""
     from rich import box
     from rich.table import Table
 
@@ -118,15 +118,15 @@ def render(
         table.add_row(
             row.channel,
             domains.get(row.channel, "-"),
-            _number(row.first_loss),
-            _number(row.last_loss),
-            _percent(row.change, "+.1%"),
-            _percent(row.token_acc),
-            _number(row.eval_loss),
+            number(row.first_loss),
+            number(row.last_loss),
+            percent(row.change, "+.1%"),
+            percent(row.token_acc),
+            number(row.eval_loss),
             "-" if row.tokens is None else f"{row.tokens:,}",
-            _percent(row.share),
-            _percent(row.record_share),
-            _percent(ratios[row.channel] / whole if row.channel in ratios else None),
+            percent(row.share),
+            percent(row.record_share),
+            percent(ratios[row.channel] / whole if row.channel in ratios else None),
         )
     return table
 
@@ -140,14 +140,17 @@ def _total(log_history: Sequence[Log], key: str) -> int | None:
     return int(sum(values)) if values else None
 
 
-def _share(totals: Mapping[str, int | None], name: str) -> float | None:
+def part_of(totals: Mapping[str, int | None], name: str) -> float | None:
+    """The total of one channel / the total of all channels; None if it is not known."""
     part, whole = totals[name], sum(total or 0 for total in totals.values())
     return part / whole if part is not None and whole else None
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A loss with four digits, for a table."""
     return "-" if value is None else f"{value:.4f}"
 
 
-def _percent(value: float | None, spec: str = ".1%") -> str:
+def percent(value: float | None, spec: str = ".1%") -> str:
+    """A share in percent, for a table."""
     return "-" if value is None else format(value, spec)

@@ -1,7 +1,7 @@
-"""What was read, as files: parquet, CSV, and TensorBoard events to lay beside a new run.
+"""Writes runs as parquet, as CSV, and as TensorBoard events, to compare them with a new run.
 
-The table is tidy: `run, split, channel, metric, step, value`, one row per value; `channel` is empty
-for the run's own values.
+The table has one line per value: `run, split, channel, metric, step, value`. `channel` is empty for
+the run's own values.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def write_parquet(runs: Sequence[Run], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with parquet.ParquetWriter(path, schema) as writer:
         for run in runs:
-            # A row group per series would be tiny for most logs.
+            # Several series are written together, because most are short.
             waiting: list[Any] = []
             for key, steps, values in run.all_series():
                 texts = (run.name, *key)
@@ -52,7 +52,7 @@ def write_parquet(runs: Sequence[Run], path: Path) -> None:
 
 
 def write_csv(runs: Sequence[Run], path: Path) -> None:
-    """Write the same table as CSV; values have all digits of a float64."""
+    """Write the same table as CSV. Values have all digits of a float64."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -64,10 +64,10 @@ def write_csv(runs: Sequence[Run], path: Path) -> None:
 
 
 def write_events(run: Run, folder: Path) -> None:
-    """Write `run` as TensorBoard events, under the tags of the transformers Trainer.
+    """Write `run` as TensorBoard events, with the tags of the transformers Trainer.
 
-    That is `train/bbu_loss`, `eval/loss`. Steps come in order, as TensorBoard expects them. What
-    was written there before is replaced.
+    Tags are `train/bbu_loss` and `eval/loss`, for instance. Steps are in order, as TensorBoard
+    expects them. Event files that are already in the folder are deleted.
     """
     protos: Any = need("tensorboard.compat.proto.event_pb2", extra="report")
     summaries: Any = need("tensorboard.compat.proto.summary_pb2", extra="report")
@@ -78,7 +78,7 @@ def write_events(run: Run, folder: Path) -> None:
     series = [(_tag(key), steps, values) for key, steps, values in run.all_series()]
     for step, found in _by_step(series):
         values = [summaries.Summary.Value(tag=tag, simple_value=value) for tag, value in found]
-        # Wall time is the step: old runs must not look as if they were made now.
+        # The wall time is the step, so that old runs do not look like new ones.
         event = protos.Event(step=step, wall_time=float(step), summary={"value": values})
         writer.add_event(event)
     writer.close()
@@ -109,5 +109,5 @@ def _tag(key: Key) -> str:
 
 
 def _cell(text: str) -> str:
-    """A text that a spreadsheet will not take for a formula."""
+    """The text, quoted if a spreadsheet would take it for a formula."""
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

@@ -1,6 +1,6 @@
-"""`channel-metrics check`: which channels the data has, before it costs GPU hours.
+"""`channel-metrics check`: shows which channels the data has, before a run.
 
-Files are read line by line and never held: a file of any size can be checked.
+Files are read line by line, so their size does not matter.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckResult", "check_data", "check_records", "find_problems", "render"]
 
-BYTES_PER_TOKEN = 4
+_BYTES_PER_TOKEN = 4
 
 Located = tuple[str, Mapping[str, Any]]
 CountTokens = Callable[[Mapping[str, Any]], float]
@@ -33,10 +33,10 @@ CountTokens = Callable[[Mapping[str, Any]], float]
 
 @dataclass(kw_only=True)
 class CheckResult:
-    """What was found; None as a channel or field stands for the records without one."""
+    """What was found. Records without a channel are counted under None."""
 
     fields: tuple[str, ...]
-    """The fields that were looked at, in order."""
+    """The fields that may hold the channel, in order."""
 
     tokens_by: str
     """How tokens were counted."""
@@ -45,28 +45,33 @@ class CheckResult:
     """Records whose channel came from each field."""
 
     num_records: Counter[str | None] = field(default_factory=Counter)
-    """Records (sequences, where a record packs several) of each channel."""
+    """Records of each channel. A record of several sequences counts once for each of them."""
 
     num_tokens: defaultdict[str | None, float] = field(default_factory=lambda: defaultdict(float))
-    """Tokens of each channel, all roles together."""
+    """Tokens of each channel, of all roles."""
 
     problems: list[str] = field(default_factory=list)
-    """Names that a run would refuse, or that mean something else."""
+    """Names that a run would refuse, or that have another meaning."""
 
     @property
     def has_channel(self) -> bool:
-        """Whether any record has one."""
+        """Whether any record has a channel."""
         return any(name is not None for name in self.num_records)
 
 
 def check_data(
     data: Sequence[Path], *, fields: Sequence[str] = (), config_path: Path | None = None
 ) -> CheckResult:
-    """Check JSONL files, or (as the only item of `data`, or as `config_path` alone) a train config.
+    """Check JSONL files, or the sources of a train config.
 
-    fields: looked at instead of those of the config, or of the default ones.
-    config_path: its fields and its tokenizer are taken.
-    Raises `ChannelMetricsError` for data that cannot be read.
+    Args:
+        data: JSONL files, or the YAML of one run.
+        fields: the fields that may hold the channel; by default those of the config.
+        config_path: the YAML of a run. Its fields and its tokenizer are used, and its sources, if
+            there is no `data`.
+
+    Raises:
+        ChannelMetricsError: for data that cannot be read.
     """
     runs = [path for path in data if path.suffix in (".yaml", ".yml")]
     if (runs and (len(data) > 1 or config_path)) or not (data or config_path):
@@ -79,7 +84,7 @@ def check_data(
     metrics = run.metrics if run else MetricsConfig()
     metrics = replace(metrics, fields=tuple(fields)) if fields else metrics
     whole_run = run is not None and (runs or not data)
-    records = train_records(run) if run is not None and whole_run else file_records(data)
+    records = _train_records(run) if run is not None and whole_run else _file_records(data)
     count_tokens, tokens_by = _token_counter(run)
     return check_records(records, metrics, count_tokens=count_tokens, tokens_by=tokens_by)
 
@@ -87,9 +92,16 @@ def check_data(
 def check_records(
     records: Iterable[Located], metrics: MetricsConfig, *, count_tokens: CountTokens, tokens_by: str
 ) -> CheckResult:
-    """Count `records`, given as (where it stands, record), by channel.
+    """Count records by channel.
 
-    Raises `ChannelError`, with the place, for a channel field that holds no name.
+    Args:
+        records: pairs of (place for messages, record).
+        metrics: the fields, and the channels that a run would refuse.
+        count_tokens: gives the tokens of a record.
+        tokens_by: says how they are counted.
+
+    Raises:
+        ChannelError: for a channel field that holds no name.
     """
     result = CheckResult(fields=metrics.fields, tokens_by=tokens_by)
     for where, record in records:
@@ -101,21 +113,21 @@ def check_records(
         tokens = count_tokens(record)
         for name in names:
             result.num_records[name] += 1
-            # Which part of a pack belongs to whom is not in the record: even parts.
+            # A record does not say how long each of its sequences is: they share the tokens evenly.
             result.num_tokens[name] += tokens / len(names)
     result.problems += find_problems(result.num_records, metrics)
     return result
 
 
 def find_problems(names: Iterable[str | None], metrics: MetricsConfig) -> list[str]:
-    """Why a run with channels `names` would be refused, or would not mean what it says."""
+    """Problems of the channels `names`: a run would refuse them, or they have another meaning."""
     problems = []
     table = metrics.new_table(_reserved_keys())
     for name in sorted(name for name in names if name is not None):
         if name == UNLABELED:
             problems.append(
-                f"a channel is called {UNLABELED!r}, which is what records without a channel are "
-                "counted under; rename it to tell them apart."
+                f"a channel is called {UNLABELED!r}, but records without a channel are counted "
+                "under this name, too; rename it to tell them apart."
             )
             continue
         try:
@@ -125,22 +137,22 @@ def find_problems(names: Iterable[str | None], metrics: MetricsConfig) -> list[s
     return problems
 
 
-def bytes_as_tokens(record: Mapping[str, Any]) -> float:
-    """A token for every four bytes of the record's text (of the whole record, if it has none)."""
+def _bytes_as_tokens(record: Mapping[str, Any]) -> float:
+    """One token for four bytes of the record's text, or of the whole record if it has no text."""
     text = text_of(record)
     whole = json.dumps(record, ensure_ascii=False) if text is None else text
-    return len(whole.encode("utf-8", "replace")) / BYTES_PER_TOKEN
+    return len(whole.encode("utf-8", "replace")) / _BYTES_PER_TOKEN
 
 
-def file_records(paths: Iterable[Path]) -> Iterator[Located]:
+def _file_records(paths: Iterable[Path]) -> Iterator[Located]:
     """The records of JSONL files, with file and line."""
     for path in paths:
         for number, record in read_jsonl(path):
             yield f"{path}:{number}", record
 
 
-def train_records(config: TrainConfig) -> Iterator[Located]:
-    """The training records of a train config, annotated as the run would do it."""
+def _train_records(config: TrainConfig) -> Iterator[Located]:
+    """The training records of a train config, annotated as in the run."""
     for source in config.sources:
         for number, record in enumerate(source_records(source), 1):
             yield f"source {source.name!r}, record {number}", record
@@ -174,12 +186,12 @@ def _winning_field(record: Mapping[str, Any], fields: Sequence[str]) -> str | No
 
 def _token_counter(run: TrainConfig | None) -> tuple[CountTokens, str]:
     if run is None:
-        return bytes_as_tokens, f"estimated, {BYTES_PER_TOKEN} bytes each"
+        return _bytes_as_tokens, f"estimated, {_BYTES_PER_TOKEN} bytes each"
     tokenizer = load_tokenizer(run.tokenizer)
 
     def count(record: Mapping[str, Any]) -> float:
         text = text_of(record)
-        return bytes_as_tokens(record) if text is None else len(tokenizer(text)["input_ids"])
+        return _bytes_as_tokens(record) if text is None else len(tokenizer(text)["input_ids"])
 
     return count, f"tokenizer {Path(run.tokenizer).name}"
 
@@ -188,5 +200,5 @@ def _reserved_keys() -> Collection[str]:
     try:
         from channel_metrics.trainers.hf.mixin import RESERVED_KEYS
     except ModuleNotFoundError:
-        return ()  # Without transformers there is no trainer whose keys could be overwritten.
+        return ()  # Without transformers, there is no trainer with keys of its own.
     return RESERVED_KEYS

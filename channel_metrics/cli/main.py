@@ -39,12 +39,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# Wide enough that no table is cut where nobody can widen the window.
+# The width of output that is not a terminal. No table is wider.
 _PLAIN_WIDTH = 160
 
 
 def main() -> None:
-    """Entry point. A script is started after click is done, which would catch its exceptions."""
+    """Entry point. A script starts after click has returned, which would catch its exceptions."""
     scripts: list[Callable[[], None]] = []
     try:
         app(obj=scripts)
@@ -70,13 +70,13 @@ def train_command(
     """
     with _reported_errors():
         from channel_metrics.demo.config import load_config
-        from channel_metrics.demo.train import is_interactive, train
+        from channel_metrics.demo.train import train
 
         settings = load_config(config)
         folder = output_dir or Path(settings.training.get("output_dir") or f"runs/{config.stem}")
-        summary = train(
-            settings, output_dir=folder, max_steps=max_steps, quiet=not is_interactive()
-        )
+        # Progress bars go to stderr.
+        quiet = not sys.stderr.isatty()
+        summary = train(settings, output_dir=folder, max_steps=max_steps, quiet=quiet)
         if summary.is_main:
             _show_run(summary, settings)
 
@@ -148,13 +148,13 @@ def _run_script(
     except ChannelMetricsError as error:
         frames = traceback.walk_tb(error.__traceback__)
         if any(frame.f_globals.get("__name__") == "runpy" for frame, _ in frames):
-            raise  # It is the script's, and so is its traceback.
+            raise  # The script raised it, so its traceback is shown.
         _fail(error)
 
 
 @contextmanager
 def _reported_errors() -> Iterator[None]:
-    """Our own errors end the command with their message and exit code 2; others keep tracebacks."""
+    """End the command with the message and exit code 2 for our own errors."""
     try:
         yield
     except ChannelMetricsError as error:
@@ -169,7 +169,7 @@ def _fail(error: ChannelMetricsError) -> NoReturn:
 def _console() -> Console:
     from rich.console import Console
 
-    # Channels may have brackets in their names, which are no markup.
+    # Brackets in the name of a channel are not markup.
     width = None if sys.stdout.isatty() else _PLAIN_WIDTH
     return Console(width=width, highlight=False, markup=False)
 
@@ -193,7 +193,7 @@ def _show_run(summary: TrainSummary, settings: TrainConfig) -> None:
             f"{summary.num_skipped} records were left out: their answers begin after max_length = "
             f"{settings.max_length} tokens."
         )
-    # Not through rich, which would wrap a path or take its brackets for markup.
+    # Not with rich, which would wrap a path.
     typer.echo(f"run folder:  {summary.output_dir}")
     typer.echo(f"TensorBoard: tensorboard --logdir {shlex.quote(str(summary.output_dir))}")
     typer.echo(report_of_training(summary.output_dir, "trainer_state"))

@@ -1,4 +1,4 @@
-"""Run somebody's training script, unmodified, with patches applied first.
+"""Run an unmodified training script after applying patches.
 
 What the script sees is what it would see from `python SCRIPT ARGS...` (or `python -m SCRIPT`): its
 `sys.argv`, its folder (with -m the current one) first on `sys.path`, `__name__ == "__main__"`;
@@ -21,7 +21,7 @@ from channel_metrics.errors import ConfigError
 __all__ = ["PATCH_MODULES", "run_script"]
 
 
-# The names that `--patch` takes, and the module whose `apply` it is.
+# {name that `--patch` takes: the module whose `apply` is called}
 PATCH_MODULES = {
     "hf_trainer": "channel_metrics.trainers.hf.patch",
     "megatron": "channel_metrics.trainers.megatron.patch",
@@ -38,13 +38,18 @@ def run_script(
     *,
     as_module: bool = False,
 ) -> None:
-    """Apply `patches` in order, then run `script` as the main program with `args`.
+    """Apply patches, then run a script as the main program.
 
-    as_module: whether `script` is the name of a module, as after `python -m`.
-    config: a YAML file with a `MetricsConfig`, for the patches of this process and, by the
-    environment, of the processes that it starts.
+    Args:
+        script: the path of the script, or the name of a module.
+        args: its arguments.
+        patches: names from `PATCH_MODULES`, in this order.
+        config: a YAML file with a `MetricsConfig`. Processes that the script starts get it, too,
+            through the environment.
+        as_module: whether `script` is the name of a module, as after `python -m`.
 
-    Raises `ConfigError` for an unknown patch or a missing script, before anything runs.
+    Raises:
+        ConfigError: for an unknown patch or a missing script, before anything runs.
     """
     for name in patches:
         if name not in PATCH_MODULES:

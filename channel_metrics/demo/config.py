@@ -8,7 +8,7 @@
     training: {max_steps: 100, logging_steps: 10}
     probe: {every: 20, sources: {canary: canary.jsonl}}   # optional, see docs/probe.md
 
-Paths of data are relative to the file; the run folder is relative to the working directory.
+Paths of data are relative to this file. The run folder is relative to the working directory.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ __all__ = ["ModelConfig", "ProbeSection", "Source", "TrainConfig", "load_config"
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One dataset of the mixture; its name is the channel."""
+    """One dataset of the mixture. Its name is the channel."""
 
     name: str
     """The channel: `metadata._fusion_source` of every record."""
 
     kind: Literal["jsonl", "python_corpus"] = "jsonl"
-    """A JSONL file, or texts that stand on every machine with Python."""
+    """A JSONL file, or texts that every machine with Python has."""
 
     path: Path | None = None
     """The JSONL file (kind jsonl)."""
@@ -51,7 +51,7 @@ class Source:
     """Share of the training records, relative to the ratios of the other sources."""
 
     domain: Literal["target", "source"] = "source"
-    """`metadata._fusion_domain`: what the run is for, or what it is mixed with."""
+    """`metadata._fusion_domain`: whether the run is for this data, or only mixes it in."""
 
     template: str = "default"
     """`metadata._fusion_template`."""
@@ -60,7 +60,7 @@ class Source:
     """A JSONL file of records for evaluation."""
 
     val_samples: int = 0
-    """Without val_path: how many records are held out for evaluation."""
+    """How many records are held out for evaluation, if there is no val_path."""
 
     def __post_init__(self) -> None:
         where = f"source {self.name!r}"
@@ -97,10 +97,10 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSection(ProbeConfig):
-    """Datasets that are measured and not trained on; the rest is `ProbeConfig`'s."""
+    """`ProbeConfig`, and the datasets that the probe measures."""
 
     sources: dict[str, Path]
-    """{name: JSONL file}, of records like those of the sources of the mixture."""
+    """{name: JSONL file}, with records like those of the mixture."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,34 +114,34 @@ class TrainConfig:
     """Everything one run needs."""
 
     sources: tuple[Source, ...]
-    """What is mixed: a list, or a mapping from name to the rest."""
+    """The datasets to mix: a list, or a mapping from name to the rest."""
 
     model: ModelConfig
     """A name or path, or `tiny: {...}`."""
 
     tokenizer: str = "byte"
-    """A name or path, or `byte`: one token per byte, works offline."""
+    """A name or path, or `byte` for one token per byte, without a download."""
 
     max_length: int = 512
-    """Tokens per record; longer ones are cut."""
+    """Tokens per record; longer records are cut."""
 
     num_samples: int | None = None
-    """Records per epoch; None takes as many as the sources hold together."""
+    """Records per epoch; None takes as many as all sources hold."""
 
     seed: int = 42
-    """For the mixture, the tiny model and (unless `training` sets one) the trainer."""
+    """The seed of the mixture, the tiny model and, unless `training` sets one, the trainer."""
 
     training: dict[str, Any] = field(default_factory=dict)
     """Passed to `transformers.TrainingArguments`."""
 
     eval_channels: Literal["all", "target"] = "all"
-    """`target`: evaluation logs target sources, and others only if they have a val_path."""
+    """`target`: evaluation logs target sources, and other sources only if they have a val_path."""
 
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """See `channel_metrics.MetricsConfig`."""
 
     probe: ProbeSection | None = None
-    """Datasets to measure beside the training."""
+    """Datasets to measure during the training."""
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
@@ -158,7 +158,7 @@ class TrainConfig:
             )
 
     def metrics_of_run(self) -> MetricsConfig:
-        """`metrics`, with the channels that evaluation logs."""
+        """`metrics`, where `eval_channels` is filled in."""
         if self.eval_channels == "all":
             return self.metrics
         logged = [s.name for s in self.sources if s.domain == "target" or s.val_path]
@@ -171,9 +171,10 @@ class TrainConfig:
 
 
 def load_config(path: Path) -> TrainConfig:
-    """The config in the YAML file `path`; paths of data in it become absolute.
+    """The config in the YAML file `path`, with absolute paths of data.
 
-    Raises `ConfigError` for a file that is missing or no plain YAML, unknown keys, wrong values.
+    Raises `ConfigError` if the file is missing or no plain YAML, or has unknown keys or wrong
+    values.
     """
     raw = mapping(load_yaml(path), str(path))
     _refuse(raw, TrainConfig, path)
@@ -262,6 +263,6 @@ def _absolute(config: TrainConfig, folder: Path) -> TrainConfig:
 
 
 def _local(name: str, folder: Path) -> str:
-    """`name` as a path if it is a folder beside the config; a name on the hub stays as it is."""
+    """The path of `name` if it is a folder beside the config; else `name`, as on the hub."""
     local = folder / name
     return str(local.resolve()) if name not in ("", "byte") and local.is_dir() else name

@@ -1,4 +1,4 @@
-"""A record -> token ids and labels: loss on the assistant's words, or on all of a plain text."""
+"""Token ids and labels of a record. The loss is on the assistant's words, or on a whole text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Encoded = dict[str, list[int]]
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> None:
-    """Raise `ConfigError` unless `tokenizer` can pad and render what `chat` needs."""
+    """Raise `ConfigError` unless `tokenizer` can pad and, for `chat`, find answers in a chat."""
     name = tokenizer.name_or_path or "byte"
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"tokenizer {name!r} has no pad token; save it with one.")
@@ -30,15 +30,15 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> None:
         )
     if chat and not tokenizer.is_fast:
         raise ConfigError(
-            f"tokenizer {name!r} is a slow one, which does not say where in the text its tokens "
-            "are; the answers in messages can only be found with a fast one."
+            f"tokenizer {name!r} is a slow one and does not tell where in the text its tokens are, "
+            "so the answers in messages cannot be found; use a fast tokenizer."
         )
 
 
 def encode(
     record: Mapping[str, Any], *, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Encoded:
-    """`input_ids` and `labels`, cut to `max_length`; labels are -100 where nothing is learned."""
+    """`input_ids` and `labels`, cut to `max_length`; a label of -100 is not learned."""
     if record.get("messages") is not None:
         encoded = _encode_messages(record["messages"], tokenizer)
     else:
@@ -57,7 +57,7 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
 def _encode_messages(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     text = _render(messages, tokenizer)
     spans = _answer_spans(messages, text, tokenizer)
-    # The template has written the special tokens already.
+    # The text already has the special tokens of the template.
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = list(tokens["input_ids"])
     labels = [
@@ -70,7 +70,7 @@ def _encode_messages(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> 
 def _answer_spans(
     messages: Messages, text: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[int, int]]:
-    """First and last character of each answer in `text`, its end mark included."""
+    """Where each answer begins and ends in `text`, with its end mark."""
     spans = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":

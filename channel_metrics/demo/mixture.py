@@ -1,8 +1,8 @@
-"""Sources -> one annotated, tokenised, mixed dataset; the same seed gives the same records.
+"""Mixes sources into one annotated, tokenised dataset. The same seed gives the same records.
 
-A record keeps its own metadata and gains what a fusion dataset would write: `_fusion_source` (the
-name of the source, and so the channel), `_fusion_template` and `_fusion_domain`. The sources are
-held in memory, as Arrow tables.
+A record keeps its own metadata and gets that of a fusion dataset: `_fusion_source` (the name of
+the source, which is the channel), `_fusion_template` and `_fusion_domain`. The sources are held in
+memory, as Arrow tables.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from channel_metrics.data.jsonl import check_record, read_jsonl
@@ -25,21 +26,28 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Mixture", "annotate", "build_mixture", "quotas", "source_records"]
+__all__ = [
+    "Mixture",
+    "annotate",
+    "build_mixture",
+    "checked_records",
+    "quotas",
+    "source_records",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """What a run trains and is evaluated on."""
+    """The training and evaluation data of a run."""
 
     train: Dataset
     """`input_ids`, `labels` and `metadata`, mixed by the ratios."""
 
     val: Dataset | None
-    """The same for evaluation, unmixed; None if no source has such records."""
+    """The same for evaluation, not mixed; None if no source has records for it."""
 
     num_skipped: int
-    """Records whose answers lie beyond `max_length`, so that nothing of them can be learned."""
+    """Records left out because their answers begin after `max_length`."""
 
 
 def annotate(source: Source, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,24 +60,30 @@ def annotate(source: Source, record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "metadata": {**(record.get("metadata") or {}), **fusion}}
 
 
-def source_records(source: Source, *, val: bool = False) -> Iterator[dict[str, Any]]:
-    """The annotated records of a source, or of its `val_path`.
+def checked_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSONL file.
 
-    Raises `ChannelMetricsError` with file and line for what is no record.
+    Raises `ChannelMetricsError`, with file and line, for a line that is no record.
     """
-    path = source.val_path if val else source.path
-    if path is None:
-        for record in read_corpus(source.part, max_bytes=source.max_bytes):
-            yield annotate(source, record)
-        return
     for number, record in read_jsonl(path):
         check_record(record, f"{path}:{number}")
+        yield record
+
+
+def source_records(source: Source, *, val: bool = False) -> Iterator[dict[str, Any]]:
+    """The annotated records of a source, or of its `val_path`; errors as in `checked_records`."""
+    path = source.val_path if val else source.path
+    if path is None:
+        records = read_corpus(source.part, max_bytes=source.max_bytes)
+    else:
+        records = checked_records(path)
+    for record in records:
         yield annotate(source, record)
 
 
 def build_mixture(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Mixture:
     """Read, check, tokenise and mix the sources of `config`."""
-    # Every file is read before any is tokenised: a broken line shows at once.
+    # All files are read before the first is tokenised, so a broken line is found early.
     loaded = {source.name: _load(source) for source in config.sources}
     check_tokenizer(tokenizer, chat=any(map(_has_messages, itertools.chain(*loaded.values()))))
     ready = {
@@ -87,7 +101,7 @@ def build_mixture(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Mi
 
 
 def quotas(ratios: Sequence[float], total: int) -> list[int]:
-    """`total` in whole parts as near to `ratios` as can be (largest remainders)."""
+    """Split `total` into whole parts, as near to `ratios` as possible (largest remainders)."""
     exact = [ratio / sum(ratios) * total for ratio in ratios]
     parts = [int(value) for value in exact]
     by_rest = sorted(range(len(exact)), key=lambda i: parts[i] - exact[i])
@@ -97,7 +111,7 @@ def quotas(ratios: Sequence[float], total: int) -> list[int]:
 
 
 def _load(source: Source) -> list[Dataset]:
-    """The records to train on and, if there are any, those for evaluation."""
+    """The training records and, if there are any, the evaluation records."""
     train = _dataset(source, val=False)
     if source.val_path:
         return [train, _dataset(source, val=True)]
@@ -115,7 +129,7 @@ def _load(source: Source) -> list[Dataset]:
 
 def _dataset(source: Source, *, val: bool) -> Dataset:
     datasets = need("datasets", extra="hf")
-    rows = [
+    records = [
         {
             "messages": _plain(record.get("messages")),
             "text": record.get("text"),
@@ -124,7 +138,7 @@ def _dataset(source: Source, *, val: bool) -> Dataset:
         for record in source_records(source, val=val)
     ]
     try:
-        dataset: Dataset = datasets.Dataset.from_list(rows)
+        dataset: Dataset = datasets.Dataset.from_list(records)
     except (ValueError, TypeError) as error:  # pyarrow's errors are these
         raise ChannelMetricsError(
             f"source {source.name!r}: metadata must hold values of one type under each key, but "
@@ -151,7 +165,7 @@ def _tokenised(
         load_from_cache_file=False,
         desc=f"tokenise {name}",
     )
-    # The first token of a record is nobody's target.
+    # The first token of a record is not predicted.
     learned = [any(label != IGNORED for label in labels[1:]) for labels in tokens["labels"]]
     if not any(learned):
         raise ConfigError(
@@ -177,7 +191,7 @@ def _mix(ready: Mapping[str, Dataset], config: TrainConfig) -> Dataset:
 
 
 def _passes(size: int, rng: random.Random) -> Iterator[int]:
-    """Indices in random order, every one once before any comes again."""
+    """Indices in random order. Each comes once before the first comes again."""
     while True:
         yield from rng.sample(range(size), size)
 

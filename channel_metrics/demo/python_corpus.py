@@ -1,9 +1,9 @@
-"""Real text that stands on every machine with Python, as records `{"text": ...}`.
+"""Real text that every machine with Python has, as records `{"text": ...}`.
 
     >>> next(read_corpus("topics", max_bytes=1000))["metadata"]["name"]
     'assert'
 
-The order is that of the sorted names, so that a run on the same machine reads the same records.
+Names are sorted, so all runs on one machine read the same records.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ _TEXT_NAMES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "AUTHORS", "METADATA")
 def read_corpus(part: str, *, max_bytes: int) -> Iterator[dict[str, Any]]:
     """Records of about 1 kB of one of `PARTS`, until `max_bytes` are read.
 
-    A document is read up to an eighth of `max_bytes`, so that no big one stands for all of them.
-    Raises `ConfigError` for an unknown part, `ChannelMetricsError` if there is no such text.
+    One document gives at most an eighth of `max_bytes`.
+
+    Raises:
+        ConfigError: for an unknown part.
+        ChannelMetricsError: if this Python has no such text.
     """
     if part not in PARTS:
         raise ConfigError(f"unknown part {part!r} of python_corpus; known are {', '.join(PARTS)}.")
@@ -57,7 +60,7 @@ def _standard_library() -> Iterator[tuple[str, str]]:
 def _standard_library_tests() -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
     tests = sorted(root.glob("test/test_*.py"))
-    # Some distributions leave `test` out; unit tests that packages bring are the same kind of text.
+    # Some distributions lack `test`. The unit tests of installed packages are similar text.
     packages = Path(sysconfig.get_path("purelib"))
     yield from _files(tests, root)
     if not tests:
@@ -65,7 +68,7 @@ def _standard_library_tests() -> Iterator[tuple[str, str]]:
 
 
 def _topics() -> Iterator[tuple[str, str]]:
-    # Some distributions package the documentation apart.
+    # Some distributions have the documentation in another package.
     with contextlib.suppress(ModuleNotFoundError):
         topics = importlib.import_module("pydoc_data.topics").topics
         yield from sorted(topics.items())
@@ -105,7 +108,7 @@ def _files(paths: list[Path], root: Path) -> Iterator[tuple[str, str]]:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
-            continue  # Other encodings are there on purpose, in the tests of the standard library.
+            continue  # Tests of the standard library have other encodings on purpose.
         if text.strip():
             yield path.relative_to(root).as_posix(), text
 

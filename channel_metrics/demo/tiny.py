@@ -1,4 +1,4 @@
-"""A byte-level tokenizer and a tiny Qwen2 model: everything a run needs, without a download.
+"""A byte-level tokenizer and a tiny Qwen2 model, for runs without a download.
 
 >>> tokenizer = byte_tokenizer()
 >>> tokenizer("ab")["input_ids"]
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["TinyModel", "byte_tokenizer", "load_tokenizer", "tiny_model"]
 
-SPECIAL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_SPECIAL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
-CHAT_TEMPLATE = (
+_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}"
@@ -51,12 +51,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
     transformers = need("transformers", extra="hf")
     vocab = {char: byte for byte, char in enumerate(_byte_chars())}
-    vocab |= {token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)}
+    vocab |= {token: 256 + i for i, token in enumerate(_SPECIAL_TOKENS)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    pad, end_of_text, *rest = SPECIAL_TOKENS
-    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    pad, end_of_text, *rest = _SPECIAL_TOKENS
+    backend.add_special_tokens(list(_SPECIAL_TOKENS))
     tokenizer: PreTrainedTokenizerFast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=pad,
@@ -64,7 +64,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=rest,
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = _CHAT_TEMPLATE
     return tokenizer
 
 
@@ -98,7 +98,7 @@ def tiny_model(
         tie_word_embeddings=True,
         use_cache=False,
     )
-    # Forked, so that building a model does not move the caller's random numbers.
+    # Building the model must not change the random state of the caller.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: Qwen2ForCausalLM = transformers.Qwen2ForCausalLM(config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 from channel_metrics.analysis.run import RUN_FILE
 from channel_metrics.analysis.summary import ChannelRow, summarize
 from channel_metrics.core.labels import channels_of, field_roots
-from channel_metrics.data.jsonl import check_record, read_jsonl
 from channel_metrics.demo.config import ProbeSection, TrainConfig
 from channel_metrics.demo.encoding import check_tokenizer, encode
-from channel_metrics.demo.mixture import Mixture, build_mixture
+from channel_metrics.demo.mixture import Mixture, build_mixture, checked_records
 from channel_metrics.demo.tiny import load_tokenizer, tiny_model
 from channel_metrics.errors import ConfigError
 from channel_metrics.extras import need
@@ -30,7 +28,7 @@ __all__ = ["TrainSummary", "train"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSummary:
-    """What a run leaves behind."""
+    """The results of a run."""
 
     rows: list[ChannelRow]
     """One per channel."""
@@ -43,18 +41,24 @@ class TrainSummary:
     """What the trainer logged."""
 
     is_main: bool
-    """False in all processes of a distributed run but the first one."""
+    """Whether this is the first process of the run."""
 
     num_skipped: int
-    """Records that were left out, because nothing of them could be learned."""
+    """Records left out because their answers begin after `max_length`."""
 
 
 def train(
     config: TrainConfig, *, output_dir: Path, max_steps: int | None = None, quiet: bool = True
 ) -> TrainSummary:
-    """Train as `config` says; `output_dir` and `max_steps` go before what it says in `training`.
+    """Train with a config.
 
-    quiet: no progress bars. Raises `ConfigError` before training for a config that cannot run.
+    Args:
+        config: the config.
+        output_dir, max_steps: replace those in `config.training`.
+        quiet: whether there are no progress bars.
+
+    Raises:
+        ConfigError: before training, for a config that cannot run.
     """
     _check_fields(config)
     if quiet:
@@ -86,8 +90,8 @@ def train(
 def _check_fields(config: TrainConfig) -> None:
     if "metadata" not in field_roots(config.metrics.fields):
         raise ConfigError(
-            "metrics.fields must name a field in metadata, which is what records keep, but is "
-            f"{list(config.metrics.fields)}; metadata._fusion_source is the name of the source."
+            "metrics.fields must name a field in metadata, because records keep nothing else, but "
+            f"is {list(config.metrics.fields)}; metadata._fusion_source is the name of the source."
         )
 
 
@@ -100,9 +104,9 @@ def _arguments(config: TrainConfig, output_dir: Path, quiet: bool) -> TrainingAr
         "seed": config.seed,
         "report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
         "disable_tqdm": quiet,
-        # Pinning warns where there is no accelerator to pin for.
+        # Pinning warns if there is no accelerator.
         "dataloader_pin_memory": has_accelerator,
-        # Without it, several processes on CPUs would each train a model of their own.
+        # If it were False on CPUs, each of several processes would train a model of its own.
         "use_cpu": not has_accelerator,
     }
     values = defaults | config.training | {"output_dir": str(output_dir)}
@@ -159,22 +163,17 @@ def _probe(
 ) -> None:
     from channel_metrics.trainers.hf import attach_probe
 
-    sources: dict[str, list[dict[str, Any]]] = {}
-    for name, path in section.sources.items():
-        sources[name] = []
-        for number, record in read_jsonl(path):
-            check_record(record, f"{path}:{number}")
-            sources[name].append(record)
+    sources = {name: list(checked_records(path)) for name, path in section.sources.items()}
     every = (record for records in sources.values() for record in records)
     chat = any(record.get("messages") is not None for record in every)
     check_tokenizer(tokenizer, chat=chat)
-    # Only the chosen records are encoded.
+    # The probe encodes only the records that it chooses.
     encoded = partial(encode, tokenizer=tokenizer, max_length=max_length)
     attach_probe(trainer, sources, section, encode=encoded)
 
 
 def _finish(trainer: Trainer) -> None:
-    """Evaluate the final weights, unless that was done, and complete the run folder."""
+    """Evaluate the final weights, unless it was done, and complete the run folder."""
     step = trainer.state.global_step
     done = any("eval_loss" in log and log["step"] == step for log in trainer.state.log_history)
     if trainer.eval_dataset is not None and not done:
@@ -185,7 +184,7 @@ def _finish(trainer: Trainer) -> None:
 
 
 def _write_ratios(config: TrainConfig, output_dir: Path) -> None:
-    """Keep what was configured, for the report; the trainer's own files do not have it."""
+    """Write the configured ratios for the report. The trainer's own files do not have them."""
     ratios = {source.name: source.ratio for source in config.sources}
     (output_dir / RUN_FILE).write_text(json.dumps({"ratios": ratios}) + "\n", encoding="utf-8")
 
@@ -200,8 +199,3 @@ def _channels(config: TrainConfig, mixture: Mixture) -> Sequence[str]:
     }
     sources = [source.name for source in config.sources if source.name in found]
     return [*sources, *sorted(found.difference(sources))]
-
-
-def is_interactive() -> bool:
-    """Whether somebody watches: progress bars go to stderr."""
-    return sys.stderr.isatty()

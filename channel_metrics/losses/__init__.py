@@ -1,4 +1,4 @@
-"""Cross entropies that also say what they know of each token."""
+"""Cross entropies that also return the loss of each token."""
 
 from channel_metrics.losses.linear import linear_cross_entropy
 

@@ -1,8 +1,8 @@
-"""Cross entropy from hidden states, a chunk of rows at a time, with its gradient on the way.
+"""Cross entropy from hidden states, one chunk of tokens at a time, with the gradient.
 
-For a sum of token losses the gradient of the logits is `softmax - one_hot` whatever comes after,
-up to one factor that the backward pass brings. It is taken while a chunk's logits exist, and only
-the gradients of the hidden states [T, H] and of the weight [V, H] are kept.
+The gradient of a sum of token losses is `softmax - one_hot` for the logits, times one factor that
+is only known in the backward pass. It is computed while the logits of a chunk exist. Only the
+gradients of the hidden states [T, H] and of the weight [V, H] are kept.
 
 Letters: T tokens, H hidden size, V vocabulary.
 """
@@ -22,7 +22,7 @@ __all__ = ["chunked_cross_entropy"]
 
 
 def chunked_cross_entropy(head: HeadInputs) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(sum, nll [T], correct [T]): only the sum can be differentiated, and only once."""
+    """(sum, nll [T], correct [T]). Only the sum can be differentiated, and only once."""
     apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _ChunkedSum.apply
     total, nll, correct = apply(
         head.hidden, head.weight, head.bias, (head, torch.is_grad_enabled())
@@ -33,7 +33,7 @@ def chunked_cross_entropy(head: HeadInputs) -> tuple[Tensor, Tensor, Tensor | No
 class _ChunkedSum(torch.autograd.Function):
     """(hidden, weight, bias, (head, with_grad)) -> (sum, nll, correct).
 
-    The tensors of `head` that need gradients are passed apart, where autograd sees them.
+    The tensors that need gradients are arguments of their own, because autograd must see them.
     """
 
     @staticmethod
@@ -44,14 +44,14 @@ class _ChunkedSum(torch.autograd.Function):
         bias: Tensor | None,
         options: tuple[HeadInputs, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Everything, the gradients of the sum included."""
+        """Compute the three results, and the gradients of the sum."""
         head, with_grad = options
         target = head.target
         exact = torch.promote_types(hidden.dtype, torch.float32)
         nll = hidden.new_empty(target.shape, dtype=exact)
         correct = torch.zeros_like(target, dtype=torch.bool)
         wanted = [with_grad and needed for needed in ctx.needs_input_grad[:3]]
-        # Weights sum over all chunks: in float32, whatever they are kept in.
+        # The gradient of the weight is summed over all chunks, so at least in float32.
         dtypes = (hidden.dtype, exact, exact)
         grads = [
             torch.zeros_like(value, dtype=dtype) if value is not None and want else None
@@ -67,7 +67,7 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        """The kept gradients times the one that comes in."""
+        """The kept gradients times the incoming gradient."""
         grads = [
             None if grad is None else (grad * grad_sum).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -78,9 +78,9 @@ class _ChunkedSum(torch.autograd.Function):
 def _one_chunk(
     head: HeadInputs, part: slice, nll: Tensor, correct: Tensor, grads: list[Tensor | None]
 ) -> None:
-    """Fill in nll and correctness of the rows `part`, and add their gradients.
+    """Fill in nll and correctness of the tokens `part`, and add their gradients.
 
-    A function of its own, so that the logits of one chunk are gone when those of the next are made.
+    When this function returns, the logits of the chunk are freed.
     """
     hidden, target = head.hidden, head.target[part]
     logits = F.linear(hidden[part], head.weight, head.bias)
@@ -104,7 +104,7 @@ def _accumulate(
     if of_hidden is not None:
         of_hidden[part] = slope @ weight.to(slope.dtype)
     if of_weight is not None:
-        # In place for float32: there is no second [V, H].
+        # In place for float32, without a second [V, H].
         rows = hidden[part].to(slope.dtype)
         if of_weight.dtype == slope.dtype:
             of_weight.addmm_(slope.t(), rows)

@@ -1,11 +1,10 @@
-"""Token-level loss and correctness out of a model's own cross entropy.
+"""Loss and correctness of each token from a model's own cross entropy.
 
 Letters: T tokens, V vocabulary.
 
-`torch.nn.functional.cross_entropy` is `log_softmax` followed by `nll_loss`. Doing these two
-steps where a model does one gives the same loss and gradients bit for bit (a test checks it),
-and the token losses are then a gather away: there is no second softmax, and nothing of size
-T x V that the step did not have already.
+`torch.nn.functional.cross_entropy` is `log_softmax` followed by `nll_loss`. If we call these two,
+the loss and the gradients are the same, bit for bit (a test checks it). The token losses are then
+one gather more. There is no second softmax, and no further tensor of size T x V.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ __all__ = ["HeadInputs", "TokenLosses", "cross_entropy", "is_correct", "token_lo
 
 @dataclass(frozen=True, kw_only=True)
 class HeadInputs:
-    """What a loss gets that starts from hidden states; H is the hidden size.
+    """The arguments of a loss that starts from hidden states; H is the hidden size.
 
     hidden: [T, H]. weight: [V, H] of the head. target: int64 [T]. bias: [V], or None.
-    chunk_size: rows of logits that exist at a time, where that can be chosen.
+    chunk_size: the number of tokens whose logits exist at a time, if the loss can choose.
     """
 
     hidden: Tensor
@@ -39,7 +38,7 @@ class HeadInputs:
 
     @torch.no_grad()
     def correct(self) -> Tensor | None:
-        """bool [T] by one more projection, `chunk_size` rows at a time; None if not asked for."""
+        """bool [T] by one more projection, `chunk_size` tokens at a time; None if not wanted."""
         if not self.with_correct:
             return None
         pairs = zip(
@@ -54,9 +53,9 @@ class HeadInputs:
 class TokenLosses:
     """What a cross entropy knows about its tokens; all [T], detached.
 
-    nll: in nats, 0 where the target is ignored. correct: bool, the target has the largest logit
-    (a tie counts); None where not asked for. target: the target ids as the loss saw them.
-    reported_sum: 0-d, the sum of nll that the loss was reduced from.
+    nll: in nats; 0 where the target is ignored. correct: bool, whether the target has the largest
+    logit (a tie counts); None if not wanted. target: the target ids of the loss. reported_sum:
+    0-d, the sum of nll in the loss.
     """
 
     nll: Tensor
@@ -75,8 +74,8 @@ def cross_entropy(
 ) -> tuple[Tensor, TokenLosses]:
     """`F.cross_entropy(logits [T, V], target [T])` and the losses of its tokens.
 
-    reduction: "sum" or "mean". The returned loss, and its gradient, are bit for bit those of
-    `F.cross_entropy` with the same arguments.
+    The loss and its gradient are bit for bit those of `F.cross_entropy` with the same arguments.
+    `reduction` is "sum" or "mean".
     """
     log_probs = F.log_softmax(logits, dim=-1)
     loss = F.nll_loss(log_probs, target, ignore_index=ignore_index, reduction=reduction)
@@ -98,11 +97,11 @@ def token_losses_of_logits(
     with_correct: bool = True,
     chunk_size: int = 1024,
 ) -> TokenLosses:
-    """Token losses [T] from logits [T, V] that some other loss has used: a second softmax.
+    """Token losses [T] from logits [T, V] that another loss has used, with a second softmax.
 
-    For losses that do not pass through `cross_entropy` (label smoothing, a loss function of the
-    user's). The nll is the plain one, whatever that loss was. Works on `chunk_size` rows at a
-    time, so that the added memory is chunk_size x V.
+    It is for losses that do not call `cross_entropy`, such as label smoothing or a user's own. The
+    nll is always the plain one. Only `chunk_size` tokens are worked on at a time, so the added
+    memory is chunk_size x V.
     """
     nll, correct = [], []
     with torch.no_grad():
@@ -110,7 +109,7 @@ def token_losses_of_logits(
             torch.split(logits, chunk_size), torch.split(target, chunk_size), strict=True
         ):
             exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            # Not F.cross_entropy: Liger may have put its own in that place.
+            # Not F.cross_entropy, which Liger may have replaced.
             log_probs = F.log_softmax(exact, dim=-1)
             nll.append(F.nll_loss(log_probs, wanted, ignore_index=ignore_index, reduction="none"))
             if with_correct:
@@ -122,6 +121,6 @@ def token_losses_of_logits(
 
 def is_correct(logits: Tensor, target: Tensor) -> Tensor:
     """bool [T]: whether the target [T] has the largest of the logits [T, V]; a tie counts."""
-    # A row maximum is several times cheaper than an argmax and says the same but for ties.
+    # A maximum is several times cheaper than an argmax. Only for ties the result differs.
     chosen = logits.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return chosen == logits.amax(-1)

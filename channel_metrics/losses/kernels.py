@@ -1,7 +1,7 @@
-"""Losses of single tokens, straight from the hidden states, by kernels of others.
+"""Token losses from the hidden states, by kernels of other packages.
 
-Each takes `HeadInputs` and returns losses [T] in at least float32, which can be differentiated
-and are 0 where the target is ignored, and correctness [T].
+Each function takes `HeadInputs`, and returns losses [T] and correctness [T]. The losses can be
+differentiated, are float32 at least, and are 0 where the target is ignored.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _LIGER_VERSION = (0, 8, 2)
 def torch_token_losses(head: HeadInputs) -> tuple[Tensor, Tensor | None]:
     """`torch.nn.functional.linear_cross_entropy`, in chunks.
 
-    In bfloat16, torch returns losses of bfloat16: two to three digits.
+    For bfloat16, torch returns losses in bfloat16, which have two to three digits.
     """
     function: Any = getattr(F, "linear_cross_entropy", None)
     if function is None:
         raise UnsupportedVersionError(
             f"backend 'torch' needs torch >= 2.13, but this is {torch.__version__}; use 'chunked'."
         )
-    # Without options, torch makes the logits whole.
+    # Without options, torch computes all logits at once.
     options: Any = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=head.chunk_size)
     nll: Tensor = function(
         head.hidden,
@@ -62,7 +62,7 @@ def liger_token_losses(head: HeadInputs) -> tuple[Tensor, Tensor | None]:
 
 
 def liger_losses_and_predictions(head: HeadInputs, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """Losses [T] and the ids [T] of the largest logits, None if correctness is not asked for.
+    """Losses [T], and the ids [T] of the largest logits (None if correctness is not wanted).
 
     options: further arguments of `liger_fused_linear_cross_entropy`.
     """

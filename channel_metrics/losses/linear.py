@@ -1,20 +1,20 @@
-"""Cross entropy straight from the hidden states: token losses where the logits never exist.
+"""Cross entropy from the hidden states: token losses without all logits in memory.
 
     loss, tokens = linear_cross_entropy(hidden, head.weight, target, reduction="sum")
 
-Fused losses save the memory of the logits [T, V]. Each of these backends gives the scalar to
-train on and what it knows of each token:
+Fused losses save the memory of the logits [T, V]. Each backend returns the loss to train on, and
+the losses of its tokens:
 
-- "logits": the logits, as a model's own head makes them; bit for bit that loss.
-- "chunked": ours, plain PyTorch. Logits exist for one chunk of rows at a time; the gradient is
-  taken while they do, so that nothing is computed twice. Correctness comes with it.
-- "torch": `torch.nn.functional.linear_cross_entropy` (torch >= 2.13). Makes the logits again in
-  the backward pass; correctness costs one more projection.
-- "liger": liger-kernel >= 0.8.2; before, gradients with `reduction="none"` are wrong. Makes the
-  logits again in the backward pass; correctness comes with it.
+- "logits": computes all logits, as a model's own head does, and gives the same loss bit for bit.
+- "chunked": ours, in plain PyTorch. It computes the logits and the gradient of one chunk of tokens
+  at a time, so nothing is computed twice. Correctness costs nothing more.
+- "torch": `torch.nn.functional.linear_cross_entropy` (torch >= 2.13). It computes the logits again
+  in the backward pass. Correctness costs one more projection.
+- "liger": liger-kernel >= 0.8.2; older versions have wrong gradients for `reduction="none"`. It
+  computes the logits again in the backward pass. Correctness costs nothing more.
 - "cce": cut-cross-entropy. Correctness costs one more projection.
-- "megatron", "te": Megatron's and transformer-engine's fused losses for a vocabulary that is
-  split over tensor-parallel ranks. This rank's part of the logits exists.
+- "megatron", "te": the fused losses of Megatron and transformer-engine, for a vocabulary that is
+  split over tensor-parallel ranks. Each rank holds its part of the logits.
 
 "liger", "cce" and "te" are Triton kernels for GPUs. The docs say which of them were run, and how.
 
@@ -65,12 +65,21 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, TokenLosses]:
     """The cross entropy of `hidden [T, H] @ weight [V, H].T (+ bias [V])` and its tokens.
 
-    reduction: "sum" or "mean" over the tokens that are not ignored. chunk_size: rows of logits
-    that exist at a time, where the backend lets one choose. group: the tensor-parallel ranks
-    that `weight` and `bias` are split over, for "megatron" and "te".
+    Args:
+        hidden, weight, target, bias: tensors [T, H], [V, H], int64 [T] and [V].
+        reduction: "sum" or "mean" over the tokens that are not ignored.
+        backend: see above.
+        ignore_index: targets of this value have no loss.
+        with_correct: whether correctness is computed.
+        chunk_size: the number of tokens whose logits exist at a time, if the backend can choose.
+        group: for "megatron" and "te", the ranks that `weight` and `bias` are split over.
 
-    The loss can be differentiated, the token losses cannot. Raises `ConfigError` for arguments
-    that do not fit, `UnsupportedVersionError` for a backend that is not installed, or too old.
+    Returns:
+        The loss, which can be differentiated, and the token losses, which cannot.
+
+    Raises:
+        ConfigError: for arguments that do not fit.
+        UnsupportedVersionError: for a backend that is not installed, or too old.
     """
     head = HeadInputs(
         hidden=hidden,

@@ -1,7 +1,7 @@
 """Cross entropy from a head whose vocabulary is split over the tensor-parallel ranks.
 
-The kernels are Megatron's and transformer-engine's. Both return the loss of each token, and may
-overwrite the logits, so correctness is taken before they run.
+The kernels are those of Megatron and transformer-engine. They may overwrite the logits, so
+correctness is computed first.
 
 Letters: S sequence positions, B rows, T tokens, H hidden size, V the vocabulary of one rank.
 """
@@ -26,10 +26,10 @@ __all__ = ["megatron_token_losses", "te_token_losses", "vocab_parallel_correct"]
 def megatron_token_losses(
     head: HeadInputs, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses [T], which can be differentiated, and correctness [T] of Megatron's fused kernel.
+    """Losses [T] of Megatron's fused kernel, which can be differentiated, and correctness [T].
 
-    head: weight and bias are this rank's part. Megatron rounds the gradient of the logits to
-    bfloat16, whatever their dtype.
+    The weight and bias of `head` are this rank's part. Megatron always rounds the gradient of the
+    logits to bfloat16.
     """
     try:
         from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
@@ -46,7 +46,7 @@ def megatron_token_losses(
 def te_token_losses(
     head: HeadInputs, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The same of transformer-engine's kernel. We ran it in Triton's interpreter only."""
+    """The same with transformer-engine's kernel. We ran it in Triton's interpreter only."""
     try:
         module = importlib.import_module("transformer_engine.pytorch.cross_entropy")
     except ImportError:
@@ -56,8 +56,8 @@ def te_token_losses(
         ) from None
     logits, correct = _logits_and_correct(head, group)
     target = head.target.masked_fill(head.target == head.ignore_index, -100).unsqueeze(1)
-    # (logits [S, B, V], target [S, B], label_smoothing, reduce_loss, dist_process_group): what
-    # all releases since 1.13 take; later ones have -100 as the default of one more.
+    # Parameters of all releases since 1.13: logits [S, B, V], target [S, B], label_smoothing,
+    # reduce_loss, dist_process_group. Later ones also have ignore_idx, which is -100 by default.
     nll: Tensor = module.parallel_cross_entropy(logits, target, 0.0, False, group)
     return _without_ignored(nll.squeeze(1), head), correct
 
@@ -65,11 +65,14 @@ def te_token_losses(
 def vocab_parallel_correct(
     logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """bool [B, S]: whether the target has the largest logit; one that ties for it counts.
+    """bool [B, S]: whether the target has the largest logit; a tie counts.
 
-    logits: [S, B, V], this rank's part of the vocabulary, in the order of the ranks. labels:
-    [B, S] ids in the whole vocabulary; one outside of it (-100) is never correct. group: the
-    tensor-parallel group, all of whose ranks call this; one all-reduce of two values per token.
+    It costs one all-reduce of two values per token.
+
+    Args:
+        logits: [S, B, V], for this rank's part of the vocabulary. Parts are in rank order.
+        labels: [B, S], ids in the whole vocabulary. Other ids (-100) are never correct.
+        group: the tensor-parallel group. All its ranks must call this.
     """
     with torch.no_grad():
         size = logits.shape[-1]
@@ -80,7 +83,7 @@ def vocab_parallel_correct(
         at = target.clamp(0, size - 1).unsqueeze(-1)
         lowest = torch.finfo(logits.dtype).min
         of_target = logits.detach().gather(-1, at).squeeze(-1)
-        # Half precision is exact in float32, in which every backend can reduce.
+        # Every backend can reduce float32, which holds half precision exactly.
         both = torch.stack([logits.detach().amax(-1), of_target.masked_fill(~held, lowest)]).float()
         known = held
         if parallel:
@@ -92,7 +95,7 @@ def vocab_parallel_correct(
 
 
 class _CopyToGroup(torch.autograd.Function):
-    """The hidden states are the same on all ranks; each has the gradient of its vocabulary."""
+    """Copies the hidden states, and sums their gradients over the ranks in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -120,5 +123,5 @@ def _logits_and_correct(
 
 
 def _without_ignored(nll: Tensor, head: HeadInputs) -> Tensor:
-    # Where the target is ignored, the kernels return whatever they come to.
+    # For ignored targets, the kernels return arbitrary numbers.
     return nll.where(head.target != head.ignore_index, 0)

@@ -1,1 +1,1 @@
-"""What is told of each closed window."""
+"""Functions that get each closed window."""

@@ -1,8 +1,8 @@
-"""The channels while a run goes on: a table under the progress bar, columns in a notebook.
+"""The channels during a run: a table under the progress bar, or in the table of a notebook.
 
-In a terminal the rows of the table are tqdm bars without a bar, below the trainer's own, so they
-share the screen with whatever else writes through tqdm. Redirected output gets nothing from here:
-the trainer's own log lines hold every value.
+In a terminal, each line is a tqdm bar that shows only text, below the trainer's own bar. So the
+lines share the screen with other output of tqdm. Redirected output gets no table, because the
+trainer's own log lines hold every value.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NOTEBOOK = "NotebookProgressCallback"
 
 
 def wants_live_table(trainer: Any) -> bool:
-    """Whether somebody looks: a terminal with progress bars, or a notebook."""
+    """Whether there is a terminal with progress bars, or a notebook."""
     in_notebook = any(
         type(callback).__name__ == _NOTEBOOK for callback in trainer.callback_handler.callbacks
     )
@@ -36,18 +36,18 @@ def wants_live_table(trainer: Any) -> bool:
 
 
 def table_lines(values: ChannelValues, before: ChannelValues) -> list[str]:
-    """The table as lines: loss, its change since the window before, accuracy, share.
+    """The lines of the table: loss, its change since the window before, accuracy, share.
 
-    The channels with the most tokens come first; what does not fit is counted in a last line.
+    The channels with the most tokens come first. The last line counts the channels left out.
     """
     ranked = sorted(values, key=lambda name: -values[name].get("share", 0.0))
     lines = [f"{'channel':<20} {'loss':>9} {'change':>9} {'acc':>7} {'share':>7}"]
     for name in ranked[:_MAX_ROWS]:
-        row = values[name]
-        change = _difference(row.get("loss"), before.get(name, {}).get("loss"))
+        own = values[name]
+        change = _difference(own.get("loss"), before.get(name, {}).get("loss"))
         lines.append(
-            f"{_fit(name, 20):<20} {_number(row.get('loss'), '9.4f')} {_number(change, '+9.4f')} "
-            f"{_number(row.get('token_acc'), '7.1%')} {_number(row.get('share'), '7.1%')}"
+            f"{_fit(name, 20):<20} {_number(own.get('loss'), '9.4f')} {_number(change, '+9.4f')} "
+            f"{_number(own.get('token_acc'), '7.1%')} {_number(own.get('share'), '7.1%')}"
         )
     if len(ranked) > _MAX_ROWS:
         lines.append(f"and {len(ranked) - _MAX_ROWS} more channels")
@@ -55,17 +55,18 @@ def table_lines(values: ChannelValues, before: ChannelValues) -> list[str]:
 
 
 class LiveTable(transformers.TrainerCallback):
-    """Shows each train window when it has been closed and logged.
+    """Shows each train window when the trainer logs it.
 
-    It is an observer of the windows, and a callback of the trainer that draws when it logs.
-    callbacks: the trainer's own, among which a notebook's table is looked for.
+    It is an observer, which gets the window, and a callback of the trainer, which draws it.
+
+    callbacks: those of the trainer. One of them may be the table of a notebook.
     """
 
     is_display = True
 
     def __init__(self, callbacks: Sequence[Any]) -> None:
         self._callbacks = callbacks
-        # The values of the window that the current log has closed; None if it closed none.
+        # The values of the window that was closed since the last log; None if there is none.
         self._closed: ChannelValues | None = None
         self._failed = False
         self._before: ChannelValues = {}
@@ -77,7 +78,7 @@ class LiveTable(transformers.TrainerCallback):
             self._closed = window.values
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw the window that has just been closed, on the first process only."""
+        """Draw the window that was just closed, on the first process only."""
         window, self._closed = self._closed, None
         if not window or not state.is_world_process_zero or self._failed:
             return
@@ -90,7 +91,7 @@ class LiveTable(transformers.TrainerCallback):
     def _show(self, window: ChannelValues, args: Any, state: Any) -> None:
         notebook = next((c for c in self._callbacks if type(c).__name__ == _NOTEBOOK), None)
         if notebook is not None:
-            # With evaluations, the notebook's rows are those of the evaluations.
+            # If there are evaluations, the notebook's table has one line per evaluation.
             if notebook.training_tracker is not None and args.eval_strategy == "no":
                 notebook.training_tracker.write_line({"Step": state.global_step} | _columns(window))
         elif sys.stderr.isatty():
@@ -98,7 +99,7 @@ class LiveTable(transformers.TrainerCallback):
         self._before = {**self._before, **window}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the table off the screen."""
+        """Remove the table from the screen."""
         for bar in self._bars:
             bar.close()
         self._bars = []

@@ -1,1 +1,1 @@
-"""Probes: a few samples per dataset, measured every so many steps. The parts without a trainer."""
+"""Probes, without the parts that depend on a trainer."""

@@ -1,4 +1,4 @@
-"""Probes: a few samples per dataset, measured every so many steps. The parts without a framework.
+"""Which samples a probe measures, in which steps, and under which log keys.
 
 >>> choose(1000, 3, seed=0, name="canary")
 [210, 782, 830]
@@ -23,7 +23,7 @@ from channel_metrics.errors import ConfigError
 __all__ = ["PROBE_COLUMNS", "ProbeBudget", "ProbeConfig", "choose", "deal", "probe_keys"]
 
 _METRICS = ("loss", "token_acc")
-# What is summed up per dataset: the moments of the losses, then of the correct tokens.
+# The sums per dataset: moments of the losses, then moments of the correct tokens.
 PROBE_COLUMNS = tuple(f"{part}_{moment}" for part in ("loss", "correct") for moment in MOMENTS)
 
 
@@ -38,22 +38,22 @@ class ProbeConfig:
     """Batches per dataset and probe, over all ranks together."""
 
     batch_size: int | None = None
-    """Records per batch; None takes the trainer's batch size for evaluation, of one device."""
+    """Records per batch; None takes the trainer's evaluation batch size of one device."""
 
     max_overhead: float | None = 0.05
-    """Time of all probes / time of all training steps that is not exceeded; None: no limit."""
+    """The limit of time of all probes / time of all training steps; None: no limit."""
 
     resample: bool = False
-    """Whether every probe draws its samples anew; else a run looks at the same ones throughout."""
+    """Whether every probe draws new samples. If not, all probes of a run use the same samples."""
 
     seed: int = 0
     """For the choice of samples, and for collators that draw random numbers."""
 
     at_start: bool = True
-    """Whether step 0 is probed, before any training: where the curves begin."""
+    """Whether there is a probe at step 0, before any training."""
 
     at_end: bool = True
-    """Whether the last step is probed whatever its number: where the curves end."""
+    """Whether there is a probe at the last step, even if it is not a multiple of `every`."""
 
     on_error: OnError | None = None
     """What an error in a probe does: "raise" ends the run, "warn" ends the probes only.
@@ -88,7 +88,7 @@ class ProbeConfig:
 
 
 def probe_keys(names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """{name: {metric: log key}} for all that a probe may log of its datasets.
+    """{name: {metric: log key}} of everything that a probe may log for its datasets.
 
     Raises `ConfigError` for names that are empty, or that would share keys.
     """
@@ -110,20 +110,28 @@ def probe_keys(names: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 def choose(size: int, count: int, *, seed: int, name: str, draw: int = 0) -> list[int]:
-    """`count` of the indices below `size` (all of them if there are no more), sorted.
+    """Draw `count` of the indices below `size`, or all if there are fewer; sorted.
 
-    By a generator of its own: the same arguments give the same indices on every rank, and no
-    other random number changes. draw: the number of the drawing, where samples are drawn anew.
+    The same arguments give the same indices on every rank. No other random numbers change,
+    because the generator is a new one.
+
+    Args:
+        size: the number of samples of the dataset.
+        count: how many are wanted.
+        seed, name, draw: the seed, the dataset, and the number of the drawing.
     """
     rng = random.Random(f"{seed} {draw} {name}")
     return sorted(rng.sample(range(size), min(count, size)))
 
 
 def deal(count: int, *, num_forwards: int, num_ranks: int, rank: int) -> list[range]:
-    """The positions, of `count` samples, that `rank` has in each of its `num_forwards` batches.
+    """Deal `count` samples to the batches of all ranks.
 
-    Every position is in one batch of one rank; the sizes of the batches differ by one at most.
-    With fewer samples than batches, some are empty.
+    Every sample is in one batch of one rank. The sizes of the batches differ by one at most. If
+    there are fewer samples than batches, some batches are empty.
+
+    Returns:
+        The positions of the samples in each of the `num_forwards` batches of `rank`.
     """
     parts = num_forwards * num_ranks
     edges = [-(-part * count // parts) for part in range(parts + 1)]
@@ -134,11 +142,11 @@ def deal(count: int, *, num_forwards: int, num_ranks: int, rank: int) -> list[ra
 
 
 class ProbeBudget:
-    """Which step is probed next, so that all probes together stay within `max_overhead`.
+    """Chooses the next step with a probe, so that all probes together stay within `max_overhead`.
 
-    It is fed with times that are the same on all ranks, so all ranks come to the same step.
+    `add` must get the same times on all ranks, so that all ranks choose the same step.
 
-    next_step: where the next probe is due. distance: the steps between two probes, for now.
+    next_step: the step of the next probe. distance: the current number of steps between probes.
     """
 
     def __init__(self, every: int, max_overhead: float | None, *, step: int = 0) -> None:
@@ -155,10 +163,15 @@ class ProbeBudget:
         return self.probe_seconds / self.train_seconds if self.train_seconds else None
 
     def add(self, step: int, *, train_seconds: float, probe_seconds: float) -> None:
-        """A probe at `step` took `probe_seconds`, and the steps since the last `train_seconds`.
+        """Record a probe, and choose the step of the next one.
 
-        The next one is at the first multiple of `every` where the budget covers one more probe
-        like this, if steps go on to take what they took.
+        That is the first multiple of `every` at which the budget allows one more probe like this,
+        if the following steps take as long as the last ones.
+
+        Args:
+            step: the step of the probe.
+            train_seconds: the time of the training steps since the probe before.
+            probe_seconds: the time of this probe.
         """
         self.train_seconds += train_seconds
         self.probe_seconds += probe_seconds

@@ -1,10 +1,9 @@
-"""A forward pass in the middle of a training which leaves no trace.
+"""A forward pass during training that leaves no trace.
 
-What a forward can change: random numbers (torch's on every device of the model, numpy's, Python's),
+A forward can change random states (of torch on every device of the model, of numpy, of Python),
 the mode of every submodule, buffers, the cache of autocast, and what FSDP2 holds in memory. All of
-it is put back. Modes are set one by one, without calling `train()` or `eval()`: those of some
-modules do more than set the mode (adapters that merge their weights), and cannot be undone bit for
-bit. The optimizer is not touched either.
+these are restored. Modes are set one by one, without `train()` and `eval()`. Some modules do more
+in these methods, such as merging adapter weights, which cannot be undone bit for bit.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from channel_metrics.errors import UnsupportedVersionError
 
 __all__ = ["forward_module", "keep_random_state", "undisturbed"]
 
-# A larger buffer is not copied beforehand, which might not fit in memory, but watched.
+# A larger buffer might not fit in memory twice. It is not copied; a change of it is an error.
 _COPIED_BYTES = 16 * 2**20
 
 
 def forward_module(model: Any) -> Any:
-    """The part of a wrapped model to call for a forward alone.
+    """The module to call for a forward without training.
 
-    Under DistributedDataParallel that is the model inside: the wrapper would send the buffers of
-    the first rank to the others, as it does in training. Sharded models need their wrapper.
+    For DistributedDataParallel it is the model inside, because the wrapper would send the buffers
+    of the first rank to the others. Sharded models need their wrapper.
     """
     parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     return model.module if isinstance(model, parallel) else model
@@ -38,9 +37,9 @@ def forward_module(model: Any) -> Any:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """A block of forwards of `model` without gradients, in evaluation mode, without a trace.
+    """A block for forwards of `model`, without gradients, in evaluation mode, without a trace.
 
-    Raises `UnsupportedVersionError` if the model changed a buffer too large to be put back.
+    Raises `UnsupportedVersionError` if the model changed a buffer that is too large to restore.
     """
     with ExitStack() as stack:
         stack.enter_context(keep_random_state(parameter.device for parameter in model.parameters()))
@@ -54,9 +53,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def keep_random_state(devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """Random numbers drawn in the block do not count: of torch, of numpy, of Python.
+    """Restore the random states of torch, numpy and Python after the block.
 
-    devices: those beside the CPU whose random numbers torch may draw.
+    devices: the devices besides the CPU on which torch may draw random numbers.
     """
     others = {device for device in devices if device.type not in ("cpu", "meta")}
     of_devices = [(device, _device_generator(device, "get")) for device in others]
@@ -73,7 +72,7 @@ def keep_random_state(devices: Iterable[torch.device] = ()) -> Iterator[None]:
 
 def _device_generator(device: torch.device, action: str, *state: Tensor) -> Any:
     functions = torch.get_device_module(device)
-    # MPS is one device, and its functions take none.
+    # The functions of MPS take no device, because there is only one.
     where = () if device.type == "mps" else (device,)
     return getattr(functions, f"{action}_rng_state")(*state, *where)
 
@@ -121,7 +120,7 @@ def _is_small(buffer: Tensor) -> bool:
 
 @contextmanager
 def _no_autocast_cache() -> Iterator[None]:
-    """Weights cast without gradients must not be found by a training forward."""
+    """Switch the cache off: a training forward must not find weights cast without gradients."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -131,7 +130,7 @@ def _no_autocast_cache() -> Iterator[None]:
 
 
 def _reshard(model: nn.Module) -> None:
-    """FSDP2 keeps the weights of the root together after a forward, for a backward to come."""
+    """Shard the root again. FSDP2 keeps its weights together after a forward, for a backward."""
     for module in model.modules():
         reshard: Any = getattr(module, "reshard", None)
         if reshard is not None and hasattr(module, "unshard"):

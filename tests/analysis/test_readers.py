@@ -334,7 +334,7 @@ def test_a_step_that_was_logged_twice_keeps_the_last(tmp_path: Path) -> None:
     ]
     run = load_run(write_jsonl(tmp_path / "logging.jsonl", entries))
     assert series_of(run, "bbu", "loss") == {1: 1.0, 2: 4.0, 3: 5.0}
-    assert "2 values stand there twice" in run.problems.notes[0]
+    assert "2 values were logged twice" in run.problems.notes[0]
 
 
 def test_one_source_is_read_where_a_folder_has_several(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Channel losses where only the loss of each window is known."""
+"""Estimates channel losses from the losses of whole windows."""

@@ -1,15 +1,15 @@
-"""Channel losses where only the loss of each window is known, and what was in it.
+"""Estimates channel losses from the loss and the mix of each window.
 
-The loss of a window is the token-weighted mean of the losses of its channels, so windows with
-different mixes are equations for them:
+The loss of a window is the token-weighted mean of the losses of its channels. Windows with
+different mixes are therefore equations for the channel losses:
 
     y_t = sum_c w_tc mu_c(t) + e_t,    Var e_t = sigma^2 h_t / N_t
 
-The curves mu_c are linear between knots and do a random walk, see `smoother`; as training moves
-more at its beginning, the knots may be denser there (the pace). The sizes of the walk and the pace
-are not known, and data of a mix that hardly varies do not tell them. So no best ones are picked:
-all of a grid are averaged, weighted with their marginal likelihood. That keeps the bands wide where
-the data are silent.
+The curves mu_c are linear between knots, and do a random walk (see `smoother`). Losses change more
+at the beginning of a training, so the knots may be denser there; the pace says how much. The pace
+and the sizes of the walk are not known. If the mix hardly varies, the data do not determine them.
+So we do not pick the best ones: we average over a grid, weighted by the marginal likelihood. The
+bands then stay wide where the data say little.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ MIN_WINDOWS = 20
 _Z95 = 1.959964
 _MAX_KNOTS = 128
 _WINDOWS_PER_KNOT = 4
-# Paces: knots are even in log(1 + pace * time). Walks: standard deviations over the whole run, as
-# parts of the range of the loss.
+# For a pace, knots are evenly spaced in log(1 + pace * time).
 _PACES = (0.0, 10.0, 100.0)
+# Standard deviations of the walks over the whole run, divided by the range of the loss.
 _SHARED_WALKS = (0.3, 1.0, 3.0)
 _OWN_WALKS = (0.1, 0.3, 1.0)
-# How far channels may be from each other at the start, as a multiple of the loss.
+# The distance that channels may have at the start, as a multiple of the loss.
 _LEVEL = 3.0
-# More channels cost more per point of the grid.
+# For more channels the grid is smaller, because each point costs more.
 _MANY_CHANNELS = 64
-# Points of the grid that weigh less change nothing.
+# Points of the grid with a smaller weight are left out.
 _MIN_WEIGHT = 1e-3
 
 
@@ -95,10 +95,16 @@ def estimate_curves(
 ) -> Estimate:
     """Estimate the loss of each channel over the run.
 
-    steps: [T], increasing. losses: [T], of the whole window, in nats per token. weights: [T, C],
-    the share of each channel in the tokens of the window; rows sum to 1. tokens: [T], how many
-    tokens the window has; larger windows are less noisy. limit: see `Estimate.identifiable`.
-    Raises `ChannelMetricsError` if there are fewer than `MIN_WINDOWS` windows.
+    Args:
+        steps: [T], increasing.
+        losses: [T], of whole windows, in nats per token.
+        weights: [T, C], the share of each channel in the tokens of the window; they sum to 1.
+        tokens: [T], the tokens of the window. Larger windows are less noisy.
+        limit: see `Estimate.identifiable`.
+
+    Raises:
+        ChannelMetricsError: for fewer than `MIN_WINDOWS` windows, other shapes, or values that
+            are not finite.
     """
     _check(steps, losses, weights)
     time = (steps - steps[0]) / (steps[-1] - steps[0])
@@ -108,19 +114,21 @@ def estimate_curves(
     knots = min(_MAX_KNOTS, max(8, len(steps) // _WINDOWS_PER_KNOT))
     unit = np.linspace(0, 1, knots)
     noise = _rough_noise(losses)
-    # First to see where the run is noisy, then in earnest.
+    # The first pass shows where the run is noisy; the second one gives the result.
     mean, _, noise = _average(data, noise, unit)
     residuals = data.losses - _predict(data, mean, unit)
     data = data._replace(variances=data.variances * _local_scale(residuals, data.variances))
     mean, variance, noise = _average(data, noise, unit)
     half = _Z95 * np.sqrt(variance)
     whole = np.interp(unit, time, _smooth(losses, max(5, len(losses) // 50)))
+    knot_steps = np.rint(steps[0] + unit * (steps[-1] - steps[0])).astype(np.int64)
+    distinct, places = np.unique(knot_steps, return_index=True)
     return Estimate(
-        steps=(places := _distinct(np.rint(steps[0] + unit * (steps[-1] - steps[0]))))[0],
-        loss=(mean + center)[places[1]],
-        low=np.maximum(mean + center - half, 0.0)[places[1]],
-        high=np.maximum(mean + center + half, 0.0)[places[1]],
-        identifiable=(half <= limit * whole[:, None])[places[1]],
+        steps=distinct,
+        loss=(mean + center)[places],
+        low=np.maximum(mean + center - half, 0.0)[places],
+        high=np.maximum(mean + center + half, 0.0)[places],
+        identifiable=(half <= limit * whole[:, None])[places],
         noise=noise,
     )
 
@@ -141,7 +149,7 @@ def _check(steps: NDArray[np.int64], losses: Floats, weights: NDArray[np.floatin
 
 
 def _average(data: _Data, noise: float, unit: Floats) -> tuple[Floats, Floats, float]:
-    """Mean [P, C] and variance [P, C] at the times `unit`, and the noise, over all sizes."""
+    """Mean [P, C] and variance [P, C] at the times `unit`, and the noise, over the grid."""
     fits = []
     equations = {pace: _equations(data, pace, len(unit)) for pace in _PACES}
     for pace, walk in _grid(data, noise):
@@ -165,9 +173,9 @@ def _average(data: _Data, noise: float, unit: Floats) -> tuple[Floats, Floats, f
 
 
 def _grid(data: _Data, noise: float) -> Iterator[tuple[float, Walk]]:
-    """Paces, and sizes in units of the noise."""
+    """The points of the grid: a pace, and a walk in units of the noise."""
     scale = float(np.subtract(*np.quantile(data.losses, [0.95, 0.05]))) + noise
-    # Wide: that a mix says nothing must not be hidden by what was believed before.
+    # A wide prior: it must not narrow the bands where the mix says nothing.
     level = _LEVEL * data.center + scale
     few = data.weights.shape[1] <= _MANY_CHANNELS
     shared = _SHARED_WALKS if few else _SHARED_WALKS[1:2]
@@ -203,13 +211,13 @@ def _predict(data: _Data, mean: Floats, unit: Floats) -> Floats:
 
 
 def _rough_noise(losses: Floats) -> float:
-    """From neighbours; what the mix changes is in it too, which is of no matter here."""
+    """The noise, from differences of neighbours. It may include changes of the mix."""
     found = float(np.median(np.abs(np.diff(losses)))) / 0.954
     return found or float(losses.std()) or 1e-6
 
 
 def _local_scale(residuals: Floats, variances: Floats) -> Floats:
-    """How noisy the run is at each window, relative to its mean; [T]."""
+    """The variance of the noise at each window, relative to its mean; [T]."""
     squares = residuals**2 / variances
     width = max(25, len(squares) // 10)
     local = _smooth(squares, width)
@@ -223,9 +231,3 @@ def _smooth(values: Floats, width: int) -> Floats:
     first = np.maximum(places - width // 2, 0)
     end = np.minimum(places + width // 2 + 1, len(values))
     return np.asarray((sums[end] - sums[first]) / (end - first))
-
-
-def _distinct(steps: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The steps without repetition, and where each stands."""
-    found, places = np.unique(steps.astype(np.int64), return_index=True)
-    return found, places

@@ -1,4 +1,4 @@
-"""What was in each window of a run, and the channel losses that follow from it.
+"""The mix of each window of a run, and the channel losses that are estimated from it.
 
 >>> run = with_estimates(load_run(Path("runs/old")), mix)         # doctest: +SKIP
 >>> steps, values = run.series("bbu", "loss_estimate")            # doctest: +SKIP
@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from channel_metrics.analysis.readers.keys import GLOBAL, Key
-from channel_metrics.analysis.readers.readings import Problems, Progress, Reading
+from channel_metrics.analysis.readers.readings import (
+    MAX_EXAMPLES,
+    Problems,
+    Progress,
+    Reading,
+)
 from channel_metrics.analysis.readers.samples import read_sample_log, read_sample_order
-from channel_metrics.analysis.run import Run, global_loss, run_from_readings
+from channel_metrics.analysis.run import Run, run_from_readings
 from channel_metrics.errors import ChannelMetricsError
 
 if TYPE_CHECKING:
@@ -49,10 +54,10 @@ class Windows:
     """[T], tokens (or what is counted instead) of the window."""
 
     num_left_out: int
-    """Windows without a mix, or with that of a part of their steps."""
+    """Windows without a mix, or with a mix of only some of their steps."""
 
     metric: str
-    """What is counted: tokens, samples or share."""
+    """The metric of the mix: tokens, samples or share."""
 
 
 def load_mix(
@@ -62,17 +67,20 @@ def load_mix(
     batch_size: int | None = None,
     progress: Progress = lambda _: None,
 ) -> Run:
-    """What was in each step, as a run that has tokens and samples of each channel.
+    """The mix of each step, as a run with tokens and samples of each channel.
 
-    path: a per-sample log; or, with `sample_data` (JSONL with id and dataset of each sample) and
-    `batch_size` (samples per step, over all ranks), a list of ids in the order of the training.
+    Args:
+        path: a per-sample log; or, with the next two, a list of ids in the order of the training.
+        sample_data: JSONL with the id and the dataset of each sample.
+        batch_size: samples per step, over all ranks.
+        progress: is called with the number of bytes that were read.
     """
     if not path.is_file():
         raise ChannelMetricsError(f"expected a log of samples, but {path} is no file.")
     if (sample_data is None) != (batch_size is None):
         raise ChannelMetricsError(
-            "a list of sample ids needs both, the data they are from and the batch size; "
-            f"got sample_data {sample_data} and batch_size {batch_size}."
+            "a list of sample ids needs both its data and the batch size, but got sample_data "
+            f"{sample_data} and batch_size {batch_size}; give both."
         )
     problems = Problems()
     if sample_data is not None and batch_size is not None:
@@ -83,7 +91,7 @@ def load_mix(
 
 
 def with_mix(run: Run, mix: Run) -> Run:
-    """`run`, and from `mix` what it says of channels: exact losses too, if samples had them."""
+    """`run` with the channels of `mix`. They have exact losses if the samples had losses."""
     has_loss = run.has(GLOBAL, "loss")
     shift = _shift(run, mix) if has_loss else 0
 
@@ -103,8 +111,12 @@ def with_mix(run: Run, mix: Run) -> Run:
 def with_estimates(run: Run, mix: Run | None = None) -> Run:
     """`run` with `loss_estimate` of each channel, and the ends of its 95 % band.
 
-    mix: where the run itself does not say what was in each window. Points that the mix does not
-    determine are left out, and a note counts them. A run with measured losses comes back as it is.
+    Points that the mix does not determine are left out, and a note counts them. A run with
+    measured losses of channels gets no estimates.
+
+    Args:
+        run: the run.
+        mix: the mix of each step, if the log of the run does not have it.
     """
     if mix is not None:
         joined = with_mix(run, mix)
@@ -134,23 +146,23 @@ def with_estimates(run: Run, mix: Run | None = None) -> Run:
 
 
 def windows_of(run: Run) -> Windows | None:
-    """The windows of a run whose own log says what was in them; None if it does not."""
+    """The windows of a run whose own log has their mix; None if it does not."""
     return _windows(run, run, shift=0, stride=1)
 
 
 def _windows(run: Run, mix: Run, shift: int, stride: int | None) -> Windows | None:
-    """stride: how many steps the mix of one window is in; None: as many as the log goes on."""
+    """stride: the number of steps in the mix of a window; None: the steps between two log lines."""
     import numpy as np
 
     channels = mix.channels("train")
-    steps, losses = global_loss(run)
+    steps, losses = run.series(GLOBAL, "loss")
     metric = next((m for m in _MIX_METRICS if _in_all(mix, channels, m)), None)
     if metric is None or not len(steps):
         return None
     keep = np.isfinite(losses)
     steps, losses = np.asarray(steps[keep]), np.asarray(losses[keep])
     usual = stride or int(np.median(np.diff(steps))) if len(steps) > 1 else 1
-    # A window that follows a lost line is no longer than the others.
+    # If a log line is lost, the next window is no longer than the others.
     before = np.maximum(np.concatenate([steps[:1] - usual, steps[:-1]]), steps - usual)
     counts = [_counts(mix, name, metric, shift) for name in channels]
     mix_steps = np.unique(np.concatenate([own for own, _ in counts]))
@@ -182,7 +194,7 @@ def _windows(run: Run, mix: Run, shift: int, stride: int | None) -> Windows | No
 
 
 def _places(own: Steps, steps: Steps, before: Steps) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-    """For each of the steps `own`: the window that holds it, and whether there is one."""
+    """For each of the steps `own`: the index of its window, and whether it is in one."""
     import numpy as np
 
     places = np.searchsorted(steps, own)
@@ -203,7 +215,7 @@ def _in_all(run: Run, channels: list[str], metric: str) -> bool:
 
 def _shift(run: Run, mix: Run) -> int:
     """1 if the mix counts steps from 0 and the log does not."""
-    steps, _ = global_loss(run)
+    steps, _ = run.series(GLOBAL, "loss")
     firsts = [int(own[0]) for _, own, _ in mix.all_series() if len(own)]
     return int(bool(len(steps)) and steps[0] > 0 and min(firsts, default=1) == 0)
 
@@ -227,13 +239,13 @@ def _say(windows: Windows, found: Estimate, problems: Problems) -> None:
     if windows.metric != "tokens":
         problems.note(
             f"the mix is one of {windows.metric}, not of tokens: channels with long samples count "
-            "too little, and estimates and bands are off by that"
+            "too little, so estimates and bands are a little wrong"
         )
     for name, good in zip(windows.channels, found.identifiable.T, strict=True):
         if not good.all():
             problems.note(
-                f"{name}: not identifiable at {int((~good).sum())} of {len(good)} points; the mix "
-                "varies too little there for this channel, or has too little of it"
+                f"{name}: not identifiable at {int((~good).sum())} of {len(good)} points; there, "
+                "the share of this channel varies too little, or is too small"
             )
 
 
@@ -253,7 +265,7 @@ def _sum(*parts: Problems) -> Problems:
     whole = Problems()
     for part in parts:
         whole.count += part.count
-        whole.examples += part.examples[: whole.max_examples - len(whole.examples)]
+        whole.examples += part.examples[: MAX_EXAMPLES - len(whole.examples)]
         for note in part.notes:
             whole.note(note)
     return whole

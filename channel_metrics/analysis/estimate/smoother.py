@@ -1,9 +1,10 @@
-"""Curves between knots from weighted sums of them: a Kalman smoother in information form.
+"""Fits curves to weighted sums of them, with a Kalman smoother in information form.
 
-C curves are linear between G knots. Each row of the data is a weighted sum of their values at one
-time, with noise. From knot to knot the curves do a random walk: a part that all share, and a part
-of each one's own. Rauch, Tung, Striebel 1965; the form that adds up information is block
-elimination of a tridiagonal system, O(G C^3) in time and O(G C^2) in memory for any number of rows.
+C curves are linear between G knots. Each datum is a weighted sum of their values at one time, with
+noise. From knot to knot, the curves do a random walk, which has a part that all curves share, and a
+part of each curve's own. The smoother is that of Rauch, Tung and Striebel (1965), written as block
+elimination of a tridiagonal system. It takes O(G C^3) time and O(G C^2) memory for any number of
+data.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Rows(NamedTuple):
 
 
 class Equations(NamedTuple):
-    """What the rows say, without the walk."""
+    """The normal equations of the data, without the walk."""
 
     diagonal: Floats  # [G, C, C]
     above: Floats  # [G - 1, C, C]
@@ -65,7 +66,7 @@ class Fit(NamedTuple):
 
 
 def equations_of(rows: Rows, num_knots: int) -> Equations:
-    """Sum up what the rows say of the knots; rows may be on disk, they are taken in parts."""
+    """The equations of the data for the knots. The data may be on disk; they are read in parts."""
     channels = rows.weights.shape[1]
     diagonal = np.zeros((num_knots, channels, channels))
     above = np.zeros((num_knots - 1, channels, channels))
@@ -95,7 +96,7 @@ def equations_of(rows: Rows, num_knots: int) -> Equations:
 def fit_curves(equations: Equations, walk: Walk) -> Fit:
     """Mean and variance of the curves at the knots, and the likelihood of the walk.
 
-    The factor of the variances is the one of the highest likelihood.
+    The factor of the variances is the most likely one.
     """
     num_knots, channels = equations.right.shape
     step = math.sqrt(1 / (num_knots - 1))

@@ -1,1 +1,1 @@
-"""Logs in every format, read into one table."""
+"""Readers of log formats, and the meaning of log keys."""

@@ -1,4 +1,4 @@
-"""TensorBoard: event files, and how far they could be read."""
+"""Reads TensorBoard's event files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from channel_metrics.extras import need
 
 __all__ = ["read_event_file"]
 
-# Length, its checksum, and the checksum of the record.
+# The bytes around a record: its length, and the checksums of the length and of the record.
 _FRAME_BYTES = 16
 
 
 def read_event_file(path: Path, problems: Problems, progress: Progress) -> Iterator[Reading]:
-    """Every scalar of one event file. TensorBoard keeps float32, so values have 7 digits."""
+    """Every scalar of one event file. TensorBoard stores float32, so values have 7 digits."""
     need("tensorboard", extra="report")
     loader: Any = need(
         "tensorboard.backend.event_processing.event_file_loader", extra="report"
@@ -41,7 +41,7 @@ def read_event_file(path: Path, problems: Problems, progress: Progress) -> Itera
         problems.add(
             path,
             None,
-            f"ends at byte {read:,} of {size:,}: what follows is damaged, or is being written",
+            f"ends at byte {read:,} of {size:,}: the rest is damaged, or is being written",
         )
 
 

@@ -28,7 +28,7 @@ __all__ = [
     "step_of",
 ]
 
-# In this order: W&B's `_step` counts calls, not steps.
+# The first that is there is used. W&B's `_step` is last, because it counts calls, not steps.
 _STEP_KEYS = (
     "step",
     "global_step/max_steps",
@@ -62,7 +62,7 @@ def read_json_line(line: str, path: Path, number: int, problems: Problems) -> It
 
 
 def read_trainer_state(path: Path, problems: Problems, progress: Progress) -> Iterator[Reading]:
-    """Every number in `log_history`; entry by entry, so that a file that was cut off is of use."""
+    """Every number in `log_history`, entry by entry, so that a file that is cut off can be read."""
     for number, entry in enumerate(_entries(path, problems, progress), 1):
         step = step_of(entry) if isinstance(entry, dict) else None
         if step is None:
@@ -87,7 +87,7 @@ def step_of(record: Mapping[str, Any]) -> int | None:
             value = float(match[1])
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue
-        # Larger ones, and NaN, are no steps of any run; they would not fit into the store.
+        # Larger numbers and NaN are no steps, and would not fit into the store.
         if abs(value) <= MAX_STEP and value == int(value):
             return int(value)
     return None

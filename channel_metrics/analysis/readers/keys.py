@@ -1,8 +1,9 @@
-"""Log keys, whoever wrote them: `eval_bbu_loss` is (eval, bbu, loss), `grad_norm` is the run's own.
+"""The meaning of log keys: `eval_bbu_loss` is (eval, bbu, loss), `grad_norm` is the run's own.
 
-Keys do not say which part of them is a channel. A name is taken for one if it was declared, or if
-two metrics of ours bear it and one of them is no loss (`bbu_loss` and `bbu_tokens`). Only where
-no such name is in the log, a loss alone is enough (`loss_bbu`, as ms-swift writes it).
+A key does not say which part of it is a channel. A name is a channel if
+- it was declared, or
+- two metrics of ours have it, and one of them is no loss (`bbu_loss` and `bbu_tokens`), or
+- no such name is in the log, and the name has a loss (`loss_bbu`, as ms-swift writes it).
 
 >>> decode_keys(["loss", "bbu_loss", "bbu_tokens", "aux_loss"])["bbu_loss"]
 Key(split='train', channel='bbu', metric='loss')
@@ -34,10 +35,10 @@ class Key(NamedTuple):
     """The channel, or `GLOBAL`."""
 
     metric: str
-    """Such as `loss`; of the run's own values their key, as it is."""
+    """A metric such as `loss`; for the run's own values, their whole key."""
 
 
-# What probes and estimates log beside the metrics of the schema.
+# Metrics of probes and estimates, which are not in the schema.
 _OF_ESTIMATES = (
     "loss_low",
     "loss_high",
@@ -55,18 +56,18 @@ _SPLITS = (
     ("test_", "test"),
 )
 _PROBE = "dataset_"
-# Only a probe logs an interval, so a channel that is called `dataset_x` is no probe.
+# Only a probe logs an interval, so a channel named `dataset_x` is not taken for a probe.
 _PROBED = re.compile(r"(?:^|/)dataset_(.+)_loss_low$")
-# The same value under the names that trainers give it.
+# Names of trainers for our metrics.
 _SYNONYMS = {
     "lm loss": "loss",
     "lm_loss": "loss",
     "mean_token_accuracy": "token_acc",
     "lm loss validation": "loss",
 }
-# Of trainers, even where a channel is called `loss` or `grad`.
+# Keys of trainers, even if a channel is named `loss` or `grad`.
 _OWN_KEYS = {*_SYNONYMS, "grad_norm", "learning_rate", "loss_scale", "num_tokens"}
-# What stands before `_loss`, or after `loss_`, and is no dataset.
+# Words before `_loss` or after `loss_` that are no channels.
 _NO_CHANNELS = """
 train eval test val valid validation aux aux_moe moe_aux router_aux router z router_z mtp lm
 total main load_balancing seq_load_balancing global_load_balancing kl policy value entropy
@@ -75,12 +76,14 @@ smoothed"""
 
 
 def decode_keys(keys: Iterable[str | Key], channels: Iterable[str] = ()) -> dict[str | Key, Key]:
-    """The meaning of each key; channels: names that are known, as declared.
+    """The meaning of each key.
 
-    A `Key` means itself, and its channel is known.
+    If two keys mean the same (ms-swift's `loss_bbu` and our `bbu_loss`), only the one whose format
+    comes first in `_FORMATS` is in the result.
 
-    Where two keys mean the same (ms-swift's `loss_bbu` beside our `bbu_loss`), the one that comes
-    first in the order of the formats above stands for both, and the other is left out.
+    Args:
+        keys: keys of the log. A `Key` means itself, and its channel is a known one.
+        channels: names that are channels, as declared.
     """
     keys = list(keys)
     texts = [key for key in keys if not isinstance(key, Key)]
@@ -90,7 +93,7 @@ def decode_keys(keys: Iterable[str | Key], channels: Iterable[str] = ()) -> dict
     certain = declared.keys() | probed
     split_of = {key: _split(key, probed, certain) for key in texts}
     known = _names_with_evidence(split_of.values()) | certain or _names_by_loss(split_of.values())
-    # The rank and the key that stand for each meaning.
+    # {meaning: (number of the format, key)}
     best: dict[Key, tuple[int, str | Key]] = {
         key: (-1, key) for key in keys if isinstance(key, Key)
     }
@@ -110,7 +113,7 @@ def _split(key: str, probed: Container[str], declared: Container[str]) -> tuple[
         if key.startswith(prefix) and len(key) > len(prefix):
             rest, split = key[len(prefix) :], name
             break
-    # A channel may be called `eval_x`; it is one only if no shorter reading makes sense.
+    # A channel may be named `eval_x`. This is assumed only if `x` is not a known channel.
     is_name = not _has_known(rest, declared) and _has_known(key, declared)
     if is_name and key.startswith(("eval_", "test_")):
         split, rest = "train", key
@@ -125,9 +128,9 @@ def _has_known(rest: str, names: Container[str]) -> bool:
 
 
 def _candidates(rest: str) -> list[tuple[int, str, str]]:
-    """(number of the format, channel, metric): every way to read `rest` as a channel's metric.
+    """(number of the format, channel, metric) for every way to read `rest` as a channel's metric.
 
-    Of one format, those with the longest metric come first: `bbu_weighted_loss` is of `bbu`.
+    Within a format, longer metrics come first, so `bbu_weighted_loss` belongs to `bbu`.
     """
     found = []
     for rank, ends in enumerate(_ends_of((*TOKENS.metric_names, *_OF_ESTIMATES))):
@@ -153,7 +156,7 @@ def _around_channel(key_format: str, metric: str) -> tuple[str, str]:
 
 
 def _names_with_evidence(splits: Iterable[tuple[str, str]]) -> set[str]:
-    """Names that several metrics bear, one of which is no loss."""
+    """Names that several metrics have, one of which is no loss."""
     losses = {m.name for m in TOKENS.metrics if {"nll", "weighted_nll"} & set(m.needs)}
     metrics: dict[tuple[int, str], set[str]] = defaultdict(set)
     for _, rest in splits:
@@ -163,7 +166,7 @@ def _names_with_evidence(splits: Iterable[tuple[str, str]]) -> set[str]:
 
 
 def _names_by_loss(splits: Iterable[tuple[str, str]]) -> set[str]:
-    """Names that have a loss, and are none of the names that trainers use for their own."""
+    """Names that have a loss, without the names that trainers use for losses of their own."""
     return {
         name
         for _, rest in splits

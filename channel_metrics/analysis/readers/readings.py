@@ -1,8 +1,8 @@
-"""What readers give, and what they could not read.
+"""The readings of a log, and the problems with it.
 
-A reader is a generator of readings `(step, key, value)`. The key is that of the log, or a `Key`
-where the log says in so many words which channel it speaks of. A reader never holds a whole file,
-and nothing in a file stops it: what it cannot use is counted in `Problems`, with the line.
+A reader is a generator of readings `(step, key, value)`. The key is that of the log, or a `Key` if
+the log names the channel. A reader never holds a whole file. It raises no error for the content of
+a file: it counts what it cannot read in `Problems`, with the line.
 """
 
 from __future__ import annotations
@@ -13,40 +13,49 @@ from pathlib import Path
 
 from channel_metrics.analysis.readers.keys import Key
 
-__all__ = ["MAX_LINE_BYTES", "MAX_STEP", "Problems", "Progress", "Reader", "Reading", "lines_of"]
+__all__ = [
+    "MAX_EXAMPLES",
+    "MAX_LINE_BYTES",
+    "MAX_STEP",
+    "Problems",
+    "Progress",
+    "Reader",
+    "Reading",
+    "lines_of",
+]
 
 Reading = tuple[int, "str | Key", float]
 
 # Called with the number of bytes that have been read since the last call.
 Progress = Callable[[int], None]
 
-# A longer line is no log line; holding it would be what fills the memory.
+# How many problems are kept in words.
+MAX_EXAMPLES = 20
+
+# A longer line is no log line, and is not held in memory.
 MAX_LINE_BYTES = 64 * 2**20
 
-# Exact as a float, too.
+# The largest step; float64 is exact up to here.
 MAX_STEP = 2**53
 
 
 @dataclass
 class Problems:
-    """Places that could not be read: how many, and the first of them in words."""
+    """Places that could not be read, and notes."""
 
     count: int = 0
-    """All of them."""
+    """The number of places."""
 
     examples: list[str] = field(default_factory=list)
-    """The first ones, as `file:line: what is wrong`."""
+    """The first places, as `file:line: what is wrong`."""
 
     notes: list[str] = field(default_factory=list)
-    """What a reader of the numbers should know; not a problem."""
-
-    max_examples: int = 20
-    """How many are kept in words."""
+    """What users should know about the numbers; not a problem."""
 
     def add(self, where: Path | str, number: int | None, reason: str) -> None:
-        """Count one; number: the line, from 1, where there are lines."""
+        """Count one place. number: the line, from 1, if there are lines."""
         self.count += 1
-        if len(self.examples) < self.max_examples:
+        if len(self.examples) < MAX_EXAMPLES:
             place = f"{where}:{number}" if number is not None else str(where)
             self.examples.append(f"{place}: {reason}")
 
@@ -60,9 +69,9 @@ Reader = Callable[[Path, Problems, Progress], Iterator[Reading]]
 
 
 def lines_of(path: Path, problems: Problems, progress: Progress) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and text of every line that is not blank, of a file of any size.
+    """(number from 1, text) of every line that is not blank, of a file of any size.
 
-    Bytes that are no UTF-8 are replaced; the reader that parses the line will complain, or not.
+    Bytes that are no UTF-8 are replaced.
     """
     with path.open("rb") as file:
         number = 0

@@ -1,7 +1,7 @@
-"""Which samples were in each step: per-sample debug logs, or the order of the samples.
+"""Reads which samples were in each step: from a per-sample log, or from the order of the samples.
 
-A debug log has one JSON object per line, with a step, the sample's dataset, and maybe its loss
-(mean nll per token) and its number of supervised tokens:
+A per-sample log has one JSON object per line, with a step and the dataset of the sample. It may
+also have the loss of the sample (mean nll per token), and its number of supervised tokens:
 
     {"step": 10, "id": "a-17", "dataset": "bbu", "loss": 1.25, "tokens": 212}
 """
@@ -27,7 +27,7 @@ _FIELDS = ("dataset", *DEFAULT_FIELDS, "source")
 _LOSS_KEYS = ("loss", "nll", "sample_loss")
 _TOKEN_KEYS = ("tokens", "num_tokens", "n_tokens", "supervised_tokens")
 _ID_KEYS = ("id", "sample_id", "index", "uid")
-# Lines of so many steps may be mixed, as several processes or workers write them.
+# Several processes or workers may write a log, so lines of this many steps may be mixed.
 _OPEN_STEPS = 1000
 
 # [samples, tokens, samples with tokens, weighted loss, weight]
@@ -42,10 +42,10 @@ def is_sample_record(record: Mapping[str, Any] | None) -> bool:
 
 
 def read_sample_log(path: Path, problems: Problems, progress: Progress) -> Iterator[Reading]:
-    """Sums of the samples of each step, per channel: samples, and tokens and loss where they stand.
+    """The samples of each step per channel, and their tokens and loss, if the log has them.
 
-    With token counts the loss is weighted by them, which is exact; without, it is the mean over
-    the samples, and a note says so.
+    If there are token counts, the loss is weighted by them, which is exact. If not, it is the mean
+    over the samples, and a note says so.
     """
     open_steps: dict[int, _Sums] = {}
     closed = -math.inf
@@ -76,10 +76,13 @@ def read_sample_log(path: Path, problems: Problems, progress: Progress) -> Itera
 def read_sample_order(
     path: Path, samples: Path, batch_size: int, problems: Problems, progress: Progress
 ) -> Iterator[Reading]:
-    """The mix of each step, from the order of the samples: step n has the n-th `batch_size`.
+    """The mix of each step, from the order of the samples.
 
-    path: one id per line, or a JSON list of ids. samples: JSONL with the id and the dataset of
-    each sample, and its tokens if known. batch_size: over all ranks and micro-batches.
+    Args:
+        path: one id per line, or a JSON list of ids.
+        samples: JSONL with the id and the dataset of each sample, and its tokens, if known.
+        batch_size: samples per step, over all ranks and micro-batches.
+        problems, progress: as for all readers.
     """
     if batch_size < 1:
         raise ChannelMetricsError(f"batch_size must be at least 1, but is {batch_size}.")

@@ -1,7 +1,8 @@
-"""Which logs a file or a run folder holds, and which reader reads them.
+"""Finds the logs in a file or a run folder, and their readers.
 
-A folder often has the same numbers several times: as JSON, as event files, in a tracker. One source
-is read, the first of this order, because two would count everything twice; `format` picks another.
+A folder often has the same numbers several times: as JSON, as event files, in a tracker. Only one
+source is read, because two would count everything twice. It is the first in the order of
+`_FINDERS`, or that of `format`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from channel_metrics.errors import ChannelMetricsError
 
 __all__ = ["FORMATS", "OUTPUT_FOLDER", "Source", "find_sources", "pick_source"]
 
-# Where results are written by default; never read as a run.
+# The default folder of results. It is not read as a run.
 OUTPUT_FOLDER = "channel_analysis"
 
 _LINES_TO_LOOK_AT = 2000
@@ -62,9 +63,10 @@ class Source:
 
 
 def find_sources(run: Path) -> list[Source]:
-    """All sources of `run`, best first; a path may end with `#RUN_ID` for MLflow's database.
+    """All sources of `run`, the best first.
 
-    Raises `ChannelMetricsError` if there is none.
+    A path may end with `#RUN_ID`, for MLflow's database. Raises `ChannelMetricsError` if there is
+    no source.
     """
     path, _, run_id = str(run).partition("#") if not run.exists() else (str(run), "", "")
     root = Path(path)
@@ -87,7 +89,7 @@ def find_sources(run: Path) -> list[Source]:
 
 
 def pick_source(run: Path, format: str | None = None) -> tuple[Source, list[str]]:
-    """The source to read, and the formats of those that are left out."""
+    """The source to read, and the formats of the other sources."""
     found = find_sources(run)
     wanted = [source for source in found if format in (None, source.format)]
     if not wanted:

@@ -1,4 +1,4 @@
-"""Text logs of Megatron, ` iteration 10/ 100 | lm loss: 5.5E+00 | ...`, and our lines there."""
+"""Reads text logs of Megatron, with our lines: ` iteration 10/ 100 | lm loss: 5.5E+00 | ...`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from channel_metrics.analysis.readers.readings import (
     lines_of,
 )
 
-__all__ = ["is_metric_line", "read_metric_line", "read_text_log"]
+__all__ = ["is_metric_line", "read_text_line", "read_text_log"]
 
 _HEAD = re.compile(r"\b(validation\b.*?)?\biteration:?\s+(\d+)(?:\s*/\s*\d+)?([^|]*)\|(.*)")
 _ENTRY = re.compile(r"\s*(.+?):\s*([+-]?(?:\d[\d.,]*(?:[eE][+-]?\d+)?|nan|inf))\s*%?\s*")
-# Of Megatron's own validation line, which has values without `eval_` before their names.
+# Megatron's own validation line writes `lm loss value`, without `eval_`.
 _VALUE_KEY = re.compile(r"\s+value$")
 
 
@@ -28,19 +28,20 @@ def is_metric_line(line: str) -> bool:
 
 
 def read_text_log(path: Path, problems: Problems, progress: Progress) -> Iterator[Reading]:
-    """`key: value` between bars, in every line that names an iteration; other lines are passed.
-
-    Of one that names an iteration and holds no value, the number is reported.
-    """
+    """`key: value` between bars, in every line that names an iteration; other lines are skipped."""
     for number, line in lines_of(path, problems, progress):
-        found = read_metric_line(line)
-        if found is not None:
-            yield from found
-            if not found:
-                problems.add(path, number, "names an iteration, but holds no `key: value`")
+        yield from read_text_line(line, path, number, problems)
 
 
-def read_metric_line(line: str) -> list[Reading] | None:
+def read_text_line(line: str, path: Path, number: int, problems: Problems) -> list[Reading]:
+    """The values of one line. It is a problem if it names an iteration and has no value."""
+    found = _values(line)
+    if found == []:
+        problems.add(path, number, "names an iteration, but holds no `key: value`")
+    return found or []
+
+
+def _values(line: str) -> list[Reading] | None:
     """The values of a line; None if it names no iteration."""
     head = _HEAD.search(line)
     if head is None:

@@ -1,4 +1,4 @@
-"""Local runs of trackers: W&B's offline file, MLflow's file store and its SQLite file."""
+"""Reads local runs of trackers: W&B's offline file, MLflow's file store and its SQLite file."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _wandb_records(
 
 
 def read_mlflow_metric(path: Path, problems: Problems, progress: Progress) -> Iterator[Reading]:
-    """One metric of MLflow's file store: lines of `time value step`; the path is its name."""
+    """One metric of MLflow's file store. Lines are `time value step`; the path is the key."""
     parts = path.parts
     start = len(parts) - parts[::-1].index("metrics")
     key = "/".join(parts[start:])

@@ -9,7 +9,7 @@ __all__ = ["write_report"]
 
 
 def __getattr__(name: str) -> Any:
-    # Late: those who need a part of this package do not wait for the rest.
+    # Imported late, because other modules of this package do not need it.
     if name == "write_report":
         from channel_metrics.analysis.report.html import write_report
 

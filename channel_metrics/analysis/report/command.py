@@ -25,7 +25,13 @@ Load = Callable[[Sequence[Path], "str | None", "Sequence[str] | None"], "list[Ru
 def add_report_command(
     app: typer.Typer, reported: Callable[[], AbstractContextManager[None]], load: Load
 ) -> None:
-    """Add `report` to `app`; load: reads run folders or logs, in one format, with known names."""
+    """Add `report` to `app`.
+
+    Args:
+        app: the command line.
+        reported: makes a context that turns our errors into messages.
+        load: reads runs, given their paths, a format, and names that are channels.
+    """
 
     @app.command("report")
     def report(  # noqa: PLR0917 - the options of a command
@@ -51,9 +57,10 @@ def add_report_command(
         """Write one HTML file about runs, which needs no network: curves, mix, findings, table."""
         with reported():
             from channel_metrics.analysis.report.html import write_report
+            from channel_metrics.analysis.run import folder_of
 
             loaded = load(runs, format, channel)
-            file = output or _folder(runs[0]) / REPORT_FILE
+            file = output or folder_of(runs[0]) / REPORT_FILE
             size = write_report(loaded, file, title=title)
             typer.echo(f"report:   {file} ({size.num_bytes / 1e6:.1f} MB)")
             if size.num_left_out:
@@ -67,11 +74,16 @@ def add_report_command(
 
 
 def report_of_training(folder: Path, format: str, channels: Sequence[str] = ()) -> str:
-    """Write the report of a run that has just ended; returns a line that says where it is.
+    """Write the report of a run that has just ended.
 
-    format: which of the logs in `folder` is read. channels: names that are channels.
+    Args:
+        folder: the run folder.
+        format: which of its logs is read.
+        channels: names that are channels.
 
-    Without the extra it says how to get it. An error is told, not raised: the training is done.
+    Returns:
+        A line that says where the report is. If there is none, because of an error or because a
+        package is missing, the line says why. Nothing is raised, because the training is done.
     """
     if not all(map(importlib.util.find_spec, ("jinja2", "numpy"))):
         return "report:      none; pip install 'channel_metrics[report]' brings it"
@@ -84,7 +96,3 @@ def report_of_training(folder: Path, format: str, channels: Sequence[str] = ()) 
     except (ChannelMetricsError, OSError) as error:
         return f"report:      none, because of an error: {error}"
     return f"report:      {file}"
-
-
-def _folder(run: Path) -> Path:
-    return run if run.is_dir() else run.parent

@@ -1,8 +1,8 @@
-"""What is drawn of a run: curves of few points, whatever its length, over steps and own tokens.
+"""The curves of a run for charts, over steps and over the channel's own tokens.
 
-Of each stretch of a long curve the first, lowest, highest and last value are kept, so no peak is
-lost. A smooth curve is made of all points, before any is left out: sums over a moving window,
-divided once, as everywhere in this library. Nothing is drawn across a gap.
+Long curves are thinned out. Of each stretch, the lowest and highest values are kept, so no peak is
+lost. A smooth curve is computed from all points: sums over moving windows, divided once. A curve is
+broken at a gap of its channel.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Curve", "charts", "curves_of", "own_tokens", "pick_points", "splits_
 
 _SPLITS = ("train", "eval", "test", "probe")
 
-# A shorter curve is not made smooth: one sees what there is.
+# A shorter curve gets no smooth curve.
 _MIN_SMOOTHED = 120
 
 
@@ -60,34 +60,34 @@ class Curve:
     """Supervised tokens of the channel up to each step, int64 [N]; None if none were counted."""
 
     num_points: int
-    """How many the log has; N is less where some were left out."""
+    """The number of points in the log; N is smaller if some were left out."""
 
     band: Values | None = None
-    """The low and high ends of an interval, float64 [2, N], where the log has one."""
+    """The low and high ends of an interval, float64 [2, N], if the log has one."""
 
     is_estimate: bool = False
-    """Not measured, but estimated from the loss of the whole run."""
+    """Whether the values are estimated from the loss of the whole run."""
 
     is_smooth: bool = False
-    """A moving mean, of all points."""
+    """Whether it is a moving mean of all points."""
 
 
 def charts() -> list[Metric]:
-    """The metrics that are drawn: those that have a label."""
+    """The metrics that have a chart, which are those with a `label`."""
     return [metric for metric in TOKENS.metrics if metric.label]
 
 
 def splits_of(run: Run) -> list[str]:
-    """The splits that have something to draw, in a fixed order."""
+    """The splits with values of these metrics, in a fixed order."""
     names = tuple(metric.name for metric in charts())
     found = {key.split for key in run.keys if key.metric.startswith(names)}
     return [split for split in _SPLITS if split in found]
 
 
 def curves_of(run: Run, channels: Iterable[str], limit: int) -> Iterator[Curve]:
-    """All curves of `channels` and of the run's own values; at most `limit` points each.
+    """All curves of `channels` and of the run's own values, with at most `limit` points each.
 
-    limit: at least 5. A smooth curve is a `Curve` of its own, which follows the one it is made of.
+    `limit` is at least 5. A smooth curve follows the curve that it is computed from.
     """
     gaps = defaultdict(list)
     for gap in find_gaps(run):
@@ -96,7 +96,7 @@ def curves_of(run: Run, channels: Iterable[str], limit: int) -> Iterator[Curve]:
     for split in splits_of(run):
         for channel in (GLOBAL, *channels):
             for metric in charts():
-                # The mix of an evaluation is that of its data, and no curve.
+                # The mix of an evaluation does not change, so it needs no curve.
                 if split != "train" and metric.name == "share":
                     continue
                 curve = _curve(run, channel, metric.name, split, limit)
@@ -109,10 +109,7 @@ def curves_of(run: Run, channels: Iterable[str], limit: int) -> Iterator[Curve]:
 
 
 def own_tokens(run: Run, channel: str, steps: Steps) -> Steps | None:
-    """Supervised tokens that a channel was trained on up to each of `steps`, int64 [N].
-
-    None if the log does not count them.
-    """
+    """Tokens that a channel was trained on up to each of `steps`, int64 [N]; None if not logged."""
     logged, counts = run.series(channel, "tokens_total")
     if not len(logged):
         logged, counts = run.series(channel, "tokens")
@@ -127,8 +124,9 @@ def own_tokens(run: Run, channel: str, steps: Steps) -> Steps | None:
 def pick_points(values: Values, limit: int) -> Indices:
     """Indices of at most `limit` points, in order, that keep the shape of `values` [N].
 
-    N points are cut into stretches of even length, and of each the lowest and the highest are kept,
-    and one that is NaN or infinite, if there is any; and the first and the last of all.
+    The points are cut into stretches of equal length. Of each stretch, the lowest and the highest
+    point are kept, and one that is NaN or infinite, if there is any. The first and the last point
+    of the curve are kept, too.
     """
     count = len(values)
     if count <= limit:
@@ -185,7 +183,7 @@ def _band(run: Run, channel: str, metric: str, split: str, steps: Steps) -> Valu
 
 
 def _broken(curve: Curve, gaps: Iterable[Gap]) -> Curve:
-    """The curve with a NaN inside each gap: a line across it would be made up."""
+    """The curve with a NaN inside each gap, so that no line is drawn across it."""
     places = [int(np.searchsorted(curve.steps, gap.last_step)) for gap in gaps]
     inside = [place for place in places if 0 < place < len(curve.steps)]
     if not inside:

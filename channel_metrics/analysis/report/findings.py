@@ -1,4 +1,4 @@
-"""What the curves say: the final table, channels that got worse, gaps, the self-check."""
+"""Findings about a run: the final table, channels that got worse, gaps, the self-check."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from channel_metrics.analysis.readers.keys import GLOBAL
+from channel_metrics.analysis.report.moving import values_at
 from channel_metrics.analysis.run import Run
-from channel_metrics.analysis.summary import ChannelRow
+from channel_metrics.analysis.summary import ChannelRow, part_of
 
 if TYPE_CHECKING:
     from channel_metrics.analysis.store import Steps, Values
@@ -24,10 +27,10 @@ __all__ = [
     "self_check",
 ]
 
-# A rise is told from noise if it is this many standard errors of the two means that are compared.
+# A rise is more than noise if it is this many standard errors of the two means.
 _MIN_SIGMAS = 3.0
 _MIN_POINTS = 8
-# A gap is this many windows in a row without the channel, beyond what its own rhythm explains.
+# A gap is this many times longer than the usual distance between two windows with the channel.
 _GAP_FACTOR = 4.0
 
 
@@ -38,11 +41,11 @@ class Worse:
     channel: str
     split: str
     from_step: int
-    """The step of its lowest (smoothed) loss; where the comparison begins."""
+    """The step of its lowest (smoothed) loss."""
     rise: float
-    """How much its loss rose since, in nats."""
+    """The rise of its loss since this step, in nats."""
     global_change: float
-    """How much the run's own loss changed over the same steps, in nats; negative."""
+    """The change of the run's own loss over the same steps, in nats; negative."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,34 +54,34 @@ class Gap:
 
     channel: str
     first_step: int
-    """The last step before the gap; the first of the run if it came late."""
+    """The last step before the gap, or the first step of the run."""
     last_step: int
-    """The first step after it; the last of the run if it never came back."""
+    """The first step after the gap, or the last step of the run."""
     windows: int
-    """How many logged windows are without it."""
+    """The number of logged windows in the gap."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelfCheck:
-    """The token-weighted mean of the channels against the loss that the trainer logged."""
+    """Compares the token-weighted mean of the channels to the loss that the trainer logged."""
 
     windows: int
-    """Windows that have all that is needed."""
+    """The number of windows that could be compared."""
     largest: float
     """The largest relative difference."""
     median: float
     """The median of the relative differences."""
     step: int
-    """Where the largest one is."""
+    """The step of the largest difference."""
 
 
 def loss_metric(run: Run, channel: str, split: str = "train") -> str | None:
-    """Which loss a channel has: measured, else estimated; None if it has none."""
+    """The name of a channel's loss: measured, else estimated; None if it has none."""
     return next((m for m in ("loss", "loss_estimate") if run.has(channel, m, split)), None)
 
 
 def final_rows(run: Run) -> list[ChannelRow]:
-    """One row per channel of the training; None where the log does not say."""
+    """The final table, by channel; values that the log does not have are None."""
     names = run.channels("train") or run.channels()
     tokens = {name: _total(run, name, "tokens") for name in names}
     samples = {name: _total(run, name, "samples") for name in names}
@@ -89,7 +92,7 @@ def final_rows(run: Run) -> list[ChannelRow]:
         losses = _finite(run.series(name, metric)[1])
         accuracies = _finite(run.series(name, "token_acc")[1])
         eval_losses = _finite(run.series(name, "loss", "eval")[1])
-        share = _part(tokens, name)
+        share = part_of(tokens, name)
         rows.append(
             ChannelRow(
                 channel=name,
@@ -99,20 +102,18 @@ def final_rows(run: Run) -> list[ChannelRow]:
                 eval_loss=eval_losses[-1] if eval_losses else None,
                 tokens=tokens[name],
                 share=shares[name] if share is None else share,
-                record_share=_part(samples, name),
+                record_share=part_of(samples, name),
             )
         )
     return rows
 
 
 def find_worse(run: Run, split: str = "train") -> list[Worse]:
-    """Channels whose loss rises over the later part of the run while the run's own falls.
+    """Channels whose loss rises over the later part of the run, while the run's own loss falls.
 
-    Compared are means over a fifth of a channel's points: its lowest such mean, and its last. A
-    rise counts if it is clear of the noise, which is judged by the scatter within both.
+    The means over a fifth of a channel's points are compared: the lowest one, and the last one. The
+    rise must be clearly larger than the noise, which is the scatter within both parts.
     """
-    import numpy as np
-
     global_steps, global_losses = run.series(GLOBAL, "loss", split)
     found = []
     for name in run.channels(split):
@@ -145,9 +146,7 @@ def find_worse(run: Run, split: str = "train") -> list[Worse]:
 
 
 def find_gaps(run: Run) -> list[Gap]:
-    """Stretches without a channel, longer than its own rhythm explains; longest first."""
-    import numpy as np
-
+    """Stretches without a channel that are unusually long for it; the longest first."""
     windows = np.unique(
         np.concatenate([np.empty(0, np.int64), *(_present(run, n) for n in run.channels("train"))])
     )
@@ -158,7 +157,7 @@ def find_gaps(run: Run) -> list[Gap]:
             continue
         edges = np.concatenate([[-1], present, [len(windows)]])
         missing = np.diff(edges) - 1
-        # In a channel that comes with probability p, a gap of n windows has probability (1-p)^n.
+        # If a window has the channel with probability p, n windows lack it with (1 - p)^n.
         usual = len(windows) / len(present)
         limit = max(2.0, _GAP_FACTOR * usual)
         for index in (missing >= limit).nonzero()[0]:
@@ -177,16 +176,14 @@ def find_gaps(run: Run) -> list[Gap]:
 def self_check(run: Run) -> SelfCheck | None:
     """Compare Σ loss·tokens / Σ tokens with the trainer's loss; None if the log lacks one of them.
 
-    They are equal where a window is one step. Over several steps a trainer usually logs the mean
-    of the steps' means, which differs a little.
+    They are equal if a window is one step. For several steps, most trainers log the mean of the
+    means of the steps, which differs a little.
     """
-    import numpy as np
-
     steps, losses = run.series(GLOBAL, "loss")
     nll, tokens, tokens_without_loss = (np.zeros(len(steps)) for _ in range(3))
     for name in run.channels("train"):
-        counts = _on(steps, *run.series(name, "tokens"))
-        values = _on(steps, *run.series(name, "loss"))
+        counts = values_at(steps, *run.series(name, "tokens"))
+        values = values_at(steps, *run.series(name, "loss"))
         counted = np.where(np.isfinite(counts), counts, 0.0)
         usable = np.isfinite(values)
         nll += np.where(usable, values, 0.0) * counted
@@ -206,26 +203,14 @@ def self_check(run: Run) -> SelfCheck | None:
 
 
 def _present(run: Run, name: str) -> Steps:
-    """The steps at which a channel was logged with tokens, or without a count."""
+    """The steps at which a channel had tokens; if they are not logged, those with a loss."""
     metrics = [m for m in ("tokens", "samples", "loss") if run.has(name, m)]
     steps, values = run.series(name, metrics[0] if metrics else "loss")
     return steps if metrics[:1] == ["loss"] else steps[values > 0]
 
 
-def _on(steps: Steps, own_steps: Steps, values: Values) -> Values:
-    """The values at `steps`, NaN where there is none."""
-    import numpy as np
-
-    found = np.full(len(steps), np.nan)
-    _, here, there = np.intersect1d(steps, own_steps, return_indices=True)
-    found[here] = values[there]
-    return found
-
-
 def _change(steps: Steps, losses: Values, before: Steps, after: Steps) -> float | None:
     """The change of a mean loss between two stretches of steps."""
-    import numpy as np
-
     means = []
     for part in (before, after):
         inside = (steps >= part[0]) & (steps <= part[-1]) & np.isfinite(losses)
@@ -236,9 +221,7 @@ def _change(steps: Steps, losses: Values, before: Steps, after: Steps) -> float 
 
 
 def _scatter(values: Values) -> float:
-    """The variance of single points, without that of a slow trend."""
-    import numpy as np
-
+    """The variance of single points around a slow trend."""
     return float(np.mean(np.diff(values) ** 2) / 2)
 
 
@@ -254,8 +237,3 @@ def _total(run: Run, name: str, metric: str) -> int | None:
 def _mean_share(run: Run, name: str) -> float | None:
     shares = _finite(run.series(name, "share")[1])
     return sum(shares) / len(shares) if shares else None
-
-
-def _part(totals: dict[str, int | None], name: str) -> float | None:
-    part, whole = totals[name], sum(total or 0 for total in totals.values())
-    return part / whole if part is not None and whole else None

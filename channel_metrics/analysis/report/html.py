@@ -1,10 +1,10 @@
-"""The report: one HTML file that needs nothing else, whatever the runs hold.
+"""The report: one HTML file that needs no other file.
 
     write_report([load_run(Path("runs/debug"))], Path("report.html"))
 
-Names and logs are hostile input. jinja2 escapes all of them, the numbers for the script stand in a
-JSON element that nothing can leave, and the page forbids itself, by its content security policy,
-every script and style but its own (by their hashes), and every request.
+Names and logs may be hostile. jinja2 escapes all of them, and the numbers for the script are in a
+JSON element, whose text cannot end the element. The content security policy of the page allows only
+its own script and style (by their hashes), and no requests.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MAX_RUNS = 8
 _MAX_CHANNELS = 1000
 _MAX_POINTS = 2000
 _MIN_POINTS = 20
-# Points of all curves together, to begin with; fewer if the page is too large then.
+# The points of all curves together, at first. If the page is too large, there are fewer.
 _ALL_POINTS = 200_000
 _NOTHING, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 _SCRIPTS = ("data", "format", "state", "lines", "cursor", "chart", "legend", "tables", "main")
@@ -42,27 +42,27 @@ _SCRIPTS = ("data", "format", "state", "lines", "cursor", "chart", "legend", "ta
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSize:
-    """How large a report became, and what had to be left out for it."""
+    """The size of a report, and what it leaves out."""
 
     num_bytes: int
-    """Of the file."""
+    """The size of the file."""
 
     max_points: int
-    """At most so many points are drawn of one curve."""
+    """The largest number of points of one curve."""
 
     num_channels: int
-    """Channels that are shown."""
+    """The number of channels that are shown."""
 
     num_left_out: int
-    """Channels, those with the fewest tokens, that are not."""
+    """The number of channels that are left out, which are those with the fewest tokens."""
 
 
 def write_report(runs: Sequence[Run], path: Path, *, title: str = "") -> ReportSize:
-    """Write the report of `runs`, which are compared where there are several.
+    """Write the report of one run, or a comparison of several.
 
-    The file has at most `MAX_BYTES`: curves are thinned out until it fits, and channels with few
-    tokens left out if that is not enough; the page says so. Raises `ChannelMetricsError` for no
-    runs, or too many to tell apart.
+    The file has at most `MAX_BYTES`. Curves are thinned out until it fits. If that is not enough,
+    channels with few tokens are left out. The page says so. Raises `ChannelMetricsError` for no
+    runs, or too many.
     """
     if not 0 < len(runs) <= _MAX_RUNS:
         raise ChannelMetricsError(
@@ -159,14 +159,14 @@ def _hash(text: str) -> str:
 
 
 def _thinned(data: dict[str, Any]) -> int:
-    """The most points that a curve has in the log, if some of it are not drawn; else 0."""
+    """The largest number of points of a curve in the log, if some are not drawn; else 0."""
     curves = [curve for curve in data["curves"] if "smooth" not in curve]
     longest = max((curve["points"] for curve in curves), default=0)
     return longest if any(c["points"] > len(c["steps"]) for c in curves) else 0
 
 
 def _widest(views: Sequence[RunView]) -> float:
-    """The largest part of the mix, to which its bars are drawn."""
+    """The largest part of the mix, which has the longest bar."""
     parts = [
         part
         for view in views

@@ -1,4 +1,4 @@
-"""Moving means, for smooth curves: sums over a window, divided once; never means of means."""
+"""Moving means for smooth curves: sums over a moving window, divided once."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 __all__ = ["MAX_MEANS", "MovingMeans", "values_at"]
 
 MAX_MEANS = 200
-# A window is this part of the curve's points.
+# The moving window has one part in so many of the curve's points.
 _WINDOW_PART = 40
 
 
 class MovingMeans:
-    """Moving means of one run, weighted by tokens: Σ loss·tokens / Σ tokens over a window."""
+    """Moving means of one run, weighted by tokens: Σ loss·tokens / Σ tokens."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -34,11 +34,11 @@ class MovingMeans:
     def of(self, channel: str, metric: str, num_points: int = MAX_MEANS) -> tuple[Steps, Values]:
         """Steps [N] and moving means [N] of a series, at N <= num_points of its steps.
 
-        Plain means where tokens were not counted, and of metrics that are counts themselves.
+        The means are not weighted if there are no tokens, and for metrics that are counts.
         """
         own_steps, own = self._run.series(channel, "tokens")
         if metric == "share" and len(own_steps):
-            # Where the channel is absent its share is 0, which is not logged.
+            # If the channel is absent, its share is 0, but it is not logged.
             parts = np.nan_to_num(values_at(self._steps, own_steps, own))
             return _moving_ratio(self._steps, parts, self._whole, num_points)
         steps, values = self._run.series(channel, metric)
@@ -49,7 +49,7 @@ class MovingMeans:
         return _moving_ratio(steps, parts, weights, num_points)
 
     def _weights(self, channel: str, metric: str, steps: Steps) -> Values:
-        """The tokens of each step; 1 where they were not counted, and for counts."""
+        """The tokens of each step; 1 if they are not logged, and for counts."""
         registered = TOKENS.metric(metric)
         counts = self._run.series(channel, "tokens")
         if channel == GLOBAL:
@@ -62,7 +62,7 @@ class MovingMeans:
 def _moving_ratio(
     steps: Steps, parts: Values, wholes: Values, num_points: int
 ) -> tuple[Steps, Values]:
-    """Σ parts / Σ wholes over windows of a fortieth of the points; NaN where the whole is 0."""
+    """Σ parts / Σ wholes over a fortieth of the points each; NaN where the whole is 0."""
     count = len(steps)
     half = max(1, count // (2 * _WINDOW_PART))
     middles = np.unique(np.linspace(0, count - 1, num_points).astype(np.int64))

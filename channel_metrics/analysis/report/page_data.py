@@ -1,8 +1,8 @@
 """The numbers of the report as JSON that can stand inside an HTML page.
 
-Channels and runs are spoken of by index. A curve is `{run, channel, metric, split, steps, values}`
-and maybe `tokens` (the channel's own, up to each step), `low`, `high`, `smooth`, `estimate`; steps
-and tokens are written as differences, values have six digits, null breaks the line.
+Channels and runs are numbers. A curve is `{run, channel, metric, split, steps, values, points}`,
+and may have `tokens` (the channel's own, up to each step), `low`, `high`, `smooth` and `estimate`.
+Steps and tokens are written as differences. Values have six digits; null breaks the line.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WHOLE_RUN = -1
 
 
 def page_data(views: Sequence[RunView], channels: Sequence[str], limit: int) -> dict[str, Any]:
-    """What the script of the page draws; limit: points per curve."""
+    """The data for the script of the page. limit: the largest number of points per curve."""
     numbers = {name: number for number, name in enumerate(channels)} | {GLOBAL: _WHOLE_RUN}
     curves = []
     for view in views:
@@ -54,7 +54,7 @@ def page_data(views: Sequence[RunView], channels: Sequence[str], limit: int) -> 
 
 
 def dump_json(value: Any) -> str:
-    """JSON in ASCII without `<`, `>` and `&`, so nothing in it can end or open an element."""
+    """JSON in ASCII without `<`, `>` and `&`, so it cannot end or open an HTML element."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")

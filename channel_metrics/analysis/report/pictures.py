@@ -1,6 +1,6 @@
 """Static pictures of the main curves, as PNG and SVG, for papers and chats.
 
-Of many channels the largest are drawn; the picture says how many are not.
+Only the largest channels are drawn. The picture says how many there are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PALETTE", "write_pictures"]
 
-# Those of the report on a light page: told apart with every kind of colour blindness.
+# The colours of the report on a light page. They differ for every kind of colour blindness.
 PALETTE = (
     "#0b57c9",
     "#d9730d",
@@ -41,7 +41,7 @@ _WHOLE_RUN = "#6b7178"
 _MAX_POINTS = 1500
 _MAX_NAME = 28
 _STYLE = {
-    # A dollar in a name is a dollar.
+    # A dollar in a name must not begin a formula.
     "text.parse_math": False,
     "font.size": 10,
     "axes.spines.top": False,
@@ -49,13 +49,13 @@ _STYLE = {
     "axes.edgecolor": "#8a9097",
     "axes.axisbelow": True,
     "grid.color": "#e4e4de",
-    # The same run gives the same file.
+    # With this, the same run gives the same file.
     "svg.hashsalt": "channel_metrics",
 }
 
 
 def write_pictures(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Write each metric that has a chart as .png and .svg, as far as the runs have it."""
+    """Write a .png and a .svg for each metric that has a chart and that the runs have."""
     matplotlib: Any = need("matplotlib", extra="report")
     figures: Any = need("matplotlib.figure", extra="report")
     ranked = rank_channels(runs)
@@ -113,7 +113,7 @@ def _draw(
         for run, dash in zip(runs, itertools.cycle(_DASHES), strict=False):
             (line,) = axis.plot([], [], color="black", linewidth=1.2, linestyle=dash)
             named[f"{_label(run.name)} (run)"] = line
-    # A name that begins with "_" is none to matplotlib; the blank before it makes it one.
+    # matplotlib leaves out names that begin with "_", so each name gets a blank before it.
     labels = [f" {_label(name) if name != GLOBAL else 'whole run'}" for name in named]
     place = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
     axis.legend(list(named.values()), labels, **place)
@@ -126,7 +126,7 @@ def _label(name: str) -> str:
 
 @contextmanager
 def _any_script() -> Iterator[None]:
-    """Names in scripts that the font lacks are drawn as boxes, without a warning for each."""
+    """Suppress the warnings about characters that the font lacks. They are drawn as boxes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
         yield

@@ -1,4 +1,4 @@
-"""What the report says in words and tables: one object per run, per row, per finding."""
+"""The contents of the report's texts and tables, as one object per run, channel and finding."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 __all__ = ["ChannelView", "GapView", "RunView", "WorseView", "rank_channels", "shown", "view_run"]
 
 _MAX_NAME = 160
-# The share of the records is off if it is clear of what the drawing of them explains.
+# The share of the records is off if it differs by more than random drawing explains.
 _MIX_SIGMAS = 4.0
 _MIX_POINTS = 0.02
-# Above this the sums and the trainer's loss differ by more than digits.
+# Above this, the difference to the trainer's loss is more than rounding.
 _EXACT = 1e-3
 _CLOSE = 0.05
-# Persian and emoji need them.
+# Persian and emoji need these characters.
 _JOINERS = (0x200C, 0x200D)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelView:
-    """A channel in a run: a row of the tables."""
+    """A channel in a run: one line of the tables."""
 
     run: int
     """The index of the run."""
@@ -48,33 +48,33 @@ class ChannelView:
     """The index of the channel in the report."""
 
     name: str
-    """For people."""
+    """The name as it is shown."""
 
     row: ChannelRow
     """Its values."""
 
     configured: float | None
-    """The configured part of the records, of 1."""
+    """The configured share of the records."""
 
     samples: int | None
-    """Records that were seen."""
+    """The number of records."""
 
     nonfinite: int
     """Tokens whose loss was NaN or infinite."""
 
     is_estimate: bool
-    """Its loss is an estimate."""
+    """Whether its loss is an estimate."""
 
     @property
     def off(self) -> float | None:
-        """Achieved part of the records minus the configured one."""
+        """The achieved share of the records minus the configured one."""
         if self.configured is None or self.row.record_share is None:
             return None
         return self.row.record_share - self.configured
 
     @property
     def is_off(self) -> bool:
-        """Whether that is more than the drawing of records explains."""
+        """Whether that is more than random drawing of records explains."""
         if self.off is None or not self.samples or self.configured is None:
             return False
         whole = self.samples / self.row.record_share if self.row.record_share else self.samples
@@ -93,7 +93,7 @@ class WorseView:
 
 @dataclass(frozen=True, kw_only=True)
 class GapView:
-    """A stretch without a channel, with its place in the run, 0 to 100."""
+    """A stretch without a channel. place: its begin and end, in percent of the run."""
 
     index: int
     name: str
@@ -103,16 +103,16 @@ class GapView:
 
 @dataclass(frozen=True, kw_only=True)
 class RunView:
-    """Everything that is said about one run."""
+    """The contents about one run."""
 
     index: int
     name: str
     run: Run
     steps: tuple[int, int]
-    """The first and the last one."""
+    """The first and the last step."""
 
     losses: tuple[float, float] | None
-    """The run's own, first and last."""
+    """The first and the last loss of the run itself."""
 
     rows: Sequence[ChannelView]
     worse: Sequence[WorseView]
@@ -121,7 +121,7 @@ class RunView:
 
     @property
     def tokens(self) -> int | None:
-        """Supervised tokens of all channels."""
+        """The tokens of all channels."""
         counts = [view.row.tokens for view in self.rows if view.row.tokens is not None]
         return sum(counts) if counts else None
 
@@ -136,7 +136,7 @@ class RunView:
 
     @property
     def off(self) -> list[ChannelView]:
-        """The channels whose part of the mix is not the configured one."""
+        """The channels whose share of the records is not the configured one."""
         return [view for view in self.rows if view.is_off]
 
     @property
@@ -146,13 +146,13 @@ class RunView:
 
     @property
     def num_findings(self) -> int:
-        """How many there are to look at."""
+        """The number of findings."""
         found = len(self.worse) + len(self.gaps) + len(self.off) + len(self.nonfinite)
         return found + (self.verdict == "differs")
 
 
 def view_run(run: Run, index: int, channels: Mapping[str, int]) -> RunView:
-    """Look at a run; channels: the indices of those that are shown."""
+    """The contents about a run. channels: {channel that is shown: its index}."""
     global_losses = [v for v in run.series(GLOBAL, "loss")[1].tolist() if math.isfinite(v)]
     first, last = _span(run)
     return RunView(
@@ -187,7 +187,7 @@ def view_run(run: Run, index: int, channels: Mapping[str, int]) -> RunView:
 
 
 def rank_channels(runs: Sequence[Run]) -> list[str]:
-    """All channels of all runs, those with most tokens first; `unlabeled` last."""
+    """All channels of all runs, by their number of tokens; `unlabeled` is last."""
     tokens: dict[str, float] = {}
     for run in runs:
         for name in run.channels():
@@ -197,14 +197,14 @@ def rank_channels(runs: Sequence[Run]) -> list[str]:
 
 
 def shown(name: str) -> str:
-    """A name that people can read, whatever is in it: one line, control characters to be seen."""
+    """A name as it is shown: on one line, not too long, with control characters made visible."""
     cut = name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}… ({len(name):,} characters)"
     return "".join(map(_visible, cut)) or "(no name)"
 
 
 def _visible(character: str) -> str:
     code = ord(character)
-    # Controls, lone surrogates, and what would reorder or hide the text around it.
+    # Controls, lone surrogates, and characters that reorder or hide the text around them.
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
         return character if code in _JOINERS else f"⟨{code:04X}⟩"
     return character

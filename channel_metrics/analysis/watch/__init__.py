@@ -1,1 +1,1 @@
-"""The log of a running job, live in the terminal."""
+"""Shows the log of a running job in the terminal."""

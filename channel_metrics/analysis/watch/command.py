@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_watch_command"]
 
-# Of the window, without the header, the head of the table, the row of the run and the note below.
+# Lines of the terminal that are not channels: header, head of the table, whole run, note.
 _OTHER_LINES = 11
 
 
@@ -31,7 +31,7 @@ def add_watch_command(
     reported: Callable[[], AbstractContextManager[None]],
     console: Callable[[], Console],
 ) -> None:
-    """Add `watch` to `app`; reported: turns our errors into messages; console: makes one."""
+    """Add `watch` to `app`; for the arguments see `add_commands`."""
 
     @app.command("watch")
     def watch(  # noqa: PLR0917 - the options of a command
@@ -98,7 +98,7 @@ class _Watch:
 
     def start(self, interval: float, once: bool) -> None:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            # Names may hold what the terminal cannot show.
+            # Names may have characters that the terminal cannot show.
             sys.stdout.reconfigure(errors="replace")
         try:
             if once:
@@ -108,7 +108,7 @@ class _Watch:
             else:
                 self._write_lines(interval)
         except KeyboardInterrupt:
-            pass  # The way to end it.
+            pass  # Users end it with Ctrl-C.
         finally:
             self.follower.close()
 
@@ -153,7 +153,7 @@ class _Watch:
 
         if self.follower.look(to_end=to_end) or self._view is None:
             if not self._ratios and not self._ratio_problems.count:
-                # Written when the training begins, which may be later than this.
+                # The file is written when the training begins, maybe later than this.
                 self._ratios = configured_ratios(self.follower.run, self._ratio_problems)
             names = [*self._channels, *self._ratios]
             self._view = view_of(self.follower.traces, channels=names, order=self._order)

@@ -1,7 +1,7 @@
-"""The log of a job that is running, looked at again and again.
+"""Follows the log of a running job.
 
-Logs of lines are read from where the last look ended; the other formats, which cannot be continued
-in the middle, are read anew when their files have changed.
+Logs of lines are read on from where the last look ended. Other formats cannot be read from the
+middle, so they are read again as a whole when their files have changed.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from channel_metrics.errors import ChannelMetricsError
 
 __all__ = ["Follower"]
 
-# Written with checkpoints only; whatever else there is grows with the run.
+# Formats that are written only with checkpoints. Other formats are preferred.
 _WRITTEN_LATE = ("trainer_state",)
 _SECONDS_BETWEEN_SEARCHES = 10.0
-# Reading a whole log again takes at most one part in so many of the time.
+# After reading a whole log, the follower waits for this many times as long as it took.
 _REST = 10.0
 _LONG_AGO = float("-inf")
 
 
 class Follower:
-    """What the log of `run` holds so far; nothing of it needs to exist yet.
+    """The contents of a log so far. The log need not exist yet.
 
-    format: which log, where a folder has several. Default: the first of the order of `sources`,
-    but the state of a trainer last.
+    Args:
+        run: a run folder or a log file.
+        format: which log, if a folder has several. By default it is the first in the order of
+            `sources`, except that the state of a trainer comes last.
     """
 
     def __init__(self, run: Path, format: str | None = None) -> None:
@@ -45,16 +47,23 @@ class Follower:
         self.traces: Traces = {}
         self.source: Source | None = None
         self.waiting_for = ""
-        """Why nothing can be read at the moment; empty if something can."""
+        """Why nothing can be read now; empty if there are values."""
         self._tail: Tail | None = None
         self._searched = self._rest_until = _LONG_AGO
         self._seen: tuple[object, ...] = ()
         self._is_behind = False
 
     def look(self, *, to_end: bool = False) -> bool:
-        """Read what is new; whether there was anything. to_end: also a last line without its end.
+        """Read what is new.
 
-        Raises `ChannelMetricsError` for what waiting does not mend.
+        Args:
+            to_end: whether a last line without its end is read, too.
+
+        Returns:
+            Whether there was anything new.
+
+        Raises:
+            ChannelMetricsError: for errors that do not go away by waiting.
         """
         try:
             if time.monotonic() - self._searched > _SECONDS_BETWEEN_SEARCHES:
@@ -72,7 +81,7 @@ class Follower:
         return changed
 
     def close(self) -> None:
-        """Give the file back that is followed."""
+        """Close the file that is followed."""
         if self._tail:
             self._tail.close()
 
@@ -95,7 +104,7 @@ class Follower:
     def _choose(self, source: Source) -> None:
         is_same = self.source is not None and self.source.format == source.format
         if self._tail and is_same and not self._tail.is_older_than(source.files[-1]):
-            return  # Our own file, or what it is called since it was rotated.
+            return  # The same file, maybe under a new name after a rotation.
         if self._tail:
             self._tail.close()
         self.source, self._tail = source, None
@@ -111,18 +120,18 @@ class Follower:
         happened = tail.what_happened()
         changed = happened != "overwritten" and self._append(tail.readings())
         if happened:
-            # A log that was rotated goes on; one that goes back is that of another run.
+            # After a rotation, the steps go on. If they go back, it is another run.
             tail.open()
             changed = self._append(tail.readings(), after=self._last_step()) or changed
         return self._look_at_lines(tail, to_end) if self._is_behind else changed
 
     def _append(self, readings: Iterable[Reading], after: int | None = None) -> bool:
-        """Add new readings; after: the step that all of them must follow."""
+        """Add new readings. after: their steps must be larger than this."""
         changed = False
         for step, key, value in readings:
             is_late = after is not None and step <= after
             if is_late or not self.traces.setdefault(key, Trace()).add(step, value):
-                # As after a resume, or in another run; put in order by reading all of it.
+                # The steps went back, after a resume or in another run: read all of it again.
                 self._is_behind = True
                 return changed
             changed = True
@@ -139,11 +148,11 @@ class Follower:
         return changed
 
     def _load(self, readings: Iterable[Reading]) -> bool:
-        """Read a whole log, and forget what was known; whether there is anything in it."""
+        """Replace everything by a whole log; whether there is anything in it."""
         begin = time.monotonic()
         self.problems.count = 0
         self.problems.examples.clear()
-        # Files that are written anew are empty for a moment.
+        # A file that is written again is empty for a moment; the old values are kept then.
         traces = traces_of(readings)
         self.traces = traces or self.traces
         self._is_behind = False

@@ -1,4 +1,4 @@
-"""What is seen of a running job: one row per channel with a sparkline, drawn again and again.
+"""The screen of `watch`: a table of the channels with sparklines.
 
 >>> sparkline([4.0, 2.0, 1.0, 1.0], width=4)
 '█▃▁▁'
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from channel_metrics.analysis.readers.keys import GLOBAL, Key, decode_keys
 from channel_metrics.analysis.report.curves import charts
 from channel_metrics.analysis.report.views import shown
+from channel_metrics.analysis.summary import number, percent
 from channel_metrics.analysis.watch.traces import Trace, Traces
 from channel_metrics.core.labels import UNLABELED
 
@@ -37,33 +38,33 @@ _LINE_CHANNELS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A channel, or the whole run; None where the log does not say."""
+    """A channel, or the whole run. Values that are not in the log are None."""
 
     name: str
-    """As in the log."""
+    """The name in the log."""
 
     loss: float | None
-    """The last one; it may be NaN or infinite."""
+    """The last loss; it may be NaN or infinite."""
 
     change: float | None
     """Relative change from the first loss to the last."""
 
     token_acc: float | None
-    """The last one."""
+    """The last accuracy."""
 
     share: float | None
-    """Tokens of all windows, of those of all channels; without counts, the mean of the shares."""
+    """Tokens / tokens of all channels; if tokens are not logged, the mean of the shares."""
 
     step: int | None
     """The last step with a loss or an accuracy."""
 
     curve: Sequence[float]
-    """The losses."""
+    """The losses for the sparkline."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """All rows."""
+    """The contents of the screen."""
 
     rows: Sequence[Row]
     """The channels."""
@@ -75,13 +76,16 @@ class View:
     """The last step of the split."""
 
     split: str
-    """`train`, unless only another one has channels."""
+    """`train`, or another split if only that has channels."""
 
 
 def view_of(traces: Traces, *, channels: Sequence[str] = (), order: str = "share") -> View:
-    """The rows of a log; channels: names that are channels, where the keys leave that open.
+    """The contents of the screen for a log.
 
-    order: one of `ORDERS`; `unlabeled` is last in all of them.
+    Args:
+        traces: the values so far.
+        channels: names that are channels. By default, they are inferred from the keys.
+        order: one of `ORDERS`. In all of them, `unlabeled` is last.
     """
     meanings = decode_keys(traces, [*channels, UNLABELED] if channels else ())
     by_key = {meaning: traces[key] for key, meaning in meanings.items()}
@@ -90,7 +94,7 @@ def view_of(traces: Traces, *, channels: Sequence[str] = (), order: str = "share
     names = dict.fromkeys(key.channel for key in by_key if key.channel and key.split == split)
     shares = _shares(by_key, split, names)
     rows = [_row(by_key, split, name, shares[name]) for name in names]
-    # Megatron writes some values of its own over samples, not steps.
+    # Megatron logs some values of its own over samples instead of steps.
     over_steps = {metric.name for metric in charts()}
     steps = (
         trace.step
@@ -117,7 +121,7 @@ def sparkline(values: Sequence[float], *, width: int, bars: str = _BARS) -> str:
 
 
 def render(view: View, *, max_rows: int | None = None, is_ascii: bool = False) -> Table:
-    """A rich table. Names are text, whatever is in them; max_rows: channels that have room."""
+    """A rich table of at most `max_rows` channels. Names are not interpreted as markup."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -134,7 +138,7 @@ def render(view: View, *, max_rows: int | None = None, is_ascii: bool = False) -
     for row in (view.whole, *rows):
         name = shown(row.name) if row.name else "(whole run)"
         cells = [name, *_cells(row), sparkline(row.curve, width=_CURVE_COLUMNS, bars=bars)]
-        # A channel that was not in the last window shows what it had before.
+        # A channel that was not in the last window shows its older values.
         style = "dim" if row.name and row.step != view.step else ""
         if row.loss is not None and not math.isfinite(row.loss):
             style = "red"
@@ -146,7 +150,7 @@ def render(view: View, *, max_rows: int | None = None, is_ascii: bool = False) -
 
 
 def header(follower: Follower, view: View) -> list[str]:
-    """Lines about the log: file, last step and when it was written, what is amiss."""
+    """Lines about the log: file, last step and its age, problems."""
     lines = []
     if follower.source is not None:
         file = shown(str(follower.source.files[-1]))
@@ -165,10 +169,10 @@ def header(follower: Follower, view: View) -> list[str]:
 
 
 def line_of(view: View, max_channels: int | None = None) -> str:
-    """The view in one line, for where nothing can be drawn again."""
+    """The view in one line, for output that is not a terminal."""
     limit = _LINE_CHANNELS if max_channels is None else max_channels
-    parts = [f"step {view.step}", f"loss {_number(view.whole.loss)}"]
-    parts += [f"{shown(row.name)} {_number(row.loss)}" for row in view.rows[:limit]]
+    parts = [f"step {view.step}", f"loss {number(view.whole.loss)}"]
+    parts += [f"{shown(row.name)} {number(row.loss)}" for row in view.rows[:limit]]
     if len(view.rows) > limit:
         parts.append(f"and {len(view.rows) - limit:,} more")
     return "  ".join(parts)
@@ -209,28 +213,24 @@ def _shares(
 def _ordered(rows: Sequence[Row], order: str) -> list[Row]:
     def place(row: Row) -> tuple[bool, bool, float, str]:
         value = {"share": row.share, "loss": row.loss, "change": row.change}.get(order)
-        # A NaN is what one looks for: it stands before all numbers.
-        number = 0.0 if value is None else math.inf if math.isnan(value) else value
+        # NaN comes before all numbers, because it is a problem.
+        size = 0.0 if value is None else math.inf if math.isnan(value) else value
         name = row.name if order == "name" else ""
-        return row.name == UNLABELED, value is None, -number, name
+        return row.name == UNLABELED, value is None, -size, name
 
     return sorted(rows, key=place)
 
 
 def _cells(row: Row) -> Iterator[str]:
-    yield _number(row.loss)
-    yield "-" if row.change is None else f"{row.change:+.1%}"
-    yield "-" if row.token_acc is None else f"{row.token_acc:.1%}"
-    yield "-" if row.share is None else f"{row.share:.1%}"
+    yield number(row.loss)
+    yield percent(row.change, "+.1%")
+    yield percent(row.token_acc)
+    yield percent(row.share)
     yield "-" if row.step is None else f"{row.step:,}"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
 def _age(follower: Follower) -> str:
-    """When the log was last written to."""
+    """How long ago the log was written to."""
     try:
         written = max(f.stat().st_mtime for f in follower.source.files) if follower.source else 0
     except OSError:

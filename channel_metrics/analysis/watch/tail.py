@@ -1,4 +1,4 @@
-"""The lines that were added to a log since the last look, whatever happens to the file."""
+"""Reads the lines that were added to a log since the last look."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from typing import BinaryIO, Literal
 
 from channel_metrics.analysis.readers.json_logs import read_json_line
 from channel_metrics.analysis.readers.readings import MAX_LINE_BYTES, Problems, Reading
-from channel_metrics.analysis.readers.text_logs import read_metric_line
+from channel_metrics.analysis.readers.text_logs import read_text_line
 
 __all__ = ["LINE_FORMATS", "Tail"]
 
 LINE_FORMATS = ("jsonl", "text")
 
-# A file that was overwritten and is already as long again has other bytes before our place.
+# If these bytes before our place have changed, the file was overwritten.
 _MARK_BYTES = 256
 
 
 class Tail:
-    """A log of lines, read from where the last look ended."""
+    """A log of lines that is read on from where the last look ended."""
 
     def __init__(self, path: Path, format: str, problems: Problems) -> None:
         self.path = path
-        self._is_json = format == "jsonl"
+        self._read_line = read_json_line if format == "jsonl" else read_text_line
         self._problems = problems
         self._file: BinaryIO | None = None
         self._offset = self._number = 0
         self._mark = b""
-        # Within a line that is longer than any log line.
+        # Whether we are inside a line that is too long.
         self._is_inside = False
 
     @property
     def is_open(self) -> bool:
-        """Whether it was looked at before."""
+        """Whether the file is open."""
         return self._file is not None
 
     def open(self) -> None:
-        """Begin at the first line of what is at the path now. Raises `OSError`."""
+        """Begin at the first line of the file that is at the path now. Raises `OSError`."""
         file = self.path.open("rb")
         self.close()
         self._file = file
@@ -46,7 +46,7 @@ class Tail:
         self._mark, self._is_inside = b"", False
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -58,9 +58,10 @@ class Tail:
         return path.stat().st_mtime > os.fstat(self._file.fileno()).st_mtime
 
     def what_happened(self) -> Literal["", "overwritten", "replaced"]:
-        """`overwritten`: the same file, other content; `replaced`: another file is at the path.
+        """What happened to the file since the last look.
 
-        Raises `FileNotFoundError` if there is none.
+        `overwritten` is the same file with other content. `replaced` is another file at the path.
+        Raises `FileNotFoundError` if there is no file.
         """
         assert self._file is not None
         own, now = os.fstat(self._file.fileno()), self.path.stat()
@@ -71,9 +72,9 @@ class Tail:
         return "" if same and own.st_size >= self._offset else "overwritten"
 
     def readings(self, *, to_end: bool = False) -> Iterator[Reading]:
-        """The values of the new lines; a line without an end is being written and is left.
+        """The values of the new lines.
 
-        to_end: it is read, too, because nobody will look again.
+        A last line without an end is still being written. It is read only with `to_end`.
         """
         assert self._file is not None
         self._file.seek(self._offset)
@@ -93,13 +94,5 @@ class Tail:
             self._problems.add(self.path, self._number, f"is longer than {len(raw):,} bytes")
             return
         line = raw.decode("utf-8-sig", errors="replace").rstrip("\r\n")
-        if not line.strip():
-            return
-        if self._is_json:
-            yield from read_json_line(line, self.path, self._number, self._problems)
-        elif (found := read_metric_line(line)) is not None:
-            yield from found
-            if not found:
-                self._problems.add(
-                    self.path, self._number, "names an iteration, but holds no `key: value`"
-                )
+        if line.strip():
+            yield from self._read_line(line, self.path, self._number, self._problems)

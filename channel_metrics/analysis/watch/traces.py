@@ -1,4 +1,4 @@
-"""The values of one log key as a job writes them: first, last, sum, and a curve of bounded length.
+"""A summary of the values of one log key: first, last, sum, and a curve of limited length.
 
 >>> trace = Trace()
 >>> [trace.add(step, value) for step, value in ((1, 4.0), (2, 3.0), (1, 9.0))]
@@ -15,17 +15,17 @@ from dataclasses import dataclass, field
 
 from channel_metrics.analysis.readers.keys import Key
 from channel_metrics.analysis.readers.readings import Reading
-from channel_metrics.analysis.store import SeriesWriter
+from channel_metrics.analysis.store import store_of
 
 __all__ = ["Trace", "Traces", "traces_of"]
 
-# A curve is drawn in fewer columns than that.
+# More than the width of any sparkline.
 _MAX_BINS = 256
 
 
 @dataclass
 class Trace:
-    """Takes values in the order of their steps; its size does not grow with their number."""
+    """Takes values in the order of their steps. Its size does not grow with their number."""
 
     first: float | None = None
     """The first finite value."""
@@ -46,7 +46,11 @@ class Trace:
     _bin_size: int = 1
 
     def add(self, step: int, value: float) -> bool:
-        """Add a value; one for the last step replaces that. False: `step` lies before the last."""
+        """Add a value. A second value for the last step replaces the first.
+
+        Returns:
+            False, without adding it, if `step` is before the last step.
+        """
         if self.step is not None and step < self.step:
             return False
         if step == self.step:
@@ -61,7 +65,7 @@ class Trace:
 
     @property
     def curve(self) -> list[float]:
-        """Means of equally many finite values each, except for the last; at most 256."""
+        """At most 256 means, each of the same number of finite values, except for the last."""
         return [total / count for total, count in self._bins]
 
     def _put(self, value: float) -> None:
@@ -89,11 +93,8 @@ Traces = dict["str | Key", Trace]
 
 
 def traces_of(readings: Iterable[Reading]) -> Traces:
-    """Traces of a whole log in any order; of a step that was logged twice the last counts."""
-    with SeriesWriter() as writer:
-        for step, key, value in readings:
-            writer.add(step, key, value)
-        store = writer.finish()
+    """The traces of a whole log in any order. If a step was logged twice, the last value counts."""
+    store = store_of(readings)
     traces: Traces = {}
     for key in store.keys:
         trace = traces[key] = Trace()

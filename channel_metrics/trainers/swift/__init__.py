@@ -2,11 +2,11 @@
 
     swift sft ... --external_plugins patches/ms_swift.py
 
-or, for a trainer of one's own, `attach(trainer)`, or
+In your own code, use `attach(trainer)`, or
 `class MyTrainer(SwiftChannelMetricsMixin, Seq2SeqTrainer)`.
 
-A name is imported when it is first used: ms-swift changes transformers for the whole process, and
-those who only read its batches do without.
+Names are imported when they are first used. ms-swift changes transformers for the whole process,
+and `SwiftCollator` does not need it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Channels and boundaries in the batches that ms-swift's template makes.
 
-The template keeps the channel of each sequence in the batch (`channel`: a list of names, in the
-order of the sequences), padded, packed or padding-free. They are turned into ids and boundaries
-here, on the host, in the collator.
+The template keeps the channel of each sequence in the batch: `channel` is a list of names, in the
+order of the sequences. The collator makes ids and boundaries of it, on the host. Rows may be
+padded, packed or padding-free.
 
-Batches of `GroupedPackingDataset` are understood too: `packed_group` names one group per pack,
-`packed_segments` holds the tokens of each pack (one number, or one per sequence).
+Batches of `GroupedPackingDataset` are supported, too. In these, `packed_group` has one name per
+pack, and `packed_segments` has the tokens of each pack (one number, or one per sequence).
 """
 
 from __future__ import annotations
@@ -23,33 +23,38 @@ from channel_metrics.core.labels import channels_of
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.errors import ChannelError
 
-__all__ = ["GROUP_KEY", "SEGMENTS_KEY", "SwiftCollator"]
+__all__ = ["GROUP_KEY", "SEGMENTS_KEY", "SwiftCollator", "text_positions"]
 
 GROUP_KEY, SEGMENTS_KEY = "packed_group", "packed_segments"
-# The collator of an evaluation that generates answers passes records on.
+# In an evaluation that generates answers, the collator returns the records under this key.
 _RECORDS_KEY = "_data"
 
 Names = list[list[str | None]]
 
 
 class SwiftCollator(ChannelCollator):
-    """Around `template.data_collator`: `channels` and boundaries, from the `channel` of the batch.
+    """Wraps `template.data_collator`, and adds `channels` and boundaries from its `channel`.
 
-    What ms-swift itself put into the batch stays there.
+    ms-swift's own keys stay in the batch.
     """
 
     def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
         batch = collate(features)
         if _RECORDS_KEY not in batch:
-            positions = batch.get("text_position_ids", batch.get("position_ids"))
-            view = {**batch, "position_ids": positions}
+            view = {**batch, "position_ids": text_positions(batch)}
             boundaries = boundaries_from_batch(view)
             batch.update(self._added_keys(view, _names(batch, boundaries)))
         return batch
 
 
+def text_positions(batch: Mapping[str, Any]) -> Any:
+    """The positions of the tokens. Multimodal models have them beside their own position ids."""
+    positions = batch.get("text_position_ids")
+    return batch.get("position_ids") if positions is None else positions
+
+
 def _names(batch: Mapping[str, Any], boundaries: Boundaries) -> Names:
-    """The channels of the sequences, as `ChannelCollator` wants them: a list per record."""
+    """The channels of the sequences, in one list per record, for `ChannelCollator`."""
     if batch.get(GROUP_KEY) is not None:
         return _names_of_packs(batch, boundaries)
     channel = batch.get("channel")
@@ -76,7 +81,7 @@ def _names_of_packs(batch: Mapping[str, Any], boundaries: Boundaries) -> Names:
             f"{SEGMENTS_KEY} lets packs end at {ends[:8]}, but sequences begin and end at "
             f"{bounds[:8]}; a pack must hold whole sequences."
         )
-    # Behind the last pack there is padding.
+    # Padding follows the last pack.
     starts = [start for start in bounds[:-1] if start < ends[-1]]
     held = Counter(bisect_right(ends, start) for start in starts)
     return [[group] * held[pack] for pack, group in enumerate(groups)]
@@ -85,7 +90,7 @@ def _names_of_packs(batch: Mapping[str, Any], boundaries: Boundaries) -> Names:
 def _bounds_without_padding(
     batch: Mapping[str, Any], boundaries: Boundaries, rows: int
 ) -> list[int]:
-    """Where sequences begin and end among the tokens that the packs were made of."""
+    """The boundaries of the sequences in the tokens of all packs, without padding."""
     mask = batch.get("attention_mask")
     if rows == 1 or rows != boundaries.num_sequences or mask is None:
         return [int(bound) for bound in boundaries.cu_seqlens.tolist()]

@@ -1,4 +1,4 @@
-"""Channels after ms-swift has cut the labels: to what is supervised, or to parts of the rows.
+"""Channels for labels that ms-swift has cut: to supervised tokens, or to parts of the rows.
 
 Letters: B rows, S row length, N = num_sequences.
 """
@@ -14,27 +14,32 @@ from torch import Tensor
 from channel_metrics.core.boundaries import rows_as_sequences, token_channel_ids
 from channel_metrics.core.labels import UNLABELED_ID, LabelTable
 from channel_metrics.trainers.hf.batch import BatchChannels
+from channel_metrics.trainers.swift.collator import text_positions
 
 __all__ = ["ids_of_this_part", "kept_bounds"]
 
 
 def kept_bounds(cu_seqlens: Tensor, kept: Tensor | int, num_labels: int) -> Tensor:
-    """Boundaries [N + 1] in the labels that are left of one row.
+    """The boundaries [N + 1] in the labels that ms-swift has kept of one row.
 
-    kept: bool [S], the positions whose logits the model computes, or the number of the last
-    positions. num_labels: the labels that are left; the first one is -100, the target of nothing.
+    Args:
+        cu_seqlens: [N + 1], the boundaries in the whole row.
+        kept: the positions whose logits the model computes, bool [S], or the number of the last
+            positions.
+        num_labels: the number of labels that were kept. The first is -100 and predicts nothing.
     """
     if not isinstance(kept, Tensor):
-        # The labels that are left are the last ones of the row.
+        # The last labels of the row were kept.
         return (cu_seqlens - (cu_seqlens[-1] - num_labels)).clamp(min=0)
-    # Position p is the target of p - 1: as many targets are left before p as positions before it.
+    # Position p is predicted at p - 1, so the kept labels before p are the kept positions before
+    # p - 1, after one label for the start.
     before = torch.nn.functional.pad(kept.to(cu_seqlens).cumsum(0, dtype=cu_seqlens.dtype), (1, 0))
     bounds = 1 + before[(cu_seqlens.long() - 1).clamp(min=0)]
     return torch.where(cu_seqlens > 0, bounds, 0).to(cu_seqlens)
 
 
 def ids_of_this_part(labels: LabelTable, batch: BatchChannels, inputs: Any) -> Tensor:
-    """[B, part of S] ids of the targets, of the part of the rows that this rank has."""
+    """The channel ids of the targets in this rank's part of the rows, [B, part of S]."""
     tokens = inputs["input_ids"]
     channels = batch.channels
     if not isinstance(channels, Tensor):
@@ -43,11 +48,9 @@ def ids_of_this_part(labels: LabelTable, batch: BatchChannels, inputs: Any) -> T
     if bounds is None:
         bounds = rows_as_sequences(*tokens.shape).to(tokens.device)
     ids = token_channel_ids(channels, bounds, tokens.numel()).view(tokens.shape)
-    positions = inputs.get("text_position_ids")
-    positions = inputs.get("position_ids") if positions is None else positions
-    # Given as labels, they are padded, shifted and cut as labels are.
+    # The ids are passed as labels, so they are padded, shifted and cut like the labels.
     cut: Tensor = sequence_parallel.pad_and_split_inputs(
-        None, None, ids, None, None, None, real_position_ids=positions
+        None, None, ids, None, None, None, real_position_ids=text_positions(inputs)
     )[2]
-    # Its padding for labels is -100.
+    # It pads labels with -100.
     return cut.clamp(min=UNLABELED_ID)

@@ -1,4 +1,4 @@
-"""The column `channel` in the data of ms-swift, which keeps it and drops others."""
+"""The dataset column `channel`, which ms-swift keeps, while it drops others."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ _SCAN_ROWS = 65_536
 
 
 def with_channel_column(dataset: Any, fields: Sequence[str]) -> Any:
-    """`dataset` as it is before ms-swift's preprocessing, with the channels in its own column.
+    """Add the dataset column `channel`, before ms-swift's preprocessing.
 
-    The first of the dotted `fields` that a record has wins. The same object is returned if there
-    is nothing to fill in. A dataset's channels are read once, a stream's on the way.
+    Args:
+        dataset: a dataset or a stream. Anything else is returned as it is.
+        fields: dotted fields that may hold the channel. The first that a record has is used.
+
+    Returns:
+        A dataset with the column, or the same object if there is nothing to fill in.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)) or not dataset.column_names:
         return dataset
@@ -45,9 +49,9 @@ def with_channel_column(dataset: Any, fields: Sequence[str]) -> Any:
 
 
 def records_of(dataset: Any) -> Any:
-    """The dataset of records inside ms-swift's own wrappers: lazily encoded, packed.
+    """The dataset of records inside ms-swift's own wrappers, such as lazy encoding and packing.
 
-    What is inside a wrapper of somebody else's need not have the channels of its batches.
+    A wrapper of somebody else is not opened, because it may change the channels.
     """
     while type(dataset).__module__.split(".")[0] == "swift" and hasattr(dataset, "dataset"):
         dataset = dataset.dataset

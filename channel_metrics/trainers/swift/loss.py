@@ -1,8 +1,8 @@
-"""Token losses out of ms-swift's own loss functions, while its trainer computes the loss.
+"""Token losses from ms-swift's own loss functions, while its trainer computes the loss.
 
-ms-swift computes the loss of each token itself where it weights tokens (`loss_scale`, DFT), where
-it logs channels, and under sequence parallelism; there, the values that it computes are kept. Else
-the model computes the loss, and `channel_metrics.capture.transformers` sees it.
+ms-swift computes the loss of each token itself if it weights tokens (`loss_scale`, DFT), if it logs
+channels, and under sequence parallelism. We keep these values. In all other cases the model
+computes the loss, and `channel_metrics.capture.transformers` reads it.
 
 Letters: B rows, S row length, T = B * S, of what this rank holds.
 """
@@ -32,10 +32,10 @@ _FUNCTIONS = ("per_token_loss_func", "per_token_loss_func_sp")
 
 @dataclass
 class SeenLosses:
-    """What one `compute_loss` of ms-swift let us see.
+    """The token losses of one `compute_loss` of ms-swift.
 
-    losses: nll, correctness and targets [T], None if it left the loss to the model. factor: what
-    DFT multiplied the nll with, None without DFT.
+    losses: nll, correctness and targets [T]; None if the model computed the loss. factor: [T], by
+    which DFT multiplied the nll; None without DFT.
     """
 
     with_correct: bool
@@ -43,10 +43,10 @@ class SeenLosses:
     factor: Tensor | None = None
 
     def keep(self, logits: Tensor, target: Tensor, losses: Tensor, *, dft: bool) -> None:
-        """logits [..., V], target and the losses that ms-swift computed [T]."""
+        """Keep the losses [T] that ms-swift computed from logits [..., V] and targets."""
         logits, target = logits.detach().flatten(0, -2), target.reshape(-1).to(logits.device)
         if dft:
-            # DFT has changed the losses in place: measured again, with a second softmax.
+            # DFT has changed the losses in place, so they are measured with a second softmax.
             self.losses = token_losses_of_logits(logits, target, with_correct=self.with_correct)
             self.factor = torch.exp(-self.losses.nll)
             return
@@ -57,7 +57,7 @@ class SeenLosses:
 
 
 def check_loss_functions() -> None:
-    """Raise `UnsupportedVersionError` unless ms-swift computes token losses as we know it."""
+    """Raise `UnsupportedVersionError` unless ms-swift's loss functions are those we know."""
     for name in _FUNCTIONS:
         function = getattr(seq2seq_trainer, name, None)
         parameters = tuple(inspect.signature(function).parameters) if function else ()
@@ -83,7 +83,7 @@ def observe_token_losses(*, with_correct: bool, guard: FaultGuard) -> Iterator[S
         return losses
 
     def of_parts(compute: Any, outputs: Any, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # The losses of this rank's parts are what is handed to the gathering of all parts.
+        # ms-swift gathers the losses of all parts. We keep those that this rank gives.
         gathered: list[Tensor] = []
 
         def gather(original: Any, loss: Tensor, *rest: Any) -> Any:
@@ -111,11 +111,16 @@ def _dft(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 @contextmanager
 def own_channel_loss_off(args: Any, inputs: Any, *, inject: bool) -> Iterator[None]:
-    """ms-swift's compute_loss inside the block does not loop over the samples for their channels.
+    """Switch off ms-swift's own loop over the channels of a batch inside the block.
 
-    `enable_channel_loss` makes it compute losses per token, and so does a `loss_scale`. inject:
-    whether to give it one of ones, where nothing else makes it compute losses per token: the loss
-    that it optimises then stays bit for bit the same. Without, it is the model's own.
+    `enable_channel_loss` also makes ms-swift compute losses per token. A `loss_scale` does the
+    same, and with ones the loss stays the same bit for bit.
+
+    Args:
+        args: the arguments of the trainer.
+        inputs: the batch.
+        inject: whether the batch gets a `loss_scale` of ones, if it has none. Without it, the model
+            computes the loss.
     """
     if inject and inputs.get("loss_scale") is None:
         inputs["loss_scale"] = torch.ones_like(inputs["labels"], dtype=torch.float32)

@@ -58,7 +58,7 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
 
     def _logs_own_loss(self) -> bool:
         """Whether we log `loss_{channel}` in place of ms-swift."""
-        # A loss of the user's may need what ms-swift computes for its own channel loss.
+        # A loss of the user may need ms-swift's own channel loss.
         return self.args.enable_channel_loss and self.compute_loss_func is None
 
     def _new_scratch(self, session: ChannelMetrics) -> Scratch:
@@ -97,8 +97,8 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
         )
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        # ms-swift cuts the labels in here: to this rank's part of the rows, or to what is
-        # supervised. The channels are cut in the same way.
+        # ms-swift cuts the labels here: to this rank's part of the rows, or to the supervised
+        # tokens. The channels are cut in the same way.
         prepared = super()._prepare_inputs(inputs)
         for key in (GROUP_KEY, SEGMENTS_KEY):
             prepared.pop(key, None)
@@ -131,7 +131,7 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
         reader.loss_scale = inputs.get("loss_scale")
         with ExitStack() as stack:
             if reader.always_weights and "labels" in inputs:
-                # Weights would keep the loss from Liger, which has the token losses as well.
+                # With a loss_scale, ms-swift would not use Liger, whose token losses we can read.
                 fused = self.args.use_liger_kernel
                 inject = self.template.sequence_parallel_size == 1 and not fused
                 stack.enter_context(own_channel_loss_off(self.args, inputs, inject=inject))
@@ -144,7 +144,7 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
                 reader.seen = reader.loss_scale = None
 
     def _labels_of(self, batch: BatchChannels, inputs: Any) -> Any:
-        # Under sequence parallelism they are shifted already.
+        # Under sequence parallelism, these labels are shifted already.
         return inputs.get("labels")
 
     def _is_causal(self) -> bool | None:
@@ -152,7 +152,7 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
 
 
 def mixin_for(trainer_class: type) -> type[SwiftChannelMetricsMixin]:
-    """The mixin for a trainer of ms-swift; raises `UnsupportedVersionError` for other tasks."""
+    """The mixin for a trainer of ms-swift; `UnsupportedVersionError` for other tasks."""
     if not issubclass(trainer_class, Seq2SeqTrainer):
         raise UnsupportedVersionError(
             f"channel metrics are for ms-swift's Seq2SeqTrainer (swift sft, swift pt), but this is "

@@ -51,7 +51,7 @@ def apply(config: MetricsConfig | None = None) -> None:
     """Patch ms-swift; a second call does nothing.
 
     Args:
-        config: None reads the file that CHANNEL_METRICS_CONFIG names, or takes the defaults.
+        config: None takes that of the file in CHANNEL_METRICS_CONFIG, or the defaults.
 
     Raises:
         UnsupportedVersionError: this ms-swift lacks what is needed; nothing is patched.
@@ -114,7 +114,7 @@ def _say_if_without_metrics(args: Any) -> None:
 
 def _filling(config: MetricsConfig) -> Callable[..., Any]:
     def preprocess(original: Any, preprocessor: Any, dataset: Any, *args: Any, **kw: Any) -> Any:
-        # With --columns the user says which column the channel is.
+        # With --columns, the user has named the column of the channel.
         if CHANNEL_COLUMN not in preprocessor.origin_columns.values():
             with FaultGuard(config.on_error).guarded():
                 dataset = with_channel_column(dataset, config.fields)
@@ -124,9 +124,9 @@ def _filling(config: MetricsConfig) -> Callable[..., Any]:
 
 
 def _with_plugin(original: Any, argv: list[str]) -> None:
-    """The command line starts processes that know nothing of this one's patches."""
+    """Add our plugin for the processes that the command line starts."""
     original(argv)
-    # Other commands may not have the option; here, `argv` comes without the command.
+    # Other commands may not have the option. `argv` is without the command here.
     if sys.argv[1:2] and sys.argv[1] in _COMMANDS:
         _add_plugin(argv, _plugin_file())
 
@@ -134,7 +134,7 @@ def _with_plugin(original: Any, argv: list[str]) -> None:
 def _plugin_file() -> str:
     """The file that patches a process of ms-swift when it is imported."""
     package = Path(__file__).parents[2]
-    # Installed, the folder lies inside the package; in a checkout, beside it.
+    # The folder is inside an installed package, and beside the package in a checkout.
     installed, checkout = (f / "patches" / "ms_swift.py" for f in (package, package.parent))
     return str(installed if installed.exists() else checkout)
 

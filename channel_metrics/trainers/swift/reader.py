@@ -14,14 +14,14 @@ __all__ = ["SwiftReader"]
 
 
 class SwiftReader(TokenLossReader):
-    """Knows the losses that ms-swift computes per token, and how it weights them.
+    """Reads the losses that ms-swift computes per token, and its weights.
 
     Args:
         with_correct, guard: as in `TokenLossReader`.
-        always_weights: whether tokens have weight 1 where ms-swift weights none.
+        always_weights: whether tokens get weight 1 if ms-swift weights none.
 
     Attributes:
-        seen, loss_scale: what is known of the micro-batch that is computed now.
+        seen, loss_scale: the observed losses and the `loss_scale` of the current micro-batch.
     """
 
     def __init__(self, *, with_correct: bool, guard: FaultGuard, always_weights: bool) -> None:
@@ -31,11 +31,11 @@ class SwiftReader(TokenLossReader):
         self.loss_scale: Tensor | None = None
 
     def trainer_losses(self, labels: Tensor, *, per_token: bool) -> TokenLosses | None:
-        """The token losses that ms-swift computed, None where it left the loss to the model."""
+        """The token losses that ms-swift computed; None if the model computed the loss."""
         return None if self.seen is None else self.seen.losses
 
     def weights(self, nll: Tensor, *, per_token: bool) -> Tensor | None:
-        """What ms-swift multiplied each nll with; None where tokens are not weighted."""
+        """The factor of each nll in ms-swift's loss; None if tokens are not weighted."""
         scale = factor = None
         if self.seen is not None and self.seen.losses is not None:
             scale, factor = self.loss_scale, self.seen.factor

@@ -1,7 +1,7 @@
 """ms-swift's own loss of a channel, `loss_{channel}`, as a metric beside ours.
 
-With `--enable_channel_loss` ms-swift logs what it optimises, after weights, over the unweighted
-number of tokens. It logs that for every channel, whatever a config of ours chooses.
+With `--enable_channel_loss`, ms-swift logs the weighted loss of a channel, divided by its number of
+tokens. It logs this for every channel, whatever our config chooses.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["own_loss_metric", "schema_with_own_loss"]
 
 
 def own_loss_metric() -> Metric:
-    """`loss_{channel}` with ms-swift's meaning; it calls samples without a channel `None`."""
+    """`loss_{channel}` as ms-swift defines it. It calls samples without a channel `None`."""
     return Metric(
         "channel_loss",
         ("weighted_nll", "tokens", "nonfinite"),
@@ -34,17 +34,17 @@ def schema_with_own_loss(key_format: str, rewrite: Callable[[str], str] = str) -
     """The token schema of a run with `--enable_channel_loss`.
 
     Args:
-        key_format: of the config. rewrite: what the log writers do to keys, see `KeyBook`.
+        key_format: that of the config.
+        rewrite: how the log writers change keys, see `KeyBook`.
 
     Raises:
-        ConfigError: for a format that gives one of our metrics the key of ms-swift's.
+        ConfigError: if the format gives one of our metrics the key of ms-swift's.
     """
     schema = TOKENS.extended(own_loss_metric())
     try:
         KeyBook(key_format, schema=schema, rewrite=rewrite)
     except ConfigError as error:
         raise ConfigError(
-            f"{error} Or leave --enable_channel_loss out, which logs loss_<channel> with a "
-            "meaning of its own."
+            f"{error} Or leave out --enable_channel_loss, whose loss_<channel> has another meaning."
         ) from None
     return schema

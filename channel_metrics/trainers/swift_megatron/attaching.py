@@ -2,10 +2,10 @@
 
     megatron sft ... --external_plugins patches/ms_swift.py
 
-or, for a trainer of one's own, `attach(trainer)`. Keys and limits: docs/ms_swift_megatron.md.
+In your own code, use `attach(trainer)`. Keys and limits: docs/ms_swift_megatron.md.
 
-Nothing is gathered per micro-batch: sums are counted on the ranks that have losses, and reduced
-once per log. Training is unchanged bit for bit.
+Nothing is gathered per micro-batch. The ranks that have losses count them, and the sums are
+reduced once per log. Training stays the same bit for bit.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def attach(trainer: TrainerT, config: MetricsConfig | None = None) -> TrainerT:
     A second call only replaces the config.
 
     Raises:
-        UnsupportedVersionError: for a trainer whose loss is not one of tokens, or if this ms-swift
-            lacks what is needed.
+        UnsupportedVersionError: for a task without token losses, or an ms-swift that we do not
+            know.
         ConfigError: for keys that ms-swift logs itself.
     """
     changed: Any = trainer
@@ -73,10 +73,10 @@ def attach(trainer: TrainerT, config: MetricsConfig | None = None) -> TrainerT:
 
 
 def detach(trainer: TrainerT) -> TrainerT:
-    """Undo `attach`; the trainer is of its own class again."""
+    """Undo `attach`; the trainer gets its own class back."""
     changed: Any = trainer
     if isinstance(trainer, SwiftMegatronMixin):
-        # Else its models would go on to measure accuracy.
+        # Its models must not measure accuracy any more.
         changed.channel_metrics.guard.off = True
         changed.__class__ = original_class(type(trainer))
     if not isinstance(trainer, SwiftMegatronMixin):
@@ -86,7 +86,7 @@ def detach(trainer: TrainerT) -> TrainerT:
 
 
 def check_megatron_trainer(trainer_class: type) -> None:
-    """Raise `UnsupportedVersionError` unless ms-swift's part of it is as we know it."""
+    """Raise `UnsupportedVersionError` unless it has the methods of ms-swift that we extend."""
     import swift
 
     parents = [c for c in trainer_class.__mro__ if c.__module__.startswith("swift.megatron.")]
@@ -112,5 +112,5 @@ def _new_session(config: MetricsConfig, args: Any) -> ChannelMetrics:
 
 
 def _as_written(key: str) -> str:
-    """What ms-swift's writers make of a key (swift.megatron.callbacks.utils)."""
+    """The key that ms-swift's writers log (swift.megatron.callbacks.utils)."""
     return key.replace("/", "_")

@@ -1,8 +1,8 @@
 """The channels of one micro-batch in ms-swift's Megatron trainer, in the layout of its labels.
 
-ms-swift keeps the channel of each sequence in the batch (`channel`: names, in the order of the
-sequences) while it shifts the labels by one and cuts them for context parallelism. Here is what
-follows them, all of it on the host: no device is asked for anything.
+ms-swift keeps the channel of each sequence in the batch: `channel` has names, in the order of the
+sequences. It shifts the labels by one, and cuts them for context parallelism. Here the channels
+get the same shift and cut. All of this happens on the host, without waiting for a device.
 
 Letters: B rows, S row length (one row of packed sequences has B = 1), N = num_sequences.
 """
@@ -19,20 +19,21 @@ from channel_metrics.core.boundaries import token_channel_ids
 from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.core.labels import LabelTable, channels_of
 from channel_metrics.errors import BoundaryError, ChannelError
+from channel_metrics.trainers.swift.collator import text_positions
 
 __all__ = ["SequenceChannels", "sequence_channels"]
 
 
 class SequenceChannels(list[str | None]):
-    """The names of the channels of N sequences, as ms-swift has them, and the ids of their tokens.
+    """ms-swift's list of the channels of N sequences, with their ids.
 
-    It goes where ms-swift's own list of names goes, from the batch to the loss function.
+    It replaces ms-swift's own list, which goes from the batch to the loss function.
 
     ids: int64, one per row [B], one per sequence [N] between `cu_seqlens`, or one per label
         [B, S / context-parallel size].
-    cu_seqlens: int32 [N + 1], in the labels as they are shifted; None without packing.
-    sequences: int64 [N], where `ids` are per label.
-    num_crossings: supervised targets that are the first token of the next sequence.
+    cu_seqlens: int32 [N + 1], boundaries in the shifted labels; None without packing.
+    sequences: int64 [N], the ids of the sequences, if `ids` has one per label.
+    num_crossings: the number of supervised labels that are the first token of the next sequence.
     """
 
     def __init__(self, names: list[str | None], ids: Tensor) -> None:
@@ -46,9 +47,14 @@ class SequenceChannels(list[str | None]):
 def sequence_channels(args: Any, given: Mapping[str, Any], table: LabelTable) -> SequenceChannels:
     """The channels of a micro-batch.
 
-    args: the arguments of the run. given: the micro-batch before ms-swift has prepared it, with
-    its `labels` [B, S] unshifted. Raises `ChannelError` if it does not name one channel per
-    sequence.
+    Args:
+        args: the arguments of the run.
+        given: the micro-batch before ms-swift prepares it. Its `labels` [B, S] are not shifted.
+        table: turns names into ids.
+
+    Raises:
+        ChannelError: if there is not one channel per sequence.
+        BoundaryError: if the number of sequences is not known, or does not fit the positions.
     """
     labels = given["labels"].cpu()
     packed = _packed_seq_params(args, given)
@@ -58,7 +64,7 @@ def sequence_channels(args: Any, given: Mapping[str, Any], table: LabelTable) ->
     if bounds is not None:
         _check_bounds(bounds, found, given.get("seq_lens"))
         found.num_crossings = int((labels[0, bounds[1:-1].long()] != IGNORE_INDEX).sum())
-        # A shifted label stands one position before its token.
+        # A shifted label is one position before its token.
         found.cu_seqlens = (bounds - 1).clamp(min=0)
     if args.context_parallel_size > 1:
         _cut_with_labels(args, found, labels, bounds, packed)
@@ -68,8 +74,8 @@ def sequence_channels(args: Any, given: Mapping[str, Any], table: LabelTable) ->
 def _cut_with_labels(
     args: Any, found: SequenceChannels, labels: Tensor, bounds: Tensor | None, packed: Any
 ) -> None:
-    """Put ids in the place of the labels, and let ms-swift shift and cut them as labels."""
-    # By the name under which it is called: whatever a user has put there is what cuts the labels.
+    """Replace `ids` by one id per label. ms-swift's own function cuts them like the labels."""
+    # Looked up where ms-swift calls it, because a user may have replaced it.
     from swift.megatron.trainers import utils
 
     if bounds is None:
@@ -82,9 +88,8 @@ def _cut_with_labels(
 
 
 def _packed_seq_params(args: Any, given: Mapping[str, Any]) -> Any:
-    """What ms-swift derives from the positions; on the host, and None where rows are padded."""
-    positions = given.get("text_position_ids")
-    positions = given.get("position_ids") if positions is None else positions
+    """The parameters that ms-swift derives from the positions, on the host; None for padding."""
+    positions = text_positions(given)
     if not args.padding_free or positions is None:
         return None
     from swift.megatron.utils import get_packed_seq_params
@@ -101,8 +106,8 @@ def _names(given: Mapping[str, Any], held_in: str | None, num_rows: int) -> list
     if num_sequences is None:
         raise BoundaryError(
             "a batch of packed sequences must say how many there are, in seq_lens (as ms-swift's "
-            f"own collator does) or num_samples, but it holds {', '.join(given)}; the padding "
-            "behind the last sequence looks like sequences too."
+            f"own collator does) or num_samples, but it holds {', '.join(given)}; add one of them, "
+            "because the padding after the last sequence looks like sequences, too."
         )
     if names is None:
         return [None] * num_sequences

@@ -20,7 +20,7 @@ from channel_metrics.windows import Evaluation
 
 __all__ = ["HOOKS", "SwiftMegatronMixin"]
 
-# Methods that are extended here, and the parameters by which ms-swift calls them.
+# The methods that are extended here, with their parameters in ms-swift.
 HOOKS = {
     "_compute_channel_loss": ("self", "losses", "loss_mask", "channels", "packed_seq_params"),
     "_log_callback": ("self", "logs", "n_steps"),
@@ -31,16 +31,16 @@ HOOKS = {
     "setup_training": ("self", "train_dataset", "val_dataset"),
     "train_step": ("self", "train_data_iterator"),
 }
-# ms-swift puts it before the keys of an evaluation after it has called us.
+# ms-swift adds it to the keys of an evaluation after it has called us.
 _EVAL_PREFIX = "eval_"
 
 
 # mypy cannot see into ms-swift. The base lets `attach` change the class of a trainer that exists.
 class SwiftMegatronMixin(BaseMegatronTrainer):  # type: ignore[misc]
-    """Stands before a `MegatronTrainer` class, see `attach`.
+    """A mixin for `MegatronTrainer` classes, see `attach`.
 
-    channel_metrics: the session. channel_counting: what counts into it. channel_evaluation: the
-    evaluation that is open, and what ends it.
+    channel_metrics: the session. channel_counting: counts the micro-batches. channel_evaluation:
+    the open evaluation, and the stack that ends it.
     """
 
     channel_metrics: ChannelMetrics
@@ -92,7 +92,7 @@ class SwiftMegatronMixin(BaseMegatronTrainer):  # type: ignore[misc]
         )
 
     def _token_weights(self, losses: Tensor, loss_scale: Tensor | None) -> Tensor | None:
-        """What ms-swift multiplies each nll [B, S] with; None where nobody wants to know."""
+        """The factor of each nll [B, S] in ms-swift's loss; None if it is not needed."""
         dft = self.args.enable_dft_loss
         if not dft and loss_scale is None and not self.args.enable_channel_loss:
             return None
@@ -101,9 +101,9 @@ class SwiftMegatronMixin(BaseMegatronTrainer):  # type: ignore[misc]
         return weights if loss_scale is None else weights * loss_scale
 
     def _compute_channel_loss(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Nothing: `loss_{channel}` comes at the log, from what was counted.
+        """Nothing, because `loss_{channel}` is computed from our sums when ms-swift logs.
 
-        ms-swift's own way is taken again once all ranks know that the metrics have ended.
+        After the metrics have ended on all ranks, ms-swift's own function is used again.
         """
         off = self.channel_metrics.guard.off
         return super()._compute_channel_loss(*args, **kwargs) if off else {}
@@ -123,7 +123,7 @@ class SwiftMegatronMixin(BaseMegatronTrainer):  # type: ignore[misc]
         return super().setup_training(train_dataset, val_dataset)
 
     def train_step(self, train_data_iterator: Any) -> Any:
-        """One step; its tokens count, whatever the optimizer does with it, as in ms-swift's log."""
+        """One step. Its tokens count even if the optimizer skips it, as in ms-swift's log."""
         self._watch()
         self.channel_counting.begin_step()
         result = super().train_step(train_data_iterator)
@@ -131,7 +131,7 @@ class SwiftMegatronMixin(BaseMegatronTrainer):  # type: ignore[misc]
         return result
 
     def evaluate(self, val_data_iterator: Any) -> Any:
-        """An evaluation with a window of its own, which ends at its log."""
+        """An evaluation with a window of its own, which ends when ms-swift logs it."""
         self._watch()
         evaluation = self.channel_metrics.evaluation("eval", self.state.iteration, _EVAL_PREFIX)
         with ExitStack() as stack:
@@ -164,7 +164,7 @@ class SwiftMegatronMixin(BaseMegatronTrainer):  # type: ignore[misc]
 
     def _watch(self) -> None:
         session = self.channel_metrics
-        # Not `measuring`: the tensor-parallel ranks go on together until all know of an error.
+        # Not `measuring`: tensor-parallel ranks must stop together, when all know of an error.
         if not session.guard.off:
             with session.guard.guarded():
                 for model in self.unwrapped_models:

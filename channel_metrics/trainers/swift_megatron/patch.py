@@ -1,7 +1,7 @@
 """Gives each `MegatronTrainer` of ms-swift that is made from now on channel metrics.
 
-It is part of `channel_metrics.trainers.swift.patch`, which applies and reverts it. It is a module
-of its own because it imports the Megatron side of ms-swift, which most runs do not have.
+`channel_metrics.trainers.swift.patch` applies and reverts it. It is a module of its own because it
+imports the Megatron side of ms-swift, which most runs do not have.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def apply(config: MetricsConfig) -> None:
     """Patch `MegatronTrainer.__init__`; a second call does nothing.
 
     Raises:
-        UnsupportedVersionError: this ms-swift lacks what is needed; nothing is patched.
+        UnsupportedVersionError: for an ms-swift that we do not know. Nothing is patched then.
     """
     if is_applied():
         return

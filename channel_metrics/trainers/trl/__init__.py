@@ -3,9 +3,9 @@
     trainer = DPOTrainer(model, args=config, train_dataset=pairs, processing_class=tokenizer)
     attach(trainer)              # bbu_rewards/margins, bbu_rewards/accuracies, bbu_loss, ...
 
-`attach` is that of transformers' Trainer and finds the right mixin by the trainer's class. With
-packing, and in trl 0.29 with Liger, SFTTrainer loses the channels in its constructor: there, the
-mixin or the patch.
+`attach` is that of transformers' Trainer. It finds the mixin for the class of the trainer. With
+packing, and in trl 0.29 with Liger, SFTTrainer drops the channels in its constructor. Use the
+mixin or the patch then:
 
     class MySFT(SFTChannelMetricsMixin, SFTTrainer): ...
 """

@@ -1,4 +1,4 @@
-"""Collators for what TRL's trainers make of records: pairs of two rows, and packs.
+"""Collators for TRL's preference pairs, which are two rows each, and for its packs.
 
 Letters: B rows, S row length, T = B * S, N sequences.
 """
@@ -20,15 +20,15 @@ from channel_metrics.trainers.hf.parallel import target_ids
 
 __all__ = ["PACK_BOUNDS_KEY", "TOKEN_FIELD", "PackCollator", "RecordCollator"]
 
-# A record's channel per token, as indices into the names that the packer knew.
+# The dataset column with the channel of each token, as indices into the names of the packer.
 TOKEN_FIELD = "channel_ids"
 _LENGTHS_FIELD = "seq_lengths"
-# Where each pack ends in the flattened rows of the batch.
+# The batch key for the bounds of the packs in the flattened rows.
 PACK_BOUNDS_KEY = "channel_pack_bounds"
 
 
 class RecordCollator(ChannelCollator):
-    """One channel per record, whatever rows the wrapped collator makes of a record."""
+    """One channel per record, even if the wrapped collator makes several rows of a record."""
 
     def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
         names = [channel_of(record, self.fields) for record in features]
@@ -38,13 +38,16 @@ class RecordCollator(ChannelCollator):
 
 
 class PackCollator(ChannelCollator):
-    """Channels of packs that carry one channel index per token.
+    """Channels of packs that hold one channel index per token.
 
-    names: what the indices mean. table: turns the names into ids; -1 stays unlabeled.
+    If the batch has the bounds of the sequences in a pack, `channels` has one id per sequence. If
+    not (cut sequences, rows without bounds), it has ids [B, S]: for each position, the channel of
+    the token that it predicts, see `target_ids`.
 
-    Where the batch keeps the sequences of a pack apart, `channels` has one id per sequence;
-    where it does not (cut sequences, rows without bounds), ids [B, S]: for each position, the
-    channel of the token that it predicts, see `target_ids`.
+    Args:
+        base: the wrapped collator.
+        names: the names that the indices stand for; -1 is unlabeled.
+        table: turns the names into ids.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class PackCollator(ChannelCollator):
             base, fields=(TOKEN_FIELD,), table=table, bounds_key=BOUNDS_KEY, carry_faults=True
         )
         self.names = tuple(names)
-        # The last entry is what index -1 reads.
+        # Index -1 reads the last entry.
         self._ids = torch.tensor([*table.ids(names), UNLABELED_ID], dtype=torch.int64)
 
     def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
@@ -68,8 +71,8 @@ class PackCollator(ChannelCollator):
         labels = batch.get("labels")
         if not isinstance(labels, Tensor):
             raise ChannelError(
-                f"a packed batch must hold `labels`, but holds {', '.join(batch)}; the channels "
-                "of its tokens cannot be matched. Use TRL's own collator."
+                f"a packed batch must hold `labels`, but holds {', '.join(batch)}, so the channels "
+                "of its tokens cannot be matched; use TRL's own collator."
             )
         boundaries = boundaries_from_batch(batch)
         flat = self._ids[torch.cat(tokens)]
@@ -96,10 +99,10 @@ def _indices(record: Mapping[str, Any]) -> Any:
 
 
 def _as_labels(flat: Tensor, keep: Tensor | None, labels: Tensor) -> Tensor:
-    """The ids of all real tokens, in order, at their positions in the rows of `labels`."""
+    """The ids of all real tokens, in order, at the positions of their `labels` [B, S]."""
     placed = torch.full((labels.numel(),), UNLABELED_ID, dtype=torch.int64)
     where = torch.arange(labels.numel()) if keep is None else keep.flatten().nonzero().flatten()
-    # A padding-free row may end in pads that no mask shows; their labels are ignored.
+    # A padding-free row may end in padding that no mask shows. Its labels are ignored.
     surplus = labels.flatten()[where[flat.numel() :]]
     if where.numel() < flat.numel() or bool((surplus != IGNORE_INDEX).any()):
         raise ChannelError(
@@ -112,7 +115,7 @@ def _as_labels(flat: Tensor, keep: Tensor | None, labels: Tensor) -> Tensor:
 
 
 def _pack_bounds(lengths: list[int], labels: Tensor) -> Tensor:
-    """int64 [packs + 1]: by rows, or where one row holds all packs, by their tokens."""
+    """int64 [packs + 1]: the bounds of the rows or, if one row holds all packs, of their tokens."""
     if labels.shape[0] == len(lengths):
         return torch.arange(len(lengths) + 1) * labels.shape[-1]
     return torch.tensor([0, *lengths]).cumsum(0)

@@ -1,4 +1,4 @@
-"""Which columns TRL leaves of a dataset that it prepares, and the channels among the others."""
+"""Which dataset columns TRL keeps when it prepares a dataset, and how to keep the channels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["column_names", "columns_left", "prepare_for_liger"]
 
 
 def column_names(dataset: Any) -> list[str]:
-    """The columns of a dataset; of a stream that does not say, those of its first record."""
+    """The columns of a dataset; of a stream without this information, those of its first record."""
     names = getattr(dataset, "column_names", None)
     return list(next(iter(dataset))) if names is None else list(names)
 
@@ -24,15 +24,19 @@ def column_names(dataset: Any) -> list[str]:
 def columns_left(
     prepare: Callable[..., Any], arguments: dict[str, Any], columns: Collection[str]
 ) -> list[str]:
-    """Those of `columns`, of tokenised records, that TRL's `_prepare_dataset` leaves.
+    """The dataset columns that TRL's `_prepare_dataset` keeps.
 
-    prepare: that method, bound. arguments: those it was called with, by name. Versions of TRL
-    differ in it, so it is asked, with one record that nobody else sees.
+    Versions of TRL differ in this, so the method is called with one made-up record.
+
+    Args:
+        prepare: TRL's method, bound.
+        arguments: the arguments that it was called with, by name.
+        columns: the columns of the tokenised records.
     """
     args = copy.copy(arguments["args"])
     args.shuffle_dataset, args.dataset_num_proc = False, None
     if not arguments.get("packing"):
-        # Nothing is to be cut.
+        # The record must not be cut.
         args.max_length = None
     asked = {
         "dataset": Dataset.from_list([{name: [1, 1] for name in columns}]),
@@ -47,10 +51,14 @@ def columns_left(
 def prepare_for_liger(
     prepare: Callable[..., Any], arguments: dict[str, Any], fields: Sequence[str]
 ) -> Any:
-    """What TRL's `_prepare_dataset` makes with use_liger_kernel, and the columns of `fields`.
+    """Prepare a dataset for use_liger_kernel as TRL does, and keep the columns of `fields`.
 
-    trl 0.29 keeps no more than the columns that its collator knows: the channel is dropped, and
-    so are labels that were given, which training must not get back.
+    trl 0.29 keeps only the columns that its collator knows, so it drops the channel. It also drops
+    given labels, and these must stay dropped.
+
+    Args:
+        prepare, arguments: as in `columns_left`.
+        fields: the fields that may hold the channel.
     """
     unfused = copy.copy(arguments["args"])
     unfused.use_liger_kernel = False

@@ -32,7 +32,7 @@ _GATHERED = ("chosen", "rejected", "accuracies", "margins")
 
 
 def _loss(sums: Sums) -> float | None:
-    """Only if it is known for every pair."""
+    """The mean, if the loss of every pair is known."""
     samples = sums["samples"]
     return sums["loss"] / samples if samples and sums["loss_samples"] == samples else None
 
@@ -49,7 +49,7 @@ _SCHEMA = sample_schema(
 
 @dataclass
 class _DPOScratch(Scratch):
-    """checked: whether the gathered tensors have been looked at."""
+    """checked: whether the gathered tensors have been checked."""
 
     checked: bool = False
 
@@ -90,7 +90,7 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
         if reason is None:
             loss = self._pair_losses(values, inputs["completion_mask"])
             returned = result[0] if isinstance(result, tuple) else result
-            # This waits for the device. TRL does so a dozen times per batch, for its own metrics.
+            # This waits for the device, as TRL does a dozen times per batch for its own metrics.
             if bool(agree(loss.mean(), returned.detach(), values["chosen"].dtype)):
                 return result, {**values, "loss": loss, "loss_samples": torch.ones_like(loss)}
             reason = (
@@ -117,7 +117,7 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
     def _pair_losses(self, rewards: dict[str, Tensor], completion_mask: Tensor) -> Tensor:
         """The weighted sum of TRL's losses, [num_pairs]."""
         limit = self.args.max_length
-        # trl 0.29 truncates the batch after we have seen it. Answers are at the end of a row.
+        # trl 0.29 cuts the rows after this point. Answers are at the end of a row.
         if getattr(self.args, "truncation_mode", "keep_start") == "keep_start":
             completion_mask = completion_mask[:, :limit]
         lengths = completion_mask.sum(dim=1).clamp(min=1.0, max=limit).chunk(2)
@@ -136,7 +136,7 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
         return torch.stack([weight * FORMULAS[name](pairs) for name, weight in weighted]).sum(0)
 
     def _check_gathered(self, gathered: Sequence[Tensor], num_pairs: int) -> None:
-        """Once, on the values: whether the gathered tensors are what we take them for."""
+        """Check once, by their values, that the gathered tensors are those we expect."""
         if self.channel_scratch.checked:
             return
         fits = len(gathered) >= len(_GATHERED)

@@ -51,7 +51,7 @@ def _mean(name: str, sums: Sums) -> float | None:
 
 
 def _std(name: str, sums: Sums) -> float | None:
-    """The unbiased one, as torch's and TRL's."""
+    """The unbiased standard deviation, as in torch and TRL."""
     count, total, square = (sums[f"{part} {name}"] for part in _PARTS)
     if count < 2:
         return None
@@ -61,9 +61,9 @@ def _std(name: str, sums: Sums) -> float | None:
 
 @dataclass
 class _GRPOScratch(Scratch):
-    """scored: the rewards of the completions that are made now.
+    """scored: the rewards of the current completions.
 
-    formulas: the ways of adding up a completion's rewards that TRL's own values do not contradict.
+    formulas: how the rewards of a completion may be added up, as far as TRL's own values allow it.
     """
 
     scored: Tensor | None = None
@@ -88,11 +88,11 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
         return _GRPOScratch(super()._new_scratch(session).reader)
 
     def _observed_loss(self, compute: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's own: the rewards have been seen when the completions were made."""
+        """TRL's own loss. The rewards were counted when the completions were generated."""
         return compute(*args, **kwargs)
 
     def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> Any:
-        # Here the inputs are still a list of prompts.
+        # The inputs are still a list of prompts here.
         return super(ChannelMetricsMixin, self)._prepare_context_parallel_inputs(model, inputs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
@@ -100,7 +100,7 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
         return self._shielded(generate, self._observed_completions, inputs)
 
     def _observed_completions(self, generate: Any, inputs: list[dict[str, Any]]) -> Any:
-        """What TRL's own generates; the rewards of the completions are counted."""
+        """TRL's own completions, whose rewards are counted."""
         session, scratch = self.channel_metrics, self.channel_scratch
         assert session is not None
         channels = [channel_of(record, session.config.fields) for record in inputs]
@@ -122,9 +122,9 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
         return rewards
 
     def _values(self, rewards: Tensor, mine: int) -> dict[str, Tensor]:
-        """The columns of the `mine` completions of this rank.
+        """{column: values [mine]} of the completions of this rank.
 
-        rewards: [completions of all ranks, functions]; each rank counts its own rows.
+        rewards: [completions of all ranks, functions]; `mine` of the completions are this rank's.
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         if rewards.shape != (ranks * mine, len(self.reward_func_names)):
@@ -136,21 +136,21 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
         total = self._total_rewards(rewards)
         values = {"samples": torch.ones_like(total)}
         series = (_TOTAL, *map(_series, self.reward_func_names))
-        for name, column in zip(series, (total, *rewards.unbind(dim=1)), strict=True):
-            given = ~torch.isnan(column)
-            known = column.double().where(given, 0.0)
+        for name, reward in zip(series, (total, *rewards.unbind(dim=1)), strict=True):
+            given = ~torch.isnan(reward)
+            known = reward.double().where(given, 0.0)
             for part, added in zip(_PARTS, (given.double(), known, known**2), strict=True):
-                # Functions of one name are one series, as in TRL.
+                # Functions of the same name are one series, as in TRL.
                 key = f"{part} {name}"
                 values[key] = values[key] + added if key in values else added
         own = slice(rank * mine, (rank + 1) * mine)
         return {name: value[own] for name, value in values.items()}
 
     def _total_rewards(self, rewards: Tensor) -> Tensor:
-        """The reward of each completion, summed up as TRL did for the `reward` that it logs.
+        """The reward of each completion, added up as in the `reward` that TRL logs.
 
-        Versions differ: with the weights of the functions, and without completions that no
-        function scored; or neither. What TRL has just logged decides.
+        Some versions use the weights of the functions, and leave out completions that no function
+        scored. Others do neither. The value that TRL has just logged shows which.
         """
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         weighted[torch.isnan(rewards).all(dim=1)] = torch.nan
@@ -163,7 +163,8 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
         if not fitting:
             raise UnsupportedVersionError(
                 f"trl {trl.__version__} logs a reward of {logged}, but the completions have "
-                f"{means}; it sums up rewards in another way. Use a tested version."
+                f"{means}, so it adds up rewards in another way; use a tested version (see "
+                "docs/trl.md)."
             )
         self.channel_scratch.formulas = tuple(fitting)
         return candidates[fitting[0]]
@@ -175,7 +176,7 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
                 "before it is scored; set remove_unused_columns=False, TRL's default."
             )
         self._declare(session, dataset, description)
-        # The records themselves reach the trainer: no collator has to carry the channels.
+        # The trainer gets the records themselves, so the collator need not add channels.
         return self.data_collator
 
 

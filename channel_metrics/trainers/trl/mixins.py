@@ -20,10 +20,10 @@ _MIXINS: dict[str, type[ChannelMetricsMixin]] = {
 
 
 def mixin_for(trainer_class: type) -> type[ChannelMetricsMixin]:
-    """The mixin for a trainer of TRL, or for somebody's class built on one.
+    """The mixin for a trainer of TRL, or for a user's class built on one.
 
-    A trainer that TRL itself derives from one of these has another loss: it gets the mixin for
-    all others, which asks for labels.
+    A trainer that TRL itself derives from one of these has another loss. It gets the mixin of all
+    other trainers, which needs labels.
     """
     own = next(c for c in trainer_class.__mro__ if c.__module__.split(".")[0] == "trl")
     return _MIXINS.get(own.__name__, OtherChannelMetricsMixin)

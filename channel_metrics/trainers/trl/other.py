@@ -1,4 +1,4 @@
-"""TRL trainers that have no adapter of their own: right where there are labels, else refused."""
+"""TRL trainers without an adapter of their own: supported if their batches have labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["OtherChannelMetricsMixin"]
 
 
 class _LabelsCollator(ChannelCollator):
-    """Says that labels are missing, where all else that can be said follows from that."""
+    """If the labels are missing, raises that error instead of its consequences."""
 
     def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
         try:
@@ -26,8 +26,8 @@ class _LabelsCollator(ChannelCollator):
                 raise
         found = ", ".join(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise UnsupportedVersionError(
-            f"channel metrics need `labels` in the batch, but this trainer of TRL has {found}; it "
-            "has no adapter of its own. Detach the metrics for this trainer."
+            f"channel metrics need `labels` in the batch, but this trainer of TRL has {found}, and "
+            "it has no adapter of its own; detach the metrics for this trainer."
         )
 
 

@@ -1,9 +1,9 @@
-"""TRL's packing, with the channel of every token packed along.
+"""TRL's packing, with one more dataset column: the channel of every token.
 
-TRL packs inside the constructor of SFTTrainer and keeps only the token columns. Here its own
-steps run apart: everything before packing (template, tokens, masks), then one more column with
-a channel index per token, then the same shuffle, TRL's own `pack_dataset` with the same
-arguments, and the same shuffle again. All columns that are there without us stay identical.
+TRL packs inside the constructor of SFTTrainer, and keeps only the columns of the tokens. Here its
+steps run one by one. First comes everything before packing (template, tokens, masks). Then we add
+a column with a channel index per token. Then come the same shuffle, TRL's own `pack_dataset` with
+the same arguments, and the same shuffle again. TRL's own columns stay identical.
 """
 
 from __future__ import annotations
@@ -67,10 +67,20 @@ def pack_with_channels(
     config: MetricsConfig,
     known: Sequence[str] = (),
 ) -> tuple[Any, tuple[str, ...]]:
-    """The packed dataset with `channel_ids`, and the names that the indices in it mean.
+    """Pack a dataset as TRL does, with the dataset column `channel_ids`.
 
-    prepare: TRL's own `_prepare_dataset`, bound. arguments: those it was called with, by name.
-    known: the names of datasets packed before; they keep their indices.
+    Args:
+        trainer: the SFTTrainer.
+        prepare, arguments: TRL's own `_prepare_dataset`, bound, and its arguments by name.
+        config: the fields, and the declared channels.
+        known: the names in datasets that were packed before. They keep their indices.
+
+    Returns:
+        The packed dataset, and the names that the indices stand for.
+
+    Raises:
+        ChannelError: for a stream without declared channels.
+        UnsupportedVersionError: if this trl packs in another way.
     """
     pack = _pack_dataset_of(type(trainer))
     check_packing(prepare, pack)
@@ -82,10 +92,10 @@ def pack_with_channels(
     table.ids(scanned or ())
     if scanned is None and not config.channels:
         raise ChannelError(
-            "a stream that is packed must have its channels declared, since they are numbered "
-            "before they are met; set `channels` in the metrics config, or packing=False."
+            "a stream that is packed must have declared channels, because they get their numbers "
+            "before it is read; set `channels` in the metrics config, or packing=False."
         )
-    # What packing would not cut must not be cut: packing has its own way with long sequences.
+    # Without packing, TRL would cut long records. Packing has its own way with them.
     unpacked = copy.copy(args)
     unpacked.max_length, unpacked.shuffle_dataset, unpacked.use_liger_kernel = None, False, False
     tokens = prepare(**(arguments | {"args": unpacked, "packing": False}))
@@ -134,7 +144,7 @@ def _with_token_channels(
 def _channels_of_table(
     rows: pa.Table, fields: tuple[str, ...], names: tuple[str, ...], unknown: Any
 ) -> pa.Table:
-    """One column: the index of the row's channel, once per token, as lists like `input_ids`."""
+    """One dataset column: the index of a record's channel, once per token, like `input_ids`."""
     ids = rows.column("input_ids").combine_chunks()
     ids = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
     sizes = np.diff(np.asarray(ids.offsets))
@@ -150,8 +160,9 @@ def _channels_of_batch(
     batch: dict[str, list[Any]], fields: tuple[str, ...], names: tuple[str, ...], unknown: Any
 ) -> dict[str, list[Any]]:
     """The same for a batch of a stream."""
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    indices = _indices(rows, fields, names, unknown)
+    values = zip(*batch.values(), strict=True)
+    records = [dict(zip(batch, of_record, strict=True)) for of_record in values]
+    indices = _indices(records, fields, names, unknown)
     sizes = [len(ids) for ids in batch["input_ids"]]
     return {TOKEN_FIELD: [[i] * n for i, n in zip(indices, sizes, strict=True)]}
 
@@ -160,7 +171,7 @@ def _indices(
     records: Sequence[Any], fields: tuple[str, ...], names: tuple[str, ...], unknown: Any
 ) -> list[int]:
     found = [channel_of(record, fields) for record in records]
-    # The table is full: a name that would have to be added now has no number anywhere else.
+    # All names have their numbers already. A name that would be added now is an error.
     table = LabelTable(names, unknown="error" if unknown == "add" else unknown)
     indices = table.ids(found)
     assert all(UNLABELED_ID <= index < len(names) for index in indices)

@@ -1,4 +1,4 @@
-"""Channel metrics of preference pairs: what DPOTrainer and RewardTrainer have in common."""
+"""Channel metrics of preference pairs: the common part of DPOTrainer and RewardTrainer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["PairChannelMetricsMixin", "agree"]
 
 
 class PairChannelMetricsMixin(ChannelMetricsMixin):
-    """One channel per pair; the batch stacks the chosen rows on the rejected ones."""
+    """One channel per pair. In a batch, the rejected rows follow the chosen rows."""
 
     _schema: Schema
     _collator_name = "channel_metrics.trainers.trl.collator.RecordCollator"
@@ -35,11 +35,11 @@ class PairChannelMetricsMixin(ChannelMetricsMixin):
     def _observed_loss(
         self, compute: Any, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """TRL's own loss, with the values of each pair seen on the way."""
+        """TRL's own loss; the values of each pair are counted."""
         session = self.channel_metrics
         if session is None or not (model.training or session.evaluating):
             return compute(model, inputs, *args, **kwargs)
-        # Tensor parallel ranks hold the same pairs; the first one counts them.
+        # Tensor-parallel ranks hold the same pairs. The first rank counts them.
         if self._rank_layout().tp_rank != 0:
             return compute(model, inputs, *args, **kwargs)
         batch = self._taken_channels(inputs)
@@ -59,9 +59,11 @@ class PairChannelMetricsMixin(ChannelMetricsMixin):
         *rest: Any,
         **kw: Any,
     ) -> tuple[Any, dict[str, Tensor]]:
-        """What `compute` returned, and [num_pairs] values of each column, `chosen` among them.
+        """Compute TRL's loss and observe the pairs.
 
-        A `loss` among them is compared to the one that was returned.
+        Returns:
+            The result of `compute`, and {column: values [num_pairs]}. `chosen` must be among the
+            columns. A `loss` is compared to the one in the result.
         """
         raise NotImplementedError
 
@@ -90,14 +92,14 @@ class PairChannelMetricsMixin(ChannelMetricsMixin):
         if super()._collator_kind(dataset, description, known) is not ChannelCollator:
             raise ConfigError(
                 "the batches of preference pairs are cut along the sequence (cp_size, sp_size), "
-                "or sent by one process to the others (dispatch_batches): which pair a row "
-                "belongs to would be lost. Set both off, or detach the metrics."
+                "or sent by one process to the others (dispatch_batches), so it is not known which "
+                "pair a row belongs to; set both off, or detach the metrics."
             )
         return RecordCollator
 
 
 def agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Whether two losses are the same, up to the rounding of rewards of this dtype; bool, 0-d."""
+    """Whether two losses are equal, up to the rounding of rewards of this dtype; bool, 0-d."""
     rounding = 16 * torch.finfo(dtype).eps
     relative = max(MISMATCH_TOLERANCE, rounding)
     return torch.isclose(ours.float(), theirs.float(), rtol=relative, atol=rounding, equal_nan=True)

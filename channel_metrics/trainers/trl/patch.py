@@ -1,7 +1,7 @@
 """Gives TRL's trainers channel metrics, packing included.
 
-It applies the patch of transformers' Trainer, which attaches the metrics to every trainer, and
-patches `SFTTrainer._prepare_dataset`, where packing would lose the channels.
+It applies the patch of transformers' Trainer, which attaches the metrics to every trainer. It also
+patches `SFTTrainer._prepare_dataset`, because packing would drop the channels there.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def apply(config: MetricsConfig | None = None) -> None:
     """Patch the Trainer and SFTTrainer's packing; a second call does nothing.
 
     Args:
-        config: replaces that of the patch `hf_trainer`, if it is applied. None leaves it, and
-            reads the file that CHANNEL_METRICS_CONFIG names, or takes the defaults.
+        config: replaces the config of the patch `hf_trainer`, if that is applied. None keeps it,
+            and takes that of the file in CHANNEL_METRICS_CONFIG, or the defaults.
 
     Raises:
         UnsupportedVersionError: this trl packs in another way; nothing is patched.
@@ -63,7 +63,7 @@ def is_applied() -> bool:
 def _keeping_channels(config: MetricsConfig) -> Callable[..., Any]:
     def prepare_with_channels(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         prepare = functools.partial(original, trainer)
-        # A class with the mixin has packed the channels already, and calls this without packing.
+        # A class with the mixin has packed the channels already. It calls this without packing.
         if isinstance(trainer, SFTChannelMetricsMixin):
             return prepare(*args, **kwargs)
         with FaultGuard(config.on_error or "warn").guarded():

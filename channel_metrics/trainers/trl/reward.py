@@ -18,7 +18,7 @@ __all__ = ["RewardChannelMetricsMixin"]
 
 
 def _mean_reward(sums: Sums) -> float | None:
-    """Over chosen and rejected alike, as in TRL."""
+    """The mean over chosen and rejected answers, as in TRL."""
     samples = sums["samples"]
     return (sums["chosen"] / samples + sums["rejected"] / samples) / 2 if samples else None
 
@@ -61,7 +61,7 @@ class RewardChannelMetricsMixin(PairChannelMetricsMixin):
         *rest: Any,
         **kw: Any,
     ) -> tuple[Any, dict[str, Tensor]]:
-        """The rewards that the model returned; the loss from them, by TRL's own formula."""
+        """The rewards that the model returned, and the loss by TRL's own formula."""
         seen: list[Any] = []
 
         def keep(_model: Any, _args: Any, outputs: Any) -> None:

@@ -1,4 +1,4 @@
-"""What TRL's trainers learn from beside tokens, as schemas: preference pairs, completions."""
+"""Schemas of units other than tokens: preference pairs and completions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["mean", "sample_schema"]
 
 
 def sample_schema(unit: str, *entries: Column | Metric) -> Schema:
-    """A schema of things that count one each: `samples`, `share`, and these entries.
+    """A schema with `samples`, `share`, and these entries. Each unit counts as one sample.
 
-    The config asks for their number by `samples` or `tokens`; `samples_total` goes on across
-    checkpoints.
+    The config asks for the number of samples by `samples` or `tokens`. Checkpoints keep
+    `samples_total`.
     """
     schema = Schema(unit, count="samples")
     schema.register(
@@ -40,7 +40,7 @@ def sample_schema(unit: str, *entries: Column | Metric) -> Schema:
 
 
 def mean(name: str, column: str) -> Metric:
-    """A value of the trainer's own that is always logged: the mean of a column over the samples."""
+    """The mean of a column over the samples, which is always logged, as by the trainer."""
     return Metric(
         name,
         (column, "samples"),

@@ -1,4 +1,4 @@
-"""Channel metrics in TRL's SFTTrainer: packs, and losses that never become logits."""
+"""Channel metrics in TRL's SFTTrainer, with its packing and its fused losses."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from channel_metrics.trainers.trl.packing import pack_with_channels
 
 __all__ = ["SFTChannelMetricsMixin", "prepare_dataset"]
 
-# The names that the packs of a trainer were numbered with, none where there are no packs; set on
-# the trainer itself, because it prepares its data before it has a state.
+# The names that the indices in a trainer's packs stand for; empty if there are no packs. It is an
+# attribute of the trainer, because data are prepared before the trainer has a session.
 _NAMES_ATTRIBUTE = "_channel_metrics_packed_names"
 
 
 class _SFTReader(TokenLossReader):
-    """Knows the fused LM head of newer TRL, whose forward returns log probs and no logits."""
+    """Reads the fused LM head of newer TRL, whose forward returns log probs and no logits."""
 
-    # What the model returned in this micro-batch, if it has a fused head.
+    # The outputs of the model for this micro-batch, if it has a fused head.
     fused: Any = None
 
     def trainer_losses(self, labels: Tensor, *, per_token: bool) -> TokenLosses | None:
@@ -63,7 +63,7 @@ class _SFTReader(TokenLossReader):
 
 @dataclass
 class _SFTScratch(Scratch):
-    """pack_bounds: where each pack of this micro-batch ends, if it holds packs."""
+    """pack_bounds: int64 [packs + 1], the bounds of the packs in this micro-batch; else None."""
 
     reader: _SFTReader
     pack_bounds: Tensor | None = None
@@ -72,7 +72,7 @@ class _SFTScratch(Scratch):
 class SFTChannelMetricsMixin(ChannelMetricsMixin):
     """Put before SFTTrainer: `class MySFT(SFTChannelMetricsMixin, SFTTrainer)`.
 
-    With packing, and in trl 0.29 with Liger, this or the patch is the only way: the constructor
+    With packing, and in trl 0.29 with Liger, only this or the patch works, because the constructor
     drops the channels.
     """
 
@@ -86,8 +86,10 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
         super().__init__(*args, channel_metrics=channel_metrics, **kwargs)
 
     def start_channel_metrics(self, config: MetricsConfig) -> None:
-        """Open a session; raises `ChannelError` if the data was packed, or cut to the columns
-        that TRL keeps for Liger, without channels."""
+        """Open a session.
+
+        Raises `ChannelError` if TRL has dropped the channels, for packing or for Liger.
+        """
         late = not hasattr(self, _NAMES_ATTRIBUTE)
         for description, dataset, packing in self._datasets():
             fused = late and self.args.use_liger_kernel and description == "train"
@@ -109,7 +111,7 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
     def _first_records(
         self, batch: BatchChannels, values: TokenValues, count: int, per_rank: int
     ) -> tuple[BatchChannels, TokenValues] | None:
-        """Of packs, the first ones."""
+        """As in the base class; if the batch holds packs, a record is a pack."""
         bounds = self.channel_scratch.pack_bounds
         if bounds is None or bounds.numel() != per_rank + 1:
             return super()._first_records(batch, values, count, per_rank)
@@ -125,7 +127,7 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
     def _observed_loss(
         self, compute: Any, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """TRL's own loss; the first outputs with log probs are those that it is made of."""
+        """TRL's own loss. It comes from the first outputs that have log probs."""
         reader = self.channel_scratch.reader
 
         def keep_fused(_model: Any, _args: Any, outputs: Any) -> None:
@@ -157,7 +159,7 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
             yield name, dataset, eval_packing
 
     def _names_of_packs(self, dataset: Any) -> tuple[str, ...]:
-        """What the indices in the packs of a dataset mean; none if they have no indices."""
+        """The names that the indices in a dataset's packs stand for; none without indices."""
         names: tuple[str, ...] = getattr(self, _NAMES_ATTRIBUTE, ())
         return names if names and TOKEN_FIELD in column_names(dataset) else ()
 
@@ -174,7 +176,7 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
         if self._collator_kind(dataset, description, True) is not ChannelCollator:
             raise ConfigError(
                 "packs are cut along the sequence (cp_size, sp_size), or sent by one process to "
-                "the others (dispatch_batches): their channels would be lost. Set both off, or "
+                "the others (dispatch_batches), so their channels would be lost; set both off, or "
                 "packing=False."
             )
         return PackCollator(self.data_collator, names=names, table=session.labels)
@@ -183,9 +185,13 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
 def prepare_dataset(
     trainer: Any, prepare: Callable[..., Any], config: MetricsConfig, *args: Any, **kwargs: Any
 ) -> Any:
-    """TRL's `_prepare_dataset`, but where it would drop the channels, they are kept.
+    """TRL's `_prepare_dataset`, which also keeps the channels, with packing and with Liger.
 
-    Where it packs, they are packed along.
+    Args:
+        trainer: the SFTTrainer.
+        prepare: TRL's own method, bound.
+        config: the fields, and the declared channels.
+        args, kwargs: the arguments of the method.
     """
     arguments = dict(inspect.signature(prepare).bind(*args, **kwargs).arguments)
     names = getattr(trainer, _NAMES_ATTRIBUTE, ())
@@ -212,5 +218,5 @@ def _check_channels_left(
         f"the {description} set was {done} by SFTTrainer's constructor and has no channels left "
         f"(columns {', '.join(columns)}); attach comes too late with {why}. Use `class "
         "MySFT(SFTChannelMetricsMixin, SFTTrainer)` from channel_metrics.trainers.trl, or "
-        "`import channel_metrics.patches.trl` before the trainer is made."
+        "`import channel_metrics.patches.trl` before you make the trainer."
     )

@@ -144,7 +144,7 @@ def tables(folder: Path) -> Any:
             logging_steps=1,
             train_sampling_strategy="sequential",
         )
-    table = list(trainer.channel_metrics.table.names)
+    table = list(trainer.channel_metrics.labels.names)
     return told(trainer, windows=windows, table=table)
 
 

@@ -71,7 +71,7 @@ def name_clash(folder: Path) -> Any:
 def test_keys_of_two_meanings_are_refused(ranks_of: RanksOf) -> None:
     (message,) = ranks_of(name_clash)
     assert "gives 'loss' and 'channel_loss' of a channel the same key 'loss_channel'" in message
-    assert "Or leave --enable_channel_loss out" in message
+    assert "Or leave out --enable_channel_loss" in message
 
 
 @alone

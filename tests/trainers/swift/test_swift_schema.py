@@ -52,7 +52,7 @@ def test_an_evaluation_logs_it_for_every_channel() -> None:
 def test_a_format_with_the_same_keys_is_refused(
     key_format: str, rewrite: Callable[[str], str]
 ) -> None:
-    with pytest.raises(ConfigError, match="Or leave --enable_channel_loss out"):
+    with pytest.raises(ConfigError, match="Or leave out --enable_channel_loss"):
         schema_with_own_loss(key_format, rewrite)
 
 

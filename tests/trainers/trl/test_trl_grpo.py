@@ -188,5 +188,5 @@ def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
 
     scores = Scores()
     config = GRPOConfig(**arguments(tmp_path, num_generations=2, max_completion_length=6))
-    with pytest.raises(UnsupportedVersionError, match="sums up rewards in another way"):
+    with pytest.raises(UnsupportedVersionError, match="adds up rewards in another way"):
         run(Other, config, prompts(32), reward_funcs=scores.functions(), prepare=attach)

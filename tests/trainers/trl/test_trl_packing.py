@@ -89,7 +89,7 @@ def test_packs_of_masked_conversations_are_identical(tmp_path: Path) -> None:
 
 def test_a_stream_is_packed_with_declared_channels(tmp_path: Path) -> None:
     stream = Dataset.from_list(text_records(96)).to_iterable_dataset()
-    with pytest.raises(ChannelError, match="must have its channels declared"):
+    with pytest.raises(ChannelError, match="must have declared channels"):
         packed(tmp_path, MySFT, stream)
     seen = Seen()
     trainer = sft(
