@@ -72,13 +72,13 @@ class AgreedNames:
 class Agreement:
     """What the ranks of a group agreed on, kept from one sync to the next.
 
-    names: grow when a rank meets a new name. columns: those of the sums; empty before the first
-    sync.
+    names: grow when a rank meets a new name. columns: those of the sums; if they are given, all
+    ranks are configured alike, and the first sync asks for nothing beforehand.
     """
 
-    def __init__(self) -> None:
-        self.names = AgreedNames()
-        self.columns: tuple[str, ...] = ()
+    def __init__(self, names: Iterable[str] = (), columns: Iterable[str] = ()) -> None:
+        self.names = AgreedNames(names)
+        self.columns = tuple(columns)
 
 
 def as_bytes(names: Sequence[str]) -> bytes:

@@ -125,7 +125,7 @@ class DatasetMetricsCallback(TrainerKnowingCallback):
         check_trainer(type(self._trainer))
         self._guard = FaultGuard(self.config.on_error)
         self._reserve_keys()
-        self._agreement = Agreement()
+        self._agreement = Agreement(self.records, PROBE_COLUMNS)
         self._ranks = Ranks(alone=self._trainer.accelerator.num_processes == 1)
         self._layout = layout_for_probes(self._trainer)
         self._reader = ProbeReader(self._trainer, self._layout)

@@ -146,7 +146,7 @@ def test_keys_that_a_channel_has(tmp_path: Path) -> None:
         run_with_channel(tmp_path, "canary", config)
 
 
-def test_keys_that_a_later_channel_has(tmp_path: Path) -> None:
+def test_keys_that_a_later_channel_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class MapStyle(torch.utils.data.Dataset):
         """Its channels are met on the way."""
 
@@ -160,8 +160,13 @@ def test_keys_that_a_later_channel_has(tmp_path: Path) -> None:
         attach(trainer)
         trainer.add_callback(probe_of())
 
-    with pytest.raises(ConfigError, match="'dataset_canary_loss', which is the trainer's own"):
-        train(tmp_path, prepare=prepare, records=MapStyle())
+    trainer = train(tmp_path, prepare=prepare, records=MapStyle())
+    assert "which is the trainer's own key" in caplog.text
+    probed = list(probe_logs(trainer.state.log_history))
+    for entry in trainer.state.log_history:
+        # The key belongs to the probe; the channel's other values are there.
+        assert "dataset_canary_loss" not in entry or (entry["step"] in probed and "loss" not in entry)
+    assert any("dataset_canary_share" in entry for entry in trainer.state.log_history)
 
 
 def test_keys_that_somebody_else_logs(tmp_path: Path) -> None:
@@ -202,8 +207,12 @@ def test_an_error_can_end_the_probe_and_not_the_run(
     assert warned.pop("probed") == [0, 2] and without.pop("probed") == []
     torch.testing.assert_close(warned, without, rtol=0, atol=0)
     assert sum("no forward today" in record.message for record in caplog.records) == 1
+    # By default, once a probe has been logged.
+    default = run_one(probe_of())
+    assert default.pop("probed") == [0, 2]
+    torch.testing.assert_close(default, without, rtol=0, atol=0)
     with pytest.raises(ZeroDivisionError):
-        run_one(probe_of())
+        run_one(probe_of(on_error="raise"))
 
 
 class BigBuffer(torch.nn.Module):
