@@ -30,7 +30,7 @@ __all__ = ["ChannelDataset", "is_sft", "pack_channel_ids"]
 
 
 class ChannelDataset(torch.utils.data.Dataset[Any]):
-    """A Megatron dataset whose samples carry `channel_ids`. All other attributes are unchanged.
+    """A Megatron dataset whose samples carry `channel_ids`. All else is unchanged.
 
     Args:
         dataset: a BlendedDataset, or one dataset with a `dataset_path`.

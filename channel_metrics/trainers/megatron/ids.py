@@ -37,7 +37,7 @@ BATCH_KEY = "channel_ids"
 # A pack has the channel of each of its sequences under this key, filled up with NO_SEQUENCE.
 SEQUENCES_KEY = "channel_sequences"
 NO_SEQUENCE = -2
-# A pack has the number of its supervised targets in a next sequence under this key.
+# A pack has the number of its crossings under this key, see `data.pack_channel_ids`.
 CROSSINGS_KEY = "channel_crossings"
 
 # Keys of sequence boundaries in a batch. The padded ones come first: they tell where tokens are.

@@ -1,8 +1,8 @@
 """Finds the channels that an SFT file names, before the training.
 
 Files are read in batches of columns, because reading each line would take minutes for a large file.
-If messages or channel fields have different keys in different lines, `datasets` stores them as JSON.
-Only such lines are decoded.
+If messages or channel fields have different keys in different lines, `datasets` stores them as
+JSON. Only the lines of such files are decoded.
 """
 
 from __future__ import annotations
