@@ -80,7 +80,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         self.start_channel_metrics(channel_metrics or MetricsConfig())
 
     def start_channel_metrics(self, config: MetricsConfig) -> None:
-        """Open a session with the settings in `config`. A second call replaces it."""
+        """Open a session with the settings in `config`. A second call opens a new one."""
         session = self._new_session(config)
         self.channel_metrics, self.channel_scratch = session, self._new_scratch(session)
         self.pop_callback(LiveTable)
@@ -93,7 +93,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         return ChannelMetrics(config, reserved=RESERVED_KEYS, ranks=self._ranks())
 
     def _ranks(self) -> Ranks:
-        # transformers may make a process group and yet train each process by itself.
+        # transformers may make a process group although each process trains a model of its own.
         return Ranks(alone=self.accelerator.num_processes == 1)
 
     def _new_scratch(self, session: ChannelMetrics) -> Scratch:
@@ -272,7 +272,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         return context, prepared
 
     def _is_causal(self) -> bool | None:
-        """Whether the kind of the model predicts the next token; None if this is not known."""
+        """Whether a model of this kind predicts the next token; None if this is not known."""
         return is_causal(self.accelerator.unwrap_model(self.model))
 
 

@@ -1,4 +1,4 @@
-"""The windows of a transformers Trainer: they end where it logs, evaluates, saves and resumes."""
+"""The windows of a transformers Trainer, and its totals in checkpoints."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
         return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
 
     def _objective_without_channels(self, metrics: dict[str, float]) -> float:
-        """The default objective without our keys. It adds up all values that it is given."""
+        """Call the default objective without our keys, because it adds up all that it gets."""
         own = self.channel_scratch.own_keys
         theirs = {key: value for key, value in metrics.items() if key not in own}
         return float(default_compute_objective(theirs))
