@@ -20,30 +20,38 @@ class MetricsConfig:
     """How channels are found and what is logged for them."""
 
     fields: tuple[str, ...] = DEFAULT_FIELDS
-    """Dotted record fields that may hold the channel; the first that is there wins."""
+    """Names of record fields that may hold the channel, such as `meta.source`.
+
+    The first one that a record has is used."""
 
     channels: tuple[str, ...] = ()
-    """Declared channels. Empty: found in the data (scanned from a column, or met on the way)."""
+    """Declared channels. If empty, they are scanned from the dataset or learned from batches."""
 
     unknown: Unknown = "add"
-    """What a channel outside the declared ones does: "add", "unlabeled" or "error"."""
+    """What happens to a channel that was not declared.
+
+    "add" declares it, "unlabeled" counts its tokens as unlabeled, "error" raises."""
 
     metrics: tuple[str, ...] = DEFAULT_METRICS
-    """What is logged per channel, see `channel_metrics.core.schema`."""
+    """Names of the metrics that are logged per channel, see `channel_metrics.core.schema`."""
 
     eval_channels: tuple[str, ...] = ()
-    """The channels that evaluation logs; empty means all of them."""
+    """The channels that evaluations log. If empty, they log all of them."""
 
     key_format: str = "{channel}_{metric}"
-    """The log key. `{metric}_{channel}` gives ms-swift's names, `{metric}/{channel}` folders."""
+    """The form of the log keys.
+
+    `{metric}_{channel}` gives the keys that ms-swift has. `{metric}/{channel}` makes TensorBoard
+    group the charts by metric."""
 
     live_table: bool = True
-    """Whether a terminal or a notebook shows the channels while the run goes on."""
+    """Whether a terminal or a notebook shows a table of the channels during the run."""
 
     on_error: OnError | None = None
-    """What an error in the metrics does: "raise" ends the run, "warn" ends the metrics only.
+    """What an error in the metrics does.
 
-    None raises until the first train window has been logged, and warns afterwards."""
+    "raise" ends the run. "warn" ends only the metrics, with a warning. None raises until the first
+    train window has been logged, and warns afterwards."""
 
     def __post_init__(self) -> None:
         for name in ("fields", "channels", "metrics", "eval_channels"):
@@ -63,29 +71,52 @@ class MetricsConfig:
 
     @property
     def window_metrics(self) -> tuple[str, ...]:
-        """Those of `metrics` that are about one window."""
+        """The entries of `metrics` that describe one window."""
         return tuple(name for name in self.metrics if name in TOKENS.window_metrics)
 
     @property
     def run_metrics(self) -> tuple[str, ...]:
-        """Those of `metrics` that are about the whole run."""
+        """The entries of `metrics` that describe the whole run."""
         return tuple(name for name in self.metrics if name in TOKENS.run_metrics)
 
     def new_table(self, reserved: Collection[str] = ()) -> ChannelTable:
-        """A table of the declared channels; raises for names that cannot stand side by side."""
+        """Make a table of the declared channels.
+
+        Args:
+            reserved: log keys that no channel may use.
+
+        Raises:
+            ConfigError, ChannelError: a name is not allowed, or two would share a log key.
+        """
         return ChannelTable(
             self.channels, unknown=self.unknown, key_format=self.key_format, reserved=reserved
         )
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> MetricsConfig:
-        """From plain values (YAML); an unknown key is refused with the nearest right one."""
+        """Make a config from plain values, such as those of a YAML file.
+
+        Args:
+            mapping: {name of a field: value}.
+
+        Raises:
+            ConfigError: a key is unknown, or a value is not allowed.
+        """
         refuse_unknown_keys(mapping, [field.name for field in fields(cls)], "metrics config")
         return cls(**mapping)
 
 
 def refuse_unknown_keys(mapping: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Raise `ConfigError` for the first key that is not in `known`, naming the nearest."""
+    """Refuse a key that is not known.
+
+    Args:
+        mapping: the settings that were given.
+        known: the keys that are allowed.
+        where: what the error message calls the mapping.
+
+    Raises:
+        ConfigError: for the first unknown key. The message suggests the most similar known one.
+    """
     known = list(known)
     for key in mapping:
         if key not in known:

@@ -1,1 +1,1 @@
-"""Adapters: one module per training framework, each importing only its own."""
+"""Adapters: one package per trainer. Each imports only the libraries of its own trainer."""

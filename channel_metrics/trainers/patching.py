@@ -1,4 +1,4 @@
-"""What the patches have in common: the config of the environment, and a line that says so."""
+"""What all patches use: the config that the environment names, and a line about the patch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ __all__ = ["announce", "config_of_environment"]
 
 
 def announce(message: str) -> None:
-    """One line that says what was patched, from rank 0; to stderr where logging hides it."""
+    """Report what was patched, on rank 0 only.
+
+    Args:
+        message: one line. It goes to the log, or to stderr if the log does not show it.
+    """
     if os.environ.get("RANK", "0") != "0":
         return
     logger = logging.getLogger("channel_metrics")
@@ -24,6 +28,13 @@ def announce(message: str) -> None:
 
 
 def config_of_environment() -> MetricsConfig:
-    """The config in the file that CHANNEL_METRICS_CONFIG names; the defaults if it is not set."""
+    """Read the file that CHANNEL_METRICS_CONFIG names.
+
+    Returns:
+        The config of the file; the default config if the variable is not set.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds settings that are not allowed.
+    """
     path = os.environ.get(CONFIG_VARIABLE)
     return load_metrics_config(path) if path else MetricsConfig()

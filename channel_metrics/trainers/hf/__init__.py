@@ -4,8 +4,9 @@
     attach(trainer)
     trainer.train()          # the logs hold bbu_loss, bbu_token_acc, bbu_tokens, bbu_share, ...
 
-or `class MyTrainer(ChannelMetricsMixin, Trainer)`; `attach` gives an instance that same mixin.
-Training is unchanged bit for bit: loss, gradients, random numbers, weights.
+A class can have the metrics too: `class MyTrainer(ChannelMetricsMixin, Trainer)`. `attach` adds
+the same mixin to one trainer object. Loss, gradients, random numbers and weights of the training
+are the same with and without the metrics, to the last bit.
 """
 
 from __future__ import annotations

@@ -1,12 +1,4 @@
-"""Channel metrics in the transformers Trainer, and in trainers built on it.
-
-    trainer = Trainer(model, args, train_dataset=mixture)
-    attach(trainer)
-    trainer.train()          # the logs hold bbu_loss, bbu_token_acc, bbu_tokens, bbu_share, ...
-
-or `class MyTrainer(ChannelMetricsMixin, Trainer)`; `attach` gives an instance that same mixin.
-Training is unchanged bit for bit: loss, gradients, random numbers, weights.
-"""
+"""`attach` and `detach`: channel metrics for a trainer object that has already been made."""
 
 from __future__ import annotations
 
@@ -25,7 +17,7 @@ __all__ = ["ChannelMetricsMixin", "attach", "check_trainer", "detach"]
 
 TrainerT = TypeVar("TrainerT", bound=transformers.Trainer)
 
-# Who is built on the Trainer and has a mixin of its own: {package: module with `mixin_for`}.
+# Frameworks whose trainers extend the Trainer and need their own mixin: {package: module}.
 _MIXINS = {
     "swift": "channel_metrics.trainers.swift.mixin",
     "trl": "channel_metrics.trainers.trl.mixins",
@@ -35,20 +27,24 @@ _MIXINS = {
 def attach(
     trainer: TrainerT, config: MetricsConfig | None = None, *, whole_script: bool = False
 ) -> TrainerT:
-    """Give `trainer` channel metrics; the same object is returned. A second call replaces them.
+    """Give `trainer` channel metrics. A second call replaces them by new ones.
 
     Args:
-        trainer: has been made, and does not train yet.
-        config: None takes the defaults.
-        whole_script: for patches, which meet every trainer of a script. One whose batches have no
-            labels of tokens is left alone, and so is one whose data has no channels. An error
-            ends the metrics of this trainer with a warning, unless `on_error` is "raise".
+        trainer: a trainer whose training has not started yet.
+        config: None means the default config.
+        whole_script: True for patches, which attach the metrics to every trainer of a script. Then
+            nothing is logged for a trainer whose batches have no labels of tokens, or whose data
+            has no channels. If `on_error` is not set, an error ends only the metrics of this
+            trainer, with a warning.
+
+    Returns:
+        `trainer` itself, whose class now has the mixin.
 
     Raises:
-        UnsupportedVersionError: this transformers lacks a method that the metrics need.
+        UnsupportedVersionError: this version of transformers lacks a method that is needed.
     """
     check_trainer(type(trainer))
-    # To mypy, an object cannot change its class.
+    # mypy does not know that an object can change its class.
     changed: Any = trainer
     if not isinstance(trainer, ChannelMetricsMixin):
         changed.__class__ = with_mixin(type(trainer), _mixin_for(type(trainer)))
@@ -61,7 +57,14 @@ def attach(
 
 
 def detach(trainer: TrainerT) -> TrainerT:
-    """Undo `attach`; the trainer is of its own class again."""
+    """Undo `attach`.
+
+    Args:
+        trainer: a trainer that `attach` was called for.
+
+    Returns:
+        `trainer` itself, with its original class.
+    """
     changed: Any = trainer
     changed.__class__ = original_class(type(trainer))
     for name in ("channel_metrics", "channel_scratch", "channel_whole_script"):
@@ -74,7 +77,7 @@ def _mixin_for(trainer_class: Any) -> type[ChannelMetricsMixin]:
     frameworks = {parent.__module__.split(".")[0] for parent in trainer_class.__mro__}
     for framework, module in _MIXINS.items():
         if framework in frameworks:
-            # Only here: somebody who has no such framework needs none.
+            # Imported only here, so that nobody needs a framework that they do not use.
             found: type[ChannelMetricsMixin] = import_module(module).mixin_for(trainer_class)
             return found
     return ChannelMetricsMixin

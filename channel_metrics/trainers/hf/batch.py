@@ -1,4 +1,4 @@
-"""The part of a Trainer's batch that is ours: taken out before the model sees it."""
+"""The keys that the collator adds to a batch. They are taken out before the model sees it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class BatchChannels:
-    """channels: per sequence (ids or names), or ids of the targets [B, S], see `parallel`.
-    cu_seqlens: int32 [num_sequences + 1], None where every row is one sequence. records: the
-    number of the record in each row or sequence, None where they are in order."""
+    """The channels of a batch, and where its sequences are.
+
+    Args:
+        channels: one name or id per sequence, or ids of the targets, int64 [B, S] (see `parallel`).
+        cu_seqlens: boundaries of the sequences, int32 [num_sequences + 1]; None if every row is
+            one sequence.
+        records: int64, the index of the record in each row or sequence; None if they are in order.
+    """
 
     channels: Tensor | list[str | None]
     cu_seqlens: Tensor | None
@@ -40,23 +45,25 @@ class BatchChannels:
 
     @property
     def per_token(self) -> bool:
-        """Whether the channels are ids of tokens."""
+        """Whether there is one id per token."""
         return isinstance(self.channels, Tensor) and self.channels.dim() == 2
 
     @property
     def num_sequences(self) -> int:
-        """The number of sequences (of rows, for ids per token)."""
+        """The number of sequences; the number of rows if there is one id per token."""
         return len(self.channels)
 
 
 @dataclass
 class Scratch:
-    """What a trainer knows of the micro-batch that it computes now.
+    """What the mixin remembers about the current micro-batch.
 
-    reader: of the model's token losses. pending: the channels that were taken out of the batch.
-    cut: whether the context that the next loss is computed in cuts the rows. logs_next: whether
-    the next log is that of the training loop itself. own_keys: what we have put into the results
-    of evaluations.
+    Args:
+        reader: reads the token losses of the model.
+        pending: the channels that were taken out of the batch, until they are counted.
+        cut: whether context parallelism cuts the rows of the next loss.
+        logs_next: whether the training loop itself makes the next log.
+        own_keys: the keys that we have added to the results of evaluations.
     """
 
     reader: TokenLossReader
@@ -67,7 +74,14 @@ class Scratch:
 
 
 def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorFault | None:
-    """Remove our keys from `inputs`; None if they are not there."""
+    """Remove our keys from a batch.
+
+    Args:
+        inputs: the batch, which is changed.
+
+    Returns:
+        What the keys held, or the fault of the collator; None if there are no channels.
+    """
     channels, cu_seqlens = inputs.pop("channels", None), inputs.pop(BOUNDS_KEY, None)
     records = inputs.pop(RECORDS_KEY, None)
     if channels is None or isinstance(channels, CollatorFault):
@@ -76,9 +90,13 @@ def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorF
 
 
 def has_token_labels(inputs: Mapping[str, Any]) -> bool:
-    """Whether a batch of an encoder or decoder has a label per token, and not per record.
+    """Whether a batch has one label per token.
 
-    False for the labels of a classifier or a regressor, and where there are none.
+    Args:
+        inputs: the batch.
+
+    Returns:
+        False for the labels of a classifier or a regressor, and for a batch without labels.
     """
     labels, ids = inputs.get("labels"), inputs.get("input_ids")
     if labels is None:
@@ -89,7 +107,15 @@ def has_token_labels(inputs: Mapping[str, Any]) -> bool:
 
 
 def labels_of(batch: BatchChannels, inputs: Mapping[str, Any]) -> Any:
-    """The labels that the channels stand beside: as they are, or shifted for ids per token."""
+    """The labels in the layout of the channels.
+
+    Args:
+        batch: the channels.
+        inputs: the batch that they were taken from.
+
+    Returns:
+        `labels` as they are, or shifted by one position if there is one id per token.
+    """
     labels = inputs.get("labels")
     if not batch.per_token:
         return labels
@@ -98,18 +124,27 @@ def labels_of(batch: BatchChannels, inputs: Mapping[str, Any]) -> Any:
 
 
 def real_records(accelerator: Any, data_rank: int, data_size: int) -> tuple[int, int] | None:
-    """(records that are no repetitions, records) of this rank in an evaluation batch.
+    """Count the records of an evaluation batch that accelerate has not repeated.
 
-    None means that there are no repetitions. accelerate repeats the first samples so that all
-    ranks get even last batches, and drops them again when it gathers for metrics, by this same
-    count. In training they are kept: the model is trained on them.
+    accelerate repeats the first records so that the last batches of all ranks have the same size.
+    It drops them by this same count when it gathers values for metrics. In training they are
+    kept, because the model is trained on them.
+
+    Args:
+        accelerator: the accelerator of the trainer.
+        data_rank: the number of this rank among those that read different rows.
+        data_size: how many such ranks there are.
+
+    Returns:
+        (records without repetitions, all records) in the batch of this rank; None if nothing is
+        repeated.
     """
     state = accelerator.gradient_state
     if data_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return None
     remainder, loader = int(state.remainder), state.active_dataloader
     if isinstance(loader, DataLoaderDispatcher):
-        # Dispatched: the last batch of all ranks is filled up to the next multiple of them.
+        # One process sends the batches. It fills the last one up to a multiple of the ranks.
         per_rank = -(-remainder // data_size)
     elif accelerator.even_batches:
         per_rank = loader.total_batch_size // data_size
@@ -119,7 +154,12 @@ def real_records(accelerator: Any, data_rank: int, data_size: int) -> tuple[int,
 
 
 def repeats_unseen(loader: Any, accelerator: Any) -> bool:
-    """Whether accelerate may repeat records of a stream whose length nobody knows."""
+    """Whether accelerate may repeat records of a stream without a known length.
+
+    Args:
+        loader: the data loader of the evaluation.
+        accelerator: the accelerator of the trainer.
+    """
     stream = isinstance(getattr(loader, "dataset", None), IterableDatasetShard)
     return stream and accelerator.num_processes > 1
 
@@ -127,9 +167,17 @@ def repeats_unseen(loader: Any, accelerator: Any) -> bool:
 def first_records(
     batch: BatchChannels, values: TokenValues, count: int, per_rank: int
 ) -> tuple[BatchChannels, TokenValues] | None:
-    """Only the first `count` of `per_rank` records; nothing is read from the device.
+    """Keep the first records of a batch. Nothing is read from the device.
 
-    None if it cannot be told what a record is: neither a row nor a sequence.
+    Args:
+        batch: the channels.
+        values: the values of its tokens, [B, S] or flattened.
+        count: how many records to keep.
+        per_rank: how many records the batch has.
+
+    Returns:
+        The channels and values without the other records; None if a record is neither a row nor
+        a sequence, so that they cannot be told apart.
     """
     if batch.records is not None:
         batch, values = _in_order_of_records(batch, batch.records, values)
@@ -146,16 +194,16 @@ def first_records(
     if bounds is None:
         if batch.per_token:
             return batch, kept
-        # Without bounds a row is a sequence, and would count as one sample.
+        # Without bounds every row counts as one sample, so the other rows must go.
         return BatchChannels(batch.channels[:count], None), _rows(kept, count)
-    # Sequences behind the end become empty: no tokens, no samples.
+    # Sequences behind the end become empty. They have no tokens and count no samples.
     return BatchChannels(batch.channels, bounds.clamp(max=end)), kept
 
 
 def _in_order_of_records(
     batch: BatchChannels, records: Tensor, values: TokenValues
 ) -> tuple[BatchChannels, TokenValues]:
-    """The rows, or the sequences, as they would be if the collator had kept their order."""
+    """Put the rows or sequences back into the order of the records."""
     order, channels = records.argsort(), batch.channels
     if isinstance(channels, Tensor):
         channels = channels[order]
@@ -165,7 +213,7 @@ def _in_order_of_records(
     if shape[0] == len(order) and len(shape) == 2:
         return BatchChannels(channels, bounds), values.map(lambda rows: rows[order])
     assert bounds is not None
-    # Tokens move with their sequence; those past the last bound stay where they are.
+    # Tokens move with their sequence. Those behind the last bound stay at the end.
     ranks = torch.nn.functional.pad(records, (0, 1), value=len(order))
     moved = ranks[sequence_index(bounds, values.mask.numel())].argsort(stable=True)
     bounds = torch.nn.functional.pad(bounds.diff()[order].cumsum(0), (1, 0)).to(bounds.dtype)

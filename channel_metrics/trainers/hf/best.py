@@ -1,4 +1,4 @@
-"""`metric_for_best_model`: one that no evaluation will log is said before the training begins."""
+"""A check of `metric_for_best_model` before training: an evaluation must log this metric."""
 
 from __future__ import annotations
 
@@ -12,12 +12,20 @@ __all__ = ["check_best_metric"]
 
 
 def check_best_metric(trainer: Any, session: ChannelMetrics) -> None:
-    """Raise `ConfigError` if `metric_for_best_model` is a channel's, and is not logged.
+    """Refuse a `metric_for_best_model` that belongs to a channel and will not be logged.
 
-    transformers would raise `KeyError` at the first evaluation, or save no best model.
+    Without this check, transformers raises `KeyError` at the first evaluation, or saves no best
+    model.
+
+    Args:
+        trainer: the trainer, before training.
+        session: its channel metrics.
+
+    Raises:
+        ConfigError: `eval_channels` or `metrics` leave this metric out.
     """
     wanted = trainer.args.metric_for_best_model
-    # A function of the script's own may log anything.
+    # The script's own `compute_metrics` may log any key.
     if not wanted or wanted in session.keys.reserved or trainer.compute_metrics is not None:
         return
     wanted = wanted if wanted.startswith("eval_") else f"eval_{wanted}"

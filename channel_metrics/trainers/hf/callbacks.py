@@ -1,4 +1,4 @@
-"""How a callback comes to know its trainer: transformers does not tell it who calls."""
+"""Callbacks that know their trainer. transformers itself does not pass it to them."""
 
 from __future__ import annotations
 
@@ -12,26 +12,34 @@ __all__ = ["TrainerKnowingCallback", "tell_callbacks"]
 class TrainerKnowingCallback(transformers.TrainerCallback):
     """A callback that needs its trainer.
 
-    trainer: set by hand, or None. A trainer with channel metrics makes itself known before it
-    trains.
+    A trainer with channel metrics calls `take_trainer` before it trains. For other trainers, set
+    the attribute `trainer`.
     """
 
     trainer: Any = None
     _caller: Any = None
 
     def taken_trainer(self) -> Any:
-        """The trainer that trains now, None if nobody has told; asked for when training begins."""
-        # Forgotten at once: the next one to train may be another that tells nothing.
+        """The trainer that trains now; None if it is not known. Call it once per training."""
+        # Forgotten at once, because the next trainer may be another, which does not call us.
         caller, self._caller = self._caller, None
         return caller if self.trainer is None else self.trainer
 
     def take_trainer(self, trainer: Any) -> None:
-        """Remember who is about to train; `self.trainer`, if set, is preferred."""
+        """Remember a trainer.
+
+        Args:
+            trainer: the trainer that is about to train. If `self.trainer` is set, that one is used.
+        """
         self._caller = trainer
 
 
 def tell_callbacks(trainer: Any) -> None:
-    """Make `trainer` known to those of its callbacks that need it."""
+    """Make a trainer known to those of its callbacks that need it.
+
+    Args:
+        trainer: the trainer that is about to train.
+    """
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TrainerKnowingCallback):
             callback.take_trainer(trainer)

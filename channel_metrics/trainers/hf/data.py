@@ -1,4 +1,4 @@
-"""The wrapped collator of a transformers Trainer, and the columns that it gets to see."""
+"""The wrapped collator of a transformers Trainer, and the dataset columns that it gets."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["TokenBatchCollator", "wrap_collator"]
 
 
 class TokenBatchCollator(ChannelCollator):
-    """Leaves a batch as it is if it has no labels of tokens: such a trainer is not for us."""
+    """Adds channels only to batches that have one label per token."""
 
     def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
-        # Copied before: a collator may take fields out of its records.
+        # Copied first, because a collator may remove fields from its records.
         records = [dict(one) if isinstance(one, Mapping) else one for one in features]
         batch = collate(features)
         if not isinstance(batch, Mapping) or not has_token_labels(batch):
@@ -34,11 +34,21 @@ def wrap_collator(
     kind: type[ChannelCollator] = ChannelCollator,
     classes: Mapping[str, Sequence[str]] | None = None,
 ) -> ChannelCollator:
-    """`base` with channels, seeing exactly the columns that it would see without us.
+    """Wrap a collator so that its batches carry channels.
 
-    With `remove_unused_columns` the trainer would have dropped the channel's column, so it is
-    stripped; transformers' and TRL's own collators can only choke on it; any other collator
-    gets what it always got.
+    `base` gets the same dataset columns as without the metrics. With `remove_unused_columns`, the
+    trainer would drop the column of the channel, so the wrapper drops it. It also drops it for
+    the collators of transformers and TRL, which raise errors on strings. Any other collator gets
+    all columns.
+
+    Args:
+        base: the collator of the trainer.
+        fields: the record fields that may hold the channel.
+        table: turns names into ids; None keeps the names.
+        signature_columns: the columns that the trainer keeps.
+        remove_unused_columns: the training argument of that name.
+        kind: the class of the wrapper.
+        classes: {field: class names} of the dataset columns of type `ClassLabel`.
     """
     theirs = type(base).__module__.split(".")[0] in ("transformers", "trl") or (
         getattr(base, "__module__", "").split(".")[0] in ("transformers", "trl")

@@ -1,7 +1,7 @@
-"""The data side of the Trainer mixin: its collator learns the channels.
+"""The data side of the Trainer mixin: it makes data loaders whose batches carry channels.
 
-The collator is only wrapped while a data loader is made: what the user sees as
-`trainer.data_collator` stays theirs.
+The collator is wrapped only while a data loader is made. At all other times,
+`trainer.data_collator` is the user's own object.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import transformers
 
     class _TrainerBase(transformers.Trainer):
-        """What the mixins stand before, as far as types go."""
+        """The class that the mixins extend, for type checkers only."""
 
         train_dataset: Any
         eval_dataset: Any
@@ -47,8 +47,9 @@ class ChannelLoadersMixin(_TrainerBase):
     channel_metrics: ChannelMetrics | None = None
     channel_scratch: Scratch
     channel_whole_script = False
-    """Whether a patch attached the metrics to every trainer of a script: what has no labels of
-    tokens is left alone."""
+    """Whether a patch attached the metrics to every trainer of the script.
+
+    A trainer without labels of tokens is then left alone."""
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         with self._channel_collator(self.train_dataset, "train"):
@@ -94,7 +95,7 @@ class ChannelLoadersMixin(_TrainerBase):
         remove = super()._get_collator_with_removed_columns
         if not isinstance(data_collator, ChannelCollator):
             return remove(data_collator, description=description)
-        # Ours must be the outer one: it needs the columns that the other one removes.
+        # Our collator must be the outer one, because it needs columns that the other one removes.
         return data_collator.around(remove(data_collator.base, description=description))
 
     def _rank_layout(self) -> RankLayout:
@@ -103,7 +104,7 @@ class ChannelLoadersMixin(_TrainerBase):
         return layout_of(self.accelerator, tp_size=found)
 
     def _collator_kind(self, dataset: Any, description: str, known: bool) -> type[ChannelCollator]:
-        """What the way of the batches to the ranks asks of their channels."""
+        """The collator that fits the way in which batches reach the ranks."""
         dispatched = self.accelerator.dispatch_batches
         if dispatched is None:
             dispatched = isinstance(dataset, torch.utils.data.IterableDataset)
@@ -130,7 +131,7 @@ class ChannelLoadersMixin(_TrainerBase):
 
     @contextmanager
     def _channel_collator(self, dataset: Any, description: str) -> Iterator[None]:
-        """While this lasts, `data_collator` also gives the channels of a batch of `dataset`."""
+        """Inside this context, `data_collator` also adds the channels to a batch of `dataset`."""
         session, before = self.channel_metrics, self.data_collator
         if session is not None and session.measuring:
             with session.guard.guarded():
@@ -141,7 +142,7 @@ class ChannelLoadersMixin(_TrainerBase):
             self.data_collator = before
 
     def _declare(self, session: ChannelMetrics, dataset: Any, split: str) -> bool:
-        """Learn the channels of a dataset; whether that could be done."""
+        """Scan a dataset for channels; False if it cannot be scanned."""
         return session.declare(dataset, split)
 
     def _with_channels(self, session: ChannelMetrics, dataset: Any, description: str) -> Any:

@@ -1,4 +1,4 @@
-"""The mixin that gives a transformers Trainer channel metrics: how a micro-batch is counted."""
+"""The mixin that gives a transformers Trainer channel metrics. It counts the micro-batches."""
 
 from __future__ import annotations
 
@@ -64,11 +64,12 @@ _HOOKS = (
 class ChannelMetricsMixin(ChannelWindowsMixin):
     """Put before a Trainer class: `class MyTrainer(ChannelMetricsMixin, Trainer)`.
 
-    channel_metrics: the config, as keyword of the constructor; None takes the defaults. The
-    trainer's attribute of that name is its `ChannelMetrics`.
+    Args:
+        channel_metrics: the config; None means the default config. The attribute of this name is
+            the session of the trainer, a `ChannelMetrics`.
     """
 
-    # What a trainer with a data loader of its own is told to use.
+    # What an error message recommends to a trainer that makes its own data loader.
     _collator_name = "channel_metrics.ChannelCollator"
 
     def __init__(
@@ -79,7 +80,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         self.start_channel_metrics(channel_metrics or MetricsConfig())
 
     def start_channel_metrics(self, config: MetricsConfig) -> None:
-        """Open a session, for a trainer that has been made; a second call replaces it."""
+        """Open a session with the settings in `config`. A second call opens a new one."""
         session = self._new_session(config)
         self.channel_metrics, self.channel_scratch = session, self._new_scratch(session)
         self.pop_callback(LiveTable)
@@ -92,7 +93,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         return ChannelMetrics(config, reserved=RESERVED_KEYS, ranks=self._ranks())
 
     def _ranks(self) -> Ranks:
-        # transformers may make a process group and yet train each process by itself.
+        # transformers may make a process group although each process trains a model of its own.
         return Ranks(alone=self.accelerator.num_processes == 1)
 
     def _new_scratch(self, session: ChannelMetrics) -> Scratch:
@@ -100,7 +101,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         return Scratch(TokenLossReader(with_correct=with_correct, guard=session.guard))
 
     def _shielded(self, original: Any, observing: Any, *args: Any, **kwargs: Any) -> Any:
-        """`original`, observed where metrics are on, see `FaultGuard.shielded`."""
+        """Call `original`, observed if the metrics are on; see `FaultGuard.shielded`."""
         if self.channel_metrics is None:
             return original(*args, **kwargs)
         return self.channel_metrics.guard.shielded(original, observing, *args, **kwargs)
@@ -110,12 +111,12 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
     def _prepare_inputs(self, inputs: Any) -> Any:
         prepared = super()._prepare_inputs(inputs)
         if self.channel_metrics is not None and self._holds_our_keys(prepared):
-            # Also where metrics are off: the model must not see our keys.
+            # Even if the metrics are off, the model must not see our keys.
             self.channel_scratch.pending = take_channels(prepared)
         return prepared
 
     def _holds_our_keys(self, inputs: Any) -> bool:
-        """False for a batch that was left as it is; a key named `channels` is the script's own."""
+        """False for a batch without our keys; a `channels` in it belongs to the script."""
         if not isinstance(inputs, MutableMapping):
             return False
         if not self.channel_whole_script or isinstance(inputs.get("channels"), CollatorFault):
@@ -132,7 +133,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
     def _observed_loss(
         self, compute: Any, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """What `compute` returns; the tokens it saw are counted."""
+        """Call `compute`, and count the tokens of its batch."""
         session, scratch = self.channel_metrics, self.channel_scratch
         if session is None or not (model.training or session.evaluating):
             return compute(model, inputs, *args, **kwargs)
@@ -164,13 +165,13 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         )
 
     def _leave_alone(self, session: ChannelMetrics) -> None:
-        """End the metrics of a trainer that a patch met, and that learns from no tokens."""
+        """End the metrics of a trainer that has no labels of tokens."""
         logger.info("channel metrics: %s has no labels of tokens, left alone", type(self).__name__)
         session.guard.error = UnsupportedVersionError("no labels of tokens")
         self.channel_scratch.pending = None
 
     def _taken_channels(self, inputs: Any) -> BatchChannels:
-        """The channels of the batch that is computed now; each batch gives them once."""
+        """Take the channels of the current batch. This can be done only once per batch."""
         scratch = self.channel_scratch
         batch, scratch.pending = take_channels(inputs) or scratch.pending, None
         if isinstance(batch, CollatorFault):
@@ -184,15 +185,15 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         return batch
 
     def _labels_of(self, batch: BatchChannels, inputs: Any) -> Any:
-        """The labels that the channels stand beside."""
+        """The labels in the layout of the channels."""
         return labels_of(batch, inputs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         return self._shielded(super().prediction_step, self._observed_step, *args, **kwargs)
 
     def _observed_step(self, step: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """What `step` returns. Beside generation, and in trainers that override it, it may call
-        the model itself and not `compute_loss`."""
+        """Call `step`, and count the batch if the step did not call `compute_loss`. Steps that
+        generate, and those of some subclasses, call the model themselves."""
         session, scratch = self.channel_metrics, self.channel_scratch
         if session is None or not session.evaluating or not self._counts_tokens():
             return step(model, inputs, *args, **kwargs)
@@ -246,7 +247,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         session.count(MicroBatch.of_values(values, batch.channels, batch.cu_seqlens, reported))
 
     def _real_records(self, session: ChannelMetrics) -> tuple[int, int] | None:
-        """How many of how many records are no repetitions; None means all."""
+        """(records without repetitions, all records) of the batch; None if nothing is repeated."""
         if not session.evaluating:
             return None
         layout = self._rank_layout()
@@ -263,7 +264,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         if session is not None and session.measuring:
             scratch = self.channel_scratch
             with session.guard.guarded():
-                # In evaluation, the channels have been taken out of the batch before.
+                # In an evaluation, the channels are no longer in the batch.
                 pending = scratch.pending
                 channels = pending.channels if isinstance(pending, BatchChannels) else None
                 cut = shard_with_labels(context, prepared.get("channels", channels))
@@ -271,12 +272,12 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         return context, prepared
 
     def _is_causal(self) -> bool | None:
-        """Whether the model predicts the next token, by its kind; None if that is not known."""
+        """Whether a model of this kind predicts the next token; None if this is not known."""
         return is_causal(self.accelerator.unwrap_model(self.model))
 
 
 def check_trainer(trainer_class: type) -> None:
-    """Raise `UnsupportedVersionError` unless the class has all methods that we extend."""
+    """Raise `UnsupportedVersionError` if `trainer_class` lacks a method that we extend."""
     check_loss_hook()
     missing = [name for name in _HOOKS if not hasattr(trainer_class, name)]
     if missing:

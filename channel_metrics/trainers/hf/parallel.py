@@ -1,4 +1,4 @@
-"""Ranks that share a batch, and batches that are cut along the sequence: who counts what.
+"""Which rank counts which tokens, if ranks share a batch or a part of each row.
 
 | mode | what a rank sees | who counts |
 |---|---|---|
@@ -7,12 +7,13 @@
 | context parallel (torch) | a part of each row of its group | every rank, its part |
 | sequence parallel (DeepSpeed Ulysses) | in training a part of each row | every rank, its part |
 
-Ulysses is off in evaluation, and each rank has rows of its own. Where transformers does not cut
-the rows of an evaluation for context parallelism, its ranks hold the same: the first one counts.
+In an evaluation, Ulysses is off and each rank has its own rows. If transformers does not cut the
+rows of an evaluation for context parallelism, all ranks of the group hold the same rows, and the
+first rank counts them.
 
-Parts of rows cannot be described by boundaries. There the batch holds one id per token, of the
-shape of the labels, and the position of an id is that of the token which predicts its target:
-so ids are cut by whatever cuts `shift_labels`.
+Boundaries cannot describe parts of rows. If rows are cut, the batch holds one id per token, in the
+shape of the labels. The id at a position is that of the target that this position predicts, so the
+function that cuts `shift_labels` can cut the ids too.
 
 Letters: B rows, S row length, N = num_sequences.
 """
@@ -47,7 +48,10 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class RankLayout:
-    """How the ranks of this run divide the batches."""
+    """How the ranks of this run divide the batches.
+
+    `tp`, `cp` and `sp` stand for tensor, context and sequence parallelism.
+    """
 
     tp_size: int = 1
     tp_rank: int = 0
@@ -55,7 +59,7 @@ class RankLayout:
     cp_rank: int = 0
     sp_size: int = 1
     data_size: int = 1
-    """The number of ranks, or groups of ranks, that read different rows."""
+    """How many ranks, or groups of ranks, read different rows."""
     data_rank: int = 0
 
     @property
@@ -64,17 +68,23 @@ class RankLayout:
         return self.cp_size > 1 or self.sp_size > 1
 
     def counts(self, *, cut: bool) -> bool:
-        """Whether this rank counts its tokens: no token may be counted by two.
+        """Whether this rank counts its tokens. Each token must be counted by only one rank.
 
-        cut: whether the rows of the batch are cut between the context parallel ranks.
+        Args:
+            cut: whether the rows of the batch are cut between the context parallel ranks.
         """
         return self.tp_rank == 0 and (cut or self.cp_rank == 0)
 
 
 def layout_of(accelerator: Any, *, tp_size: int = 1) -> RankLayout:
-    """The layout of a run; tp_size: what the trainer found in the model or DeepSpeed's config.
+    """Find the layout of a run.
 
-    Raises `UnsupportedVersionError` where ranks share batches in a way that cannot be seen.
+    Args:
+        accelerator: the accelerator of the trainer.
+        tp_size: the size that the trainer found in the model or in the config of DeepSpeed.
+
+    Raises:
+        UnsupportedVersionError: it cannot be found out which ranks share a batch.
     """
     sizes = getattr(accelerator, "parallelism_config", None)  # older accelerate has none
     mesh = getattr(accelerator, "torch_device_mesh", None)
@@ -105,7 +115,7 @@ def layout_of(accelerator: Any, *, tp_size: int = 1) -> RankLayout:
 
 
 def _check_ulysses(sizes: Any) -> None:
-    """Raise `UnsupportedVersionError` unless rows are cut by a DeepSpeed that we know."""
+    """Raise `UnsupportedVersionError` unless a supported DeepSpeed cuts the rows."""
     if sizes.sp_backend != "deepspeed":
         raise UnsupportedVersionError(
             f"sequence parallelism was expected from DeepSpeed, but sp_backend is "
@@ -127,12 +137,19 @@ def _ulysses_is_off_in_evaluation() -> bool:
 
 
 def target_ids(ids: Tensor) -> Tensor:
-    """[B, S] ids of tokens -> ids of the targets they predict, as `shift_labels` has them."""
+    """Shift ids by one position, as `shift_labels` is shifted.
+
+    Args:
+        ids: the id of each token, int64 [B, S].
+
+    Returns:
+        The id of the target that each position predicts, int64 [B, S]; -1 at the last position.
+    """
     return torch.nn.functional.pad(ids[..., 1:], (0, 1), value=-1)
 
 
 class TargetIdCollator(ChannelCollator):
-    """`channels` is int64 [B, S]: for each position, the channel of the target it predicts."""
+    """Gives `channels` as int64 [B, S]: at each position, the id of the target it predicts."""
 
     def _added_keys(
         self,
@@ -140,7 +157,7 @@ class TargetIdCollator(ChannelCollator):
         channels: list[list[str | None]],
         records: Sequence[Mapping[str, Any]] = (),
     ) -> dict[str, Any]:
-        """Without boundaries: the channels of the sequences are written out over their tokens."""
+        """One id per token, in place of one per sequence and the boundaries."""
         added = super()._added_keys(batch, channels, records)
         ids = _as_ids(added, "a batch is cut along the sequence (cp_size or sp_size > 1)")
         labels = batch.get("labels")
@@ -157,7 +174,7 @@ class TargetIdCollator(ChannelCollator):
 
 
 class RowCollator(ChannelCollator):
-    """For batches that one process sends to the others: only tensors with one entry per row."""
+    """Adds tensors with one entry per row, for batches that one process sends to the others."""
 
     def _added_keys(
         self,
@@ -165,9 +182,9 @@ class RowCollator(ChannelCollator):
         channels: list[list[str | None]],
         records: Sequence[Mapping[str, Any]] = (),
     ) -> dict[str, Any]:
-        """The channels; raises `ConfigError` if rows and sequences are not the same."""
+        """The channels. Raises `ConfigError` if a row holds several sequences."""
         added = super()._added_keys(batch, channels, records)
-        # Here the repeated records of an evaluation are the last rows, whatever the order.
+        # Not needed: the repeated records of such an evaluation are always the last rows.
         added.pop(self.records_key or "", None)
         _as_ids(added, "one process sends its batches to the others (dispatch_batches)")
         if self.bounds_key in added:
@@ -183,9 +200,15 @@ _NOT_BY_ROWS = (
 
 
 def check_keeps_rows(collator: Any) -> None:
-    """Raise `ConfigError` for a collator that is known to pack rows, before any batch is made.
+    """Refuse a collator that packs rows, before any batch is made.
 
-    On a batch, only the process that makes it could raise, and the others would wait for it.
+    Later, only the process that makes the batch would raise, and the others would wait for it.
+
+    Args:
+        collator: the collator of the trainer.
+
+    Raises:
+        ConfigError: this collator is known to put several sequences into a row.
     """
     if isinstance(collator, DataCollatorWithFlattening) or getattr(collator, "padding_free", False):
         name = type(collator).__name__
@@ -204,10 +227,14 @@ def _as_ids(added: Mapping[str, Any], reason: str) -> Tensor:
 
 
 def shard_with_labels(context: Callable[..., Any], ids: Any) -> Any:
-    """The context that cuts the buffers of a context parallel batch, with our ids among them.
+    """Let context parallelism cut the channel ids together with the labels.
 
-    context: what `Trainer._prepare_context_parallel_inputs` returns; the same object is returned
-    where nothing is cut. ids: the channels of the batch; cut if they are int64 [B, S].
+    Args:
+        context: what `Trainer._prepare_context_parallel_inputs` returns.
+        ids: the channels of the batch. They are cut if they are int64 [B, S].
+
+    Returns:
+        A context that also cuts the ids; `context` itself if nothing is cut.
     """
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         return context

@@ -1,6 +1,6 @@
-"""Gives each transformers Trainer that is made from now on channel metrics.
+"""Gives channel metrics to each transformers Trainer that is made after `apply`.
 
-`Trainer.__init__` is the one thing that is patched: it ends with `attach(self, config)`.
+Only `Trainer.__init__` is patched. In the end, it calls `attach(self, config)`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ def apply(config: MetricsConfig | None = None) -> None:
     """Patch `Trainer.__init__`; a second call does nothing.
 
     Args:
-        config: None reads the file that CHANNEL_METRICS_CONFIG names, or takes the defaults.
+        config: None means the file that CHANNEL_METRICS_CONFIG names, or else the default config.
 
     Raises:
-        UnsupportedVersionError: this transformers lacks what is needed; nothing is patched.
+        UnsupportedVersionError: this version of transformers lacks a method that is needed. Then
+            nothing is patched.
     """
     if is_applied():
         return
@@ -43,7 +44,7 @@ def apply(config: MetricsConfig | None = None) -> None:
 
 
 def revert() -> None:
-    """Put the original `Trainer.__init__` back; trainers made before keep their metrics."""
+    """Put the original `Trainer.__init__` back. Trainers that exist already keep their metrics."""
     swap.unwrap(_KEY)
 
 
@@ -53,15 +54,20 @@ def is_applied() -> bool:
 
 
 def attaching(config: MetricsConfig, *, whole_script: bool = False) -> Callable[..., None]:
-    """A body for the constructor of a trainer, which attaches the metrics in the end.
+    """Make a replacement for the constructor of a trainer, which also attaches the metrics.
 
-    whole_script: see `attach`.
+    Args:
+        config: the config of the metrics.
+        whole_script: see `attach`.
+
+    Returns:
+        A function for `swap.wrap`, which takes the original constructor first.
     """
     on_error = (config.on_error or "warn") if whole_script else config.on_error
 
     def init_with_metrics(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
         original(trainer, *args, **kwargs)
-        # A class with the mixin brings its own config.
+        # A class with the mixin already has its metrics.
         if isinstance(trainer, ChannelMetricsMixin):
             return
         guard = FaultGuard(on_error)

@@ -1,10 +1,10 @@
-"""Probes in a transformers Trainer: a few samples per dataset, forward only, every so many steps.
+"""Probes in a transformers Trainer: every N steps, a few samples of each dataset are measured.
 
     attach_probe(trainer, {"canary": "canary.jsonl", "mmlu": mmlu}, every=100, batches=4)
     trainer.train()      # the logs hold dataset_canary_loss, dataset_canary_token_acc, ...
 
-Training is unchanged bit for bit, see `channel_metrics.probes.without_trace`. docs/probe.md says
-what is logged.
+A probe changes no bit of the training, see `channel_metrics.probes.without_trace`. docs/probe.md
+describes what is logged.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def attach_probe(
     Args:
         trainer: any transformers Trainer; it needs no channel metrics.
         sources: {name: dataset or path of a JSONL file}.
-        config: see `ProbeConfig`; its fields can also be given as keywords (`every=50`).
-        options: those fields, `encode` and `collator`; see `DatasetMetricsCallback`.
+        config: see `ProbeConfig`.
+        options: fields of `ProbeConfig` (`every=50`), and what `DatasetMetricsCallback` takes.
 
     Returns:
-        The callback that was added; `trainer.remove_callback(probe)` takes it off.
+        The callback that was added. `trainer.remove_callback(probe)` removes it.
 
     Raises:
-        ConfigError: a source or an option that cannot be.
+        ConfigError: a source or an option is not allowed.
     """
     probe = DatasetMetricsCallback(sources, config, **options)
     probe.trainer = trainer
@@ -76,18 +76,18 @@ def attach_probe(
 class DatasetMetricsCallback(TrainerKnowingCallback):
     """Measures each dataset of `sources` every N optimizer steps, on separate batches.
 
-    `attach_probe` makes one and adds it to a trainer. A trainer with channel metrics can also be
-    given one in `callbacks=[...]` or by `add_callback`.
+    `attach_probe` makes one and adds it to a trainer. A trainer with channel metrics also takes it
+    in `callbacks=[...]` or `add_callback`. For others, set the attribute `trainer` before training.
 
-    sources: {name: dataset or path of a JSONL file}; records are what the trainer's collator
-        takes. The name is a part of the log keys.
-    config: see `ProbeConfig`; its fields can also be given as keywords (`every=50, batches=2`).
-    encode: record -> what the collator takes, for the chosen records only; None: as they are.
-    collator: None takes a copy of the trainer's.
+    Args:
+        sources: {name: dataset or path of a JSONL file}, with records that the collator takes. The
+            name is a part of the log keys.
+        config: see `ProbeConfig`; its fields can also be given as keywords (`every=50`).
+        encode: turns a chosen record into what the collator takes; None passes records unchanged.
+        collator: None means a copy of the trainer's collator.
 
-    trainer: whose model is measured. Callbacks are not told who calls them, so it must be set
-        before training, by `attach_probe` or by hand; a trainer with channel metrics tells the
-        callbacks that it holds.
+    Raises:
+        ConfigError: a source or an option is not allowed.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class DatasetMetricsCallback(TrainerKnowingCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the samples.
 
-        Raises `ConfigError` without a trainer, for keys that are taken, and for bad data.
+        Raises `ConfigError` if no trainer is known, a log key is taken, or the data is wrong.
         """
         self._trainer = self.taken_trainer()
         if self._trainer is None:
@@ -141,17 +141,17 @@ class DatasetMetricsCallback(TrainerKnowingCallback):
         self._warned = False
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Step 0."""
-        # Not when training begins: other callbacks have not made their loggers ready by then.
+        """Probe before the first step, if `at_start` is set."""
+        # Loggers of other callbacks are not ready yet in `on_train_begin`.
         if self.config.at_start and state.global_step == 0 and self._probed_step is None:
             self._probe(state.global_step, control)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The clock of a training step starts."""
+        """Start the clock of a training step."""
         self._step_began = self._clock()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Probe where it is due."""
+        """Probe if a probe is due."""
         if self._step_began is not None:
             self._train_seconds += self._clock() - self._step_began
             self._step_began = None
@@ -160,13 +160,13 @@ class DatasetMetricsCallback(TrainerKnowingCallback):
             self._probe(state.global_step, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last step of a run that somebody else stops early."""
+        """Probe after the last step of a run that is stopped early, if `at_end` is set."""
         stops = control.should_training_stop and self._probed_step != state.global_step
         if stops and self.config.at_end:
             self._probe(state.global_step, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Raises `ConfigError` if somebody else logs a key of this probe."""
+        """Raise `ConfigError` if another part of the run logs a key of this probe."""
         taken = {key for of_name in self.keys.values() for key in of_name.values()}
         taken &= set(logs or ())
         if taken and not self._logging:
@@ -183,27 +183,27 @@ class DatasetMetricsCallback(TrainerKnowingCallback):
         asked = self._clock()
         self._wait_for_device()
         began = self._told = self._clock()
-        # What was still to be computed when the probe was called belongs to the training.
+        # Work that the device still had to finish belongs to the training time.
         train_seconds = self._train_seconds + began - asked if step else 0.0
         with self._guard.guarded(), undisturbed(self._reader.model):
             sums = self._measure(step, began, train_seconds)
             self._log(sums, step, control)
             self._guard.proven = True
-        # Known to this rank only, so far: told with the next probe.
+        # Only this rank knows this time yet. The next all-reduce adds it.
         self._rest_seconds = self._clock() - self._told
 
     def _measure(self, step: int, began: float, train_seconds: float) -> dict[str, list[float]]:
-        """{dataset: moments} of all ranks; the budget takes in what the probe cost."""
+        """Return {dataset: moments} of all ranks, and add the cost of the probe to the budget."""
         table = SumTable(LabelTable(self.records), PROBE_COLUMNS, device=self._reader.device)
         with self._guard.guarded():
             rows = self._reader.measure(self._batches_of(step))
             table.add(list(self.records), dict(zip(PROBE_COLUMNS, rows.unbind(1), strict=True)))
-            # The time that the device takes is the probe's.
+            # The time of the device counts as time of the probe.
             self._wait_for_device()
         self._told = self._clock()
         clock = (1.0, train_seconds, self._rest_seconds + self._told - began)
         found = sum_over_ranks(table, self._agreement, self._ranks, self._guard, riders=clock)
-        # Means over the ranks: the same on all of them, and so is the next step.
+        # With means over the ranks, all ranks choose the same next step.
         num_ranks, train_seconds, probe_seconds = found.riders
         self._budget.add(
             step, train_seconds=train_seconds / num_ranks, probe_seconds=probe_seconds / num_ranks
@@ -219,10 +219,10 @@ class DatasetMetricsCallback(TrainerKnowingCallback):
             values["probe_overhead"] = self._budget.overhead
         values["probe_every"] = self._budget.distance
         self._tell_if_stretched()
-        # A log takes back that a log was asked for; the trainer's own one of this step stays due.
+        # `log` clears should_log, but the trainer's own log of this step must still be made.
         should_log, self._logging = control.should_log, True
         try:
-            # In evaluation mode, as after an evaluation: TRL leaves its training window open.
+            # The model is in evaluation mode, so TRL does not end its training window here.
             self._trainer.log(values)
         finally:
             self._logging = False
@@ -265,7 +265,7 @@ class DatasetMetricsCallback(TrainerKnowingCallback):
             torch.get_device_module(device).synchronize()
 
     def _reserve_keys(self) -> None:
-        """Refuse keys that the channel metrics of this trainer have; later channels must not."""
+        """Reserve our keys in the channel metrics. Raises `ConfigError` if a channel has one."""
         metrics = getattr(self._trainer, "channel_metrics", None)
         if metrics is None:
             return
@@ -278,7 +278,7 @@ class DatasetMetricsCallback(TrainerKnowingCallback):
 
 
 def _values(sums: list[float], keys: Mapping[str, str]) -> dict[str, float]:
-    """What is logged of a dataset, from its moments; nothing where it has no token."""
+    """Log values of a dataset, from its moments. Empty if no token was counted."""
     of_loss, of_correct = sums[:_WIDTH], sums[_WIDTH:]
     found: dict[str, Interval | None] = {
         "loss": ratio_interval(of_loss, lowest=0.0),

@@ -1,7 +1,7 @@
-"""The data of a probe: datasets or JSONL files -> the batches that this rank runs.
+"""The data of a probe: it makes the batches of this rank from datasets or JSONL files.
 
-Nothing here goes through a data loader: no worker is started, no sampler and no state of
-accelerate is touched, and the trainer's own collator is copied, not called.
+No data loader is used, so no worker is started, and no sampler or state of accelerate changes. The
+trainer's collator is copied, and only the copy is called.
 """
 
 from __future__ import annotations
@@ -36,8 +36,13 @@ Collate = Callable[[list[Any]], Any]
 
 @dataclass(frozen=True)
 class ProbeBatch:
-    """A batch on the host. inputs: what the model takes. cu_seqlens: where its sequences end.
-    counts: False for one that only keeps this rank in step with the others."""
+    """A batch on the host.
+
+    Args:
+        inputs: what the model takes.
+        cu_seqlens: the boundaries of its sequences, int32 [num_sequences + 1].
+        counts: False for a batch that only keeps the number of forwards equal on all ranks.
+    """
 
     inputs: dict[str, Any]
     cu_seqlens: Tensor
@@ -45,10 +50,16 @@ class ProbeBatch:
 
 
 def read_sources(sources: Mapping[str, Any]) -> dict[str, Any]:
-    """{name: records with a length and numbers}; a path is read as a JSONL file.
+    """Check the datasets of a probe, and read those that are paths.
 
-    Raises `ConfigError` for what is no such dataset, or has no record, and
-    `ChannelMetricsError` with file and line for what is no JSONL.
+    Args:
+        sources: {name: dataset or path of a JSONL file}.
+
+    Returns:
+        {name: dataset}; each has a length and gives records by number.
+
+    Raises:
+        ConfigError: a source is no such dataset, is empty, or is a file that is not JSONL.
     """
     if not isinstance(sources, Mapping) or not sources:
         raise ConfigError(
@@ -81,15 +92,19 @@ def _read(name: str, source: Any) -> Any:
 
 
 def collator_of(trainer: Any, given: Collate | None) -> Collate:
-    """What makes a batch of records: `given`, or a copy of the trainer's own.
+    """Find the collator of a probe. It gets the same columns as in the training.
 
-    Records are stripped of the columns that the trainer would keep from its collator. Raises
-    `ConfigError` if the trainer's collator cannot be copied.
+    Args:
+        trainer: the trainer whose model is measured.
+        given: the collator of the user; None means a copy of the trainer's own.
+
+    Raises:
+        ConfigError: the trainer's collator cannot be copied.
     """
     base = given
     if base is None:
         try:
-            # Collators have state, such as a generator: that of the training must not move.
+            # A collator may have state, such as a generator, which the probe must not change.
             base = copy.deepcopy(trainer.data_collator)
         except Exception as error:
             raise ConfigError(
@@ -133,11 +148,24 @@ def draw_batches(
     layout: RankLayout,
     draw: int,
 ) -> list[ProbeBatch]:
-    """The batches of this rank; all ranks get the same number of them, and share the samples.
+    """Draw the samples of a dataset, and make the batches of this rank.
 
-    The samples do not depend on the number of ranks. Collators may draw random numbers: they get
-    the same ones for the same `draw`. Raises `ConfigError` if nothing in the samples of all ranks
-    is supervised, at the first drawing.
+    The samples are the same for any number of ranks, which divide them. All ranks get the same
+    number of batches. If the collator draws random numbers, they depend only on the seed, the
+    draw, the name and the rank.
+
+    Args:
+        name: the name of the dataset.
+        records: the dataset.
+        config: the settings of the probe.
+        batch_size: records per batch of one rank.
+        collate: makes a batch of records.
+        encode: see `DatasetMetricsCallback`.
+        layout: how the ranks share the samples.
+        draw: the number of this drawing.
+
+    Raises:
+        ConfigError: in the first drawing, no token of any rank is supervised.
     """
     chosen = choose(
         len(records), config.batches * batch_size, seed=config.seed, name=name, draw=draw
@@ -151,7 +179,7 @@ def draw_batches(
             for part in deal(
                 len(chosen), num_forwards=num_forwards, num_ranks=layout.data_size, rank=rank
             ):
-                # All ranks look at all samples: they must agree on whether there is an error.
+                # All ranks make all batches, so that an error is raised on all of them.
                 features = [records[chosen[position]] for position in part or range(1)]
                 batch = _batch(name, features, collate, encode, counts=bool(part))
                 num_supervised += int((batch.inputs["labels"] != IGNORE_INDEX).sum())

@@ -1,4 +1,4 @@
-"""The forwards of one probe: batches of this rank -> sums that ranks can add up."""
+"""The forwards of one probe: they give the sums of this rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ __all__ = ["ProbeReader", "layout_for_probes"]
 
 
 def layout_for_probes(trainer: Any) -> RankLayout:
-    """How ranks share the samples; raises `UnsupportedVersionError` where rows would be cut."""
+    """Find out how the ranks share the samples of a probe.
+
+    Args:
+        trainer: the trainer whose model is measured.
+
+    Raises:
+        UnsupportedVersionError: this run cuts rows along the sequence.
+    """
     layout = layout_of(trainer.accelerator, tp_size=getattr(trainer, "get_tp_size", lambda: 1)())
     if layout.shards_rows:
         raise UnsupportedVersionError(
@@ -34,7 +41,12 @@ def layout_for_probes(trainer: Any) -> RankLayout:
 
 
 class ProbeReader:
-    """Runs batches through the model of a trainer, and adds up what their tokens say."""
+    """Runs batches through the model of a trainer, and adds up the sums of their tokens.
+
+    Args:
+        trainer: the trainer whose model is measured.
+        layout: how the ranks share the samples.
+    """
 
     def __init__(self, trainer: Any, layout: RankLayout) -> None:
         self.model = forward_module(trainer.model_wrapped)
@@ -45,9 +57,13 @@ class ProbeReader:
         self._reader = TokenLossReader()
 
     def measure(self, datasets: Sequence[Sequence[ProbeBatch]]) -> Tensor:
-        """[datasets, K] on the device, in the order of `PROBE_COLUMNS`.
+        """Run the batches. The model must be in evaluation mode, and gradients must be off.
 
-        The caller has the model in evaluation mode, without gradients.
+        Args:
+            datasets: the batches of each dataset.
+
+        Returns:
+            The sums [num_datasets, K] on the device, in the order of the K `PROBE_COLUMNS`.
         """
         return torch.stack([self._of_dataset(batches) for batches in datasets])
 
@@ -57,7 +73,7 @@ class ProbeReader:
         total = torch.zeros(len(PROBE_COLUMNS), dtype=dtype, device=self.device)
         for batch in batches:
             found = self._of_batch(batch, dtype)
-            # All ranks run the same number of forwards, also one that has nothing to add.
+            # Every rank runs the same number of forwards, even if it has nothing to add.
             if batch.counts and self._counts:
                 total += found.to(total.device)
         return total

@@ -1,4 +1,4 @@
-"""The windows of a transformers Trainer: where it logs, evaluates, saves and resumes."""
+"""The windows of a transformers Trainer, and its totals in checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["ChannelWindowsMixin"]
 
 
 class ChannelWindowsMixin(ChannelLoadersMixin):
-    """Closes the windows where the trainer logs, and keeps the totals in its checkpoints."""
+    """Closes a window when the trainer logs, and keeps the totals in its checkpoints."""
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         loop = super()._inner_training_loop
@@ -35,7 +35,7 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
         return loop(*args, **kwargs)
 
     def _check_eval_channels(self, session: ChannelMetrics) -> None:
-        """Where all names can be known before training, a wrong one is said before training."""
+        """Check `eval_channels` before training, if all datasets can be scanned."""
         if not session.config.eval_channels or self.eval_dataset is None:
             return
         held = self.eval_dataset
@@ -50,11 +50,11 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         session = self.channel_metrics
         if session is not None:
-            # Subclasses take anything and pass it on.
+            # Subclasses may declare other parameters, so the base class tells which one `trial` is.
             save = inspect.signature(transformers.Trainer._save_checkpoint)
             trial = save.bind(self, *args, **kwargs).arguments.get("trial")
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            # Written first: a checkpoint that is complete has its totals.
+            # The totals are written first, so that a complete checkpoint always has them.
             session.save(
                 Path(self._get_output_dir(trial=trial)) / folder, is_writer=self.args.should_save
             )
@@ -63,7 +63,7 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
         if self.channel_metrics is None:
             return super()._maybe_log_save_evaluate(*args, **kwargs)
-        # The loop's own log comes first; callbacks may log a `loss` of theirs behind it.
+        # The log of the loop comes first. Callbacks may log another `loss` after it.
         last, step = getattr(self, "_globalstep_last_logged", -1), self.state.global_step
         self.channel_scratch.logs_next = self.control.should_log and step > last
         try:
@@ -74,8 +74,8 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         session = self.channel_metrics
         if session is not None:
-            # Only the logs of the training loop itself are called on every rank, and only they
-            # close a window: the one with `loss`, and the last one of the run.
+            # Only the training loop logs on every rank. So only its logs close a window: those with
+            # `loss`, and the last one of the run.
             regular = self.channel_scratch.logs_next and "loss" in logs
             final = "train_loss" in logs and "train_runtime" in logs
             self.channel_scratch.logs_next = False
@@ -94,17 +94,18 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
         with session.evaluation(split, self.state.global_step, f"{split}_") as evaluation:
             output = super().evaluation_loop(*args, **kwargs)
         if evaluation.window is not None and output.metrics is not None:
-            # transformers' notebook takes the last `..._loss` for the loss of the whole set.
+            # A notebook of transformers shows the last key that ends with `_loss` as the loss of
+            # the whole set, so that loss must stay last.
             own_loss = {k: output.metrics.pop(k) for k in (f"{split}_loss",) if k in output.metrics}
             self.channel_scratch.own_keys |= self._write(session, evaluation.window, output.metrics)
             output.metrics.update(own_loss)
         return output
 
     def _write(self, session: ChannelMetrics, window: Window, logs: dict[str, float]) -> set[str]:
-        """Put the values into the trainer's own log; the keys that are ours."""
+        """Put the values into the trainer's own log. Returns the keys that were added."""
         before = set(logs)
         if self.channel_whole_script and not window.names:
-            # No rank has met a channel: there is nothing to show that the trainer does not show.
+            # No rank has met a channel, so the trainer's own log already shows everything.
             if window.split == "train" and window.values:
                 session.guard.off = True
         else:
@@ -120,7 +121,7 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
         return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
 
     def _objective_without_channels(self, metrics: dict[str, float]) -> float:
-        """transformers' default objective adds up all that an evaluation returns."""
+        """Call the default objective without our keys, because it adds up all that it gets."""
         own = self.channel_scratch.own_keys
         theirs = {key: value for key, value in metrics.items() if key not in own}
         return float(default_compute_objective(theirs))

@@ -1,4 +1,4 @@
-"""Megatron's command line: our options, and the channels that its data options mean."""
+"""Our options on Megatron's command line, and the channels of the datasets it names."""
 
 from __future__ import annotations
 
@@ -27,12 +27,19 @@ __all__ = [
 ]
 
 _MOCK = "mock"
-# What tools that make Megatron's data append to the name of a source.
+# Endings that the tools which prepare Megatron's data append to the name of a source.
 _ENDINGS = (".jsonl", ".json", ".bin", ".idx", "_text_document", "_document", "_text")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the group "channel metrics" to Megatron's parser."""
+    """Add the group "channel metrics" to Megatron's parser.
+
+    Args:
+        parser: the parser, which is changed.
+
+    Returns:
+        The same parser.
+    """
     group = parser.add_argument_group(title="channel metrics")
     group.add_argument(
         "--channels",
@@ -61,12 +68,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def is_on(args: Any) -> bool:
-    """Whether `--channels` was given."""
+    """Whether `--channels` is among the parsed arguments `args`."""
     return getattr(args, "channels", None) is not None
 
 
 def config_of(args: Any) -> MetricsConfig:
-    """The config that the options describe; raises `ConfigError`."""
+    """Make the config that the options describe.
+
+    Args:
+        args: Megatron's parsed arguments.
+
+    Raises:
+        ConfigError: the file of `--channels-config`, or a setting, is not valid.
+    """
     config = MetricsConfig()
     if args.channels_config is not None:
         from channel_metrics.data.yaml import load_metrics_config
@@ -78,7 +92,15 @@ def config_of(args: Any) -> MetricsConfig:
 
 
 def validate(args: Any) -> None:
-    """Raise `ConfigError` for options that cannot be followed; says nothing without ours."""
+    """Check our options, and Megatron's options that do not work with them.
+
+    Args:
+        args: Megatron's parsed arguments.
+
+    Raises:
+        ConfigError: an option is wrong, or does not work with `--channels`.
+        UnsupportedVersionError: `--channels` was given together with `--yaml-cfg`.
+    """
     if not is_on(args):
         for option in ("channels_config", "channels_metrics"):
             if getattr(args, option, None) is not None:
@@ -90,7 +112,14 @@ def validate(args: Any) -> None:
 
 
 def session_of(args: Any) -> ChannelMetrics:
-    """A new session of the run; raises for channels whose keys are taken, see `ChannelMetrics`."""
+    """Open the session of a run.
+
+    Args:
+        args: Megatron's parsed arguments.
+
+    Raises:
+        ConfigError: a channel would have a log key that is taken, see `ChannelMetrics`.
+    """
     config = config_of(args)
     names = dict.fromkeys((*declared_names(args), *config.channels))
     session = ChannelMetrics(
@@ -98,24 +127,40 @@ def session_of(args: Any) -> ChannelMetrics:
         reserved=megatron_keys(getattr(args, "validation_set_names", None) or ()),
     )
     if not getattr(args, "sft", False) and not _is_external(args):
-        # The data options have named all of them.
+        # The data options name all channels, so wrong names can be found now.
         session.check_eval_channels()
     return session
 
 
 def declared_names(args: Any) -> list[str]:
-    """The channels that are known before any data is read, in their order, each once."""
+    """List the channels that are known before any data is read, in order, without repetitions.
+
+    Args:
+        args: Megatron's parsed arguments.
+
+    Raises:
+        ConfigError: `--channels` has not one name for each dataset.
+    """
     has_other_sources = getattr(args, "sft", False) or _is_external(args)
-    # Named in the records, or by the loader; but the data sets and the names must fit all the same.
+    # Called in any case, because it checks the names against the datasets.
     names = name_by_path(args).values()
     return list(dict.fromkeys(args.channels if has_other_sources else names))
 
 
 def name_by_path(args: Any) -> dict[str | None, str]:
-    """{path of a data set: its channel}, in the order of the blend; mock data has the path None.
+    """Find the channel of each dataset.
 
-    With --sft, the names given are those of conversations; data sets are named by their paths.
-    A data loader of the script's own has no paths.
+    With --sft, the names given are usually those of conversations, and datasets are named by their
+    paths. A data loader of the script's own has no paths.
+
+    Args:
+        args: Megatron's parsed arguments.
+
+    Returns:
+        {path of a dataset: its channel}, in the order of the blend. Mock data has the path None.
+
+    Raises:
+        ConfigError: `--channels` has not one name for each dataset.
     """
     given = list(args.channels or ())
     if _is_external(args):
@@ -129,7 +174,7 @@ def name_by_path(args: Any) -> dict[str | None, str]:
         return dict(zip(paths, given, strict=True))
     blends = _blends(args)
     if all(len(blend) == len(given) for blend in blends):
-        # Each split has files of its own for the same sources.
+        # Each split has its own files, but from the same sources.
         return {path: name for blend in blends for path, name in zip(blend, given, strict=True)}
     listed = "\n".join(f"  {path}" for path in paths)
     raise ConfigError(
@@ -140,7 +185,7 @@ def name_by_path(args: Any) -> dict[str | None, str]:
 
 
 def data_paths(args: Any) -> list[str]:
-    """The data sets of all splits, each once, in the order in which they are first named."""
+    """The paths of the datasets of all splits that `args` name, in order, without repetitions."""
     return list(dict.fromkeys(path for blend in _blends(args) for path in blend))
 
 
@@ -153,7 +198,14 @@ def _blends(args: Any) -> list[list[str]]:
 
 
 def dataset_name(path: str | None) -> str:
-    """The channel of a data set that no data option names."""
+    """Name the channel of a dataset that no data option names.
+
+    Args:
+        path: the path of the dataset; None for mock data.
+
+    Returns:
+        The name of its file, without the endings of Megatron's data files.
+    """
     return _MOCK if path is None else _without_ending(path)[-1]
 
 
@@ -162,7 +214,7 @@ def _is_external(args: Any) -> bool:
 
 
 def _fits(args: Any, given: Sequence[str], paths: Sequence[str]) -> bool:
-    """Whether names are those of data sets: an SFT blend without channels in its files."""
+    """Whether there is one name for each of several SFT datasets."""
     return len(paths) > 1 and len(given) == len(paths)
 
 
@@ -178,7 +230,7 @@ def _mock_name(args: Any, given: list[str]) -> dict[str | None, str]:
 
 
 def _short(paths: Sequence[str]) -> list[str]:
-    """The last parts of each path, as few as tell it from the others."""
+    """The last parts of each path: as few as are needed to make it unique."""
     parts = [_without_ending(path) for path in paths]
     chosen = [own[-1:] for own in parts]
     while True:
@@ -227,14 +279,15 @@ def _refuse_unsupported(args: Any, config: MetricsConfig) -> None:
 def _captures_iterations(args: Any) -> bool:
     """Whether whole iterations become CUDA graphs, in the options of core 0.13 to 0.19.
 
-    0.18 and later: `--cuda-graph-impl full_iteration`. Before, the scope says it, for the local
-    implementation: `--cuda-graph-impl local`, or `--enable-cuda-graph` up to 0.14.
+    Core 0.18 and later have `--cuda-graph-impl full_iteration`. Earlier versions have a scope
+    `full_iteration` of the local implementation. That one is chosen by `--cuda-graph-impl local`,
+    or by `--enable-cuda-graph` up to 0.14.
     """
     implementation = getattr(args, "cuda_graph_impl", None)
     is_local = implementation == "local" or bool(getattr(args, "enable_cuda_graph", False))
     scopes = getattr(args, "cuda_graph_scope", None) or ()
     scopes = scopes.split(",") if isinstance(scopes, str) else scopes
     scopes = scopes if isinstance(scopes, (list, tuple)) else [scopes]
-    # Some versions have names, others members of an enum.
+    # Scopes are names in some versions, and members of an enum in others.
     names = {getattr(scope, "name", scope) for scope in scopes}
     return implementation == "full_iteration" or (is_local and "full_iteration" in names)

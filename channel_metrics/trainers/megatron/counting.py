@@ -1,4 +1,4 @@
-"""Channel metrics in a loop over megatron-core's schedules; what the patch for scripts is made of.
+"""Channel metrics in a training loop over megatron-core's schedules. The patch uses this as well.
 
     metrics = MegatronChannelMetrics(["web", "code", "math"])
 
@@ -14,8 +14,10 @@
     forward_backward_func(forward_step_func=forward_step, ...)
     values = metrics.compute()                     # on every rank: {"web_loss": ...}
 
-Loss functions run on the last pipeline stage only, so nothing is counted elsewhere; of the
-tensor-parallel ranks, which all hold the same losses, the first one counts.
+Loss functions run only on the last pipeline stage, so only this stage counts. All ranks of a
+tensor-parallel group hold the same losses, and the first of them counts.
+
+Letters: B rows, S row length, N sequences of a pack.
 """
 
 from __future__ import annotations
@@ -43,16 +45,16 @@ Channels = Tensor | Sequence[str | None]
 class MegatronChannelMetrics:
     """Counts tokens in the loss functions of Megatron's schedules.
 
-    One for a run: the chunks of a virtual pipeline share it, and evaluations are windows of its
+    Make one per run. All chunks of a virtual pipeline share it, and evaluations are windows of its
     session.
 
     Args:
         channels: the names of the channels, the same on every rank.
         config: what is logged and under which keys.
-        session: a `ChannelMetrics` to count into, in place of the other two.
+        session: a `ChannelMetrics` to count into. Give it in place of `channels` and `config`.
 
     Raises:
-        ConfigError, ChannelError: for names that would share a log key.
+        ConfigError, ChannelError: two names would share a log key, or a name is not allowed.
     """
 
     def __init__(
@@ -78,11 +80,15 @@ class MegatronChannelMetrics:
 
     @property
     def totals(self) -> RunTotals:
-        """The totals of the run, up to the last window that has ended."""
+        """The totals of the run, up to the last closed training window."""
         return self.session.totals
 
     def watch(self, model: Any) -> None:
-        """Measure token accuracy in `model` from now on, if `token_acc` is among the metrics."""
+        """Measure token accuracy from now on, if `token_acc` is among the metrics.
+
+        Args:
+            model: the model of the forward step.
+        """
         if self._measures_accuracy:
             self._correctness.watch(model)
 
@@ -99,23 +105,31 @@ class MegatronChannelMetrics:
         reports_sum: bool = True,
         num_crossings: int = 0,
     ) -> Callable[..., Any]:
-        """`loss_func`, which when called also counts the losses it is given.
+        """Make a loss function that also counts the losses that it gets.
 
         Args:
-            loss_func: called with the losses, as Megatron's schedules do.
-            channels: the channel of each row [B], or of each sequence of a pack (ids or names);
-                or ids per token, cut for context parallelism exactly as the labels are.
-            loss_mask: of the shape of the losses, 0 where not supervised. Where the losses are
-                one row and the mask has B of them, the mask says what the rows are.
-            cu_seqlens, packed_seq_params: the sequences of a pack, where `channels` is one per
-                sequence; not after a cut.
-            sequences: where `channels` is one per token, the channel of each sequence, for
-                `samples`.
-            weights: what `loss_func` multiplies each loss with, of their shape.
-            reports_sum: whether the sum that `loss_func` reports is that of these losses,
-                unweighted.
-            num_crossings: how many supervised targets belong to another sequence than the
-                position that predicts them. The first time, it is warned of.
+            loss_func: the loss function that the schedule would call with the losses.
+            channels: names or int64 ids, one per row [B] or one per sequence of a pack [N]. Or
+                int64 ids, one per token, cut for context parallelism by the function that cuts the
+                labels.
+            loss_mask: [B, S], one entry per loss, 0 where a token is not supervised. If the losses
+                are flattened to one row, the shape of the mask tells what the rows are.
+            cu_seqlens: the boundaries of the sequences, int32 [N + 1], if `channels` has one entry
+                per sequence. Do not pass it after a cut.
+            packed_seq_params: Megatron's object with these boundaries, in place of `cu_seqlens`.
+            sequences: int64 [N], the channel of each sequence, if `channels` has one id per token.
+                The metric `samples` needs it.
+            weights: the factor of each loss in `loss_func`, in the shape of the losses.
+            reports_sum: whether the sum that `loss_func` reports is the unweighted sum of these
+                losses. If so, the two are compared.
+            num_crossings: how many supervised targets belong to the sequence after that of the
+                position that predicts them. There is one warning if there are any.
+
+        Returns:
+            A function that takes the arguments of `loss_func`, and returns its result.
+
+        Raises:
+            ChannelMetricsError: when the new function is called, if shapes or channels do not fit.
         """
 
         @functools.wraps(loss_func)
@@ -141,30 +155,34 @@ class MegatronChannelMetrics:
         return counting_loss_func
 
     def begin_step(self) -> None:
-        """A step begins, or is run again: what it has counted so far is forgotten.
+        """Begin a training step. If the step is run again, its first counts are dropped.
 
-        Steps are those of training: inside an evaluation this does nothing.
+        Inside an evaluation, this does nothing.
         """
         if not self.session.evaluating:
             self.session.begin_step()
             self._correctness.forget()
 
     def end_step(self, *, discard: bool = False) -> None:
-        """The step is over; `discard` it if the optimizer skipped it, or if it was not finished.
+        """End a training step. Inside an evaluation, this does nothing.
 
-        Inside an evaluation this does nothing.
+        Args:
+            discard: drop its counts, because the optimizer skipped it or it was not finished.
         """
         if not self.session.evaluating:
             self.session.end_step(discard=discard)
 
     def compute(self, step: int = 0, *, reset: bool = True) -> dict[str, float]:
-        """The metrics of the training window over all ranks, under their log keys. A collective.
+        """Compute the metrics of the training window over all ranks.
 
-        Every rank calls this at the same points; it takes one all-reduce.
+        This is a collective: every rank must call it at the same points. It takes one all-reduce.
 
         Args:
-            step: the iteration, for the observers of the session.
-            reset: whether the window ends. One that goes on has no counts and no totals yet.
+            step: the iteration. Observers of the session get it when the window ends.
+            reset: whether the window ends. If it goes on, the values hold no counts and no totals.
+
+        Returns:
+            {log key: value}, the same on every rank.
         """
         window = self.session.close(step) if reset else self.session.peek(step)
         return window.logs
@@ -176,7 +194,7 @@ class MegatronChannelMetrics:
     def _micro_batch(
         self, losses: Tensor, channels: Channels, loss_mask: Tensor, cu_seqlens: Tensor | None
     ) -> MicroBatch:
-        """The tokens that the schedule has computed, in the layout that their channels speak of."""
+        """The micro-batch of these losses, in the layout of their channels."""
         correct = self._correctness.of(losses) if self._measures_accuracy else None
         if loss_mask.numel() != losses.numel():
             raise BoundaryError(
@@ -205,7 +223,7 @@ class MegatronChannelMetrics:
 
 
 def _in_layout(losses: Tensor, channels: Channels, loss_mask: Tensor) -> tuple[Tensor, Channels]:
-    """Losses and channels without bounds: one channel per row, or one id per token."""
+    """Give losses and channels one layout: one channel per row, or one id per token."""
     is_ids = isinstance(channels, Tensor)
     count = cast(Tensor, channels).numel() if is_ids else len(channels)
     if not is_ids or cast(Tensor, channels).dim() == 1:
@@ -239,14 +257,14 @@ def _counts_here() -> bool:
 
 
 def _is_first_shard() -> bool:
-    """Whether this rank is the one of its context-parallel group that counts sequences."""
+    """Whether this rank counts the sequences of its context-parallel group."""
     from megatron.core import parallel_state
 
     return not parallel_state.is_initialized() or (parallel_state.get_context_parallel_rank() == 0)
 
 
 def _bounds(cu_seqlens: Tensor | None, packed_seq_params: Any) -> Tensor | None:
-    """Where the tokens of a pack sit: the padded bounds, where they differ from the lengths."""
+    """The boundaries of the sequences of a pack, with their padding if there is any."""
     if cu_seqlens is not None or packed_seq_params is None:
         return cu_seqlens
     for name in ("cu_seqlens_q_padded", "cu_seqlens_q"):
@@ -260,10 +278,10 @@ def _bounds(cu_seqlens: Tensor | None, packed_seq_params: Any) -> Tensor | None:
 
 
 def _reported_sum(result: Any) -> Tensor | None:
-    """The sum of losses that a loss function reports for its own rank, if it does.
+    """The sum of losses that a loss function reports for its own rank; None if it does not.
 
-    Since megatron-core 0.13 that is the first entry of a report, [sum, num_tokens]; before, and
-    in custom functions, the report may be a mean or a sum over ranks, which cannot be compared.
+    Since megatron-core 0.13, a report is [sum, num_tokens]. In earlier versions and in custom
+    functions, it may be a mean or a sum over ranks. These cannot be compared with our sum.
     """
     if not (isinstance(result, tuple) and len(result) == 3 and isinstance(result[2], dict)):
         return None

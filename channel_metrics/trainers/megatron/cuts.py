@@ -1,4 +1,4 @@
-"""The functions of megatron-core that cut batches for context parallelism, followed by the ids."""
+"""Patches for the functions of megatron-core that cut batches: they also cut the channel ids."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from channel_metrics.trainers.megatron.ids import follow_labels
 __all__ = ["follow_cuts", "unfollow_cuts"]
 
 _KEY = "megatron_cuts"
-# Only some versions have the latter two.
+# Only some versions have the last two.
 _CUTS = (
     "get_batch_on_this_cp_rank",
     "get_thd_batch_on_this_cp_rank",
@@ -17,9 +17,10 @@ _CUTS = (
 
 
 def follow_cuts() -> None:
-    """From now on the ids of a micro-batch are cut as its labels are; a second call does nothing.
+    """Let the functions that cut labels for context parallelism also cut the channel ids.
 
-    Call it before the training script imports these functions from megatron-core by name.
+    Call this before the training script imports these functions from megatron-core by name. A
+    second call does nothing.
     """
     from megatron.core import utils
 

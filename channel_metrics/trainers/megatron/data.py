@@ -1,9 +1,9 @@
-"""Megatron's data sets, each sample with its channel.
+"""Megatron's datasets, with the channel of each sample.
 
-A sample of a blend knows the data set that it came from; that of a single data set has the
-channel of the data set; a pack of conversations (`--sft`) has one channel per conversation, read
-from the JSONL. Everything is decided where the data loader is built, so that its workers only
-look numbers up.
+A sample of a blend has the channel of the dataset that it came from. A sample of a single dataset
+has the channel of this dataset. A pack of conversations (`--sft`) has one channel per conversation,
+which is read from the JSONL file. All ids are assigned before the data loader is built, so that its
+workers only look them up.
 
 Letters: S sequence length.
 """
@@ -30,15 +30,18 @@ __all__ = ["ChannelDataset", "is_sft", "pack_channel_ids"]
 
 
 class ChannelDataset(torch.utils.data.Dataset[Any]):
-    """A Megatron data set whose samples carry `channel_ids`; all else is the data set's own.
+    """A Megatron dataset whose samples carry `channel_ids`. All else is unchanged.
 
     Args:
-        dataset: a BlendedDataset, or one data set with a `dataset_path`.
-        table: the channels.
-        id_of: the id of a data set by its path; None is mock data.
-        declare: learns names of channels, before there are workers.
-        fields: where a line or a conversation of an SFT file may hold its channel.
-        per_token: give one id per token even where all of a row are the same.
+        dataset: a BlendedDataset, or one dataset with a `dataset_path`.
+        table: maps the names of channels to ids.
+        id_of: gives the id for the path of a dataset. The path of mock data is None.
+        declare: adds names of channels to the table. It is called before there are workers.
+        fields: the fields of a line or message of an SFT file that may hold the channel.
+        per_token: whether each token has an id, even if all tokens of a row have the same.
+
+    Raises:
+        ConfigError: this is an SFT dataset, and no line of its files has a channel.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class ChannelDataset(torch.utils.data.Dataset[Any]):
         named = [is_sft(part) and _declare_names(part, declare, fields) for part in self._parts]
         if is_sft(dataset) and not any(named):
             raise ConfigError(_no_channel(dataset, fields))
-        # A conversation without a channel, in a file where others have one, stays unlabeled.
+        # If a file names channels, its conversations without a channel are unlabeled.
         self._ids = [
             UNLABELED_ID if has_names else id_of(getattr(part, "dataset_path", None))
             for part, has_names in zip(self._parts, named, strict=True)
@@ -71,7 +74,7 @@ class ChannelDataset(torch.utils.data.Dataset[Any]):
         return len(self._dataset)
 
     def __getattr__(self, name: str) -> Any:
-        # Unpickling asks for attributes before there are any.
+        # Unpickling asks for attributes before any are set.
         if name.startswith("__") or "_dataset" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self._dataset, name)
@@ -107,21 +110,30 @@ class ChannelDataset(torch.utils.data.Dataset[Any]):
 
 
 def is_sft(dataset: Any) -> bool:
-    """Whether the samples of `dataset` are packs of conversations."""
+    """Whether the samples of the Megatron dataset `dataset` are packs of conversations."""
     return hasattr(dataset, "_split_conversations") and hasattr(dataset, "indices")
 
 
 def pack_channel_ids(
     conversation_ids: Sequence[int], cu_seqlens: Tensor, loss_mask: Tensor
 ) -> tuple[Tensor, Tensor, int]:
-    """The channel of the token that each position predicts, int64 [S]; the channel of each
-    conversation that was packed; and the crossings.
+    """Give the tokens of a pack the ids of their conversations.
 
-    conversation_ids: one per conversation, at least as many as were packed. cu_seqlens: int32,
-    filled up with S behind the last bound. loss_mask: [S]. The crossings are the supervised
-    positions whose target belongs to the next conversation: in Megatron's packs the last one of
-    each conversation, unless the prompt format masks it. The padding behind the last
-    conversation is not supervised.
+    A crossing is a supervised position whose target belongs to the next conversation. In Megatron's
+    packs, this is the last position of each conversation, unless the prompt format masks it. The
+    padding behind the last conversation is not supervised.
+
+    Args:
+        conversation_ids: one id per conversation, for at least as many as were packed.
+        cu_seqlens: boundaries of the conversations, int32. Entries behind the last bound are S.
+        loss_mask: [S], 0 where a token is not supervised.
+
+    Returns:
+        The id of the target that each position predicts, int64 [S]; the id of each packed
+        conversation, int64; and the number of crossings.
+
+    Raises:
+        ChannelError: there are fewer ids than packed conversations.
     """
     length = loss_mask.shape[0]
     bounds = cu_seqlens.long().clamp(max=length)
@@ -134,14 +146,14 @@ def pack_channel_ids(
     owners = torch.tensor(conversation_ids[:packed], dtype=torch.int64, device="cpu")
     own = owners.repeat_interleave(bounds.diff()[:packed])
     own = torch.nn.functional.pad(own, (0, length - own.numel()), value=UNLABELED_ID)
-    # The last position predicts what was cut off; it has no target, and is not supervised.
+    # The last position has no target in this pack, so it is not supervised.
     of_target = torch.cat([own[1:], own[-1:]])
     last = bounds[1:packed] - 1
     return of_target, owners, int((loss_mask[last] > 0).sum())
 
 
 def _lines(part: Any) -> Any:
-    """The JSONL behind an SFTDataset, with all columns of its lines."""
+    """The lines of the JSONL file of an SFTDataset, with all their columns."""
     return part.dataset.dataset
 
 
@@ -150,7 +162,7 @@ def _names(
     conversations: Sequence[Sequence[Mapping[str, Any]]],
     fields: Sequence[str],
 ) -> list[str | None]:
-    """One channel per conversation: that of its first message that has one, else the line's."""
+    """The channel of each conversation: that of its first message with a channel, or the line's."""
     of_line = channels_of(record, fields)
     if len(of_line) not in (1, len(conversations)):
         raise ChannelError(
@@ -168,9 +180,10 @@ def _names(
 def _declare_names(
     part: Any, declare: Callable[[Iterable[str]], None], fields: Sequence[str]
 ) -> bool:
-    """Learn the channels of an SFT file; False where no line has any.
+    """Declare the channels of an SFT file. Returns False if no line has a channel.
 
-    Data loader workers are other processes: what they would add to the table is lost.
+    Workers of the data loader cannot do this, because they are other processes with a table of
+    their own.
     """
     names = sft_channel_names(_lines(part), fields)
     declare(sorted(names))

@@ -1,7 +1,8 @@
-"""What runs in place of the functions of Megatron's training loop, see `megatron.patch`.
+"""Functions that replace those of Megatron's training loop, see `megatron.patch`.
 
-Each of these has the name of the function that it stands for, and calls it as `original`. Without
-`--channels` they do nothing else.
+Each hook has the name of the function that it replaces. It takes that function as `original`, and
+passes it the other arguments. Without `--channels`, it only calls `original`, except that the hook
+of the parser always adds our options.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ __all__ = [
 Original = Callable[..., Any]
 
 _runs: list[MegatronRun] = []
-# The evaluations that are printed now, the innermost last.
+# The calls of evaluate_and_print_results that run now. The innermost is the last.
 _evaluations: list[_Evaluations] = []
 
 
 def current_run() -> MegatronRun | None:
-    """The channels of the run of this process; None where `--channels` was not given."""
+    """The run of this process; None without `--channels`. Made at the first call."""
     from megatron.training import get_args
 
     args = get_args()
@@ -53,7 +54,7 @@ def current_run() -> MegatronRun | None:
 
 
 def forget_run() -> None:
-    """The next `current_run` is a new one."""
+    """Forget the run, so that the next `current_run` makes a new one."""
     _runs.clear()
 
 
@@ -61,12 +62,12 @@ def forget_run() -> None:
 
 
 def add_megatron_arguments(original: Original, parser: Any) -> Any:
-    """The parser, with our options."""
+    """Add our options to the parser."""
     return megatron_arguments.add_arguments(original(parser))
 
 
 def validate_args(original: Original, args: Any, *rest: Any, **kwargs: Any) -> Any:
-    """Check our options after Megatron's."""
+    """Check our options after Megatron has checked its own. Raises `ConfigError`."""
     result = original(args, *rest, **kwargs)
     megatron_arguments.validate(args)
     return result
@@ -78,7 +79,7 @@ def validate_args(original: Original, args: Any, *rest: Any, **kwargs: Any) -> A
 def build_pretraining_data_loader(
     original: Original, dataset: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """A loader whose samples have channels."""
+    """Build a data loader whose samples have channels."""
     run = current_run()
     if run is not None and dataset is not None and run.args.dataloader_type != "external":
         dataset = run.dataset(dataset)
@@ -86,7 +87,7 @@ def build_pretraining_data_loader(
 
 
 def get_forward_backward_func(original: Original, *args: Any, **kwargs: Any) -> Any:
-    """A schedule whose loss functions count."""
+    """Return a schedule whose loss functions count."""
     forward_backward = original(*args, **kwargs)
     run = current_run()
     return forward_backward if run is None else _counting(forward_backward, run)
@@ -98,7 +99,7 @@ def _counting(forward_backward: Callable[..., Any], run: MegatronRun) -> Callabl
         if kwargs.get("collect_non_loss_data"):
             return forward_backward(*args, **kwargs)
         if torch.is_grad_enabled():
-            # Megatron may run an iteration again, to find faulty devices.
+            # Megatron may run an iteration twice, to find faulty devices.
             run.metrics.begin_step()
         step = counting_forward_step(kwargs["forward_step_func"], run.metrics)
         return forward_backward(*args, **{**kwargs, "forward_step_func": step})
@@ -110,18 +111,18 @@ def _counting(forward_backward: Callable[..., Any], run: MegatronRun) -> Callabl
 
 
 def training_log(original: Original, *args: Any, **kwargs: Any) -> Any:
-    """End the step; at the end of an interval, write its values."""
+    """End the step. At the end of a log interval, close the window and write its values."""
     result = original(*args, **kwargs)
     run = current_run()
     if run is not None:
         call = inspect.signature(original).bind(*args, **kwargs).arguments
         iteration, interval = call["iteration"], run.args.log_interval
-        # Megatron leaves the weights alone then, and its own averages as well.
+        # In a skipped iteration, Megatron changes neither the weights nor its own averages.
         run.metrics.end_step(discard=bool(call["skipped_iter"]))
         if iteration % interval == 0:
             window = run.session.close(iteration)
         elif call.get("is_first_iteration"):
-            # Megatron logs its first iteration without ending the interval.
+            # Megatron logs its first iteration, but the interval goes on.
             window = run.session.peek(iteration)
         else:
             return result
@@ -131,7 +132,7 @@ def training_log(original: Original, *args: Any, **kwargs: Any) -> Any:
 
 
 def evaluate(original: Original, *args: Any, **kwargs: Any) -> Any:
-    """An evaluation with a window of its own."""
+    """Run an evaluation with a window of its own."""
     run = current_run()
     if run is None:
         return original(*args, **kwargs)
@@ -141,7 +142,7 @@ def evaluate(original: Original, *args: Any, **kwargs: Any) -> Any:
     with run.session.evaluation(prefix.rstrip("_"), iteration, prefix) as evaluation:
         result = original(*args, **kwargs)
         if result[0] is None:
-            # It has reached the limit of time.
+            # Megatron has stopped the evaluation, because its time limit was reached.
             evaluation.discard()
     if now is not None and evaluation.window is not None:
         with run.session.guard.guarded():
@@ -150,7 +151,7 @@ def evaluate(original: Original, *args: Any, **kwargs: Any) -> Any:
 
 
 def evaluate_and_print_results(original: Original, *args: Any, **kwargs: Any) -> Any:
-    """Write the values of the evaluations that it runs."""
+    """Write the values of the evaluations that `original` runs."""
     run = current_run()
     if run is None:
         return original(*args, **kwargs)
@@ -163,7 +164,7 @@ def evaluate_and_print_results(original: Original, *args: Any, **kwargs: Any) ->
 
 
 class _Evaluations:
-    """The evaluations of one call of evaluate_and_print_results: one per validation set."""
+    """The evaluations of one call of evaluate_and_print_results. Each validation set has one."""
 
     def __init__(self, args: Any, call: dict[str, Any]) -> None:
         self.title = f"validation at {call['prefix']}"
@@ -174,7 +175,7 @@ class _Evaluations:
         self._index = 0
 
     def next_prefix(self) -> str:
-        """`eval_`, or `eval_SET_` where there are several sets."""
+        """The prefix of the next evaluation: `eval_`, or `eval_SET_` if there are several sets."""
         index, self._index = self._index, self._index + 1
         if not self._several:
             return self._kind
@@ -185,7 +186,7 @@ class _Evaluations:
 
 
 def save_checkpoint(original: Original, iteration: int, *args: Any, **kwargs: Any) -> Any:
-    """The checkpoint, with the totals in it."""
+    """Save the checkpoint, and the totals in its folder."""
     result = original(iteration, *args, **kwargs)
     run = current_run()
     if run is not None and run.args.save and not kwargs.get("non_persistent_ckpt"):
@@ -196,11 +197,11 @@ def save_checkpoint(original: Original, iteration: int, *args: Any, **kwargs: An
 
 
 def load_checkpoint(original: Original, *args: Any, **kwargs: Any) -> Any:
-    """Go on with the totals of the checkpoint."""
+    """Load the checkpoint, and resume its totals."""
     result = original(*args, **kwargs)
     run = current_run()
     iteration = result[0]
-    # Iteration 0 is a start from given weights (--finetune, --pretrained-checkpoint).
+    # At iteration 0, only the weights were loaded (--finetune, --pretrained-checkpoint).
     if run is not None and iteration and run.args.load:
         run.session.resume(_folder(run.args.load, iteration))
     return result

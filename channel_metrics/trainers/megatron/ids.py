@@ -1,10 +1,10 @@
 """The channel of each token in Megatron, from the data iterator to the layout of the loss mask.
 
-Ids are read from the batch as the data iterator gives it, on the ranks that have one. Whatever
-cuts the labels for context parallelism is called a second time with the ids in place of the
-labels: no slicing of Megatron's is repeated here, so none can differ.
+Ids are read from the batch that the data iterator gives, on the ranks that have one. The function
+that cuts the labels for context parallelism is called a second time, with the ids in place of the
+labels. So ids and labels are always cut in the same way.
 
-Letters: B rows of the micro-batch, S sequence length.
+Letters: B rows of the micro-batch, S row length, N sequences of the micro-batch.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ __all__ = [
     "follow_labels",
 ]
 
-# Under this key our data sets put the ids: one per row, or one per token.
+# Our datasets put the ids under this key: one per row, or one per token.
 BATCH_KEY = "channel_ids"
-# Under this key a pack gives the channel of each of its sequences, filled up with NO_SEQUENCE.
+# A pack has the channel of each of its sequences under this key, filled up with NO_SEQUENCE.
 SEQUENCES_KEY = "channel_sequences"
 NO_SEQUENCE = -2
-# Under this key a pack says how many of its supervised targets belong to the next sequence.
+# A pack has the number of its crossings under this key, see `data.pack_channel_ids`.
 CROSSINGS_KEY = "channel_crossings"
 
-# Bounds of sequences in a batch, where tokens sit before what attention sees of them.
+# Keys of sequence boundaries in a batch. The padded ones come first: they tell where tokens are.
 _BOUNDS_KEYS = (
     "cu_seqlens_padded",
     "cu_seqlens_q_padded",
@@ -48,7 +48,7 @@ _BOUNDS_KEYS = (
     "cu_seqlens_q",
     "cu_seq_lens_q",
 )
-# Entries of a batch that say how to cut it; with those that start with cu_seqlens.
+# Entries that tell how to cut a batch, besides those whose keys start with cu_seqlens.
 _HOW_TO_CUT = ("max_seqlen", "local_cp_size", "hybrid_cp_group")
 
 _current: contextvars.ContextVar[BatchIds | None] = contextvars.ContextVar(
@@ -59,12 +59,20 @@ _current: contextvars.ContextVar[BatchIds | None] = contextvars.ContextVar(
 class BatchIds:
     """The ids of the micro-batch whose forward step runs now.
 
-    ids: int64 [B] (one channel per row), [N] (one per sequence of `cu_seqlens`) or of the shape of
-        the labels; None on ranks without data.
-    cu_seqlens: int32 [N + 1], over the tokens of all rows behind each other.
-    rows: the shape [B, S] of the batch; None where it does not show.
-    is_cut: whether the ids have gone through the cut of context parallelism.
-    sequences: int64, the channel of each sequence, whatever is cut.
+    Args:
+        table: the channels of the run.
+        guard: handles errors while the ids are read and cut.
+        drop_dataset_id: whether to remove `dataset_id` from the batch, as a cut cannot handle it.
+
+    Attributes:
+        ids: int64, [B] (one per row), [N] (one per sequence of `cu_seqlens`) or in the shape of
+            the labels (one per token); None on ranks without data.
+        cu_seqlens: boundaries of the sequences, int32 [N + 1], counted over all rows of the batch.
+        rows: the shape [B, S] of the batch; None if no entry shows it.
+        sequences: int64 [N], the channel of each sequence. It is never cut.
+        is_cut: whether the ids have been cut for context parallelism.
+        num_batches: how many batches the forward step has taken.
+        num_crossings: how many supervised targets are in the sequence after that of their position.
     """
 
     def __init__(
@@ -83,7 +91,7 @@ class BatchIds:
 
     @contextmanager
     def active(self) -> Iterator[BatchIds]:
-        """While this holds, cuts of labels are followed."""
+        """Inside this context, a cut of the labels also cuts these ids."""
         token = _current.set(self)
         try:
             yield self
@@ -91,7 +99,14 @@ class BatchIds:
             _current.reset(token)
 
     def read(self, batch: Any) -> Any:
-        """Take the ids out of a batch: the batch without them, as the script knows it."""
+        """Take the ids out of a batch.
+
+        Args:
+            batch: what the data iterator gave.
+
+        Returns:
+            The batch without the keys that our datasets have added.
+        """
         self.num_batches += 1
         if not isinstance(batch, Mapping):
             return batch
@@ -100,14 +115,21 @@ class BatchIds:
         with self.guard.guarded():
             self._take(batch, ours)
         if self._drop_dataset_id:
-            # Megatron cuts every entry along its second axis, which this one does not have.
+            # Megatron cuts every entry along its second axis, but this entry has only one.
             rest.pop("dataset_id", None)
         return rest
 
     def of_tokens(self, shape: torch.Size) -> Tensor:
-        """The ids of the tokens, int64 of `shape`: [B, S], or flattened [1, B * S].
+        """Give each token its id.
 
-        Raises `BoundaryError` if they cannot be about the same tokens.
+        Args:
+            shape: the shape of the labels: [B, S], or flattened [1, B * S].
+
+        Returns:
+            int64 of this shape.
+
+        Raises:
+            BoundaryError: the ids do not fit labels of this shape.
         """
         ids, rows = self.ids, self.rows or shape
         assert ids is not None
@@ -139,7 +161,12 @@ class BatchIds:
 
 
 class Tap:
-    """A data iterator that shows a micro-batch what it gives."""
+    """A data iterator that takes the ids out of each batch.
+
+    Args:
+        data_iterator: the iterator that gives the batches.
+        micro_batch: reads the ids of each batch.
+    """
 
     def __init__(self, data_iterator: Any, micro_batch: BatchIds) -> None:
         self._data_iterator = data_iterator
@@ -156,10 +183,15 @@ class Tap:
 
 
 def follow_labels(cut: Callable[..., Any], batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """What `cut(batch, ...)` returns: it cuts a batch for context parallelism.
+    """Cut a batch for context parallelism, and the ids of the current micro-batch with it.
 
-    The ids of the micro-batch whose forward step runs now are cut as its labels are. `cut`
-    returns the batch, or a tuple that starts with it.
+    Args:
+        cut: Megatron's function. It returns the batch, or a tuple that starts with it.
+        batch: the batch to cut.
+        *args, **kwargs: the other arguments of `cut`.
+
+    Returns:
+        What `cut` returns.
     """
     now = _current.get()
     labels = batch.get("labels")
@@ -168,7 +200,7 @@ def follow_labels(cut: Callable[..., Any], batch: dict[str, Any], *args: Any, **
     probe: dict[str, Any] = {}
     with now.guard.guarded():
         ids = now.of_tokens(labels.shape).to(labels.device, non_blocking=True)
-        # Before the cut, which changes the batch in place.
+        # Copied before the cut, because the cut changes the batch in place.
         probe = {key: _probe_entry(key, value, ids) for key, value in batch.items()}
     result = cut(batch, *args, **kwargs)
     with now.guard.guarded():
@@ -180,14 +212,14 @@ def follow_labels(cut: Callable[..., Any], batch: dict[str, Any], *args: Any, **
 
 
 def _probe_entry(key: str, value: Any, ids: Tensor) -> Any:
-    # Functions differ in which of the two they take the length from.
+    # Some functions take the length from the labels, others from the tokens.
     if key in ("labels", "tokens"):
         return None if value is None else ids
     return value if key.startswith("cu_seqlens") or key in _HOW_TO_CUT else None
 
 
 def _ids_of(batch: Mapping[str, Any], table: LabelTable) -> tuple[str, Tensor | None]:
-    """The ids of a batch, and the key under which they were."""
+    """The key that holds the ids of a batch, and the ids."""
     for key in (BATCH_KEY, "channels", "dataset_id"):
         value = batch.get(key)
         if isinstance(value, Tensor):
@@ -198,7 +230,7 @@ def _ids_of(batch: Mapping[str, Any], table: LabelTable) -> tuple[str, Tensor | 
 
 
 def _rows_of(batch: Mapping[str, Any]) -> torch.Size | None:
-    """The shape [B, S] that the batch has as the data iterator gives it; of a flat one [1, S]."""
+    """The shape [B, S] of the batch from the data iterator; [1, S] if it is flat."""
     for key in ("labels", "tokens", "loss_mask"):
         value = batch.get(key)
         if isinstance(value, Tensor) and value.dim() in (1, 2):
@@ -207,9 +239,9 @@ def _rows_of(batch: Mapping[str, Any]) -> torch.Size | None:
 
 
 def _bounds_for(ids: Tensor, batch: Mapping[str, Any], rows: torch.Size) -> Tensor | None:
-    """The bounds of the sequences that `ids` [N] are the channels of; None for ids per row.
+    """The boundaries, if there is one id per sequence; None if there is one per row or token.
 
-    Raises `BoundaryError` if there is neither one id per sequence, nor per row, nor per token.
+    Raises `BoundaryError` if the number of ids fits neither of these.
     """
     bounds = _bounds_of(batch, rows)
     if bounds is not None and ids.dim() == 1 and ids.numel() == bounds.numel() - 1:
@@ -224,7 +256,10 @@ def _bounds_for(ids: Tensor, batch: Mapping[str, Any], rows: torch.Size) -> Tens
 
 
 def _bounds_of(batch: Mapping[str, Any], rows: torch.Size) -> Tensor | None:
-    """int32 [N + 1] over all rows, from bounds that are filled up with the length of the row."""
+    """The boundaries in a batch, as int32 [N + 1] over all rows; None if it has none.
+
+    Those of a row may be filled up with the length of the row.
+    """
     found = [batch.get(key) for key in _BOUNDS_KEYS]
     params = batch.get("packed_seq_params")
     found += [getattr(params, key, None) for key in _BOUNDS_KEYS]
@@ -242,7 +277,7 @@ def _bounds_of(batch: Mapping[str, Any], rows: torch.Size) -> Tensor | None:
 
 
 def _checked(ids: Tensor, key: str, table: LabelTable) -> Tensor:
-    """Ids on the host can be checked without waiting for a device."""
+    """Check the range of ids that are on the host. Others would make us wait for the device."""
     if ids.device.type != "cpu" or not ids.numel():
         return ids
     low, high = int(ids.min()), int(ids.max())

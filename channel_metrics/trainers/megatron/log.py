@@ -1,4 +1,4 @@
-"""Writing values where Megatron writes its own: the text log, TensorBoard, W&B."""
+"""Writes values to the places that Megatron writes to: the text log, TensorBoard, W&B."""
 
 from __future__ import annotations
 
@@ -10,16 +10,28 @@ __all__ = ["log_line", "write"]
 
 
 def log_line(title: str, values: Mapping[str, float]) -> str:
-    """` iteration       10 channels | web_loss: 5.551914E+00 | web_tokens: 256 |`."""
+    """Format values like a line of Megatron's text log.
+
+    Args:
+        title: what the line is about, such as `iteration       10`.
+        values: {log key: value}.
+
+    Returns:
+        Such as ` iteration       10 channels | web_loss: 5.551914E+00 | web_tokens: 256 |`.
+    """
     entries = (f" {key}: {_number(value)} |" for key, value in values.items())
     return f" {title} channels |" + "".join(entries)
 
 
 def write(title: str, window: Window) -> None:
-    """Print the values of a window, if it has any, and give them to the writers.
+    """Print the values of a window, if it has any, and give them to TensorBoard and W&B.
 
-    Only the rank that has them writes. The values of an evaluation are on the disk at once:
-    Megatron may end after it without closing its writer.
+    Only the rank that has Megatron's writers gives them values. Those of an evaluation are flushed
+    to the disk, because Megatron may exit after it without closing the writer.
+
+    Args:
+        title: what the printed line is about.
+        window: the window.
     """
     from megatron.training import print_rank_last
     from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer

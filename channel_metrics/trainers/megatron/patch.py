@@ -1,18 +1,18 @@
 """Gives Megatron-LM's training loop the option `--channels`.
 
-What is patched, by name, in `megatron.training` (core 0.13 to 0.19 and main have these names):
+These functions of `megatron.training` are patched (core 0.13 to 0.19 and main have them):
 
-| name | what for |
+| name | purpose |
 |---|---|
-| arguments.add_megatron_arguments, validate_args | the options, and their errors at start |
+| arguments.add_megatron_arguments, validate_args | the options are added and checked |
 | training.build_pretraining_data_loader | each sample gets its channel |
-| core.utils.get_batch_on_this_cp_rank and the like | the ids are cut as the labels are |
+| core.utils.get_batch_on_this_cp_rank and its variants | ids are cut like the labels |
 | training.get_forward_backward_func | the loss functions count |
 | training.training_log, evaluate, evaluate_and_print_results | the values are logged |
-| training.save_checkpoint, load_checkpoint | the totals of the run |
+| training.save_checkpoint, load_checkpoint | the totals are saved and resumed |
 
-Without `--channels` in the command line, each of them does what it did before. Call `apply`
-before the script imports from megatron.
+Without `--channels` on the command line, the training loop works as before. Call `apply` before the
+script imports from megatron.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ _BODIES = {
 
 
 def apply() -> None:
-    """Patch megatron; a second call does nothing.
+    """Patch Megatron. A second call does nothing.
 
     Raises:
-        UnsupportedVersionError: a name is missing; nothing is patched.
+        UnsupportedVersionError: this version lacks a function. Then nothing is patched.
     """
     if is_applied():
         return
@@ -66,20 +66,20 @@ def apply() -> None:
 
 
 def revert() -> None:
-    """Put everything back, also where it was imported from; forgets the run."""
+    """Put the original functions back, also in modules that imported them, and forget the run."""
     hooks.forget_run()
     swap.unwrap(_KEY)
     unfollow_cuts()
 
 
 def is_applied() -> bool:
-    """Whether megatron is patched now."""
+    """Whether Megatron is patched now."""
     training = sys.modules.get(_TRAINING)
     return training is not None and swap.is_wrapped(training, "training_log", key=_KEY)
 
 
 def _modules() -> dict[str, Any]:
-    """The modules to patch; raises if one of them, or a name in it, is not there."""
+    """The modules to patch. Raises `UnsupportedVersionError` if a module or function is missing."""
     required = {path: [body.__name__ for body in bodies] for path, bodies in _BODIES.items()}
     required["megatron.core.utils"] = ["get_batch_on_this_cp_rank"]
     found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The names that Megatron itself writes to TensorBoard, W&B and its text log."""
+"""The keys that Megatron itself writes to TensorBoard, W&B and its text log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LOSSES = (
     "z_loss",
     *(f"mtp_{depth} loss" for depth in range(1, 9)),
 )
-# TensorBoard has each of these again over the samples.
+# TensorBoard gets each of these a second time, over the samples.
 _VALUES = (
     "learning-rate",
     "batch-size",
@@ -61,7 +61,12 @@ _SETS = 16
 
 
 def megatron_keys(set_names: Iterable[str] = ()) -> frozenset[str]:
-    """All of them; set_names: of `--validation-set-names`, by default numbers are used."""
+    """List all keys that no channel may use.
+
+    Args:
+        set_names: the names of `--validation-set-names`. The keys with numbers of sets are always
+            in the list.
+    """
     suffixes = ["", *(f"-{name}" for name in (*range(_SETS), *set_names))]
     scalars = [*_VALUES, *_LOSSES]
     for loss in _LOSSES:

@@ -1,8 +1,7 @@
-"""One training run of Megatron's own loop: what its hooks do with the channels.
+"""The objects that the hooks need during one training run of Megatron's own loop.
 
-The hooks are in `channel_metrics.trainers.megatron.hooks`; here is no patching. Every rank makes
-the same calls in the same order: what a rank does not know (it has no data, no loss, no writer)
-it takes part in with zeros.
+The hooks are in `channel_metrics.trainers.megatron.hooks`. Every rank makes the same calls in the
+same order. A rank without data or losses contributes zeros.
 """
 
 from __future__ import annotations
@@ -17,7 +16,11 @@ __all__ = ["MegatronRun"]
 
 
 class MegatronRun:
-    """The session of one run, and what counts into it."""
+    """The session of one run, and the objects that count into it.
+
+    Args:
+        args: Megatron's parsed arguments.
+    """
 
     def __init__(self, args: Any) -> None:
         self.args = args
@@ -26,14 +29,21 @@ class MegatronRun:
         self._names = name_by_path(args)
 
     def dataset(self, dataset: Any) -> ChannelDataset:
-        """The data set with the channel of each sample."""
+        """Wrap a dataset so that each sample has its channel.
+
+        Args:
+            dataset: Megatron's dataset or blend.
+
+        Raises:
+            ConfigError: this is an SFT dataset without channels.
+        """
         return ChannelDataset(
             dataset,
             self.session.labels,
             self._id_of,
             declare=self.session.declare_names,
             fields=self.session.config.fields,
-            # Hybrid context parallelism sends the tokens of each sequence to other ranks.
+            # Hybrid context parallelism spreads the tokens of a sequence over several ranks.
             per_token=bool(getattr(self.args, "hybrid_context_parallel", False)),
         )
 

@@ -1,8 +1,8 @@
-"""The channels that an SFT file names, found before the training.
+"""Finds the channels that an SFT file names, before the training.
 
-Files are read in batches of columns: going through the lines one by one would take minutes for
-large files. Only where messages, or what holds the channel, differ in their keys from line to
-line are they decoded; `datasets` stores those as JSON.
+Files are read in batches of columns, because reading each line would take minutes for a large file.
+If messages or channel fields have different keys in different lines, `datasets` stores them as
+JSON. Only the lines of such files are decoded.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ _BATCH = 10_000
 
 
 def sft_channel_names(lines: Any, fields: Sequence[str]) -> set[str]:
-    """The names that `fields` give in the lines and in their messages.
+    """Collect the channels of an SFT file.
 
-    lines: a `datasets.Dataset` with a column `messages`, a list of mappings per line.
+    Args:
+        lines: a `datasets.Dataset` with a column `messages`, a list of mappings per line.
+        fields: the fields of a line or a message that may hold a channel.
     """
     heads = {field if field in lines.column_names else field.split(".")[0] for field in fields}
     lines = lines.select_columns([n for n in lines.column_names if n in {*heads, _MESSAGES}])
@@ -49,7 +51,7 @@ def _names_of(records: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> se
 
 
 def _column_names(columns: Mapping[str, Any], fields: Sequence[str]) -> set[str]:
-    """The names that `fields` give in these Arrow columns; the first that is always there ends."""
+    """The names in Arrow columns. Fields after one that all records have are not read."""
     names: set[str] = set()
     for field in fields:
         head, *rest = [field] if field in columns else field.split(".")

@@ -1,13 +1,14 @@
-"""A forward step function of Megatron's, made to count the tokens of its loss.
+"""Makes a forward step function of Megatron count the tokens of its loss.
 
     step = counting_forward_step(forward_step, metrics)      # forward_step(data_iterator, model)
     forward_backward_func(forward_step_func=step, ...)
 
-For forward steps as Megatron's own scripts write them: one batch from the data iterator, with
-`channels` (or a blend's `dataset_id`) in it, and `partial(loss_func, loss_mask, ...)` returned.
+The forward step must work like those of Megatron's own scripts. It takes one batch from the data
+iterator. The batch has `channels`, or the `dataset_id` of a blend. The step returns
+`partial(loss_func, loss_mask, ...)` with its output.
 
 A validation loop that uses the same forward step needs a window of its own, see
-`ChannelMetrics.evaluation`. Without one, what is computed without gradients is not counted.
+`ChannelMetrics.evaluation`. Without one, losses that have no gradients are not counted.
 """
 
 from __future__ import annotations
@@ -29,9 +30,16 @@ __all__ = ["counting_forward_step", "loss_mask_of"]
 def counting_forward_step(
     step: Callable[..., Any], metrics: MegatronChannelMetrics
 ) -> Callable[..., Any]:
-    """`step(data_iterator, model, ...)`, whose loss function counts into `metrics`.
+    """Make a forward step whose loss function counts.
 
     With context parallelism, call `cuts.follow_cuts()` before the batch is cut.
+
+    Args:
+        step: the forward step, called as `step(data_iterator, model, ...)`.
+        metrics: counts the tokens.
+
+    Returns:
+        A forward step with the same arguments and results as `step`.
     """
 
     @functools.wraps(step)
@@ -51,10 +59,13 @@ def counting_forward_step(
 
 
 def loss_mask_of(loss_func: Any) -> Tensor:
-    """The loss mask that Megatron's forward steps bind to their loss function.
+    """Find the loss mask that a forward step of Megatron has bound to its loss function.
 
-    `partial(loss_func, loss_mask, ...)`, by position or by name; raises
-    `UnsupportedVersionError` for anything else.
+    Args:
+        loss_func: `partial(loss_func, loss_mask, ...)`. The mask may also be bound by its name.
+
+    Raises:
+        UnsupportedVersionError: no loss mask is bound.
     """
     bound: Mapping[str, Any] = getattr(loss_func, "keywords", None) or {}
     positional = getattr(loss_func, "args", ())
@@ -73,20 +84,20 @@ def _counting_loss_func(
 ) -> Callable[..., Any]:
     def counting_loss_func(losses: Any, *args: Any, **kwargs: Any) -> Any:
         counted = loss_func
-        # A tensor-parallel rank without data holds a copy of what another counts.
+        # A tensor-parallel rank without data has a copy of tokens that another rank counts.
         if batch.num_batches and metrics.session.measuring and _has_a_window(metrics):
             with metrics.session.guard.guarded():
                 ids = _ids(batch)
                 mask = loss_mask_of(loss_func)
                 if batch.rows is not None and mask.numel() == batch.rows.numel():
-                    # Megatron may have flattened the rows; ids per row are those of the rows.
+                    # Megatron may have flattened the rows, but ids per row need them.
                     mask = mask.reshape(batch.rows)
                 counted = metrics.count(
                     loss_func,
                     channels=ids,
                     loss_mask=mask,
                     cu_seqlens=None if batch.is_cut else batch.cu_seqlens,
-                    # Ids per sequence say themselves how many there are.
+                    # With one id per row or sequence, their number is already known.
                     sequences=None if ids.dim() == 1 else batch.sequences,
                     num_crossings=batch.num_crossings,
                 )
@@ -97,7 +108,7 @@ def _counting_loss_func(
 
 def _has_a_window(metrics: MegatronChannelMetrics) -> bool:
     """Whether the tokens are those of training, or of an evaluation that is open."""
-    # Megatron may train forward only (--freeze-all-layers), but never without gradients.
+    # Even with --freeze-all-layers, Megatron computes training losses with gradients enabled.
     if torch.is_grad_enabled() or metrics.session.evaluating:
         return True
     metrics.session.warn_once(
