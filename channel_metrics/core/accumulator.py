@@ -127,7 +127,7 @@ class ChannelLossAccumulator(SumTable):
         if reported_sum is not None:
             check_scalar("reported_sum", reported_sum)
         shape = channels_shape(channels)
-        # One id for one token (shape [1]) is the id of a sequence: [T] without bounds is one sequence.
+        # If there is one token and one id, it is the id of a sequence: [T] is one sequence.
         per_token = cu_seqlens is None and shape == token_losses.shape and shape != (1,)
         if per_token:
             sums = token_sums(values, self.dtype, self.schema.columns)

@@ -121,8 +121,8 @@ class KeyBook:
     ) -> list[ChannelMetricsError]:
         """Add channels, and the prefix of a split.
 
-        Returns an error per channel with new clashes; their keys join `clashes`. Raises `ConfigError` if
-        two metrics of one channel would share a key under this prefix.
+        Returns an error for each channel with new clashes; their keys join `clashes`. Raises
+        `ConfigError` if two metrics of one channel would share a key under this prefix.
         """
         new = [name for name in channels if name not in self._known]
         if prefix is not None and prefix not in self._prefixes:
