@@ -137,7 +137,7 @@ class Observation:
             if logits is not None and forward.gave(logits):
                 forward.losses.append(tokens)
                 return
-        # A script may call parts of the model, not its forward. The loss of a teacher needs no grad.
+        # A script may call parts of the model, not its forward. A teacher has a loss without grad.
         if isinstance(loss, Tensor) and loss.requires_grad:
             self.others.append(tokens)
 
