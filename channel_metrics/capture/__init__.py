@@ -1,1 +1,1 @@
-"""Token losses out of a model while a trainer computes its loss."""
+"""Takes the token losses out of a model while a trainer computes its loss."""

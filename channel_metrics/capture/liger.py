@@ -1,13 +1,12 @@
-"""Token losses out of Liger's fused loss, where the logits never exist.
+"""Takes token losses out of Liger's fused loss, which never holds all logits.
 
 Liger's forwards of transformers models end in one function, `fixed_fused_linear_cross_entropy`,
-which returns a sum or a mean. Asked for the losses of single tokens, the same kernel gives them
-and the predicted tokens with them; the sum is then taken here. The value and the gradients are the
-same up to rounding. The price is Liger's: it then makes the logits a second time, in the backward
-pass, in the same chunks.
+which returns a sum or a mean. We ask the same kernel for the losses and predictions of single
+tokens, and add the losses up here. The value and the gradients are the same up to rounding. In
+return, Liger computes the logits a second time in the backward pass, in the same chunks.
 
-If somebody else has put a function in that place, it is called unchanged, and the same kernel
-measures the token losses beside it: one more projection.
+If another library has replaced that function, its function is called unchanged. Then the same
+kernel measures the token losses in addition, which costs one more projection.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def _expected(  # noqa: PLR0917
     return_predicted_tokens: bool = False,
     **kwargs: Any,
 ) -> None:
-    """What Liger's function takes; a function that somebody puts in its place is called alike."""
+    """Has the parameters of Liger's function. A replacement is called with the same arguments."""
 
 
 _PARAMETERS = tuple(inspect.signature(_expected).parameters)
@@ -55,12 +54,12 @@ def _observing(
 ) -> Any:
     def seen(compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if is_defined_in(sys.modules[_MODULE], _NAME, original):
-            # Liger's own function is the way out if this fails, and not called by it.
+            # This does not call Liger's own function. That one is called only if this fails.
             result, tokens = liger_cross_entropy(
                 original, observation.with_correct, *args, **kwargs
             )
         else:
-            # First: who computes the loss may overwrite what it is given.
+            # Measure first, because the replacement may overwrite its arguments.
             tokens = _measured(observation.with_correct, *args, **kwargs)
             result = compute(*args, **kwargs)
         observation.record(tokens, result)
@@ -75,10 +74,19 @@ LIGER_LOSS = LossHook(_MODULE, _NAME, _observing)
 def liger_cross_entropy(
     original: Callable[..., Any], with_correct: bool, *args: Any, **kwargs: Any
 ) -> tuple[Any, TokenLosses]:
-    """What Liger's `original` returns for these arguments, and the losses of its tokens.
+    """Compute the result of Liger's function, and the losses of its tokens.
 
-    Raises `UnsupportedVersionError` for a Liger that is too old or has another signature, and for
-    options with which its token losses are no plain cross entropy.
+    Args:
+        original: Liger's `fixed_fused_linear_cross_entropy`; only its signature is used.
+        with_correct: whether to measure which tokens are predicted.
+        args, kwargs: its arguments.
+
+    Returns:
+        What `original` would return, and the token losses without gradients.
+
+    Raises:
+        UnsupportedVersionError: Liger is too old or has another signature, or an option makes its
+            token losses differ from the plain cross entropy.
     """
     _check_version()
     parameters = tuple(inspect.signature(original).parameters)
@@ -104,18 +112,18 @@ def liger_cross_entropy(
     nll, predicted = _losses_and_predictions(given, bias, with_predictions)
     plain = nll.detach()
     correct = None if predicted is None else predicted == target
-    # Dynamic fine-tuning: each loss times the probability of its target, as a constant.
+    # Dynamic fine-tuning multiplies each loss by the probability of its target, as a constant.
     trained = nll * torch.exp(-plain) if scaled else nll
     num_counted = (target != given["ignore_index"]).sum()
     num_items = given["num_items_in_batch"]
-    # Over no tokens at all, Liger's mean is 0.
+    # If no token is counted, Liger's mean is 0.
     loss = trained.sum() / (num_counted.clamp(min=1) if num_items is None else num_items)
     tokens = TokenLosses(plain, correct, target, plain.sum())
     return _output(loss, given, predicted, correct, num_counted), tokens
 
 
 def _measured(with_correct: bool, *args: Any, **kwargs: Any) -> TokenLosses:
-    """The token losses of what a function in the place of Liger's is given, by Liger's kernel."""
+    """Token losses by Liger's kernel, from the arguments of a function that replaced Liger's."""
     _check_version()
     given = _bound(_expected, *args, **kwargs)
     target: Tensor = given["target"]
@@ -148,11 +156,11 @@ def _output(
     correct: Tensor | None,
     num_counted: Tensor,
 ) -> Any:
-    """The kind of result that Liger gives for these arguments."""
+    """The loss in the form that Liger returns for these arguments."""
     if not (given["return_token_accuracy"] or given["return_predicted_tokens"]):
         return loss
     assert correct is not None
-    # Ignored positions have -1 as prediction, so they count as wrong and must not count as tokens.
+    # Ignored positions are left out: they are no tokens.
     accuracy = (correct & (given["target"] != given["ignore_index"])).sum() / num_counted
     output: Any = vars(sys.modules[_MODULE])["CrossEntropyOutput"]
     return output(

@@ -1,4 +1,4 @@
-"""Token losses from the logits that a model returned, and how labels stand beside them.
+"""Measures token losses on the logits that a model returned.
 
 Letters: B rows, S row length, V vocabulary.
 """
@@ -17,15 +17,20 @@ __all__ = ["mean_nll", "shifted_labels", "token_losses_from_outputs"]
 
 
 def shifted_labels(labels: Tensor) -> Tensor:
-    """[..., S] labels as a causal loss sees them: position t holds the label of t + 1."""
+    """Labels [..., S] as a causal loss sees them: position t holds the label of t + 1."""
     return torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
 
 
 def token_losses_from_outputs(forward: Forward, targets: Tensor, with_correct: bool) -> TokenLosses:
-    """Token losses [B * S] on the logits [B, S, V] that the model returned.
+    """Token losses [B * S], measured on the logits [B, S, V] that the model returned.
 
-    Raises `UnsupportedVersionError` where there are none: a fused loss was used, or the model
-    returned a part of them only.
+    Args:
+        forward: the forward that returned them.
+        targets: int64 [B, S], the label that each position predicts.
+        with_correct: whether to measure which tokens are predicted.
+
+    Raises:
+        UnsupportedVersionError: the model returned no logits, or not for all labels.
     """
     logits = forward.logits()
     if logits is None and forward.losses:
@@ -55,7 +60,13 @@ def token_losses_from_outputs(forward: Forward, targets: Tensor, with_correct: b
 
 
 def mean_nll(forward: Forward, labels: Tensor, shift: bool) -> float:
-    """The mean nll of the logits that the model returned, with labels shifted or as they are."""
+    """The mean nll in nats of the logits that the model returned.
+
+    Args:
+        forward: the forward that returned them.
+        labels: int64 [B, S].
+        shift: whether to shift the labels by one.
+    """
     targets = shifted_labels(labels) if shift else labels
     total = token_losses_from_outputs(forward, targets, False).reported_sum
     return float(total / (targets != IGNORE_INDEX).sum().clamp(min=1))

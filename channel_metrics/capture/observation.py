@@ -1,8 +1,7 @@
-"""What the forwards of one model show of its losses, and how loss functions are watched for it.
+"""Records the losses that the forwards of one model compute, and watches loss functions.
 
-A cross entropy belongs to the model if it is computed while the model's forward runs, or
-afterwards over the logits that the forward returned. What another model computes meanwhile, such
-as a teacher, does not count.
+A cross entropy belongs to the model if it is computed while the model's forward runs, or later over
+the logits that the forward returned. Losses of another model, such as a teacher, do not count.
 """
 
 from __future__ import annotations
@@ -32,10 +31,12 @@ _LABELS = ("labels", "shift_labels")
 class Forward:
     """One forward of the model.
 
-    has_labels: whether labels were passed to it. trains: whether it keeps what a backward needs.
-    losses: the cross entropies, in the order in which they were computed. outputs: what the model
-    returned, kept only if the token losses may have to be read from it. its_logits: among it, and
-    not kept alive.
+    Attributes:
+        has_labels: whether labels were passed to it.
+        trains: whether gradients were enabled.
+        losses: the cross entropies, in the order in which they were computed.
+        outputs: what the model returned. It is kept only if token losses may be measured on it.
+        its_logits: a weak reference to the logits in the outputs.
     """
 
     has_labels: bool = False
@@ -45,15 +46,15 @@ class Forward:
     its_logits: weakref.ref[Tensor] | None = None
 
     def logits(self) -> Tensor | None:
-        """The logits that the model returned, if it did."""
+        """The logits that the model returned; None if it returned none."""
         return _logits_of(self.outputs)
 
     def loss(self) -> Tensor | None:
-        """The loss that the model itself returned, if it did; one number."""
+        """The loss that the model returned, a tensor of one number; None if it returned none."""
         found = self.outputs.get("loss") if isinstance(self.outputs, Mapping) else None
         if isinstance(self.outputs, tuple):
             found = next((x for x in self.outputs if isinstance(x, Tensor) and x.dim() == 0), None)
-        # nn.DataParallel returns the losses of its replicas.
+        # nn.DataParallel returns one loss per replica, which is not one number.
         return found if isinstance(found, Tensor) and found.numel() == 1 else None
 
     def gave(self, source: Tensor) -> bool:
@@ -75,11 +76,15 @@ def _logits_of(outputs: Any) -> Tensor | None:
 
 @dataclass(eq=False)
 class Observation:
-    """What one `compute_loss` let us see.
+    """What was seen during one `compute_loss`.
 
-    with_correct: whether correctness is measured. guard: what an error of ours inside the model's
-    loss does. forwards: those of the model. others: losses of a training step that were computed
-    outside of them, over other logits.
+    Attributes:
+        with_correct: whether to measure which tokens are predicted.
+        guard: decides what an error of ours inside the model's loss does.
+        thread: the thread that made the observation.
+        forwards: the forwards of the model.
+        others: trained losses that were computed outside of the forwards, over other logits.
+        busy: whether a watched loss function is running.
     """
 
     with_correct: bool
@@ -98,7 +103,7 @@ class Observation:
     def chosen(self) -> Forward:
         """The forward that the labels of the batch belong to.
 
-        Raises `UnsupportedVersionError` if that cannot be told.
+        Raises `UnsupportedVersionError` if several forwards may be the one.
         """
         if not self.forwards:
             return Forward(losses=self.others)
@@ -118,7 +123,13 @@ class Observation:
         return [forward for forward in found if forward.losses] or found
 
     def record(self, tokens: TokenLosses, loss: Any, logits: Tensor | None = None) -> None:
-        """Take in a cross entropy; loss: its result. logits: what it was computed from."""
+        """Keep a cross entropy if it belongs to the model.
+
+        Args:
+            tokens: its token losses.
+            loss: its result.
+            logits: what it was computed from, if known.
+        """
         if self._depth:
             self.forwards[-1].losses.append(tokens)
             return
@@ -126,12 +137,12 @@ class Observation:
             if logits is not None and forward.gave(logits):
                 forward.losses.append(tokens)
                 return
-        # A script may call parts of the model in place of its forward. A teacher is not trained.
+        # A script may call parts of the model, not its forward. A teacher has a loss without grad.
         if isinstance(loss, Tensor) and loss.requires_grad:
             self.others.append(tokens)
 
     def begin_forward(self, _model: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        """A hook for the model and what wraps it: the outermost one counts."""
+        """A forward pre-hook for the model and its wrappers. Only the outermost forward counts."""
         if not self._is_ours():
             return
         if self._depth == 0:
@@ -140,7 +151,7 @@ class Observation:
         self._depth += 1
 
     def end_forward(self, _model: Any, _args: Any, outputs: Any) -> None:
-        """The hook for its end, be it by an exception."""
+        """A forward hook, called also if the forward raised an error."""
         if not self._is_ours() or not self._depth:
             return
         self._depth -= 1
@@ -150,20 +161,20 @@ class Observation:
         logits = _logits_of(outputs)
         forward.its_logits = None if logits is None else weakref.ref(logits)
         forward.outputs = outputs
-        # Logits are large: held only if the token losses cannot be had without them.
+        # Logits are large, so they are kept only if the token losses may be measured on them.
         held = self._candidates()
         for one in self.forwards:
             if one.losses or len(held) > 1 or one is not held[0]:
                 one.outputs = None
 
     def _is_ours(self) -> bool:
-        # Replicas of nn.DataParallel run in threads of their own. An observation inside this one
-        # takes what it sees.
+        # Replicas of nn.DataParallel run in their own threads and are not observed. If another
+        # observation was opened inside this one, the forward belongs to that.
         return current_observation() is self
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Losses that this thread computes inside the block belong to this observation."""
+        """A block in which the losses that this thread computes belong to this observation."""
         active = _active_here()
         active.append(self)
         try:
@@ -182,8 +193,8 @@ def _active_here() -> list[Observation]:
 
 
 def current_observation() -> Observation | None:
-    """The observation that a loss belongs to which is computed now."""
-    # Compiled graphs must not hold our state; their token losses come from the logits.
+    """The innermost observation of this thread; None if there is none."""
+    # A compiled graph must not hold our state. Its token losses are measured on the logits.
     if torch.compiler.is_compiling():
         return None
     active = _active_here()
@@ -191,12 +202,16 @@ def current_observation() -> Observation | None:
 
 
 class LossHook:
-    """Watches the loss function `module.name`, for the time of a block.
+    """Watches the loss function `module.name` during a block.
 
-    The function that stands there when the block begins is called wherever there is no
-    observation; where there is one, `observing(observation, function, *args, **kwargs)` must
-    return what that function would. Blocks may be nested, or be those of several threads: the
-    first one puts the watching function there, and the last one takes it away.
+    Blocks may be nested, and several threads may have one. The first block replaces the function,
+    and the last one puts it back. Without an observation, the replaced function is called.
+
+    Args:
+        module: the name of the module.
+        name: the name of the function.
+        observing: called as `observing(observation, function, *args, **kwargs)` if there is an
+            observation. It must return what the replaced `function` would.
     """
 
     def __init__(self, module: str, name: str, observing: Callable[..., Any]) -> None:
@@ -208,7 +223,7 @@ class LossHook:
 
     @contextmanager
     def placed(self) -> Iterator[None]:
-        """Watch inside the block; nothing happens if nobody has imported the module."""
+        """A block that watches the function. If the module is not imported, it does nothing."""
         module = sys.modules.get(self._module)
         if module is None:
             yield
@@ -216,7 +231,7 @@ class LossHook:
         with self._lock:
             found = getattr(module, self._name)
             if found is not self._watching:
-                # The same function as before, where it can be: torch.compile looks at it.
+                # Use the same wrapper again if possible: torch.compile recompiles for a new one.
                 if found is not self._original:
                     self._original, self._watching = found, self._watched(found)
                 setattr(module, self._name, self._watching)
@@ -226,7 +241,7 @@ class LossHook:
         finally:
             with self._lock:
                 self._blocks -= 1
-                # What somebody else has put there in the meantime stays.
+                # If another library has replaced the function meanwhile, leave it.
                 if not self._blocks and getattr(module, self._name) is self._watching:
                     setattr(module, self._name, self._original)
 
@@ -236,7 +251,7 @@ class LossHook:
         @functools.wraps(original)
         def watching(*args: Any, **kwargs: Any) -> Any:
             observation = current_observation()
-            # What watches may be called by what somebody has wrapped around it: once is enough.
+            # The function may call another watched function: only the outer one is observed.
             if observation is None or observation.busy:
                 return original(*args, **kwargs)
             observation.busy = True
@@ -251,7 +266,7 @@ class LossHook:
 def is_defined_in(module: Any, name: str, function: Any) -> bool:
     """Whether `function` is the one that the source of `module` defines as `name`.
 
-    Not asked of what the module holds: somebody may have put another one there before we came.
+    The attribute of the module is not compared, because it may have been replaced before.
     """
     code: Any = getattr(function, "__code__", None)
     return getattr(function, "__globals__", None) is vars(module) and code.co_name == name

@@ -1,11 +1,11 @@
-"""How the positions of a model's loss stand beside the labels of the batch.
+"""Matches the positions of a model's loss to the labels of the batch.
 
 | the model | its loss is over |
 |---|---|
-| causal | S positions, each beside the label of the next |
-| causal, transformers <= 4.50 | S - 1: the last position, which predicts nothing, is cut off |
-| masked or encoder-decoder | S positions, each beside its own label |
-| with virtual tokens before the labels (prompt tuning) | lead + S |
+| causal | S positions, each with the label of the next one |
+| causal, transformers <= 4.50 | S - 1 positions: the last one, without a label, is cut off |
+| masked or encoder-decoder | S positions, each with its own label |
+| with virtual tokens before the labels (prompt tuning) | lead + S positions |
 | masked, with a head on the supervised positions only (ModernBERT) | those positions |
 
 Letters: B rows, S row length.
@@ -29,10 +29,12 @@ __all__ = ["Place", "beside_labels", "find_place", "spread_out"]
 
 
 class Place(NamedTuple):
-    """Where the labels of a batch stand in the targets of a loss.
+    """Where the labels of a batch are in the targets of a loss.
 
-    shifts: whether a position has the label of the next one. lead: how many positions come before
-    the first label in each row; -1 where the last position of each row is cut off.
+    Attributes:
+        shifts: whether a position has the label of the next one.
+        lead: how many positions come before the first label in each row; -1 if the last position
+            of each row is cut off.
     """
 
     shifts: bool
@@ -40,9 +42,15 @@ class Place(NamedTuple):
 
 
 def find_place(target: Tensor, labels: Tensor, lead: int, *, may_shift: bool) -> Place:
-    """Where the labels [B, S] stand in the targets [B * (lead + S)]; one look at the first batch.
+    """Find where the labels are in the targets. This waits for the device.
 
-    The loss may ignore some of the labels, which are then not counted: what is trained decides.
+    The loss may ignore some of the labels. Those are not counted, because they are not trained.
+
+    Args:
+        target: int64 [B * (lead + S)], the targets of the loss.
+        labels: int64 [B, S].
+        lead: as in `Place`.
+        may_shift: whether the loss may shift the labels.
 
     Raises:
         ChannelMetricsError: the targets are not these labels.
@@ -74,8 +82,16 @@ def _with_lead(labels: Tensor, lead: int) -> Tensor:
 
 
 def beside_labels(values: TokenValues, place: Place, *, by_rows: bool) -> TokenValues:
-    """[B, lead + S] values, as the loss has them -> [B, S] values at the positions of their targets
-    (with `by_rows`, each in its row)."""
+    """Move the values of a loss to the labels.
+
+    Args:
+        values: [B, lead + S], as the loss has them.
+        place: where the labels are.
+        by_rows: whether each row is one sequence. Then values need not move inside their row.
+
+    Returns:
+        [B, S] values at the positions of their targets; with `by_rows`, somewhere in their row.
+    """
     if place.lead < 0:
         values = values.map(lambda value: torch.nn.functional.pad(value, (0, -place.lead)))
     if place.shifts and (place.lead > 0 or not by_rows):
@@ -84,7 +100,15 @@ def beside_labels(values: TokenValues, place: Place, *, by_rows: bool) -> TokenV
 
 
 def spread_out(found: TokenLosses, labels: Tensor) -> TokenLosses | None:
-    """Losses over the supervised labels only -> over all of them; None if they are not these."""
+    """Spread losses over the supervised labels only to the positions of all labels.
+
+    Args:
+        found: token losses [M], over the M supervised labels.
+        labels: int64 [B, S].
+
+    Returns:
+        Token losses [B * S]; None if the targets are not the supervised labels.
+    """
     flat = labels.flatten()
     supervised = flat != IGNORE_INDEX
     if found.target.numel() != int(supervised.sum()) or not torch.equal(

@@ -1,14 +1,14 @@
-"""Finds the losses of the tokens of a batch, while a trainer computes the loss of the batch.
+"""Reads the token losses of a batch while a trainer computes the loss of the batch.
 
     reader = TokenLossReader()
     with reader.observe(model) as observation:
         model(**batch)
     values, reported_sum = reader.read(observation, batch["labels"], causal=True)
 
-Where the loss passes transformers' cross entropy or Liger's, its own token losses are taken (see
-`transformers`, `liger`). Where it does not (label smoothing, `compute_loss_func`, a compiled model,
-a model with a loss of its own), they are measured on the logits that the model returned, with a
-second softmax. A model that does not return them either is refused.
+If the loss uses transformers' cross entropy or Liger's, its own token losses are taken (see
+`transformers`, `liger`). If it does not (label smoothing, `compute_loss_func`, a compiled model, a
+model with its own loss), they are measured on the logits that the model returned, with a second
+softmax. If the model returns no logits either, an error is raised.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ logger = logging.getLogger("channel_metrics")
 class TokenLossReader:
     """Reads the token losses of one model, batch after batch.
 
-    Whether the model's loss shifts the labels is found out once per kind of batch, because that
+    It finds out once per kind of batch whether the model's loss shifts the labels, because that
     waits for the device.
 
     Args:
-        with_correct: whether to measure which tokens are predicted, too.
-        guard: what an error of ours inside the model's loss does; None raises it.
+        with_correct: whether to measure which tokens are predicted.
+        guard: decides what an error of ours inside the model's loss does; None raises it.
 
     Attributes:
-        captured: whether the last batch's token losses are those of the loss itself, and not
-            measured on the logits; None before the first batch.
+        captured: True if the token losses of the last batch are those of the loss itself, False
+            if they were measured on the logits, None before the first batch.
         warned: whether a warning was logged.
     """
 
@@ -60,7 +60,7 @@ class TokenLossReader:
         self.captured: bool | None = None
         self.warned = False
         self._causal: bool | None = None
-        # {(per_token, positions before the labels): as seen}, and as far as it can be told.
+        # {(per_token, lead): the place that was seen} and {per_token: whether it likely shifts}
         self._places: dict[tuple[bool, int], Place] = {}
         self._likely_shifts: dict[bool, bool] = {}
 
@@ -77,24 +77,24 @@ class TokenLossReader:
         by_rows: bool = False,
         per_token: bool = False,
     ) -> tuple[TokenValues, Tensor | None]:
-        """The values of all positions of `labels`, and the sum that the loss is made of.
+        """Read the values of all tokens of one batch.
 
         Args:
-            observation: of one forward of the model, over exactly these labels.
+            observation: of one `compute_loss` over these labels.
             labels: int64 [B, S], as the batch holds them.
-            causal: whether the model predicts the next token, by its kind (see `is_causal`). None
-                is unknown, or as it was said for an earlier batch.
-            by_rows: every row is one sequence, so that a shift inside the rows changes no sum.
-            per_token: the labels stand beside their own logits already.
+            causal: whether a model of this kind predicts the next token, see `is_causal`. None
+                means as for the batch before, or unknown.
+            by_rows: whether every row is one sequence. A shift inside a row then changes no sum.
+            per_token: whether each label is already at the position of its logits.
 
         Returns:
-            The values, each at the position of its target (with `by_rows`, at the position that
-            predicts it or at its target), and the sum of token losses that the loss was reduced
-            from, 0-d; None where the loss was not seen.
+            The values [B, S], each at the position of its target (with `by_rows`, possibly at the
+            position that predicts it); and the sum of token losses that the loss was made from, a
+            tensor of one number, or None if the loss was not seen.
 
         Raises:
-            UnsupportedVersionError: the losses of single tokens cannot be had.
-            ChannelMetricsError: the loss saw other labels than these.
+            UnsupportedVersionError: token losses cannot be found for this model.
+            ChannelMetricsError: the loss was computed over other labels.
         """
         self._causal = self._causal if causal is None else causal
         found, shifts, lead = self.trainer_losses(labels, per_token=per_token), not per_token, 0
@@ -120,26 +120,30 @@ class TokenLossReader:
         values, place = values.map(lambda value: value.view(shape)), Place(shifts, lead)
         return beside_labels(values, place, by_rows=by_rows), reported
 
-    # ---- for the readers of trainers that compute token losses themselves --------------------
+    # ---- for subclasses, if a trainer computes token losses itself ---------------------------
 
     def trainer_losses(self, labels: Tensor, *, per_token: bool) -> TokenLosses | None:
-        """Token losses that the trainer has computed itself, over the labels shifted by one (with
-        `per_token`, as they are); None where it leaves the loss to the model."""
+        """Token losses that the trainer has computed itself; None if the model computes the loss.
+
+        Args:
+            labels: int64 [B, S].
+            per_token: whether the losses are over the labels as they are, not shifted by one.
+        """
         return None
 
     def weights(self, nll: Tensor, *, per_token: bool) -> Tensor | None:
-        """The weight that the trainer gives to each nll, [T]; None where it gives none."""
+        """The weight [T] that the trainer gives to each nll [T]; None if it weights no tokens."""
         return None
 
-    # ---- where the labels stand --------------------------------------------------------------
+    # ---- where the labels are ----------------------------------------------------------------
 
     def _captured_losses(
         self, forward: Forward, labels: Tensor, per_token: bool
     ) -> TokenLosses | None:
-        """The cross entropy over the labels; None if the model computed none that we saw."""
+        """The cross entropy over the labels; None if none was seen."""
         rows = labels.numel() // max(labels.shape[-1], 1)
         sizes = [found.target.numel() for found in forward.losses]
-        # First those over exactly the labels; a model may add positions before them.
+        # First look for a loss over exactly the labels. A model may add positions before them.
         fits = [n == labels.numel() for n in sizes]
         if not any(fits) and not per_token and self._causal is False:
             few = [spread_out(found, labels) for found in forward.losses]
@@ -178,14 +182,14 @@ class TokenLossReader:
         return self._likely_shifts[per_token]
 
     def _shift_by_the_loss(self, forward: Forward, labels: Tensor) -> bool:
-        """Whether the labels are shifted: by the model's kind, checked against its own loss."""
+        """Whether the labels are shifted, by the model's own loss or else by its kind."""
         causal, model_loss = self._causal, forward.loss()
         if model_loss is not None:
             reported = float(model_loss.detach())
             means = {shift: mean_nll(forward, labels, shift) for shift in (True, False)}
             off = {shift: abs(mean - reported) / abs(reported) for shift, mean in means.items()}
             near = min(off, key=off.__getitem__)
-            # A loss in bfloat16 has three digits; the other way is clearly worse or unknown.
+            # A loss in bfloat16 has three digits. The other shift must be clearly further off.
             if off[near] < 1e-2 and off[near] * 10 < off[not near]:
                 return near
             if causal is not None and off[causal] >= 1e-2:

@@ -1,11 +1,11 @@
 """Observes the loss of a transformers model while the trainer computes it.
 
-transformers' losses for language models end in `loss_utils.fixed_cross_entropy`. For the time
-of one `compute_loss`, that name points to a function which does the same in the two steps that
-cross entropy is made of, and so sees every token (see `channel_metrics.losses.cross_entropy`).
-If somebody else has put a function there, that one computes the loss, unchanged, and the token
-losses are measured on the logits that it is given, with a second softmax. Liger's fused loss is
-watched in the same way, see `liger`. `reader` says what becomes of losses that pass neither.
+transformers' losses for language models end in `loss_utils.fixed_cross_entropy`. During one
+`compute_loss`, that name points to a function of ours. It computes the same in two steps, token
+losses and then their sum or mean (see `channel_metrics.losses.cross_entropy`). If another library
+has replaced the function, its function computes the loss unchanged, and the token losses are
+measured on its logits, with a second softmax. Liger's fused loss is watched in the same way, see
+`liger`. For losses that use neither function, see `reader`.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _PARAMETERS = ("source", "target", "num_items_in_batch", "ignore_index")
 
 
 def check_loss_hook() -> None:
-    """Raise `UnsupportedVersionError` if this transformers has another `fixed_cross_entropy`."""
+    """Raise `UnsupportedVersionError` if `fixed_cross_entropy` has unexpected parameters."""
     function = getattr(loss_utils, _NAME)
     if not _is_own(function):
-        # What somebody has put there is called by transformers in the same way.
+        # transformers calls a replacement with the same arguments.
         return
     parameters = tuple(inspect.signature(function).parameters)
     if parameters[: len(_PARAMETERS)] != _PARAMETERS:
@@ -60,7 +60,10 @@ def observe_loss(
 ) -> Iterator[Observation]:
     """Observe the cross entropies and the outputs of `model` inside the block.
 
-    guard: what an error of ours inside the model's loss does; None raises it.
+    Args:
+        model: the model as the trainer calls it.
+        with_correct: whether to measure which tokens are predicted.
+        guard: decides what an error of ours inside the model's loss does; None raises it.
     """
     observation = Observation(with_correct, guard or FaultGuard())
     with ExitStack() as stack:
@@ -73,7 +76,7 @@ def observe_loss(
 
 
 def _as_called(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The model, and what it wraps for several processes: a script may call either."""
+    """The model, and the model inside a parallel wrapper: a script may call either."""
     parallel = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
     inner = getattr(model, "module", None) if isinstance(model, parallel) else None
     return [model] if inner is None else [model, inner]
@@ -81,7 +84,7 @@ def _as_called(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 @contextmanager
 def _forwards_seen(module: Any, observation: Observation) -> Iterator[None]:
-    """Tell the observation where forwards of the module begin and end."""
+    """A block in which the observation learns when forwards of the module begin and end."""
     compiled = module._compiled_call_impl
     if compiled is None:
         begins = module.register_forward_pre_hook(observation.begin_forward, with_kwargs=True)
@@ -102,7 +105,7 @@ def _forwards_seen(module: Any, observation: Observation) -> Iterator[None]:
             observation.end_forward(module, args, outputs)
         return outputs
 
-    # `model.compile()` would take hooks into the graph.
+    # `model.compile()` would compile hooks into the graph, so its call is wrapped instead.
     module._compiled_call_impl = call
     try:
         yield
@@ -118,7 +121,7 @@ def _observing_cross_entropy(
         if _is_own(original) and _is_plain(original, source, target, num_items):
             loss, tokens = _two_steps(source, target, num_items, ignored, observation.with_correct)
         else:
-            # First: who computes the loss may overwrite the logits with their gradient.
+            # Measure first, because the replacement may overwrite the logits with their gradient.
             tokens = token_losses_of_logits(
                 source.detach(), target, ignore_index=ignored, with_correct=observation.with_correct
             )
@@ -166,14 +169,14 @@ def _two_steps(
     return loss, token_losses
 
 
-# {(reduction, the cross entropy of torch, which Liger replaces): whether it is plain}
+# {(reduction, the cross entropy of torch, which Liger may replace): whether it is plain}
 _verified: dict[tuple[str, Any], bool] = {}
 
 
 def _is_plain(
     original: Callable[..., Tensor], source: Tensor, target: Tensor, num_items: Any
 ) -> bool:
-    """Whether the two steps give transformers' own value, tried once on a few rows."""
+    """Whether the two steps give the value of transformers, tried once on up to 8 rows."""
     key = ("mean" if num_items is None else "sum", torch.nn.functional.cross_entropy)
     if key not in _verified:
         with torch.no_grad():
@@ -190,9 +193,10 @@ def _is_plain(
 
 
 def is_causal(model: Any) -> bool | None:
-    """Whether `model` predicts the next token, by its kind; None if that is not known.
+    """Whether a model of this class predicts the next token; None for an unknown class.
 
-    model: not wrapped for several processes; an adapter of PEFT is looked through.
+    Args:
+        model: a model without a parallel wrapper. In an adapter of PEFT, the base model counts.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     kinds = {parent.__name__ for parent in type(model).__mro__}

@@ -1,4 +1,4 @@
-"""Token correctness from vocab-parallel logits, before Megatron's cross entropy overwrites them.
+"""Measures correctness on vocab-parallel logits before Megatron's cross entropy overwrites them.
 
 Letters: S sequence positions, B rows.
 """
@@ -19,34 +19,42 @@ from channel_metrics.losses.vocab_parallel import vocab_parallel_correct
 __all__ = ["Correctness"]
 
 _METHOD = "compute_language_model_loss"
-# One for the model's own loss and one per depth of multi-token prediction, of two micro-batches.
+# Enough for two micro-batches, each with its own loss and one per depth of multi-token prediction.
 _MAX_PENDING = 32
 
 
 class Correctness:
-    """Watches models compute their losses, and tells which tokens were right.
+    """Watches models compute their losses, and says which tokens they predicted.
 
-    A model computes the loss in one place and the loss function gets it in another, possibly
-    much later; and multi-token prediction computes further losses the same way. So the two are
-    matched by the tensor of losses itself.
+    The model computes token losses, and the loss function gets them later. Multi-token prediction
+    computes further losses in between. So the tensor of losses itself is the key to its result.
+
+    Args:
+        guard: decides what an error of ours inside the model's loss does.
+
+    Attributes:
+        is_watching: whether a watched loss is being computed.
     """
 
     def __init__(self, guard: FaultGuard) -> None:
         self.guard = guard
-        # Somebody else's loss function may call the one that it replaced, which is watched too.
+        # A replacement may call the function that it replaced: only the outer one is measured.
         self.is_watching = False
         self._pending: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
         self._not_found_in = ""
 
     def watch(self, model: Any) -> None:
-        """Measure from now on in the language model inside `model`, if it holds one.
+        """Watch the loss of the language model inside `model`, if it holds one.
 
-        Call it before each forward: what somebody has put in the place of the model's loss in
-        the meantime is watched too, and is what computes the loss.
+        Call it before each forward. If other code has replaced the model's loss meanwhile, the
+        replacement is watched; it still computes the loss.
+
+        Args:
+            model: a Megatron model, wrapped or not.
         """
         language_model = _language_model(model)
         if language_model is None:
-            # A stage of a pipeline may be without one.
+            # A pipeline stage may have no language model.
             self._not_found_in = type(model).__name__
             return
         found = vars(language_model).get(_METHOD)
@@ -57,7 +65,14 @@ class Correctness:
         setattr(language_model, _METHOD, _WatchedLoss(self, language_model, found))
 
     def of(self, losses: Tensor) -> Tensor:
-        """bool [B, S] for the `losses` that a watched model returned; may be asked for once."""
+        """bool [B, S]: which tokens were predicted. It may be called once for a tensor.
+
+        Args:
+            losses: [B, S], the tensor that the watched model returned.
+
+        Raises:
+            ChannelMetricsError: no watched model returned this tensor.
+        """
         found = self._pending.pop(_identity(losses), None)
         if found is None:
             raise ChannelMetricsError(
@@ -68,12 +83,12 @@ class Correctness:
         return found[1]
 
     def forget(self) -> None:
-        """Drop what nobody asked for: the losses of multi-token prediction."""
+        """Drop results that were not asked for, such as those of multi-token prediction."""
         self._pending.clear()
 
     def remember(self, losses: Tensor, correct: Tensor) -> None:
-        """Keep which tokens were right until the loss function gets their losses."""
-        # The tensor is kept: while it lives, nothing else has its address.
+        """Keep `correct` [B, S] until `of` is called with `losses` [B, S]."""
+        # Keep the tensor too, so that no other tensor gets its address.
         self._pending[_identity(losses)] = (losses.detach(), correct)
         while len(self._pending) > _MAX_PENDING:
             del self._pending[next(iter(self._pending))]
@@ -88,12 +103,12 @@ class Correctness:
 
 
 class _WatchedLoss:
-    """Stands in a language model in the place of the method that computes its loss.
+    """Replaces the method of a language model that computes its loss.
 
     Args:
-        watcher: learns which tokens were right.
+        watcher: gets the correctness of the tokens.
         language_model: the model.
-        own: what stood in the instance before; None is the method of its class.
+        own: the replaced attribute of the instance; None for the method of its class.
     """
 
     def __init__(
@@ -103,12 +118,12 @@ class _WatchedLoss:
         self._language_model = language_model
 
     def __call__(self, labels: Tensor, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # The class is asked at each call: somebody may have replaced its method by then.
+        # Read the method at each call, because other code may have replaced it.
         original = self.own or getattr(type(self._language_model), _METHOD).__get__(
             self._language_model
         )
         watcher = self.watcher
-        # Not `measuring`: the tensor-parallel ranks go on together until all know of an error.
+        # Not `measuring`: the tensor-parallel ranks measure together until all know of an error.
         if watcher.guard.off or watcher.is_watching:
             return cast(Tensor, original(labels, logits, *args, **kwargs))
         correct = None
@@ -130,8 +145,8 @@ def _identity(losses: Tensor) -> tuple[int, torch.Size]:
 
 
 def _language_model(model: Any) -> Any:
-    """What has the method: `model`, what it wraps (Float16Module, DistributedDataParallel), or
-    the language model of a multimodal one (LLaVAModel)."""
+    """The model that has the method: `model`, the model that it wraps (Float16Module,
+    DistributedDataParallel), or the language model of a multimodal one (LLaVAModel)."""
     while model is not None and not hasattr(type(model), _METHOD):
         wrapped = getattr(model, "module", None)
         model = getattr(model, "language_model", None) if wrapped is None else wrapped

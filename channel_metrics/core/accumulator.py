@@ -1,4 +1,4 @@
-"""`ChannelLossAccumulator`: sums per channel over micro-batches; ratios are taken once, at the end.
+"""`ChannelLossAccumulator` adds up token statistics per channel. `compute` divides once.
 
     >>> import torch
     >>> acc = ChannelLossAccumulator(["bbu", "rru"])
@@ -6,8 +6,8 @@
     >>> acc.compute()["bbu_loss"], acc.compute()["rru_loss"]
     (2.0, 6.0)
 
-An accumulator is a commutative monoid: a new one is the identity, `merge_state` adds, and any
-split of the data into updates, in any order, gives the same sums.
+The sums do not depend on how the data is split into updates, nor on their order. `merge_state`
+adds the sums of other accumulators, and a new accumulator holds zeros.
 
 Letters: B rows, S row length, T = num_tokens, N = num_sequences, C channels.
 """
@@ -33,11 +33,16 @@ class ChannelLossAccumulator(SumTable):
     """Exact sums of token statistics per channel.
 
     Args:
-        channels: a table, or names for a new one. A table that is shared grows for all.
-        metrics: what `compute` returns, see `channel_metrics.core.schema`.
-        device: where the sums live; updates are expected there.
-        dtype: see `SumTable`.
-        schema: the columns and metrics; by default those that are registered.
+        channels: a label table, or names for a new one. A name that joins a shared table joins
+            for all who share it.
+        metrics: the names of the metrics that `compute` returns, see `channel_metrics.core.schema`.
+        device: where the sums are kept. The tensors of an update must be there.
+        dtype: of the sums, see `SumTable`.
+        schema: the columns and metrics; by default the registered ones.
+
+    Raises:
+        ConfigError: for an unknown metric, or a dtype that `SumTable` refuses.
+        ChannelError: for a name that must not join the table.
     """
 
     def __init__(
@@ -49,7 +54,7 @@ class ChannelLossAccumulator(SumTable):
         dtype: torch.dtype | None = None,
         schema: Schema = TOKENS,
     ) -> None:
-        # A copy: what is registered later belongs to later accumulators.
+        # A copy, because columns may be registered later: these are for later accumulators.
         self.schema = schema.extended()
         self.metrics = schema.check(metrics, schema.window_metrics)
         labels = channels if isinstance(channels, LabelTable) else ChannelTable(channels)
@@ -59,7 +64,14 @@ class ChannelLossAccumulator(SumTable):
     def of_sums(
         cls, channels: LabelTable, sums: Tensor, *, metrics: Sequence[str], mismatch: float
     ) -> ChannelLossAccumulator:
-        """An accumulator on the host that holds `sums`, float64 [C + 1, K] as `sums()` has them."""
+        """An accumulator on the host that holds the given sums.
+
+        Args:
+            channels: the names of the channels.
+            sums: float64 [C + 1, K], in the form that `sums()` returns.
+            metrics: what `compute` returns.
+            mismatch: what `mismatch()` returns.
+        """
         made = cls(channels, metrics=metrics)
         made._sums.copy_(sums.t())
         made._mismatch.fill_(mismatch)
@@ -82,59 +94,70 @@ class ChannelLossAccumulator(SumTable):
         weights: Tensor | None = None,
         reported_sum: Tensor | None = None,
     ) -> ChannelLossAccumulator:
-        """Add one micro-batch: all of it, or nothing if it is refused.
+        """Add one micro-batch. If an argument is refused, nothing is added.
 
-        With ids, nothing is read back from the device.
+        If channels are ids, nothing is read back from the device.
 
         Args:
-            token_losses: [T] or [B, S], raw nll in nats of the token at each position.
-            channels: ids (int64 [N]) or names, one per sequence in the order of the boundaries;
-                or ids of the shape of token_losses, one per token, for sharded layouts.
-            cu_seqlens: int32 [N + 1] over the flattened token axis. Without it, [B, S] means one
-                sequence per row and [T] means one sequence.
-            labels: the token that each loss is about; -100 is not supervised. Losses of an
-                unshifted causal model are moved first, see `boundaries.to_target_frame`.
-            loss_mask: 0 where not supervised. Both it and labels may be given.
+            token_losses: [T] or [B, S], the nll of the token at each position in nats, before
+                weights and scaling.
+            channels: int64 ids [N] or names, one per sequence in the order of the boundaries. For
+                sharded layouts: ids of the shape of token_losses, one per token.
+            cu_seqlens: int32 [N + 1] over the flattened token axis. Without it, each row of
+                [B, S] is one sequence, and [T] is one sequence.
+            labels: the token id that each loss is about; -100 is not supervised. If position t
+                holds the loss of token t + 1, call `boundaries.to_target_frame` on the losses
+                first.
+            loss_mask: 0 where not supervised. It may be given together with labels.
             correct: bool, whether the target was predicted.
-            weights: per token, for weighted_loss. All of these have the shape of token_losses.
-            reported_sum: the sum of nll that the trainer itself computed on these tokens; the
-                largest relative difference to the sums here is kept as `mismatch`.
+            weights: float, one per token, for `weighted_loss`. labels, loss_mask, correct and
+                weights have the shape of token_losses.
+            reported_sum: a tensor of one number, the sum of nll that the trainer computed on
+                these tokens. `mismatch` keeps the largest relative difference from our sum.
+
+        Returns:
+            This accumulator.
 
         Raises:
-            ChannelError, BoundaryError: naming the argument, what was expected, and what came.
+            ChannelError: the channels do not fit the sequences, or a name is refused.
+            BoundaryError: cu_seqlens is no list of bounds over these tokens.
+            ChannelMetricsError: another tensor has the wrong type or shape.
         """
         values = token_values(token_losses, labels, loss_mask, correct, weights)
         if reported_sum is not None:
             check_scalar("reported_sum", reported_sum)
         shape = channels_shape(channels)
-        # One id for one token of shape [1] is the id of a sequence: without bounds, [T] is one.
+        # If there is one token and one id, it is the id of a sequence: [T] is one sequence.
         per_token = cu_seqlens is None and shape == token_losses.shape and shape != (1,)
         if per_token:
             sums = token_sums(values, self.dtype, self.schema.columns)
         else:
             check_layout(values.losses, shape, cu_seqlens)
             sums = sequence_sums(values, cu_seqlens, self.dtype, self.schema.columns)
-        # Names may join the table: nothing after this is refused.
+        # Names join the table here, so all checks must come before this line.
         self._add(self._ids(channels), sums)
         if reported_sum is not None:
             nll = sums["nll"].sum()
             if "nonfinite" in sums:
-                # A loss that is not finite is left out here, and makes theirs what it is.
+                # Our sum leaves out losses that are not finite, but the trainer's sum has them.
                 nll = nll.where(sums["nonfinite"].sum() == 0, torch.nan)
             self.compare(nll, reported_sum)
         return self
 
     def merge_state(self, others: Iterable[ChannelLossAccumulator]) -> ChannelLossAccumulator:
-        """Add the sums of `others`, whose channels are matched by name.
+        """Add the sums of `others`. Channels are matched by name.
 
-        Nothing is read back from the device for those that share this table and device.
+        Nothing is read back from the device for accumulators with the same table and device.
+
+        Returns:
+            This accumulator.
         """
         for other in others:
             self.merge(other)
         return self
 
     def compute(self) -> dict[str, float]:
-        """The metrics of all channels that have tokens, under their log keys."""
+        """{log key: value}: the metrics of all channels that have tokens."""
         key_format = getattr(self.labels, "key_format", "{channel}_{metric}")
         return {
             metric_key(key_format, channel, metric): value
@@ -143,6 +166,6 @@ class ChannelLossAccumulator(SumTable):
         }
 
     def compute_by_channel(self) -> dict[str, dict[str, float]]:
-        """{channel: {metric: value}} for the channels that have tokens, `unlabeled` last."""
+        """{channel: {metric: value}} of the channels that have tokens; `unlabeled` comes last."""
         chosen = self.schema.chosen(self.metrics)
         return values_by_channel(self.schema, self.labels.names, self.sums(), chosen)

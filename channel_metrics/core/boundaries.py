@@ -1,12 +1,12 @@
-"""Where the sequences of a batch begin and end: every form found in the wild, as `cu_seqlens`.
+"""Reads where the sequences of a batch begin and end, from every form that batches carry.
 
     >>> import torch
     >>> boundaries_from_position_ids(torch.tensor([[0, 1, 2, 0, 1]])).cu_seqlens
     tensor([0, 3, 5], dtype=torch.int32)
 
 Letters: B rows, S row length, T = num_tokens of the flattened token axis (B * S for a padded
-batch), N = num_sequences. Everything here is pure and meant for the host, in the collator: the
-functions check their input and may read values.
+batch), N = num_sequences. The functions change no argument. They check the values of their input,
+so call them on the host, in the collator.
 """
 
 from __future__ import annotations
@@ -55,11 +55,21 @@ _CU_SEQLENS_KEYS = ("cu_seqlens", "cu_seq_lens_q")
 
 
 def boundaries_from_batch(batch: Mapping[str, Any]) -> Boundaries:
-    """The boundaries of a collated batch, whatever form it carries them in.
+    """The boundaries of a collated batch, in whatever form it carries them.
 
-    Explicit ones win (`cu_seqlens`, `cu_seq_lens_q`, `packed_seq_params`, `seq_idx`), then
-    `position_ids` that restart inside a row, then `attention_mask`; a [B, S] batch with none of
-    them has one sequence per row. The token axis is that of `labels`, else of `input_ids`.
+    The first of these that the batch holds is used: `cu_seqlens`, `cu_seq_lens_q`,
+    `packed_seq_params`, `seq_idx`, an `attention_mask` with segment numbers or of 4 axes,
+    `position_ids`, any other `attention_mask`. Without all of them, each row is one sequence.
+
+    Args:
+        batch: holds `labels`, `input_ids` or a 2-D `attention_mask`, of shape [B, S] or [T]. The
+            first of them gives the token axis.
+
+    Returns:
+        The boundaries over the flattened token axis.
+
+    Raises:
+        BoundaryError: the batch has no token tensor, or its boundaries do not fit its tokens.
     """
     shape = _token_shape(batch)
     num_tokens = shape.numel()
@@ -101,7 +111,7 @@ def _implicit_boundaries(batch: Mapping[str, Any], shape: torch.Size) -> Boundar
     if mask is not None and (mask.dim() == 4 or (mask.numel() and int(mask.max()) > 1)):
         return boundaries_from_attention_mask(mask)
     position_ids = batch.get("position_ids")
-    # Other shapes (several axes, one row for all) do not say where sequences begin.
+    # Position ids of other shapes (several axes, one row for all) do not show the sequences.
     if isinstance(position_ids, Tensor) and position_ids.shape in (shape, rows, _flat(rows)):
         return boundaries_from_position_ids(position_ids.view(rows), mask)
     if mask is not None:
@@ -114,7 +124,7 @@ def _flat(rows: torch.Size) -> torch.Size:
 
 
 def _own_mask(batch: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
-    """The attention mask of the tokens, or None where it describes an encoder's input."""
+    """The attention mask of the tokens; None if it belongs to the input of an encoder."""
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor):
         return None

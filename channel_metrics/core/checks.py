@@ -1,4 +1,4 @@
-"""Checks of the tensors of one micro-batch; values are looked at only where that is free."""
+"""Checks of the tensors of one micro-batch. Values are read only where that costs no sync."""
 
 from __future__ import annotations
 
@@ -35,8 +35,18 @@ def token_values(
 ) -> TokenValues:
     """Check that the tensors fit each other, and find the supervised positions.
 
-    A position is supervised when its label is not -100 and its loss_mask is not 0; without
-    either of them, every position is.
+    A position is supervised if its label is not -100 and its loss_mask is not 0. Without labels
+    and loss_mask, every position is supervised.
+
+    Args:
+        token_losses: float [T] or [B, S], nll in nats. All others have its shape.
+        labels: integer token ids.
+        loss_mask: 0 where not supervised.
+        correct: bool, whether the target was predicted.
+        weights: one per token.
+
+    Raises:
+        ChannelMetricsError: a tensor has the wrong type or shape.
     """
     came = getattr(token_losses, "dtype", type(token_losses).__name__)
     if came not in _FLOATS:
@@ -63,7 +73,10 @@ def token_values(
 
 
 def check_ids(ids: Tensor, num_channels: int) -> None:
-    """Raise `ChannelError` unless they are integers and, where that can be seen, in the table."""
+    """Raise `ChannelError` unless `ids` are integers from -1 to num_channels - 1.
+
+    The range is checked on the host only.
+    """
     if ids.dtype not in (torch.int64, torch.int32):
         raise ChannelError(f"channels must be int64 ids or a list of names, but is {ids.dtype}.")
     if not can_read(ids) or not ids.numel():
@@ -78,7 +91,7 @@ def check_ids(ids: Tensor, num_channels: int) -> None:
 
 
 def channels_shape(channels: Tensor | Sequence[str | None]) -> torch.Size:
-    """The shape of ids, or of a list of names; raises `ChannelError` for one name by itself."""
+    """The shape of ids, or [N] for a list of names; raises `ChannelError` for a single string."""
     if isinstance(channels, str):
         raise ChannelError(
             f"channels must be one name per sequence, but is the string {channels!r}; pass a list."
@@ -96,9 +109,16 @@ def check_scalar(name: str, value: Tensor) -> None:
 
 
 def check_layout(losses: Tensor, ids: torch.Size, cu_seqlens: Tensor | None) -> None:
-    """Raise `ChannelError` unless there is one id per sequence, `BoundaryError` for bad bounds.
+    """Check that there is one channel per sequence.
 
-    ids: the shape of the channels.
+    Args:
+        losses: [T] or [B, S].
+        ids: the shape of the channels.
+        cu_seqlens: [N + 1], or None for one sequence per row.
+
+    Raises:
+        ChannelError: the number of channels is not that of the sequences.
+        BoundaryError: cu_seqlens has a wrong type, or (on the host) wrong values.
     """
     if cu_seqlens is None:
         held = losses.shape[0] if losses.dim() == 2 else 1

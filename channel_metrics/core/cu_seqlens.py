@@ -1,4 +1,4 @@
-"""`cu_seqlens`: the boundaries of sequences in a flattened token axis, checked and put to use.
+"""Checks and uses `cu_seqlens`, the boundaries of sequences in a flattened token axis.
 
 Letters: T = num_tokens of the flattened token axis (B * S for a padded batch),
 N = num_sequences.
@@ -32,8 +32,10 @@ __all__ = [
 class Boundaries:
     """The sequences of one micro-batch.
 
-    cu_seqlens: int32 [N + 1], bounds in the flattened token axis [T]; padding lies inside them.
-    keep: bool [T], False at pad positions; None when there are none.
+    Attributes:
+        cu_seqlens: int32 [N + 1], bounds in the flattened token axis [T]. A sequence includes its
+            padding.
+        keep: bool [T], False at pad positions; None if there are none.
     """
 
     cu_seqlens: Tensor
@@ -41,10 +43,11 @@ class Boundaries:
 
     @property
     def num_sequences(self) -> int:
+        """N."""
         return self.cu_seqlens.numel() - 1
 
     def unpadded_cu_seqlens(self) -> Tensor:
-        """int32 [N + 1]: cumulative true lengths, as if the pad positions were cut out."""
+        """int32 [N + 1]: cumulative lengths of the sequences without their padding."""
         if self.keep is None:
             return self.cu_seqlens
         kept_before = torch.nn.functional.pad(self.keep.to(torch.int64).cumsum(0), (1, 0))
@@ -52,15 +55,18 @@ class Boundaries:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> tuple[int, int]:
-    """The last bound of `cu_seqlens` [N + 1], and the length of the shortest sequence (0 of none).
+    """Check the values of `cu_seqlens` [N + 1]. Call it for tensors on the host only.
 
-    Raises `BoundaryError` unless the bounds rise from 0 to at most `num_tokens`. Reads the values:
-    call it for tensors on the host only.
+    Returns:
+        The last bound, and the length of the shortest sequence (0 if there is no sequence).
+
+    Raises:
+        BoundaryError: the bounds do not start at 0, decrease, or go beyond num_tokens.
     """
     check_cu_seqlens_type(cu_seqlens)
     ends = cu_seqlens.aminmax()
     lowest, highest = int(ends[0].item()), int(ends[1].item())
-    # Neighbours of [0, 2**31) differ by what fits into the type of the bounds.
+    # The difference of two bounds in [0, 2**31) fits into int32, so `diff` cannot overflow.
     shortest = int(cu_seqlens.diff().aminmax()[0].item()) if cu_seqlens.numel() > 1 else 0
     if lowest != 0 or shortest < 0 or highest > num_tokens:
         raise _bounds_error(cu_seqlens, num_tokens)
@@ -88,7 +94,7 @@ def _bounds_error(cu_seqlens: Tensor, num_tokens: int) -> BoundaryError:
 
 
 def check_cu_seqlens_type(cu_seqlens: Tensor) -> None:
-    """Raise `BoundaryError` unless `cu_seqlens` is a 1-D int32 or int64 tensor with an entry."""
+    """Raise `BoundaryError` unless `cu_seqlens` is a 1-D int32 or int64 tensor, and not empty."""
     if not isinstance(cu_seqlens, Tensor):
         raise BoundaryError(
             f"cu_seqlens must be an int32 tensor, but is {type(cu_seqlens).__name__}; pass "
@@ -107,21 +113,28 @@ def check_cu_seqlens_type(cu_seqlens: Tensor) -> None:
 
 
 def rows_as_sequences(num_rows: int, row_length: int) -> Tensor:
-    """int32 [B + 1]: every row of a [B, S] batch is one sequence, padding included."""
+    """int32 [B + 1]: the bounds of a [B, S] batch whose rows are one sequence each."""
     return torch.arange(num_rows + 1, dtype=torch.int32, device="cpu") * row_length
 
 
 def boundaries_from_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> Boundaries:
-    """Explicit boundaries (`cu_seqlens`, `cu_seq_lens_q`), checked against `num_tokens`."""
+    """From explicit bounds [N + 1]; raises `BoundaryError` if they do not fit `num_tokens`."""
     check_cu_seqlens(cu_seqlens, num_tokens)
     return Boundaries(cu_seqlens.to(torch.int32))
 
 
 def boundaries_from_packed_seq_params(params: Any, num_tokens: int) -> Boundaries:
-    """Megatron's `PackedSeqParams`: the padded bounds where given, else the plain ones.
+    """From Megatron's `PackedSeqParams`: from the padded bounds if it has them, else the others.
 
-    `cu_seqlens_q_padded` says where the tokens sit; `cu_seqlens_q` says how long the sequences
-    are. Their difference is padding, which lies at the end of each sequence.
+    `cu_seqlens_q_padded` says where the tokens are. `cu_seqlens_q` says how long the sequences
+    are. The difference is padding at the end of each sequence.
+
+    Args:
+        params: a `PackedSeqParams`.
+        num_tokens: T.
+
+    Raises:
+        BoundaryError: it has no bounds, or they do not fit each other or num_tokens.
     """
     lengths: Any = getattr(params, "cu_seqlens_q", None)
     padded: Any = getattr(params, "cu_seqlens_q_padded", None)
@@ -151,17 +164,27 @@ def boundaries_from_packed_seq_params(params: Any, num_tokens: int) -> Boundarie
 def sequence_index(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """int64 [T]: the sequence that owns each position; N for positions past the last bound.
 
-    Static shapes and no host sync: usable on the device and under `torch.compile`.
+    Shapes are static and there is no host sync, so it works on the device and under
+    `torch.compile`.
+
+    Args:
+        cu_seqlens: integer [N + 1].
+        num_tokens: T.
     """
     positions = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.bucketize(positions, cu_seqlens[1:].contiguous(), right=True)
 
 
 def token_channel_ids(channels: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """int64 [T]: the channel id of each position, -1 past the last bound.
+    """int64 [T]: the channel id of each position; -1 past the last bound.
 
-    For layouts that `cu_seqlens` cannot describe after sharding: cut these ids exactly as the
-    labels are cut. `channels` is int64 [N].
+    Use it for sharded layouts that `cu_seqlens` cannot describe: cut these ids as the labels are
+    cut.
+
+    Args:
+        channels: int64 [N], the id of each sequence.
+        cu_seqlens: integer [N + 1].
+        num_tokens: T.
     """
     padded = torch.cat([channels.long(), channels.new_full((1,), -1, dtype=torch.int64)])
     return padded[sequence_index(cu_seqlens, num_tokens)]
@@ -170,14 +193,14 @@ def token_channel_ids(channels: Tensor, cu_seqlens: Tensor, num_tokens: int) -> 
 def to_target_frame(values: Tensor) -> Tensor:
     """Move [..., S] values from the position that predicts to the position that is predicted.
 
-    A causal loss at position t is about token t + 1. After this, position t holds what was
-    said about token t, so boundaries and labels apply unshifted and a target that crosses a
-    boundary is counted for its own sequence. What the last position predicts lies outside the
-    row; it lands at position 0, which no position of the row predicts, and must be masked.
+    The causal loss at position t is about token t + 1. Afterwards, position t holds the value of
+    token t, so unshifted labels and boundaries fit, and the first token of a sequence is counted
+    for its own sequence. The value of the last position moves to position 0, where it has no
+    meaning: mask it.
     """
     return values.roll(1, dims=-1)
 
 
 def can_read(values: Tensor) -> bool:
-    """Whether looking at values is free: no device has to be waited for, no graph is traced."""
+    """Whether values can be read without cost: on the host, and outside of `torch.compile`."""
     return values.is_cpu and not torch.compiler.is_compiling()

@@ -1,11 +1,11 @@
-"""What an error in the metrics does to a run: end it, or end only the metrics.
+"""Decides what an error in the metrics does to a run: it ends the run, or only the metrics.
 
-By default an error is raised until the first train window has been summed and shown, because a
-wrong set-up must be seen; after that it ends the metrics only. The first such error of a rank is
-logged, and from then on that rank measures nothing. It must not fall out of step with the others,
-who wait for it at the next sync: there it takes part once more, with zeros and a note that it has
-stopped (see `channel_metrics.ranks.exchange`). Then all ranks know, all of them stop measuring,
-and nothing is sent any more.
+By default, an error is raised until the first train window has been summed and logged, because a
+user must see that the set-up is wrong. After that, an error ends the metrics only: the rank logs
+its first error and stops measuring. The other ranks wait for it at the next log point. So it takes
+part in that all-reduce once more, with zeros and a mark that it has stopped (see
+`channel_metrics.ranks.exchange`). Then all ranks know, all of them stop measuring, and no rank
+sends anything any more.
 """
 
 from __future__ import annotations
@@ -28,9 +28,15 @@ OnError = Literal["raise", "warn"]
 class FaultGuard:
     """Runs our code so that its errors do what `on_error` says.
 
-    on_error: None raises until `proven` is set, and warns from then on. error: the first error of
-    this rank, None as long as there was none. off: all ranks know that one of them has stopped:
-    no collectives any more. proven: a train window with tokens has been summed and shown.
+    Args:
+        on_error: "raise" ends the run, "warn" ends only the metrics. None raises until `proven`
+            is set, and warns from then on.
+
+    Attributes:
+        error: the first error of this rank; None if there was none.
+        off: whether all ranks know that one of them has stopped. Then there are no collectives
+            any more.
+        proven: whether a train window with tokens has been summed and logged.
     """
 
     def __init__(self, on_error: OnError | None = "raise") -> None:
@@ -51,7 +57,7 @@ class FaultGuard:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """A block of our own code; where errors do not end the run, one ends the metrics."""
+        """A block of our own code. An error in it ends the run if `raises`, else the metrics."""
         try:
             yield
         except Exception as error:
@@ -64,10 +70,14 @@ class FaultGuard:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """`observing(original, *args, **kwargs)`, which must call `original` and return its result.
+        """Call `observing(original, *args, **kwargs)` so that its errors do not harm training.
 
-        Where errors in `observing` do not end the run, that result is returned all the same.
-        Errors of `original` are the trainer's own, and are raised.
+        If `observing` fails and the run goes on, the result of `original` is returned. Errors of
+        `original` are the trainer's own, and are always raised.
+
+        Args:
+            original: the trainer's function.
+            observing: our code. It calls its first argument and returns the result.
         """
         if not self.measuring:
             return original(*args, **kwargs)
@@ -81,7 +91,7 @@ class FaultGuard:
         return once.result if once.called else original(*args, **kwargs)
 
     def _take(self, error: Exception) -> None:
-        # After a collective that failed, the ranks are out of step.
+        # If a collective has failed, the ranks are out of step: the run cannot go on.
         if self.raises or isinstance(error, CollectiveError):
             raise error
         if isinstance(error, StoppedError):
@@ -103,7 +113,7 @@ class FaultGuard:
 
 
 class Once:
-    """Calls a function, and remembers what came of it."""
+    """Calls a function, and keeps its result or its error."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function

@@ -1,10 +1,10 @@
-"""A mean over tokens, with a confidence interval that knows that tokens come in sequences.
+"""The mean over tokens and its confidence interval, for tokens that come in sequences.
 
 Letters: m sequences; sequence i has n_i tokens and the sum y_i of their values.
 
-The mean is r = sum(y_i) / sum(n_i). Token losses of one sequence resemble each other, so tokens
-are no independent draws, and s / sqrt(tokens) would be far too small. Sequences are: r is a ratio
-of two sums over them, and its variance is that of the linearised ratio estimator,
+The mean is r = sum(y_i) / sum(n_i). The token losses of one sequence resemble each other, so tokens
+are not independent draws, and s / sqrt(tokens) would be far too small. Sequences are independent.
+r is a ratio of two sums over sequences, and its variance is that of the linearised ratio estimator,
 
     v = m / (m - 1) * sum((y_i - r n_i)^2) / (sum n_i)^2
 
@@ -12,10 +12,10 @@ of two sums over them, and its variance is that of the linearised ratio estimato
 populations: the interval is about the source that the dataset was drawn from). The interval is
 r +- t * sqrt(v), with the quantile of Student's t with m - 1 degrees of freedom.
 
-Where all values are as low, or as high, as values can be (no token of the sample was predicted),
-v is 0, and an interval without width would be wrong. There each sequence counts as one draw, and
-the interval is the exact one for m draws that all came out alike: its width is 1 - 0.025^(1/m)
-of the possible range (C. J. Clopper and E. S. Pearson, Biometrika 26, 1934).
+If all values are the lowest or the highest possible ones (no token of the sample was predicted, for
+instance), v is 0, and an interval without width would be wrong. Then each sequence counts as one
+draw, and the interval is the exact one for m draws with the same result: its width is
+1 - 0.025^(1/m) of the possible range (C. J. Clopper and E. S. Pearson, Biometrika 26, 1934).
 
 >>> sums = moments(torch.tensor([4.0, 6.0]), torch.tensor([2.0, 2.0]))
 >>> found = ratio_interval(sums.tolist())
@@ -35,9 +35,9 @@ from torch import Tensor
 
 __all__ = ["MOMENTS", "Interval", "moments", "ratio_interval", "student_t"]
 
-# Sums over the sequences that have tokens; sums of two ranks add up.
+# Sums over the sequences that have tokens. The sums of two ranks may be added.
 MOMENTS = ("sequences", "n", "n_squared", "y", "y_squared", "y_times_n")
-# A degree of freedom more changes the quantile by less than a thousandth from here on.
+# From here on, one more degree of freedom changes the quantile by less than a thousandth.
 _MAX_FREEDOM = 1_000
 
 
@@ -51,7 +51,12 @@ class Interval:
 
 
 def moments(values: Tensor, tokens: Tensor) -> Tensor:
-    """[6], see `MOMENTS`: from the sum of values [m] and the number of tokens [m] of sequences."""
+    """[6], the sums that `MOMENTS` names.
+
+    Args:
+        values: [m], the sum of the values of each sequence.
+        tokens: [m], the number of tokens of each sequence.
+    """
     used = (tokens > 0).to(tokens)
     columns = (used, tokens, tokens * tokens, values, values * values, values * tokens)
     return torch.stack([column.sum() for column in columns])
@@ -60,9 +65,12 @@ def moments(values: Tensor, tokens: Tensor) -> Tensor:
 def ratio_interval(
     sums: Sequence[float], *, lowest: float = -math.inf, highest: float = math.inf
 ) -> Interval | None:
-    """The mean over tokens and its interval, from the sums of `moments`; None without tokens.
+    """The mean over tokens and its 95 % interval; None without tokens.
 
-    lowest, highest: what a mean can be at all; the interval is cut there.
+    Args:
+        sums: the six sums of `moments`.
+        lowest: the lowest possible mean. The interval does not go below it.
+        highest: the highest possible mean. The interval does not go above it.
     """
     m, n, n_squared, y, y_squared, y_times_n = sums
     if not n:
@@ -82,8 +90,8 @@ def ratio_interval(
 def student_t(freedom: int) -> float:
     """The t for which Student's distribution has 95 % between -t and t.
 
-    By bisection of the finite series in Abramowitz and Stegun, Handbook of Mathematical
-    Functions, 26.7.3 and 26.7.4. Above 1,000 degrees of freedom it stays that of 1,000.
+    It is found by bisection of the finite series in Abramowitz and Stegun, Handbook of
+    Mathematical Functions, 26.7.3 and 26.7.4. More than 1,000 degrees of freedom count as 1,000.
     """
     freedom = min(freedom, _MAX_FREEDOM)
     low, high = 1.0, 13.0

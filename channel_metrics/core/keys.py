@@ -1,4 +1,4 @@
-"""How channels become log keys, and which of them would be logged under one key.
+"""Makes the log keys of channels, and finds values that would share a key.
 
 >>> book = KeyBook("{channel}_{metric}", reserved=["eval_loss"])
 >>> book.key("bbu", "loss"), book.key("bbu", "loss", "eval_")
@@ -6,7 +6,7 @@
 >>> [type(error).__name__ for error in book.learn(["bbu", "eval"])]
 ['ConfigError']
 
-A key is a head, a channel and a tail: `eval_` + `bbu` + `_loss`. Two forms can give one key:
+A key is a head, a channel and a tail: `eval_` + `bbu` + `_loss`. Two splittings can give one key:
 `bbu_weighted` + `_loss` is `bbu` + `_weighted_loss`, `eval_bbu` + `_loss` is `eval_` + `bbu_loss`.
 """
 
@@ -24,12 +24,12 @@ from channel_metrics.errors import ChannelError, ChannelMetricsError, ConfigErro
 
 __all__ = ["ChannelTable", "KeyBook", "check_key_format", "metric_key", "sanitize"]
 
-# What every tracker we know accepts in a key; anything else becomes an underscore.
+# Every tracker that we know accepts the characters that are not matched here.
 _UNSAFE = re.compile(r"[^\w.\-/]+")
 
 
 def sanitize(name: str) -> str:
-    """`name` as trackers accept it: letters, digits, `_`, `-`, `.` and `/`."""
+    """`name` with `_` in place of all but letters, digits, `_`, `-`, `.` and `/`."""
     return _UNSAFE.sub("_", name)
 
 
@@ -55,12 +55,12 @@ def check_key_format(key_format: str) -> None:
         )
 
 
-# (metric, prefix): with the name of a channel, a key.
+# (metric, prefix): together with the name of a channel, they give a key.
 _Form = tuple[str, str]
 
 
 class _Step(NamedTuple):
-    """How a channel's name becomes the one that another form would need for the same key."""
+    """Turns a channel's name into the name that has the same key under another form."""
 
     strip_left: str
     add_left: str
@@ -78,14 +78,14 @@ _SAME = _Step("", "", "", "")
 
 
 class KeyBook:
-    """Every key of a run: channels x metrics x splits, and those that belong to the trainer.
+    """All log keys of a run: those of channels, metrics and splits, and the trainer's own.
 
     Args:
         key_format: built from `{channel}` and `{metric}`.
         reserved: keys that the trainer logs itself.
-        schema: the metrics, all of them: a config that asks for one more finds its keys free.
-        rewrite: what the trainer's writers do to a key (ms-swift's turn "/" into "_"); keys that
-            are equal afterwards are one key.
+        schema: the metrics. All of them take part, so a config may ask for more of them later.
+        rewrite: how the trainer's writers change a key (those of ms-swift turn "/" into "_").
+            Keys that are equal afterwards are one key.
 
     Raises:
         ConfigError: for a format that gives two metrics one key.
@@ -119,10 +119,10 @@ class KeyBook:
     def learn(
         self, channels: Iterable[str] = (), prefix: str | None = None
     ) -> list[ChannelMetricsError]:
-        """Take in channels, and the prefix of a split.
+        """Add channels, and the prefix of a split.
 
-        Returns what would share a key, once each; the keys themselves stay in `clashes`. Raises
-        `ConfigError` for a prefix under which two metrics of any channel would share one.
+        Returns an error for each channel with new clashes; their keys join `clashes`. Raises
+        `ConfigError` if two metrics of one channel would share a key under this prefix.
         """
         new = [name for name in channels if name not in self._known]
         if prefix is not None and prefix not in self._prefixes:
@@ -139,12 +139,12 @@ class KeyBook:
         return found
 
     def forget(self, name: str) -> None:
-        """Take back a channel that shares no key."""
+        """Remove a channel that shares no key."""
         self._known.discard(name)
         self._names.pop(self._rewrite(sanitize(name)), None)
 
     def reserve(self, keys: Iterable[str]) -> None:
-        """Reserve more keys; raises `ConfigError` if a known channel is logged under one."""
+        """Reserve more keys; raises an error if a known channel is logged under one of them."""
         self.reserved |= frozenset(keys)
         self._prepare(self._prefixes)
         for name in self._known:
@@ -153,7 +153,7 @@ class KeyBook:
                 raise error
 
     def look(self, name: str) -> tuple[ChannelMetricsError | None, set[str]]:
-        """What is wrong with this name beside those that are known, and the keys in question."""
+        """The error if `name` shares keys with known names or the trainer, and those keys."""
         safe = self._rewrite(sanitize(name))
         other = self._names.get(safe, name)
         if other != name:
@@ -192,13 +192,13 @@ class KeyBook:
         return (None if said is None else ChannelError(said)), keys
 
     def _prepare(self, prefixes: list[str]) -> None:
-        """What follows from the splits and the metrics alone."""
+        """Compute what depends on the splits and the metrics, and not on the channels."""
         forms = {
             (metric, prefix): self._ends(metric, prefix)
             for prefix in prefixes
             for metric in self.schema.metric_names
         }
-        # {step: the forms of a name and of the other name, under which they have one key}
+        # {step: pairs (form of a name, form of the other name) that give one key}
         steps: dict[_Step, list[tuple[_Form, _Form]]] = {}
         for mine, ends in forms.items():
             for other, other_ends in forms.items():
@@ -223,7 +223,7 @@ class KeyBook:
                     self._forbidden.setdefault(name, []).append(form)
 
     def _ends(self, metric: str, prefix: str) -> tuple[str, str]:
-        """What stands before the channel, and what behind it."""
+        """The parts of a key before and after the channel."""
         own = self.schema.metric(metric)
         key_format = own.key if own is not None and own.key else self.key_format
         head, tail = key_format.format(channel="\0", metric=metric).split("\0")
@@ -231,7 +231,7 @@ class KeyBook:
 
 
 def _step(ends: tuple[str, str], other: tuple[str, str]) -> _Step | None:
-    """From a name under `ends` to the one with the same key under `other`; None if none has it."""
+    """Turns a name under `ends` into the name with the same key under `other`, if there is one."""
     (head, tail), (other_head, other_tail) = ends, other
     add_left = strip_left = add_right = strip_right = ""
     if head.startswith(other_head):
@@ -250,10 +250,10 @@ def _step(ends: tuple[str, str], other: tuple[str, str]) -> _Step | None:
 
 
 class ChannelTable(LabelTable):
-    """A `LabelTable` for an accumulator by itself: names join only if their keys are free.
+    """A `LabelTable` for an accumulator without a session. A name joins only if its keys are free.
 
-    names, unknown: as for `LabelTable`. key_format: of the keys that `compute` gives. reserved:
-    keys that a channel must not have.
+    names, unknown: as for `LabelTable`. key_format: of the keys that `compute` returns.
+    reserved: keys that a channel must not have.
     """
 
     def __init__(
@@ -268,7 +268,7 @@ class ChannelTable(LabelTable):
         super().__init__(names, unknown=unknown)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Tables travel to worker processes: without the metrics, whose formulas may be lambdas.
+        # Tables are pickled for worker processes. Formulas may be lambdas, so they are left out.
         made = partial(
             ChannelTable,
             unknown=self.unknown,
@@ -283,7 +283,7 @@ class ChannelTable(LabelTable):
         return self.keys.key_format
 
     def open_copy(self) -> ChannelTable:
-        """An independent table of the same names and key format, which any name may join."""
+        """An independent table with the same names and key format; new names may join it."""
         copy = ChannelTable(key_format=self.key_format)
         copy._ids = dict(self._ids)
         copy.keys._known, copy.keys._names = set(self.keys._known), dict(self.keys._names)

@@ -1,4 +1,4 @@
-"""Names of channels: how a record carries one, and how names become ids.
+"""Reads the channel of a record, and turns names of channels into ids.
 
 >>> table = LabelTable(["bbu", "rru"])
 >>> table.ids(["rru", "bbu", None])
@@ -35,12 +35,12 @@ UNLABELED_ID = -1
 
 Unknown = Literal["add", "unlabeled", "error"]
 
-# The first name with spaces around it is told of.
+# Names with spaces around them for which a warning has been logged.
 _told: set[str] = set()
 
 
 def field_roots(fields: Sequence[str]) -> tuple[str, ...]:
-    """The top-level record keys that dotted `fields` live under, each once."""
+    """The top-level record keys of dotted `fields`, each once."""
     return tuple(dict.fromkeys(field.split(".", 1)[0] for field in fields))
 
 
@@ -49,14 +49,21 @@ def channels_of(
     fields: Sequence[str] = DEFAULT_FIELDS,
     classes: Mapping[str, Sequence[str]] | None = None,
 ) -> list[str | None]:
-    """The channels of the sequences in one record: one, or several where it is a pack.
+    """The channels of the sequences in one record: one, or several if the record is a pack.
 
-    The first field that holds a channel wins; a list there means one channel per packed
-    sequence, or per token. A record without any gives `[None]`: None, NaN, `pd.NA` and an empty
-    string are no channel. Spaces around a name do not belong to it.
+    Args:
+        record: a record of a dataset.
+        fields: dotted fields. The first one that holds a channel is used. A list there means one
+            channel per packed sequence, or one per token.
+        classes: {field: names} for fields that hold class numbers, see
+            `channel_metrics.data.scan.class_names`.
 
-    classes: {field: names} of the fields whose integers are numbers of classes, see
-        `channel_metrics.data.scan.class_names`.
+    Returns:
+        The names without spaces around them. A record without a channel gives `[None]`: None,
+        NaN, `pd.NA` and an empty string are no channel.
+
+    Raises:
+        ChannelError: a field holds no name, or a class number without a name.
     """
     for field in fields:
         value = look_up(record, field)
@@ -72,7 +79,10 @@ def channels_of(
 
 
 def channel_of(record: Mapping[str, Any], fields: Sequence[str] = DEFAULT_FIELDS) -> str | None:
-    """The channel of a record that is one sequence; None where it has none."""
+    """The channel of a record that is one sequence; None if it has none.
+
+    Raises `ChannelError` for a record that lists several.
+    """
     found = channels_of(record, fields)
     if len(found) != 1:
         raise ChannelError(
@@ -83,10 +93,16 @@ def channel_of(record: Mapping[str, Any], fields: Sequence[str] = DEFAULT_FIELDS
 
 
 class LabelTable:
-    """Names to ids and back. Ids count from 0 in the order of the names; -1 is `unlabeled`.
+    """Maps names to ids and back. Ids count from 0 in the order of the names; -1 is `unlabeled`.
 
-    unknown: what a name outside the table does: "add" grows the table, "unlabeled" counts its
-        tokens as unlabeled, "error" raises `ChannelError`.
+    Args:
+        names: the first names.
+        unknown: what happens to a new name: "add" adds it to the table, "unlabeled" counts its
+            tokens as unlabeled, "error" raises `ChannelError`.
+
+    Raises:
+        ConfigError: for another value of unknown.
+        ChannelError: for a name that is no string, or empty.
     """
 
     def __init__(self, names: Iterable[str] = (), *, unknown: Unknown = "add") -> None:
@@ -112,7 +128,10 @@ class LabelTable:
         return f"{type(self).__name__}({list(self._ids)}, unknown={self.unknown!r})"
 
     def add(self, name: str) -> int:
-        """The id of `name`, which joins the table if it is new; `unlabeled` is always -1."""
+        """The id of `name`, which joins the table if it is new. `unlabeled` is always -1.
+
+        Raises `ChannelError` for a name that must not join.
+        """
         bare = _bare(name)
         if bare == UNLABELED:
             return UNLABELED_ID
@@ -127,34 +146,34 @@ class LabelTable:
         return self._ids.setdefault(bare, len(self._ids))
 
     def add_all(self, names: Iterable[str]) -> list[int]:
-        """The ids of `names`, which join the table: all of them, or none if one is refused."""
+        """The ids of `names`, which join the table. If one is refused, none of them joins."""
         with self._all_or_none():
             return [self.add(name) for name in names]
 
     def ids(self, names: Iterable[str | None]) -> list[int]:
-        """The ids of `names`; None is unlabeled, an unknown name does what `unknown` says.
+        """The ids of `names`. None is unlabeled; for new names, `unknown` decides.
 
-        Where one is refused, none of them joins the table.
+        Raises `ChannelError` if one is refused; then none of them joins the table.
         """
         with self._all_or_none():
             return [UNLABELED_ID if name is None else self._id(name) for name in names]
 
     def knows_all(self, names: Iterable[str | None]) -> bool:
-        """Whether `ids(names)` would neither grow the table nor need to."""
+        """Whether `ids(names)` would leave the table as it is."""
         return self.unknown != "add" or all(
             n is None or n == UNLABELED or n in self._ids for n in names
         )
 
     def _check(self, name: str) -> None:
-        """Raise for a name that must not join; here all may."""
+        """Raise an error for a name that must not join. In this class, every name may join."""
 
     def _remove(self, name: str) -> None:
-        """Take back the name that joined last."""
+        """Remove the name that joined last."""
         del self._ids[name]
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
-        """If the block is left by an exception, the names that joined in it leave again."""
+        """If the block raises, the names that joined in it are removed again."""
         before = len(self._ids)
         try:
             yield
@@ -176,7 +195,7 @@ class LabelTable:
 
 
 def look_up(record: Mapping[str, Any], field: str) -> Any:
-    """What a dotted field of a record holds; None if it is not there."""
+    """The value of a dotted field of a record; None if the record does not have it."""
     if field in record:
         return record[field]
     value: Any = record
@@ -188,10 +207,10 @@ def look_up(record: Mapping[str, Any], field: str) -> Any:
 
 
 def _as_names(values: Sequence[Any], field: str, classes: Sequence[str]) -> list[str | None]:
-    # One channel per token is a long list of a few values.
+    # A list with one channel per token is long, but holds few different values.
     try:
         names = {value: _as_name(value, field, classes) for value in set(values)}
-    except TypeError:  # tensors of one number, and what is no name at all
+    except TypeError:  # not hashable, such as a tensor of one number
         return [_as_name(value, field, classes) for value in values]
     return [names[value] for value in values]
 
@@ -200,7 +219,7 @@ def _as_name(value: Any, field: str, classes: Sequence[str] = ()) -> str | None:
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
-        # A column of integers with gaps comes as floats.
+        # A column of integers in which some are missing arrives as floats.
         value = None if math.isnan(value) else int(value)
     if value is None or type(value).__name__ in ("NAType", "NaTType"):  # pd.NA, without pandas
         return None
@@ -215,7 +234,7 @@ def _as_name(value: Any, field: str, classes: Sequence[str] = ()) -> str | None:
 
 
 def _class_name(number: int, field: str, classes: Sequence[str]) -> str | None:
-    """The name of a class; -1 is none."""
+    """The name of a class; -1 means no class."""
     if -1 <= number < len(classes):
         return None if number == -1 else classes[number]
     raise ChannelError(
@@ -225,7 +244,7 @@ def _class_name(number: int, field: str, classes: Sequence[str]) -> str | None:
 
 
 def _bare(name: Any) -> Any:
-    """Spaces around a name do not belong to it."""
+    """A name without the spaces around it; anything else as it is."""
     return name.strip() if isinstance(name, str) else name
 
 

@@ -1,6 +1,7 @@
-"""Boundaries out of masks and position ids: what padded and packed batches carry instead.
+"""Reads boundaries from masks and position ids, for batches that have no `cu_seqlens`.
 
-Letters: B rows, S row length. Pure, and meant for the host: the functions read values.
+Letters: B rows, S row length, T = num_tokens. The functions change no argument. They read values,
+so call them on the host.
 """
 
 from __future__ import annotations
@@ -20,17 +21,23 @@ __all__ = [
 
 
 def as_bool(values: Tensor) -> Tensor:
-    """bool, True where values are not 0; a bool tensor whose bytes are neither 0 nor 1, too."""
-    # Kernels take such bytes (of a uint8 that was viewed as bool) for what they are.
+    """bool, True where values are not 0. A bool tensor gets bytes of 0 and 1 only."""
+    # A uint8 tensor that was viewed as bool may hold other bytes, and kernels compute with them.
     return (values.view(torch.uint8) if values.dtype == torch.bool else values) != 0
 
 
 def boundaries_from_attention_mask(attention_mask: Tensor) -> Boundaries:
-    """From a 2-D mask [B, S] of 0/1 or of segment numbers, or a 4-D block-diagonal one.
+    """The boundaries that an attention mask gives.
 
-    0/1: every row is one sequence, left and right padding alike. Segment numbers 1..n (0 is
-    padding): every number of a row is one sequence. 4-D [B, 1, S, S], bool or additive float:
-    a sequence is a block, causal or not; positions that attend to nothing are padding.
+    Args:
+        attention_mask: one of three forms.
+            [B, S] of 0 and 1: each row is one sequence, padded on either side.
+            [B, S] of segment numbers 1..n, 0 for padding: each number of a row is one sequence.
+            [B, 1, S, S], bool or additive float: each block on the diagonal is one sequence,
+            causal or not. Positions that attend to nothing are padding.
+
+    Raises:
+        BoundaryError: the mask has none of these forms.
     """
     if attention_mask.dim() == 4:
         return _from_block_diagonal(attention_mask)
@@ -59,11 +66,17 @@ def boundaries_from_attention_mask(attention_mask: Tensor) -> Boundaries:
 def boundaries_from_position_ids(
     position_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Boundaries:
-    """From position ids [B, S] or [T] that restart with every sequence, at 0 or another number.
+    """The boundaries that position ids give, if they restart with every sequence.
 
-    A 0/1 `attention_mask` [B, S] names the pad positions, which never start a sequence. Every
-    row starts a sequence. A tail of pads that is not masked cannot be told from sequences of
-    length 1: there are then more sequences than channels, which is an error.
+    Every row starts a sequence. Pads at the end of a row that are not masked look like sequences
+    of length 1. Then there are more sequences than channels, and the collator raises an error.
+
+    Args:
+        position_ids: integer [B, S] or [T]. A sequence may start at 0 or at another number.
+        attention_mask: [B, S] of 0 and 1. Its pad positions never start a sequence.
+
+    Raises:
+        BoundaryError: position_ids has another shape, or the mask has not the same.
     """
     if position_ids.dim() == 1:
         position_ids = position_ids.unsqueeze(0)
@@ -83,13 +96,20 @@ def boundaries_from_position_ids(
     before = _kept_before(keep)
     previous = position_ids.gather(1, before.clamp(min=0))
     restarts = (before < 0) | (position_ids < previous)
-    # Sequences of one token do not go back: they repeat what others begin at.
+    # After a sequence of one token, the position does not fall: it repeats the start position.
     first = torch.isin(position_ids, position_ids[keep & restarts])
     return _from_starts(keep & (restarts | (first & (position_ids == previous))), keep)
 
 
 def boundaries_from_seq_idx(seq_idx: Tensor) -> Boundaries:
-    """From `seq_idx` [B, S] or [T]: the number of the sequence each token is in (-1 is padding)."""
+    """The boundaries that `seq_idx` gives.
+
+    Args:
+        seq_idx: integer [B, S] or [T], the number of the sequence of each token; -1 for padding.
+
+    Raises:
+        BoundaryError: it has another type or shape, or a row holds padding only.
+    """
     if seq_idx.dim() == 1:
         seq_idx = seq_idx.unsqueeze(0)
     if seq_idx.dim() != 2 or seq_idx.is_floating_point():
@@ -101,10 +121,10 @@ def boundaries_from_seq_idx(seq_idx: Tensor) -> Boundaries:
 
 
 def _from_starts(starts: Tensor, keep: Tensor) -> Boundaries:
-    """[B, S] sequence starts (kept positions only) and kept positions -> boundaries.
+    """Boundaries from `starts` and `keep`, both bool [B, S]; pads never start a sequence.
 
-    Pads before the first start of a row belong to that first sequence, all others to the
-    sequence before them: then no position is without an owner.
+    Pads before the first start of a row belong to that first sequence. All other pads belong to
+    the sequence before them. So every position has an owner.
     """
     num_rows, row_length = starts.shape
     starts = starts | (keep & (keep.cumsum(1) == 1))
@@ -119,7 +139,7 @@ def _from_starts(starts: Tensor, keep: Tensor) -> Boundaries:
 
 
 def _from_segment_numbers(numbers: Tensor) -> Boundaries:
-    """[B, S] segment numbers, 0 for padding; a new number opens a sequence."""
+    """Boundaries from segment numbers [B, S], 0 for padding; a new number starts a sequence."""
     keep = numbers > 0
     if not bool(keep.any(1).all()):
         row = int((~keep.any(1)).nonzero()[0])
@@ -133,7 +153,7 @@ def _from_segment_numbers(numbers: Tensor) -> Boundaries:
 
 
 def _kept_before(keep: Tensor) -> Tensor:
-    """[B, S]: the last kept position before each one, else -1: pads in a row open nothing."""
+    """int64 [B, S]: the last kept position before each position; -1 if there is none."""
     positions = torch.arange(keep.shape[1], device=keep.device)
     index = torch.where(keep, positions.expand_as(keep), -1)
     return torch.nn.functional.pad(index.cummax(1).values, (1, 0), value=-1)[:, :-1]
@@ -159,7 +179,7 @@ def _from_block_diagonal(mask: Tensor) -> Boundaries:
     owner = sequence_index(boundaries.cu_seqlens, keep.numel()).view(keep.shape)
     same = (owner[:, :, None] == owner[:, None, :]) & keep[:, :, None] & keep[:, None, :]
     causal = same & torch.ones_like(same[0]).tril()
-    # What pad positions attend to says nothing.
+    # It does not matter what pad positions attend to.
     allowed = allowed & keep[:, :, None]
     if not (torch.equal(allowed, causal) or torch.equal(allowed, same)):
         raise BoundaryError(

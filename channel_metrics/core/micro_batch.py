@@ -1,4 +1,4 @@
-"""`MicroBatch`: what an adapter knows of the tokens of one micro-batch, when it counts them."""
+"""`MicroBatch`: all that an adapter passes on to count the tokens of one micro-batch."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ __all__ = ["MicroBatch"]
 class MicroBatch:
     """The tokens of one micro-batch on this rank.
 
-    The fields are those of `ChannelLossAccumulator.update`, and one more:
+    The fields are the arguments of `ChannelLossAccumulator.update`, and one more.
 
-    sequences: where `channels` is one id per token, the channel of each sequence, int64 [N], for
-        `samples`; on the one rank that counts the sequences, None on the others.
+    Attributes:
+        sequences: int64 [N], the channel id of each sequence, if `channels` holds one id per
+            token. It is needed to count `samples`. Only one of the ranks that share the sequences
+            may give it; it is None on the others.
     """
 
     token_losses: Tensor
@@ -43,7 +45,12 @@ class MicroBatch:
         cu_seqlens: Tensor | None,
         reported_sum: Tensor | None,
     ) -> MicroBatch:
-        """From what a `TokenLossReader` has read."""
+        """Make one from the values that a `TokenLossReader` has read.
+
+        Args:
+            values: token losses, mask, correctness and weights.
+            channels, cu_seqlens, reported_sum: as for `ChannelLossAccumulator.update`.
+        """
         return cls(
             token_losses=values.losses,
             channels=channels,
@@ -55,7 +62,10 @@ class MicroBatch:
         )
 
     def add_to(self, table: ChannelLossAccumulator) -> None:
-        """Count the tokens in `table`, which moves to their device."""
+        """Add the tokens to `table`, which moves to their device.
+
+        Raises the errors of `ChannelLossAccumulator.update`.
+        """
         device = self.token_losses.device
         if self.sequences is not None:
             check_ids(self.sequences, len(table.labels))

@@ -1,15 +1,15 @@
-"""What is counted and what is logged: columns are sums, metrics are formulas over sums.
+"""Defines what is counted and what is logged: columns are sums, metrics are formulas over sums.
 
-This is the one place where both are registered. Log keys, reserved keys, the readers of logs, the
-report and the reference in the docs read it when they need it, so an entry that is added here, or
-by `TOKENS.register`, is known everywhere:
+Both are registered here only. Log keys, reserved keys, the readers of logs, the report and the
+reference in the docs all use this registry. So they know an entry that is added here, or by
+`TOKENS.register`:
 
     TOKENS.register(
         Column("easy", "tokens", "tokens with a loss below 1", per_token=lambda v: v.losses < 1),
         Metric("easy_share", ("easy", "tokens"), lambda s: ratio(s["easy"], s["tokens"])),
     )
 
-Nothing here imports torch: those who only read logs do not wait for it.
+This module does not import torch, so tools that only read logs start fast.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Column:
     """One sum per channel.
 
     unit: what is added up: `tokens`, `nats`, `sequences`, `pairs`.
-    per_token: the values of the tokens, of the shape of the losses, or None; only supervised
-        ones are added up. A function, or the name of an attribute of `TokenView`.
-    per_sequence: the same for the values of the sequences [N] and `SequenceView`.
+    per_token: a function of a `TokenView`, or the name of an attribute of it. It gives one value
+        per token, of the shape of the losses, or None. Only supervised tokens are added up.
+    per_sequence: the same for a `SequenceView`, with one value per sequence [N].
     Without both, the adapter gives the values itself (`ChannelMetrics.add`).
     """
 
@@ -50,7 +50,7 @@ class Column:
     unit: str
     doc: str
     total: bool = False
-    """Whether `<name>_total` counts it since the run began, across checkpoints."""
+    """Whether it is also counted since the run began, as `<name>_total`; checkpoints keep it."""
     per_token: str | Callable[[TokenView], Tensor | None] | None = None
     per_sequence: str | Callable[[SequenceView], Tensor | None] | None = None
 
@@ -59,8 +59,8 @@ class Column:
 class Metric:
     """One value per channel and window.
 
-    formula: takes the sums of one channel by column name; `"all"` is the count column of the
-        schema, summed over all channels. It returns None for a value that is not there.
+    formula: takes the sums of one channel by column name. `"all"` is the count column of the
+        schema, summed over all channels. It returns None if there is no value.
     """
 
     name: str
@@ -68,22 +68,22 @@ class Metric:
     """The columns that the formula reads."""
     formula: Callable[[Sums], float | None]
     unit: str = ""
-    """Empty for a part of a whole: the report shows it in percent."""
+    """Empty for a share of a whole, which the report shows in percent."""
     doc: str = ""
     label: str = ""
-    """The title of its chart in the report; no chart without one."""
+    """The title of its chart in the report. Empty: no chart."""
     adds_up: bool = False
-    """Whether the values of two windows may be added: counts. `peek` leaves them out."""
+    """Whether the values of two windows may be added, as counts may. `peek` leaves these out."""
     always: bool = False
-    """Logged whatever the config's `metrics` are."""
+    """Whether it is logged even if the config's `metrics` do not name it."""
     asked_by: tuple[str, ...] = ()
-    """The names in the config's `metrics` that ask for it; empty: its own."""
+    """The names in the config's `metrics` that turn it on. Empty: its own name."""
     key: str = ""
-    """A key format of its own with `{channel}`, in place of the config's."""
+    """Its own key format with `{channel}`, used in place of the config's."""
     unlabeled: str = "unlabeled"
-    """What its own key calls the tokens without a channel."""
+    """The name of `unlabeled` in its own key."""
     every_channel: bool = False
-    """Whether it is logged for channels that `eval_channels` leaves out, too."""
+    """Whether it is logged also for channels that `eval_channels` leaves out."""
 
 
 @dataclass
@@ -99,9 +99,9 @@ class Schema:
     metrics: list[Metric] = field(default_factory=list)
 
     def register(self, *entries: Column | Metric) -> None:
-        """Add columns and metrics; a metric's columns come before it.
+        """Add columns and metrics. Register a metric after the columns that it needs.
 
-        Raises `ConfigError` for a name that is taken, and for a column that is not there.
+        Raises `ConfigError` if a name is taken, or if a metric needs an unknown column.
         """
         for entry in entries:
             is_column = isinstance(entry, Column)
@@ -125,7 +125,7 @@ class Schema:
 
     @property
     def column_names(self) -> tuple[str, ...]:
-        """In the order of the table."""
+        """The names of the columns, in the order of the table."""
         return tuple(column.name for column in self.columns)
 
     @property
@@ -135,7 +135,7 @@ class Schema:
 
     @property
     def run_metrics(self) -> tuple[str, ...]:
-        """`tokens_total` and the like: counted since the run began."""
+        """The names of the totals of the run, such as `tokens_total`."""
         return tuple(f"{name}_total" for name in self.total_names)
 
     @property
@@ -149,11 +149,11 @@ class Schema:
         return (*(metric.name for metric in self.metrics), *self.run_metrics)
 
     def metric(self, name: str) -> Metric | None:
-        """The metric of this name; None for a total of the run, or an unknown name."""
+        """The metric with this name; None for a total of the run, or an unknown name."""
         return next((metric for metric in self.metrics if metric.name == name), None)
 
     def check(self, names: Iterable[str], known: Sequence[str] = ()) -> tuple[str, ...]:
-        """The names, each once; raises `ConfigError` for one that is not a metric.
+        """The names, each once; raises `ConfigError` for an unknown metric.
 
         known: the metrics that are allowed, by default all that a config can ask for.
         """
@@ -165,7 +165,7 @@ class Schema:
         return chosen
 
     def chosen(self, names: Sequence[str]) -> list[Metric]:
-        """What a config with these `metrics` logs, in its order."""
+        """The metrics that a config with these `metrics` logs, in the order of the names."""
         asked = [
             metric
             for name in names
@@ -175,7 +175,7 @@ class Schema:
         return list(dict.fromkeys([*asked, *(m for m in self.metrics if m.always)]))
 
     def values(self, sums: Sums, all_counted: float, metrics: Iterable[Metric]) -> dict[str, float]:
-        """The values of one channel from its sums; one without a denominator is absent.
+        """{metric: value} of one channel from its sums. A metric without a value is absent.
 
         all_counted: the count column, summed over all channels of the window.
         """
@@ -189,7 +189,7 @@ class Schema:
 
 
 def ratio(numerator: float, denominator: float) -> float | None:
-    """None without a denominator."""
+    """numerator / denominator; None if the denominator is 0."""
     return numerator / denominator if denominator else None
 
 
@@ -213,7 +213,7 @@ def _ratio_of(numerator: str, denominator: str, sums: Sums) -> float | None:
     return ratio(sums[numerator], sums[denominator])
 
 
-# No lambdas: a table of sums can then be pickled.
+# No lambdas, so that a table of sums can be pickled.
 TOKENS = Schema("tokens", count="tokens")
 TOKENS.register(
     Column("tokens", "tokens", "supervised tokens", total=True, per_token="mask"),

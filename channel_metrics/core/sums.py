@@ -1,8 +1,10 @@
-"""Token values -> sums per sequence, or per token. Pure, no host sync, static shapes.
+"""Adds up token values per sequence, or gives them per token.
 
-Letters: T = num_tokens, N = num_sequences. The sums per sequence are kept apart from the grouping
-into channels, so that a second way of grouping is one more small reduction over the same [N],
-never a second pass over tokens.
+The functions change no argument, have static shapes, and do not wait for the device. They sum per
+sequence and not yet per channel: another grouping of the sequences then needs no second pass over
+the tokens.
+
+Letters: T = num_tokens, N = num_sequences.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ __all__ = ["SequenceView", "TokenValues", "TokenView", "sequence_sums", "table_r
 
 
 class TokenValues(NamedTuple):
-    """What is known of each position of a micro-batch; all tensors of one shape, [T] or [B, S].
+    """The values of each position of a micro-batch. All tensors have one shape, [T] or [B, S].
 
-    losses: nll in nats, any float dtype. mask: bool, the supervised positions. correct: bool,
-    or None where not measured. weights: float, or None.
+    Attributes:
+        losses: nll in nats, of any float dtype.
+        mask: bool, the supervised positions.
+        correct: bool, whether the target was predicted; None if not measured.
+        weights: float; None if tokens are not weighted.
     """
 
     losses: Tensor
@@ -34,7 +39,7 @@ class TokenValues(NamedTuple):
     weights: Tensor | None = None
 
     def map(self, moved: Callable[[Tensor], Tensor]) -> TokenValues:
-        """The same, each tensor moved in the same way."""
+        """The values after `moved` was applied to each tensor."""
         return TokenValues(
             losses=moved(self.losses),
             mask=moved(self.mask),
@@ -43,18 +48,27 @@ class TokenValues(NamedTuple):
         )
 
     def in_target_frame(self) -> TokenValues:
-        """The same values at the positions they speak about, see `to_target_frame`."""
+        """The values at the positions of their targets, see `to_target_frame`."""
         return self.map(to_target_frame)
 
 
 class TokenView:
     """The token values as columns read them, without gradients.
 
-    losses, mask: as they were given. All others are 0 where a position is not supervised, and in
-    the dtype of the sums where they are not bool: nll, the finite losses; nonfinite, where the
-    loss is not (None if all are known to be finite); correct, and judged, where it was given;
-    weight, that of tokens where it and the loss are finite; weighted_nll; nonfinite_weight, where
-    only the weight is not. None where this micro-batch does not have them.
+    Each attribute has the shape of the losses, or is None if the micro-batch does not have it.
+    All but losses and mask are 0 (False) where a position is not supervised. Those that are not
+    bool have the dtype of the sums.
+
+    Attributes:
+        losses: as they were given.
+        mask: bool, the supervised positions, as they were given.
+        nll: the losses that are finite, 0 for others.
+        nonfinite: bool, whether the loss is NaN or infinite. None if all are known to be finite.
+        correct: bool, whether the target was predicted.
+        judged: bool, whether `correct` was given.
+        weight: the weight of a token, 0 if it or the loss is not finite.
+        weighted_nll: weight * nll.
+        nonfinite_weight: bool, whether the loss is finite but the weight is not.
     """
 
     def __init__(self, values: TokenValues, dtype: torch.dtype) -> None:
@@ -63,12 +77,12 @@ class TokenView:
         self.nonfinite = self.correct = self.judged = None
         self.weight = self.weighted_nll = self.nonfinite_weight = None
         finite, counted = self.losses, self.mask
-        # Where a look is free, and all losses are finite, there is nothing to leave out.
+        # On the host, one look at the sum shows whether all losses are finite.
         if not can_read(finite) or not math.isfinite(finite.sum().item()):
             finite = finite.nan_to_num(nan=0, posinf=0, neginf=0)
             self.nonfinite = (self.losses != finite) & self.mask
             counted = self.mask & ~self.nonfinite
-        # A product with bytes takes a fraction of the time of `where`.
+        # A product with bytes is much faster than `where`.
         self.nll: Tensor = (finite * _as_numbers(self.mask)).to(dtype)
         if values.correct is not None:
             self.correct, self.judged = values.correct & self.mask, self.mask
@@ -91,7 +105,9 @@ class TokenView:
 class SequenceView(NamedTuple):
     """The sequences as columns read them.
 
-    lengths: positions per sequence [N], padding included. sums: {column: [N]}.
+    Attributes:
+        lengths: int64 [N], positions per sequence, padding included.
+        sums: {column: [N]}, the sums of the token columns.
     """
 
     lengths: Tensor
@@ -99,7 +115,7 @@ class SequenceView(NamedTuple):
 
     @property
     def filled(self) -> Tensor:
-        """bool [N]: whether there is a position."""
+        """bool [N]: whether a sequence has any position."""
         return self.lengths > 0
 
 
@@ -109,15 +125,22 @@ def sequence_sums(
     dtype: torch.dtype = torch.float64,
     columns: Sequence[Column] | None = None,
 ) -> dict[str, Tensor]:
-    """{column: sums per sequence [N + 1]}; the last entry holds what lies past the last bound.
+    """The sums of each sequence.
 
     Args:
         values: of one micro-batch.
-        cu_seqlens: int32 [N + 1]. Without it, values of shape [B, S] mean one sequence per row,
-            and [T] one sequence; then nothing lies past them, and the sums are [N].
+        cu_seqlens: int32 [N + 1]. Without it, each row of [B, S] is one sequence, and [T] is one
+            sequence.
         dtype: of the sums.
-        columns: by default those that are registered. A column that this micro-batch cannot fill
+        columns: by default the registered ones. A column for which this micro-batch has no values
             is left out.
+
+    Returns:
+        {column: [N + 1]}. The last entry holds the tokens past the last bound. Without cu_seqlens
+        there are none, and the sums are [N].
+
+    Raises:
+        ChannelMetricsError: a column gave values of the wrong shape.
     """
     columns = TOKENS.columns if columns is None else columns
     view = TokenView(values, dtype)
@@ -129,7 +152,7 @@ def sequence_sums(
     else:
         bounds = torch.nn.functional.pad(cu_seqlens, (0, 1), value=values.losses.numel())
         sums = _segment_sums(_token_columns(view, columns), bounds, dtype)
-        # What lies past the last bound is no sequence.
+        # The tokens past the last bound are no sequence, so their length is 0.
         lengths = torch.nn.functional.pad(cu_seqlens.diff().long(), (0, 1))
     of_sequences = SequenceView(lengths, sums)
     for column in columns:
@@ -145,10 +168,15 @@ def token_sums(
     dtype: torch.dtype = torch.float64,
     columns: Sequence[Column] | None = None,
 ) -> dict[str, Tensor]:
-    """{column: [T]}: each token by itself, to be grouped by token-level ids.
+    """{column: [T]}: the values of each token, to be added up by an id per token.
 
-    For layouts that boundaries cannot describe after sharding. Columns of sequences are left out:
-    a shard does not know how many sequences it holds a part of.
+    It is for sharded layouts that boundaries cannot describe. Columns of sequences are left out,
+    because a shard does not know its sequences.
+
+    Args:
+        values: of one micro-batch.
+        dtype: of the values.
+        columns: by default the registered ones.
     """
     view = TokenView(values, dtype)
     found = _token_columns(view, TOKENS.columns if columns is None else columns)
@@ -156,12 +184,16 @@ def token_sums(
 
 
 def table_rows(ids: Tensor, num_rows: int, num_sums: int, *, checked: bool = False) -> Tensor:
-    """int64 [num_sums]: the rows of a table for `ids` [N], and for what lies past the last bound.
+    """int64 [num_sums]: the row of a table that each sum is added to.
 
-    Row 0 is `unlabeled`, row i + 1 is channel i; ids outside the table (-1 among them) and
-    tokens past the last bound are unlabeled: seen, never dropped.
+    Row 0 is `unlabeled`, row i + 1 is channel i. Ids outside the table, and tokens past the last
+    bound, count as unlabeled, so that no token is lost.
 
-    checked: the ids are known to be in the table, or -1.
+    Args:
+        ids: [N], -1 for unlabeled.
+        num_rows: of the table.
+        num_sums: N, or N + 1 if the last sum holds the tokens past the last bound.
+        checked: whether the ids are known to be in the table, or -1.
     """
     rows = ids.long() + 1
     if not checked:
@@ -209,10 +241,10 @@ def _segment_sums(
     def reduced(column: Tensor) -> Tensor:
         values = _as_numbers(column).flatten()
         if values.dtype == torch.uint8:
-            # Takes half the time, and is exact for whole numbers only.
+            # A running sum takes half the time. It is exact for whole numbers only.
             running = torch.nn.functional.pad(values, (1, 0)).cumsum(0)
             return running.index_select(0, bounds).diff().to(dtype)
-        # unsafe=True: the check that the lengths fit would read them, a device-to-host sync.
+        # unsafe=True skips a check of the lengths that would wait for the device.
         return torch.segment_reduce(
             values.to(dtype), "sum", lengths=lengths, unsafe=True, initial=0
         )
@@ -223,7 +255,7 @@ def _segment_sums(
 def _each_once(
     columns: dict[str, Tensor], reduced: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """{column: its sums}; columns that are one tensor (`tokens`, `judged`) are summed once."""
+    """{column: its sums}. Columns that share a tensor (`tokens`, `judged`) are summed once."""
     sums: dict[str, Tensor] = {}
     for name, column in columns.items():
         same = (sums[other] for other in sums if columns[other] is column)
@@ -233,5 +265,5 @@ def _each_once(
 
 
 def _as_numbers(values: Tensor) -> Tensor:
-    """Bools as bytes of 0 and 1, which are added up in a fraction of the time."""
+    """Bools as bytes of 0 and 1, which are much faster to add up."""
     return values.to(torch.uint8) if values.dtype == torch.bool else values

@@ -1,4 +1,4 @@
-"""`SumTable`: sums of named columns per label. Under token sums, pairs, completions and probes.
+"""`SumTable`: sums of named columns per label. Tokens, pairs, completions and probes all use it.
 
 >>> from channel_metrics.core.labels import LabelTable
 >>> table = SumTable(LabelTable(["bbu", "rru"]), ["samples"])
@@ -32,12 +32,19 @@ _STATE_VERSION = 1
 
 
 class SumTable:
-    """Sums of `columns` for each label, and for what has none.
+    """Sums of `columns` for each label, and for `unlabeled`.
 
-    labels: a shared table grows for all who share it. device: where the sums live; values are
-    expected there. dtype: float64, or float32 for devices without float64 (MPS). In float32 the
-    sums of one `add` carry float32 rounding; the running sums keep the lost bits in a second
-    tensor (Knuth's two-sum), so counters do not stop at 2**24.
+    In float32, the sums of one `add` are rounded to float32. The running sums keep the lost bits
+    in a second tensor (Knuth's two-sum), so counters do not stop at 2**24.
+
+    Args:
+        labels: a name that joins a shared table joins for all who share it.
+        columns: their names.
+        device: where the sums are kept.
+        dtype: float64, or float32 for devices without float64 (MPS).
+
+    Raises:
+        ConfigError: for another dtype.
     """
 
     def __init__(
@@ -57,7 +64,7 @@ class SumTable:
                 f"dtype must be torch.float64 or torch.float32, but is {dtype}; in any other, "
                 "counts and losses would be rounded."
             )
-        # Tensors made in inference mode could not be added to outside of it.
+        # A tensor that is made in inference mode cannot be changed in place outside of it.
         with torch.inference_mode(False):
             size = (len(self.columns), len(labels) + 1)
             self._sums = torch.zeros(size, dtype=self.dtype, device=device)
@@ -66,15 +73,15 @@ class SumTable:
 
     @property
     def device(self) -> torch.device:
-        """Where the sums live."""
+        """Where the sums are kept."""
         return self._sums.device
 
     @torch.no_grad()
     def add(self, labels: Tensor | Sequence[str | None], values: Mapping[str, Tensor]) -> None:
-        """Add N things: their labels, ids int64 [N] or names, and [N] values of each column.
+        """Add N things: labels, int64 ids [N] or names, and for each column its values [N].
 
-        A column that is not in `values` gets nothing. Nothing is read back from the device.
-        Raises `ChannelError` if the numbers differ.
+        A column that is not in `values` stays as it is. Nothing is read back from the device.
+        Raises `ChannelError` if the number of labels and values differ.
         """
         widths = {name: value.numel() for name, value in values.items()}
         if set(widths.values()) != {len(labels)}:
@@ -89,7 +96,7 @@ class SumTable:
     def compare(self, ours: Tensor, theirs: Tensor) -> None:
         """Keep the largest relative difference of two scalars; nothing is read from the device.
 
-        Two zeros do not differ. What is not finite, theirs or ours, is not compared.
+        Two zeros do not differ. If one of them is not finite, they are not compared.
         """
         check_scalar("the loss to compare with", theirs)
         ours, theirs = (one.detach().reshape(()).to(self._mismatch) for one in (ours, theirs))
@@ -97,9 +104,9 @@ class SumTable:
         torch.maximum(self._mismatch, torch.nan_to_num(off, nan=0, posinf=0), out=self._mismatch)
 
     def merge(self, other: SumTable) -> None:
-        """Add the sums of a table with the same columns; labels are matched by name.
+        """Add the sums of another table. Labels and columns are matched by name.
 
-        Nothing is read back from the device for one that shares labels, columns and device.
+        Nothing is read back from the device if both share labels, columns and device.
         """
         if other._kind() == self._kind():
             missing = self._num_rows() - other._sums.shape[1]
@@ -111,23 +118,23 @@ class SumTable:
         self._mismatch.copy_(worst)
 
     def sums(self) -> Tensor:
-        """float64 [C + 1, K] on the host: row 0 unlabeled, row i + 1 label i. One sync."""
+        """float64 [C + 1, K] on the host: row 0 is unlabeled, row i + 1 is label i. One sync."""
         rows = len(self.labels) + 1
         exact = self._sums.cpu().double() + self._lost.cpu().double()
         return torch.nn.functional.pad(exact, (0, rows - exact.shape[1])).t().contiguous()
 
     def mismatch(self) -> float:
-        """The largest relative difference of `compare` since the last reset."""
+        """The largest relative difference that `compare` found since the last reset."""
         return float(self._mismatch)
 
     def reset(self) -> Self:
-        """Forget the sums, keep the names."""
+        """Set the sums to zero and keep the names."""
         for state in (self._sums, self._lost, self._mismatch):
             state.zero_()
         return self
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the sums to `device`; where it has no float64, they go on as float32."""
+        """Move the sums to `device`; on a device without float64, they become float32."""
         device = torch.device(device)
         if device == self.device:
             return self
@@ -141,7 +148,7 @@ class SumTable:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """Names and sums as plain values and one host tensor; survives a change of ids."""
+        """Names and sums, as plain values and one host tensor. It does not depend on ids."""
         return {
             "version": _STATE_VERSION,
             "columns": list(self.columns),
@@ -151,9 +158,9 @@ class SumTable:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Self:
-        """Replace the sums by those of `state_dict()`; names and columns are matched by name.
+        """Replace the sums by those of `state_dict()`. Labels and columns are matched by name.
 
-        Raises `ChannelMetricsError` for a state that is damaged; then the sums stay what they were.
+        Raises `ChannelMetricsError` for a damaged state; then the sums stay as they are.
         """
         if state.get("version") != _STATE_VERSION or "columns" not in state:
             raise ChannelMetricsError(
@@ -162,7 +169,7 @@ class SumTable:
                 "written by another version of channel_metrics."
             )
         columns, names, sums, mismatch = _checked_state(state)
-        # Names are refused before the sums are touched.
+        # This may refuse a name, so it comes before the reset.
         self.labels.add_all(names)
         self.reset()
         self._load(names, columns, sums)
@@ -170,7 +177,7 @@ class SumTable:
         return self
 
     def _kind(self) -> tuple[Any, ...]:
-        """Tables of one kind can be added up as they are."""
+        """Two tables with the same kind can be added without matching names."""
         return self.labels, self.columns, self.device, self.dtype
 
     def _ids(self, labels: Tensor | Sequence[str | None]) -> Tensor:
@@ -182,9 +189,9 @@ class SumTable:
         return torch.tensor(self.labels.ids(labels), dtype=torch.int64, device=self.device)
 
     def _add(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
-        """`values` may have one entry more than `ids`: what lies past the last bound."""
+        """`values` may have one entry more than `ids`, for the tokens past the last bound."""
         num_sums = next(iter(values.values())).numel()
-        # What can be read has been checked by `_ids`.
+        # `_ids` has checked the ids that can be read.
         rows = table_rows(ids.flatten(), self._num_rows(), num_sums, checked=can_read(ids))
         sums = self._sums if self.dtype == torch.float64 else torch.zeros_like(self._sums)
         for row, name in zip(sums, self.columns, strict=True):
@@ -194,7 +201,7 @@ class SumTable:
             self._add_up(sums)
 
     def _add_up(self, added: Tensor) -> None:
-        """Add [K, C + 1]."""
+        """Add sums [K, C + 1]."""
         if self.dtype == torch.float64:
             self._sums += added
             return
@@ -204,7 +211,7 @@ class SumTable:
         self._sums.copy_(total)
 
     def _num_rows(self) -> int:
-        """C + 1, after the table has grown with its labels."""
+        """C + 1. Adds rows for labels that joined meanwhile."""
         missing = len(self.labels) + 1 - self._sums.shape[1]
         if missing > 0:
             with torch.inference_mode(False):
@@ -213,14 +220,14 @@ class SumTable:
         return self._sums.shape[1]
 
     def _load(self, names: Sequence[str], columns: Sequence[str], sums: Tensor) -> None:
-        """Add float64 [len(names) + 1, len(columns)]; columns that are unknown here are dropped."""
+        """Add float64 [len(names) + 1, len(columns)]; unknown columns are dropped."""
         ids = self.labels.add_all(names)
         rows = torch.tensor([0, *(index + 1 for index in ids)], device=self.device)
         placed = sums.new_zeros(len(self.columns), len(sums))
         for index, name in enumerate(columns):
             if name in self.columns:
                 placed[self.columns.index(name)] = sums[:, index]
-        # What float32 cannot hold in one number, it holds in two.
+        # One float32 cannot hold a float64, but two can hold it almost exactly.
         for part in _in_two(placed, self.dtype):
             moved = part.to(self.device)
             self._add_up(moved.new_zeros(len(moved), self._num_rows()).index_add_(1, rows, moved))
@@ -229,13 +236,13 @@ class SumTable:
 def values_by_channel(
     schema: Schema, names: Sequence[str], sums: Tensor, metrics: Sequence[Metric]
 ) -> dict[str, dict[str, float]]:
-    """{channel: {metric: value}} for the channels that are in the window, `unlabeled` last.
+    """{channel: {metric: value}} of the channels that were counted; `unlabeled` comes last.
 
-    names: of the rows behind the first. sums: float64 [len(names) + 1, K] on the host, row 0
-    unlabeled, in the order of the schema's columns.
+    names: of all rows but the first. sums: float64 [len(names) + 1, K] on the host; row 0 is
+    unlabeled, and columns are in the order of the schema.
     """
     columns = schema.column_names
-    # `unlabeled` is the first row, and comes last.
+    # Move `unlabeled` from the first row to the last.
     ordered, rows = (*names, UNLABELED), sums.roll(-1, dims=0)
     counted = rows[:, columns.index(schema.count)]
     present = (counted > 0).nonzero().flatten()
@@ -271,6 +278,6 @@ def _dtype_of(device: torch.device) -> torch.dtype:
 
 
 def _in_two(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """float64 -> the nearest values of `dtype`, and what they lost."""
+    """float64 values as the nearest values of `dtype`, and the rest that these lost."""
     rounded = exact.to(dtype)
     return rounded, (exact - rounded).to(dtype)

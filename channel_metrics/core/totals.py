@@ -1,7 +1,7 @@
-"""Totals since a run began: they outlive windows, processes and checkpoints.
+"""`RunTotals`: counts since a run began. Checkpoints keep them.
 
-Totals are sums over all ranks, kept as plain numbers by name, so that a checkpoint can be resumed
-with another number of ranks and with other channels.
+Totals are sums over all ranks. They are plain numbers by name, so a checkpoint can be resumed with
+another number of ranks and with other channels.
 """
 
 from __future__ import annotations
@@ -20,30 +20,39 @@ from channel_metrics.errors import ChannelMetricsError
 
 __all__ = ["TOTALS_FILE", "RunTotals", "totals_path"]
 
-# In the folder of a checkpoint.
+# The file in the folder of a checkpoint.
 TOTALS_FILE = "channel_metrics.json"
-# What the Megatron adapters of version 0.1 called it.
+# Its name in the Megatron adapters of version 0.1.
 _OLD_FILE = "channel_metrics_totals.json"
 _VERSION = 1
 _LIMIT = 2**63
 
 
 class RunTotals:
-    """{channel: {"tokens_total": ..., ...}} since the run began, over all ranks."""
+    """The counts of each channel since the run began, over all ranks.
+
+    Args:
+        schema: its columns with `total` are kept.
+    """
 
     def __init__(self, schema: Schema = TOKENS) -> None:
         self.schema = schema
         self._totals: dict[str, dict[str, int]] = {}
 
     def of(self, channel: str) -> dict[str, int]:
-        """{"tokens_total": ..., "samples_total": ...} of one channel; zeros if it is unknown."""
+        """{"tokens_total": ..., "samples_total": ...} of one channel; zeros for an unknown one."""
         return {**dict.fromkeys(self.schema.run_metrics, 0), **self._totals.get(channel, {})}
 
     def add(self, names: Sequence[str], sums: Tensor) -> RunTotals:
         """Add a window that has been summed over all ranks.
 
-        names: of the rows behind the first. sums: float64 [len(names) + 1, K] on the host, row 0
-        unlabeled, in the order of the schema's columns.
+        Args:
+            names: of all rows but the first.
+            sums: float64 [len(names) + 1, K] on the host. Row 0 is unlabeled, and columns are in
+                the order of the schema.
+
+        Returns:
+            These totals.
         """
         columns = [self.schema.column_names.index(name) for name in self.schema.total_names]
         rows, counts = (UNLABELED, *names), sums[:, columns]
@@ -64,13 +73,13 @@ class RunTotals:
         return copy
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON."""
+        """The totals as plain values that JSON can hold."""
         return {"version": _VERSION, "channels": {name: self.of(name) for name in self._totals}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> RunTotals:
         """Replace the totals by those of `state_dict()`.
 
-        Raises `ChannelMetricsError` for a damaged state; then the totals stay what they were.
+        Raises `ChannelMetricsError` for a damaged state; then the totals stay as they are.
         """
         if not isinstance(state, Mapping) or not isinstance(state.get("channels", {}), Mapping):
             raise ChannelMetricsError("the totals must be a mapping of channels to counts.")
@@ -87,14 +96,14 @@ class RunTotals:
         return self
 
     def save(self, path: Path) -> None:
-        """Write `path` at once or not at all: a run may be killed at any moment."""
+        """Write the totals to `path`. If the run is killed meanwhile, the old file stays whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         draft.write_text(json.dumps(self.state_dict(), indent=2, sort_keys=True) + "\n")
         draft.replace(path)
 
     def load(self, path: Path) -> RunTotals:
-        """Read what `save` wrote; raises `ChannelMetricsError` for a file that is damaged."""
+        """Replace the totals by those in `path`; raises `ChannelMetricsError` if it is damaged."""
         try:
             return self.load_state_dict(json.loads(path.read_text()))
         except (ValueError, OSError, RecursionError) as error:
@@ -118,7 +127,7 @@ def _checked(channel: str, totals: Any) -> dict[str, int]:
 
 
 def totals_path(folder: Path) -> Path | None:
-    """The file of totals in the folder of a checkpoint, under its new name or its old one."""
+    """The file of totals in the folder of a checkpoint, new or old name; None if it has none."""
     for name in (TOTALS_FILE, _OLD_FILE):
         if (folder / name).exists():
             return folder / name

@@ -1,4 +1,4 @@
-"""Which channel belongs to which sequence of a batch: by rows, by boundaries, or by tokens.
+"""Matches channels to the sequences of a batch: by rows, by boundaries, or by tokens.
 
 Letters: R records, B rows, S row length, T = num_tokens, N = num_sequences.
 """
@@ -28,12 +28,12 @@ __all__ = [
     "without_pad_tail",
 ]
 
-# The channels that each record lists: one, one per packed sequence, or one per token.
+# For each record the channels that it lists: one, one per packed sequence, or one per token.
 Names = list[list[str | None]]
 
 
 def rows_of(batch: Mapping[str, Any]) -> tuple[int, int]:
-    """The number of rows and their length; (0, 0) where no token tensor shows them."""
+    """(B, S) of the labels, else of the input_ids; (0, 0) if the batch has neither."""
     for key in ("labels", "input_ids"):
         value = batch.get(key)
         if isinstance(value, Tensor) and value.dim() > 0:
@@ -42,7 +42,15 @@ def rows_of(batch: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def own_channels(channels: Any, table: LabelTable | None) -> Names:
-    """The `channels` that a collator returned itself, names or ids of `table`, one list each."""
+    """The channels that a collator returned itself, as one list of one name per sequence.
+
+    Args:
+        channels: a list of names, or int64 ids [N].
+        table: the label table of the ids.
+
+    Raises:
+        ChannelError: `channels` has another form, or ids have no table or are not in it.
+    """
     if isinstance(channels, Tensor) and channels.dim() == 1 and not channels.is_floating_point():
         if table is None:
             raise ChannelError(
@@ -64,9 +72,15 @@ def own_channels(channels: Any, table: LabelTable | None) -> Names:
 def without_pad_tail(
     boundaries: Boundaries, num_names: int, batch: Mapping[str, Any]
 ) -> Boundaries:
-    """Padding-free rows that are padded to a multiple end in pads that look like sequences.
+    """The boundaries without pads at the end of a padding-free row that look like sequences.
 
-    TRL gives all of them position 0, and labels of -100: nothing there is counted.
+    TRL pads such a row to a multiple. Each pad has position 0 and the label -100, so it looks like
+    a sequence of one token. The tail is cut off only if all of it looks so.
+
+    Args:
+        boundaries: those that the batch gives.
+        num_names: how many sequences have a channel.
+        batch: a collated batch.
     """
     labels = batch.get("labels")
     if boundaries.num_sequences <= num_names or not isinstance(labels, Tensor):
@@ -81,9 +95,15 @@ def without_pad_tail(
 def spans_of_records(
     counts: Sequence[int], boundaries: Boundaries, batch: Mapping[str, Any]
 ) -> list[Span] | None:
-    """Where each record lies: in a row, in a sequence, or in so many sequences; None: unknown.
+    """Where each record lies in the token axis: it is a row, a sequence, or several sequences.
 
-    counts: how many sequences each record should be.
+    Args:
+        counts: how many sequences each record should give.
+        boundaries: of the batch.
+        batch: a collated batch.
+
+    Returns:
+        One span per record; None if the counts fit neither rows nor sequences.
     """
     num_rows, row_length = rows_of(batch)
     bounds = [int(bound) for bound in boundaries.cu_seqlens.tolist()]
@@ -99,17 +119,26 @@ def spans_of_records(
 def names_per_sequence(
     channels: Names, boundaries: Boundaries, batch: Mapping[str, Any]
 ) -> list[str | None]:
-    """[N] from the channels of R records; raises `ChannelError` if they do not fit."""
+    """The channel of each sequence, [N].
+
+    Args:
+        channels: those that each of R records lists.
+        boundaries: of the batch.
+        batch: a collated batch.
+
+    Raises:
+        ChannelError: the number of channels does not fit the number of sequences.
+    """
     names = [name for of_record in channels for name in of_record]
     held = boundaries.num_sequences
     counts = _sequences_per_row(boundaries, batch)
     by_row = len(channels) == len(counts)
     if by_row:
-        # Each record is one row: its one channel is that of all its sequences, or it lists them.
+        # Each record is one row. It has one channel for all its sequences, or one for each of them.
         rows = [c * n if len(c) == 1 else c for c, n in zip(channels, counts, strict=True)]
         if [len(row) for row in rows] == counts:
             return [name for row in rows for name in row]
-    # Which row a sequence of no tokens is in cannot be seen where two rows meet.
+    # An empty sequence between two rows may belong to either of them.
     certain = by_row and bool((boundaries.cu_seqlens.diff() > 0).all())
     if len(names) == held and not certain:
         return names
@@ -125,7 +154,7 @@ def names_per_sequence(
 
 
 def has_channel_per_token(record: Mapping[str, Any], channels: Sequence[Any]) -> bool:
-    """Whether a record lists a channel for each of its tokens, as blocks of mixed texts do."""
+    """Whether a record lists one channel for each of its tokens, as blocks of mixed texts do."""
     tokens: Any = record.get("input_ids", ())
     return len(channels) > 1 and hasattr(tokens, "__len__") and len(tokens) == len(channels)
 
@@ -133,9 +162,18 @@ def has_channel_per_token(record: Mapping[str, Any], channels: Sequence[Any]) ->
 def names_per_run(
     channels: Names, spans: Sequence[Span], boundaries: Boundaries
 ) -> tuple[list[str | None], Boundaries]:
-    """Records with a channel per token: each run of one channel becomes a sequence of its own.
+    """Cut records with a channel per token into sequences: each run of one channel is one.
 
-    channels: of each record one per token, or one for all. spans: where the records lie.
+    Args:
+        channels: for each record one per token, or one for all its tokens.
+        spans: where the records lie.
+        boundaries: of the batch; all of them are kept.
+
+    Returns:
+        The channel of each new sequence, and the new boundaries.
+
+    Raises:
+        ChannelError: a record lists more or fewer channels than its tokens in the batch.
     """
     numbers = {name: i for i, name in enumerate({name for c in channels for name in c})}
     size = int(boundaries.cu_seqlens[-1])

@@ -1,4 +1,4 @@
-"""`ChannelCollator`: any collator, plus the `channels` and `cu_seqlens` of the batch.
+"""`ChannelCollator` wraps any collator and adds `channels` and `cu_seqlens` to its batch.
 
 >>> from channel_metrics.data.collator import ChannelCollator
 >>> collate = ChannelCollator(lambda fs: {"input_ids": torch.tensor([f["ids"] for f in fs])})
@@ -46,11 +46,11 @@ __all__ = ["BOUNDS_KEY", "RECORDS_KEY", "ChannelCollator", "CollatorFault"]
 
 logger = logging.getLogger("channel_metrics")
 
-# Not "cu_seqlens": a model may take an argument of that name, which must reach it untouched.
+# Not "cu_seqlens": a model may take an argument of that name.
 BOUNDS_KEY = "channel_cu_seqlens"
-# For each row or sequence the number of its record, where the collator changed their order.
+# For each row or sequence the number of its record, if the collator changed their order.
 RECORDS_KEY = "channel_records"
-# The order of records is looked at in so many batches at first, and in one of so many later.
+# The order is checked in so many batches at first, and then in one of so many.
 _FIRST_BATCHES, _ONE_OF = 8, 100
 
 Record = Mapping[str, Any]
@@ -58,13 +58,13 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class CollatorFault:
-    """An error of ours in a collator, on its way to the main process in place of `channels`."""
+    """An error of ours in a collator. It travels to the main process in place of `channels`."""
 
     error: Exception
 
     @classmethod
     def of(cls, error: Exception) -> CollatorFault:
-        """The error, or what can be sent of it."""
+        """The error itself, or its text if it cannot be pickled."""
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:
@@ -74,28 +74,25 @@ class CollatorFault:
 
 
 class ChannelCollator:
-    """Wraps `base`; its batch is unchanged but for the added keys.
+    """Wraps `base` and adds keys to its batch. The other keys stay as they are.
 
-    fields: dotted record fields that may hold the channel.
-    table: with it, `channels` is an int64 tensor [num_sequences] of its ids; without it, and
-        for names that it does not know and may not refuse, a list of names. Collators run in
-        worker processes: a table that grew there would be lost.
-    strip: record keys that `base` must not see; None takes the roots of `fields`, which most
-        collators drop or choke on.
-    bounds_key: the batch key for the boundaries, int32 [num_sequences + 1].
-    row_bounds: whether the boundaries are added even if every row is one sequence.
-    carry_faults: whether an error of ours travels in the batch, as `channels`, because it
-        is for the main process to decide what becomes of it. Without this it is raised.
-    classes: {field: names} where a field holds numbers of classes (`ClassLabel`), see
-        `channel_metrics.data.scan.class_names`.
-    records_key: the batch key for the numbers of the records, if `base` changes their order;
-        None leaves them out.
+    Args:
+        base: the collator; it must return a dict.
+        fields: dotted record fields that may hold the channel.
+        table: with it, `channels` is an int64 tensor [N] of its ids, else a list of names. It is
+            also a list if the table would grow: growth in a worker process would be lost.
+        strip: record keys that `base` must not see; by default the roots of `fields`.
+        bounds_key: the batch key for the boundaries, int32 [N + 1].
+        row_bounds: whether to add the boundaries even if every row is one sequence.
+        carry_faults: whether an error of ours travels in the batch, as `channels`, so that the
+            main process decides about it. Otherwise it is raised.
+        classes: {field: names} for fields with class numbers, see `data.scan.class_names`.
+        records_key: the batch key for the numbers of the records; added if their order changes.
 
-    A `base` that returns `channels` itself (names, or ids of `table`, one per sequence), and
-    boundaries under `bounds_key` where rows are not sequences, is taken at its word. Of any other,
-    the first batches and a sample of the later ones are compared with the `input_ids` of their
-    records: where `base` sorts them, the channels follow. Records without `input_ids` cannot be
-    compared, and must come out in the order in which they went in.
+    If `base` returns `channels` itself (names or ids, one per sequence), they are not compared
+    with the records; if rows are not sequences, it may add boundaries under `bounds_key`.
+    Otherwise, some batches are compared with the `input_ids` of their records, and the channels
+    follow if `base` sorts them. If records have no `input_ids`, `base` must keep their order.
 
     Raises `ChannelError` if records and sequences do not fit each other.
     """
@@ -125,7 +122,7 @@ class ChannelCollator:
         self._warned: set[str] = set()
         self._num_batches = 0
         self._reorders = False
-        # Whether a sequence of some batch held just the tokens of a record.
+        # Whether a sequence of some batch held exactly the tokens of a record.
         self._comparable = False
 
     @property
@@ -134,13 +131,13 @@ class ChannelCollator:
         return field_roots(self.fields)
 
     def around(self, base: Callable[[list[Any]], Any]) -> ChannelCollator:
-        """The same collator around another `base`."""
+        """A copy of this collator that wraps another `base`."""
         other = copy.copy(self)
         other.base, other._warned = base, set()
         return other
 
     def __getattr__(self, name: str) -> Any:
-        # Trainers look at attributes of their collator (`tokenizer`, `padding_free`, ...).
+        # Trainers read attributes of their collator (`tokenizer`, `padding_free`, ...).
         if name.startswith("__") or name == "base":
             raise AttributeError(name)
         return getattr(self.base, name)
@@ -165,7 +162,7 @@ class ChannelCollator:
         return self.base([self._without_fields(feature) for feature in features])
 
     def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
-        # Copies: collators may change their records.
+        # Copies, because collators may change their records.
         records = [dict(f) if isinstance(f, Mapping) else f for f in features]
         batch = collate(features)
         if not isinstance(batch, MutableMapping):
@@ -189,8 +186,8 @@ class ChannelCollator:
     ) -> dict[str, Any]:
         """`channels` and the boundaries.
 
-        channels: those that each record lists. records: given if the order of the batch may be
-        compared with them.
+        channels: those that each record lists. records: those to compare the order of the batch
+        with; none if it must not be compared.
         """
         records = records or [{}] * len(channels)
         per_token = [has_channel_per_token(r, c) for r, c in zip(records, channels, strict=True)]
@@ -219,7 +216,7 @@ class ChannelCollator:
         boundaries: Boundaries,
         spans: Sequence[Span] | None,
     ) -> list[int] | None:
-        """The number of the record in each span; None if it is in order, or cannot be compared."""
+        """The number of the record in each span; None if in order, or if it cannot be compared."""
         count, self._num_batches = self._num_batches, self._num_batches + 1
         due = self._reorders or count < _FIRST_BATCHES or count % _ONE_OF == 0
         tokens = tokens_of_records(records) if due and spans is not None else None
@@ -230,7 +227,7 @@ class ChannelCollator:
         order = [number for number in found if number is not None]
         self._comparable |= exact
         if not self._comparable:
-            # A collator that makes other tokens of every record says nothing of their order.
+            # If the collator changes the tokens of every record, their order cannot be seen.
             return None
         if len(order) < len(found):
             raise ChannelError(

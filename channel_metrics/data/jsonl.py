@@ -1,4 +1,4 @@
-"""JSONL records, line by line; a broken line is an error with its file and line number.
+"""Reads JSONL records line by line. The error for a broken line names file and line number.
 
 >>> from pathlib import Path
 >>> [record["text"] for _, record in read_jsonl(Path("notes.jsonl"))]  # doctest: +SKIP
@@ -18,7 +18,7 @@ __all__ = ["check_record", "read_jsonl", "text_of"]
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number (from 1) and object of every line of `path`; blank lines are passed over.
+    """Yield (line number from 1, object) for every line of `path` that is not blank.
 
     Raises `ChannelMetricsError` for a missing or empty file, and for a line that is no JSON object.
     """
@@ -26,7 +26,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         what = "is a directory" if path.is_dir() else "does not exist"
         raise ChannelMetricsError(f"expected a JSONL file, but {path} {what}; check the path.")
     found = False
-    # Bytes, because text mode would stop at undecodable bytes without saying in which line.
+    # Bytes, because the errors of text mode do not name the line of bytes that are no UTF-8.
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -37,7 +37,15 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def check_record(record: Mapping[str, Any], where: str) -> None:
-    """Raise `ChannelMetricsError` unless `record` can be trained on: `messages`, or else `text`."""
+    """Check that a record has `messages` or `text` to train on.
+
+    Args:
+        record: a record of a JSONL file.
+        where: file and line, for the message.
+
+    Raises:
+        ChannelMetricsError: it has neither, or `metadata` is no object.
+    """
     messages, text, metadata = (record.get(key) for key in ("messages", "text", "metadata"))
     if metadata is not None and not isinstance(metadata, Mapping):
         raise ChannelMetricsError(
@@ -55,7 +63,7 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
 
 
 def text_of(record: Mapping[str, Any]) -> str | None:
-    """The text of a record, all roles together; None where it is of another form."""
+    """The text of a record, or of all its messages; None if it has neither."""
     messages, text = record.get("messages"), record.get("text")
     if isinstance(messages, list) and messages and all(map(_is_message, messages)):
         return "\n".join(message["content"] for message in messages)

@@ -1,11 +1,11 @@
-"""Does sequence i of a batch hold the tokens of record i? Collators may sort, drop or replace.
+"""Finds which record each sequence of a batch holds: collators may sort, drop or replace them.
 
 >>> tokens = [torch.tensor([3, 4, 5]), torch.tensor([1, 2])]
 >>> matched_records([(row, None) for row in tokens], tokens[::-1])
 ([1, 0], True)
 
-Pure, and meant for the host. Both lists are short (a micro-batch), and compared only where they
-differ, so a batch in order costs one comparison per record.
+The functions change no argument and read values, so call them on the host. A batch in order costs
+one comparison per record.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ __all__ = ["Span", "matched_records", "tokens_of_records", "tokens_of_spans"]
 
 # Where a record's tokens begin and end in the flattened token axis.
 Span = tuple[int, int]
-# The tokens of a sequence without padding, and the labels at the same places.
+# The tokens of a sequence without padding, and the labels at the same positions.
 Sequence_ = tuple[Tensor, Tensor | None]
 
-# Of the tokens of a sequence that a collator changed in part.
+# If a collator edits a record, at least this share of its tokens must stay.
 _MOST = 0.75
 
 
 def tokens_of_records(records: Sequence[Mapping[str, Any]]) -> list[Tensor] | None:
-    """`input_ids` of each record, int64 [n]; None if a record has none, or holds no numbers."""
+    """The `input_ids` of each record, int64 [n]; None if one has none that are integers."""
     found = []
     for record in records:
         try:
@@ -46,14 +46,23 @@ def tokens_of_records(records: Sequence[Mapping[str, Any]]) -> list[Tensor] | No
 def tokens_of_spans(
     batch: Mapping[str, Any], boundaries: Boundaries, spans: Sequence[Span]
 ) -> list[Sequence_] | None:
-    """The tokens in each span of the batch; None if its `input_ids` cannot be cut so."""
+    """The tokens in each span of the batch, without padding.
+
+    Args:
+        batch: a collated batch.
+        boundaries: of the batch.
+        spans: where the records lie.
+
+    Returns:
+        Tokens and labels of each span; None if the `input_ids` cannot be cut at these spans.
+    """
     ids, labels, mask = (batch.get(key) for key in ("input_ids", "labels", "attention_mask"))
     if not isinstance(ids, Tensor):
         return None
     keep = boundaries.keep
     beside = isinstance(labels, Tensor) and labels.shape == ids.shape
     if isinstance(labels, Tensor) and not beside:
-        # An encoder's input beside a decoder's labels: one row per record.
+        # input_ids of an encoder and labels of a decoder differ in length: one row per record.
         if ids.dim() != 2 or ids.shape[0] != len(spans):
             return None
         spans = [(row * ids.shape[1], (row + 1) * ids.shape[1]) for row in range(ids.shape[0])]
@@ -74,11 +83,19 @@ def _cut(
 def matched_records(
     sequences: Sequence[Sequence_], records: Sequence[Tensor]
 ) -> tuple[list[int | None], bool]:
-    """For each sequence the number of the record whose tokens it holds; None if no record has them.
+    """Find the record whose tokens each sequence holds.
 
     A sequence may be a record that was cut or continued on one side. Tokens that a masked language
-    model hides are read from the labels. The second value says whether any sequence holds just the
-    tokens of a record: if none does, the collator makes other tokens, which prove nothing.
+    model hides are read from the labels.
+
+    Args:
+        sequences: tokens and labels, see `tokens_of_spans`.
+        records: the tokens of as many records, see `tokens_of_records`.
+
+    Returns:
+        The number of the record for each sequence, None if no record fits; and whether any
+        sequence holds unchanged tokens of a record. If none does, the collator makes other tokens,
+        and the order cannot be seen.
     """
     own = [_fit(sequence, tokens) for sequence, tokens in zip(sequences, records, strict=True)]
     if all(fit is not None and fit.in_place for fit in own):
@@ -87,7 +104,7 @@ def matched_records(
     found: list[int | None] = [i if same else None for i, same in enumerate(equal)]
     open_ = [i for i, number in enumerate(found) if number is None]
     fits = {(i, j): _fit(sequences[i], records[j]) for i in open_ for j in open_}
-    # Equal ones come first, then those that share most: a record may be how a longer one begins.
+    # Equal ones first, then the longest overlap: a record may be the beginning of another.
     best = sorted(
         (not fit.equal, -fit.size, i != j, i, j) for (i, j), fit in fits.items() if fit is not None
     )
@@ -97,7 +114,7 @@ def matched_records(
             found[i] = j
             free.remove(j)
     exact = any(number is not None for number in found)
-    # A collator may also change a few tokens (noise, placeholders).
+    # A collator may also change a few tokens (noise, placeholders) of a record in its place.
     for i in open_:
         if found[i] is None and i in free and _edited(sequences[i][0], records[i]):
             found[i] = i
@@ -105,12 +122,12 @@ def matched_records(
 
 
 class _Fit(NamedTuple):
-    """How a sequence fits a record: on `size` tokens from the left, or from the right."""
+    """A sequence and a record agree on `size` tokens, from the left or from the right."""
 
     equal: bool
     size: int
     in_place: bool
-    """Whether there is nothing else in the sequence but pads."""
+    """Whether the rest of the sequence is one token repeated, such as a pad."""
 
 
 def _fit(sequence: Sequence_, record: Tensor) -> _Fit | None:
@@ -132,7 +149,7 @@ def _same(tokens: Tensor, labels: Tensor | None, record: Tensor, part: slice) ->
 
 
 def _edited(tokens: Tensor, record: Tensor) -> bool:
-    """Whether most tokens stand where they stood, or around what was put in or left out."""
+    """Whether most tokens are unchanged, apart from tokens put in or left out at one place."""
     size = min(len(tokens), len(record))
     if len(tokens) == len(record):
         kept = int((tokens == record).sum())

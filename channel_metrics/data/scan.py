@@ -1,4 +1,4 @@
-"""The channels of a dataset, where they can be known before it is read: a column of it."""
+"""Finds the channels of a dataset before training, from its channel columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["class_names", "count_channels", "scan_channels"]
 
 logger = logging.getLogger("channel_metrics")
 
-# Rows that are read at once; records that list a channel per token are long.
+# Rows that are read at once: fewer if records list channels, because such lists may be long.
 _SCAN_ROWS, _SCAN_LISTS = 65_536, 1_024
 
 
@@ -23,11 +23,17 @@ def scan_channels(
 ) -> list[str] | None:
     """The channels of a dataset, sorted, so that all ranks give them the same ids.
 
-    needed: whether a training set must have some; not where they are declared, and the collator
-    returns them.
+    Args:
+        dataset: see `count_channels`.
+        fields: dotted record fields that may hold the channel.
+        split: its name, for messages; only `train` must have channels.
+        needed: whether a training set must have channels. False if the collator returns them.
 
-    None for a dataset that cannot be scanned. Raises `ChannelError` if no record of a training set
-    has a channel that is needed.
+    Returns:
+        The names; None for a dataset that cannot be scanned.
+
+    Raises:
+        ChannelError: channels are needed, and no record of the training set has one.
     """
     counts = count_channels(dataset, fields)
     if counts is None:
@@ -55,9 +61,14 @@ def scan_channels(
 
 
 def count_channels(dataset: Any, fields: Sequence[str]) -> Counter[str | None] | None:
-    """{channel: records} of a `datasets.Dataset` or a list of records; None for other datasets.
+    """{channel: number of records}; None stands for records without a channel.
 
-    Reads the channel columns only. A record that lists channels counts once for each of them.
+    A record that lists channels counts once for each entry.
+
+    Args:
+        dataset: a `datasets.Dataset`, of which only the channel columns are read, or a list of
+            records. For other datasets, the result is None.
+        fields: dotted record fields that may hold the channel.
     """
     classes = class_names(dataset, fields)
     if isinstance(dataset, (list, tuple)) and dataset and isinstance(dataset[0], Mapping):
@@ -73,7 +84,7 @@ def count_channels(dataset: Any, fields: Sequence[str]) -> Counter[str | None] |
 
 
 def class_names(dataset: Any, fields: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """{field: names} of the fields whose column is a `ClassLabel`, or lists of them."""
+    """{field: class names} of the fields whose column holds a `ClassLabel`, or lists of them."""
     features = getattr(dataset, "features", None)
     found: dict[str, tuple[str, ...]] = {}
     if not isinstance(features, Mapping):

@@ -1,4 +1,4 @@
-"""Plain YAML files, read safely."""
+"""Reads plain YAML files. No file can construct objects."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from channel_metrics.extras import need
 
 __all__ = ["CONFIG_VARIABLE", "load_metrics_config", "load_yaml", "mapping"]
 
-# Names the YAML file of a MetricsConfig, for patches and for the processes a script starts.
+# This environment variable holds the path of the YAML file of a MetricsConfig.
 CONFIG_VARIABLE = "CHANNEL_METRICS_CONFIG"
 
 
 def load_yaml(path: Path) -> Any:
     """The plain values in `path`.
 
-    Raises `ConfigError` with file and line for what is no YAML, or tries to construct objects.
+    Raises `ConfigError` with file and line if it cannot be read, is no YAML, or would construct
+    objects.
     """
     yaml = need("yaml", extra="cli")
     try:
@@ -38,7 +39,10 @@ def load_yaml(path: Path) -> Any:
 
 
 def load_metrics_config(path: str | Path) -> MetricsConfig:
-    """The `MetricsConfig` in a YAML file; unknown keys are refused with the nearest right one."""
+    """The `MetricsConfig` in a YAML file.
+
+    Raises `ConfigError` for a wrong value or key; for a key, it names the nearest known one.
+    """
     raw = load_yaml(Path(path))
     try:
         return MetricsConfig.from_mapping(mapping(raw if raw is not None else {}, str(path)))
@@ -47,7 +51,7 @@ def load_metrics_config(path: str | Path) -> MetricsConfig:
 
 
 def mapping(value: Any, where: str) -> dict[str, Any]:
-    """`value` as a dict; raises `ConfigError` naming `where` if it is none."""
+    """`value` as a dict; raises `ConfigError`, which names `where`, if it is no mapping."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: expected keys and values, but is {type(value).__name__}.")
     return dict(value)
