@@ -81,7 +81,6 @@ class Observation:
     Attributes:
         with_correct: whether to measure which tokens are predicted.
         guard: decides what an error of ours inside the model's loss does.
-        thread: the thread that made the observation.
         forwards: the forwards of the model.
         others: trained losses that were computed outside of the forwards, over other logits.
         busy: whether a watched loss function is running.
@@ -89,7 +88,6 @@ class Observation:
 
     with_correct: bool
     guard: FaultGuard = field(default_factory=FaultGuard)
-    thread: int = field(default_factory=threading.get_ident)
     forwards: list[Forward] = field(default_factory=list)
     others: list[TokenLosses] = field(default_factory=list)
     busy: bool = False
