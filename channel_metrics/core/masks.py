@@ -9,7 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from channel_metrics.core.cu_seqlens import Boundaries, rows_as_sequences, sequence_index
+from channel_metrics.core.cu_seqlens import (
+    Boundaries,
+    can_read,
+    rows_as_sequences,
+    sequence_index,
+)
 from channel_metrics.errors import BoundaryError
 
 __all__ = [
@@ -22,8 +27,12 @@ __all__ = [
 
 def as_bool(values: Tensor) -> Tensor:
     """bool, True where values are not 0. A bool tensor gets bytes of 0 and 1 only."""
+    if values.dtype != torch.bool:
+        return values != 0
     # A uint8 tensor that was viewed as bool may hold other bytes, and kernels compute with them.
-    return (values.view(torch.uint8) if values.dtype == torch.bool else values) != 0
+    in_bytes = values.view(torch.uint8)
+    sound = can_read(values) and (not values.numel() or int(in_bytes.amax().item()) <= 1)
+    return values if sound else in_bytes != 0
 
 
 def boundaries_from_attention_mask(attention_mask: Tensor) -> Boundaries:

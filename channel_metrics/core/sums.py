@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from channel_metrics.core.cu_seqlens import can_read, to_target_frame
+from channel_metrics.core.masks import as_bool
 from channel_metrics.core.schema import TOKENS, Column
 from channel_metrics.errors import ChannelMetricsError
 
@@ -61,7 +62,7 @@ class TokenView:
 
     Attributes:
         losses: as they were given.
-        mask: bool, the supervised positions, as they were given.
+        mask: bool, the supervised positions.
         nll: the losses that are finite, 0 for others.
         nonfinite: bool, whether the loss is NaN or infinite. None if all are known to be finite.
         correct: bool, whether the target was predicted.
@@ -73,7 +74,7 @@ class TokenView:
 
     def __init__(self, values: TokenValues, dtype: torch.dtype) -> None:
         self.losses: Tensor = values.losses.detach()
-        self.mask: Tensor = values.mask
+        self.mask: Tensor = as_bool(values.mask)
         self.nonfinite = self.correct = self.judged = None
         self.weight = self.weighted_nll = self.nonfinite_weight = None
         finite, counted = self.losses, self.mask
@@ -85,7 +86,7 @@ class TokenView:
         # A product with bytes is much faster than `where`.
         self.nll: Tensor = (finite * _as_numbers(self.mask)).to(dtype)
         if values.correct is not None:
-            self.correct, self.judged = values.correct & self.mask, self.mask
+            self.correct, self.judged = as_bool(values.correct) & self.mask, self.mask
         if values.weights is not None:
             weights = values.weights.detach().to(dtype)
             weighed = counted & (weights.abs() < torch.inf)
@@ -266,4 +267,4 @@ def _each_once(
 
 def _as_numbers(values: Tensor) -> Tensor:
     """Bools as bytes of 0 and 1, which are much faster to add up."""
-    return values.to(torch.uint8) if values.dtype == torch.bool else values
+    return values.view(torch.uint8) if values.dtype == torch.bool else values

@@ -145,9 +145,9 @@ def test_open_tables_cannot_be_sent(ranks_of: RanksOf) -> None:
     """Both ranks say so, before there is a batch."""
     expected = (
         "one process sends the batches of a stream to the others (dispatch_batches), so "
-        "channels must be ids, but the train set cannot be scanned for names (Stream); declare "
-        "`channels` in the metrics config, or set "
-        'accelerator_config={"dispatch_batches": False}.'
+        "channels must be ids, but the train set cannot be scanned for names (Stream); set "
+        'accelerator_config={"dispatch_batches": False}, or, if all batches are padded to one '
+        "length (accelerate asks for that), declare `channels` in the metrics config."
     )
     assert ranks_of(refuse_open_stream) == [expected] * 2
 
