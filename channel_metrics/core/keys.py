@@ -121,8 +121,7 @@ class KeyBook:
     ) -> list[ChannelMetricsError]:
         """Add channels, and the prefix of a split.
 
-        Returns an error for each channel with new clashes; their keys join `clashes`. Raises
-        `ConfigError` if two metrics of one channel would share a key under this prefix.
+        Returns an error for each channel with new clashes; their keys join `clashes`.
         """
         new = [name for name in channels if name not in self._known]
         if prefix is not None and prefix not in self._prefixes:
@@ -203,7 +202,8 @@ class KeyBook:
         for mine, ends in forms.items():
             for other, other_ends in forms.items():
                 step = None if mine == other else _step(ends, other_ends)
-                if step == _SAME:
+                # In two splits, all channels clash: `val_` + `weighted_loss_x`.
+                if step == _SAME and mine[1] == other[1]:
                     raise ConfigError(
                         f"key_format {self.key_format!r} gives {mine[0]!r} and {other[0]!r} of a "
                         f"channel the same key {self.key('channel', *mine)!r}; choose another."
