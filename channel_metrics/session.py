@@ -84,7 +84,7 @@ class ChannelMetrics(Counting):
         self.totals = RunTotals(schema)
         self._agreement = Agreement()
         # {field: names} of class labels in the declared datasets
-        self._classes: dict[str, tuple[str, ...]] = {}
+        self.classes: dict[str, tuple[str, ...]] = {}
         self._maker.declare(labels.names)
         if config.unknown != "add":
             self.check_eval_channels()
@@ -119,6 +119,7 @@ class ChannelMetrics(Counting):
         Evaluations may be nested. If an exception ends the block, or if it is discarded, its
         counts are dropped without a collective.
         """
+        split = "eval_train" if split == "train" else split  # `train` is the training itself
         with self._open_evaluation() as found:
             yield found
         if not found.discarded:
@@ -146,7 +147,7 @@ class ChannelMetrics(Counting):
             bounds_key=BOUNDS_KEY,
             row_bounds=False,
             carry_faults=True,
-            classes=self._classes,
+            classes=self.classes,
         )
 
     @contextmanager
@@ -186,7 +187,7 @@ class ChannelMetrics(Counting):
             ChannelError: if no record of a training set has a channel; and as `declare_names`.
         """
         fields = fields or self.config.fields
-        self._classes.update(class_names(dataset, fields))
+        self.classes.update(class_names(dataset, fields))
         names = scan_channels(dataset, fields, split, needed=not self.config.channels)
         if names is not None:
             self.declare_names(names)
@@ -217,7 +218,7 @@ class ChannelMetrics(Counting):
     def start(self, folder: Path | None = None) -> None:
         """Begin a run: empty the window, and load the totals of the checkpoint `folder`, if any."""
         self._train.reset()
-        self._step = None
+        self._step, self.guard.proven = None, False
         self.totals = RunTotals(self.schema)
         if folder is not None:
             self.resume(folder)
@@ -225,9 +226,9 @@ class ChannelMetrics(Counting):
     def save(self, folder: Path, *, is_writer: bool) -> None:
         """Write the totals of all ranks into the folder of a checkpoint. A collective.
 
-        They include the open window, which stays open. Only the rank with `is_writer` writes.
+        They include the open window, but not an open step: it may be taken again. Only the rank
+        with `is_writer` writes.
         """
-        self.end_step()
         if self.guard.off:
             return
         with self.guard.guarded():
@@ -263,7 +264,7 @@ class ChannelMetrics(Counting):
         """Go on from `state_dict()`."""
         totals = RunTotals(self.schema).load_state_dict(state["totals"])
         self._train.load_state_dict(state["train"])
-        self.totals = totals
+        self._step, self.totals = None, totals
 
     # ---- behind the scenes -----------------------------------------------------------------
 

@@ -635,3 +635,35 @@ def test_class_labels_of_a_declared_dataset() -> None:
     batch = {"labels": torch.zeros(2, 3, dtype=torch.int64)}
     found = metrics.collator(lambda _: batch)([{"channel": 0}, {"channel": 1}])
     assert found["channels"].tolist() == [1, 0]
+
+
+def test_an_evaluation_on_the_training_data_is_no_training() -> None:
+    """Trainers name the split by its prefix, and `train` is a usual one."""
+    told: list[Window] = []
+    metrics = ChannelMetrics(
+        MetricsConfig(metrics=("tokens", "tokens_total")), on_window=[told.append]
+    )
+    batch = MicroBatch(token_losses=torch.ones(4), channels=["a"])
+    metrics.count(batch)
+    assert metrics.close(1).logs == {"a_tokens": 4, "a_tokens_total": 4}
+    with metrics.evaluation("train", 1, "train_") as found:
+        metrics.count(batch)
+    assert found.logs == {"train_a_tokens": 4}
+    assert [window.split for window in told] == ["train", "eval_train"]
+    assert metrics.totals.of("a")["tokens_total"] == 4
+
+
+def test_a_checkpoint_has_no_step_that_is_still_open(tmp_path: Path) -> None:
+    """A trainer may save before the optimizer has stepped, and take the step again."""
+    metrics = ChannelMetrics(MetricsConfig(metrics=("tokens",)))
+    batch = MicroBatch(token_losses=torch.ones(4), channels=["a"])
+    metrics.begin_step()
+    metrics.count(batch)
+    metrics.end_step()
+    metrics.begin_step()
+    metrics.count(batch)
+    metrics.save(tmp_path, is_writer=True)
+    stored = json.loads((tmp_path / "channel_metrics.json").read_text())
+    assert stored["channels"]["a"]["tokens_total"] == 4
+    metrics.end_step()
+    assert metrics.close(2).logs == {"a_tokens": 8}

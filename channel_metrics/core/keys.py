@@ -164,13 +164,14 @@ class KeyBook:
             }
             said = f"channels {other!r} and {name!r} would both be logged as {safe!r}"
             return ChannelError(f"{said}; rename one of them."), keys
+        error, keys = self._shared(name, safe)
         taken = {self.key(name, *form) for form in self._forbidden.get(safe, ())}
         if taken:
             return ConfigError(
                 f"channel {name!r} would be logged as {min(taken)!r}, which is the trainer's own "
                 "key; rename the channel or choose another key_format."
-            ), taken
-        return self._shared(name, safe)
+            ), taken | keys
+        return error, keys
 
     def _shared(self, name: str, safe: str) -> tuple[ChannelMetricsError | None, set[str]]:
         said, keys = None, set()
@@ -202,8 +203,7 @@ class KeyBook:
         for mine, ends in forms.items():
             for other, other_ends in forms.items():
                 step = None if mine == other else _step(ends, other_ends)
-                # In two splits, all channels clash: `val_` + `weighted_loss_x`.
-                if step == _SAME and mine[1] == other[1]:
+                if step == _SAME and mine[1] == other[1]:  # In two splits: a clash of all.
                     raise ConfigError(
                         f"key_format {self.key_format!r} gives {mine[0]!r} and {other[0]!r} of a "
                         f"channel the same key {self.key('channel', *mine)!r}; choose another."

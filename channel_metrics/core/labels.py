@@ -78,12 +78,16 @@ def channels_of(
     return [None]
 
 
-def channel_of(record: Mapping[str, Any], fields: Sequence[str] = DEFAULT_FIELDS) -> str | None:
+def channel_of(
+    record: Mapping[str, Any],
+    fields: Sequence[str] = DEFAULT_FIELDS,
+    classes: Mapping[str, Sequence[str]] | None = None,
+) -> str | None:
     """The channel of a record that is one sequence; None if it has none.
 
-    Raises `ChannelError` for a record that lists several.
+    Arguments are as in `channels_of`. Raises `ChannelError` for a record that lists several.
     """
-    found = channels_of(record, fields)
+    found = channels_of(record, fields, classes)
     if len(found) != 1:
         raise ChannelError(
             f"expected one channel for a record, but it lists {len(found)}; a record that packs "

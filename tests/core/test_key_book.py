@@ -237,3 +237,11 @@ def test_a_table_travels_to_workers_without_its_metrics(
 def test_a_table_refuses_what_the_book_finds(make: Callable[[list[str]], ChannelTable]) -> None:
     with pytest.raises(ChannelError, match="would both be logged as 'bbu_weighted_loss'"):
         make(["bbu", "bbu_weighted"])
+
+
+def test_a_reserved_key_hides_no_other_clash() -> None:
+    for order in (["train_weighted", "train"], ["train", "train_weighted"]):
+        book = KeyBook(reserved=["train_loss"])
+        for name in order:
+            book.learn([name])
+        assert book.clashes == {"train_loss", "train_weighted_loss"}

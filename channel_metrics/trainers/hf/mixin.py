@@ -168,6 +168,8 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         """End the metrics of a trainer that has no labels of tokens."""
         logger.info("channel metrics: %s has no labels of tokens, left alone", type(self).__name__)
         session.guard.error = UnsupportedVersionError("no labels of tokens")
+        # The next log finds metrics that have ended; that must not end the run.
+        session.guard.on_error = "warn"
         self.channel_scratch.pending = None
 
     def _taken_channels(self, inputs: Any) -> BatchChannels:

@@ -31,7 +31,7 @@ class RecordCollator(ChannelCollator):
     """One channel per record, even if the wrapped collator makes several rows of a record."""
 
     def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
-        names = [channel_of(record, self.fields) for record in features]
+        names = [channel_of(record, self.fields, self.classes) for record in features]
         batch = collate(features)
         batch["channels"] = self._ids_or_names(names)
         return batch

@@ -103,7 +103,8 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
         """TRL's own completions, whose rewards are counted."""
         session, scratch = self.channel_metrics, self.channel_scratch
         assert session is not None
-        channels = [channel_of(record, session.config.fields) for record in inputs]
+        fields, classes = session.config.fields, session.classes
+        channels = [channel_of(record, fields, classes) for record in inputs]
         scratch.scored = None
         output = generate(inputs)
         rewards, scratch.scored = scratch.scored, None

@@ -22,7 +22,7 @@ from datasets import Dataset, concatenate_datasets
 
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.labels import UNLABELED_ID, LabelTable, channel_of, field_roots
-from channel_metrics.data.scan import scan_channels
+from channel_metrics.data.scan import class_names, scan_channels
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.trainers.trl.collator import TOKEN_FIELD
 from channel_metrics.trainers.trl.columns import column_names, columns_left
@@ -121,7 +121,12 @@ def _with_token_channels(
     tokens: Any, kept: list[str], fields: Sequence[str], table: LabelTable
 ) -> Any:
     sources = [n for n in column_names(tokens) if n in field_roots(fields) or n in fields]
-    options = {"fields": tuple(fields), "names": table.names, "unknown": table.unknown}
+    options = {
+        "fields": tuple(fields),
+        "names": table.names,
+        "unknown": table.unknown,
+        "classes": class_names(tokens, fields),
+    }
     if not isinstance(tokens, Dataset):
         added = tokens.map(_channels_of_batch, batched=True, fn_kwargs=options)
         return added.select_columns([*kept, TOKEN_FIELD])
@@ -141,36 +146,36 @@ def _with_token_channels(
     return joined.with_format(form["type"], **form["format_kwargs"])
 
 
-def _channels_of_table(
-    rows: pa.Table, fields: tuple[str, ...], names: tuple[str, ...], unknown: Any
-) -> pa.Table:
+def _channels_of_table(rows: pa.Table, **options: Any) -> pa.Table:
     """One dataset column: the index of a record's channel, once per token, like `input_ids`."""
     ids = rows.column("input_ids").combine_chunks()
     ids = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
     sizes = np.diff(np.asarray(ids.offsets))
     sources = rows.drop_columns(["input_ids"])
     records = sources.to_pylist() if sources.num_columns else [{}] * len(rows)
-    indices = np.repeat(np.array(_indices(records, fields, names, unknown), np.int32), sizes)
+    indices = np.repeat(np.array(_indices(records, **options), np.int32), sizes)
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     listed = type(ids).from_arrays(pa.array(offsets, type=ids.offsets.type), pa.array(indices))
     return pa.table({TOKEN_FIELD: listed})
 
 
-def _channels_of_batch(
-    batch: dict[str, list[Any]], fields: tuple[str, ...], names: tuple[str, ...], unknown: Any
-) -> dict[str, list[Any]]:
+def _channels_of_batch(batch: dict[str, list[Any]], **options: Any) -> dict[str, list[Any]]:
     """The same for a batch of a stream."""
     values = zip(*batch.values(), strict=True)
     records = [dict(zip(batch, of_record, strict=True)) for of_record in values]
-    indices = _indices(records, fields, names, unknown)
+    indices = _indices(records, **options)
     sizes = [len(ids) for ids in batch["input_ids"]]
     return {TOKEN_FIELD: [[i] * n for i, n in zip(indices, sizes, strict=True)]}
 
 
 def _indices(
-    records: Sequence[Any], fields: tuple[str, ...], names: tuple[str, ...], unknown: Any
+    records: Sequence[Any],
+    fields: tuple[str, ...],
+    names: tuple[str, ...],
+    unknown: Any,
+    classes: dict[str, tuple[str, ...]],
 ) -> list[int]:
-    found = [channel_of(record, fields) for record in records]
+    found = [channel_of(record, fields, classes) for record in records]
     # All names have their numbers already. A name that would be added now is an error.
     table = LabelTable(names, unknown="error" if unknown == "add" else unknown)
     indices = table.ids(found)

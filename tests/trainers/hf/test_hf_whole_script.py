@@ -270,3 +270,15 @@ def test_a_typo_in_eval_channels_is_said_at_the_start(tmp_path: Path) -> None:
             prepare=lambda t: attach(t, MetricsConfig(eval_channels=("bbu", "ruu"))),
             trainer_arguments={"eval_dataset": Dataset.from_list(make_records(10, seed=1))},
         )
+
+
+def test_on_error_does_not_end_a_run_that_is_left_alone(tmp_path: Path) -> None:
+    config = MetricsConfig(on_error="raise")
+    trainer = train(
+        tmp_path,
+        prepare=lambda trainer: attach(trainer, config, whole_script=True),
+        model=classifier(2),
+        logging_steps=1,
+        trainer_arguments={"data_collator": classes},
+    )
+    assert trainer.state.global_step == 4 and not channel_logs(trainer)
