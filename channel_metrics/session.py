@@ -218,7 +218,8 @@ class ChannelMetrics(Counting):
     def start(self, folder: Path | None = None) -> None:
         """Begin a run: empty the window, and load the totals of the checkpoint `folder`, if any."""
         self._train.reset()
-        self._step, self.guard.proven = None, False
+        self._step = None
+        self.guard.restart()
         self.totals = RunTotals(self.schema)
         if folder is not None:
             self.resume(folder)

@@ -45,6 +45,10 @@ class FaultGuard:
         self.off = False
         self.proven = False
 
+    def restart(self) -> None:
+        """Begin a run: what an earlier run met does not count. Every rank must do so, or none."""
+        self.error, self.off, self.proven = None, False, False
+
     @property
     def measuring(self) -> bool:
         """Whether this rank still measures."""

@@ -67,7 +67,9 @@ def detach(trainer: TrainerT) -> TrainerT:
     """
     changed: Any = trainer
     changed.__class__ = original_class(type(trainer))
-    for name in ("channel_metrics", "channel_scratch", "channel_whole_script"):
+    own = ("channel_metrics", "channel_scratch", "channel_whole_script")
+    # Loaders that transformers keeps for persistent workers have our collator.
+    for name in (*own, "_eval_dataloaders"):
         vars(trainer).pop(name, None)
     trainer.pop_callback(LiveTable)
     return trainer
