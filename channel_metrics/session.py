@@ -217,10 +217,9 @@ class ChannelMetrics(Counting):
 
     def start(self, folder: Path | None = None) -> None:
         """Begin a run: empty the window, and load the totals of the checkpoint `folder`, if any."""
-        self._train.reset()
-        self._step = None
         self.guard.restart()
-        self.totals = RunTotals(self.schema)
+        self._train.reset()
+        self._step, self.totals = None, RunTotals(self.schema)
         if folder is not None:
             self.resume(folder)
 

@@ -81,7 +81,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
 
     def start_channel_metrics(self, config: MetricsConfig) -> None:
         """Open a session with the settings in `config`. A second call opens a new one."""
-        # Loaders that transformers keeps for persistent workers have the collator of an old session.
+        # Loaders that are kept for persistent workers have the collator of an old session.
         vars(self).pop("_eval_dataloaders", None)
         session = self._new_session(config)
         self.channel_metrics, self.channel_scratch = session, self._new_scratch(session)
