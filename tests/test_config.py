@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from channel_metrics import ChannelMetricsError, ConfigError, MetricsConfig
 from channel_metrics.config import refuse_unknown_keys
 from channel_metrics.core.labels import DEFAULT_FIELDS
 from channel_metrics.core.schema import DEFAULT_METRICS
+from channel_metrics.data.yaml import load_metrics_config
 
 
 def test_defaults() -> None:
@@ -80,3 +82,14 @@ def test_unknown_keys_are_refused_in_any_mapping() -> None:
         ConfigError, match=r"unknown key 'sourcs' in data; did you mean 'sources'\?"
     ):
         refuse_unknown_keys({"a": 1, "sourcs": 2}, iter(["a", "sources"]), "data")
+
+
+def test_a_file_of_a_run_gives_its_section_metrics(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("sources: {a: {path: a.jsonl}}\nmetrics: {metrics: [ppl], fields: [lang]}\n")
+    assert load_metrics_config(path) == MetricsConfig(metrics=("ppl",), fields=("lang",))
+    path.write_text("sources: {a: {path: a.jsonl}}\n")
+    assert load_metrics_config(path) == MetricsConfig()
+    path.write_text("sources: {}\neval_domain: target\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: eval_domain .* metrics\.eval_channels"):
+        load_metrics_config(path)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.labels import UNLABELED, channels_of
 from channel_metrics.data.jsonl import read_jsonl, text_of
+from channel_metrics.data.yaml import is_run, load_metrics_config, load_yaml
 from channel_metrics.demo.config import TrainConfig, load_config
 from channel_metrics.demo.mixture import source_records
 from channel_metrics.demo.tiny import load_tokenizer
@@ -67,8 +68,8 @@ def check_data(
     Args:
         data: JSONL files, or the YAML of one run.
         fields: the fields that may hold the channel; by default those of the config.
-        config_path: the YAML of a run. Its fields and its tokenizer are used, and its sources, if
-            there is no `data`.
+        config_path: the YAML of a run, or of a `MetricsConfig`. Its fields are used; of a run also
+            its tokenizer, and its sources if there is no `data`.
 
     Raises:
         ChannelMetricsError: for data that cannot be read.
@@ -79,14 +80,24 @@ def check_data(
             f"check takes JSONL files, or the YAML of one run, but got {len(data)} paths, "
             f"{len(runs)} of them YAML; see channel-metrics check --help."
         )
-    path = runs[0] if runs else config_path
-    run = load_config(path) if path else None
-    metrics = run.metrics if run else MetricsConfig()
+    run, metrics = _settings(runs[0] if runs else config_path)
     metrics = replace(metrics, fields=tuple(fields)) if fields else metrics
     whole_run = run is not None and (runs or not data)
+    if not data and not whole_run:
+        raise ConfigError(f"{config_path} names no sources; give JSONL files to check, too.")
     records = _train_records(run) if run is not None and whole_run else _file_records(data)
     count_tokens, tokens_by = _token_counter(run)
     return check_records(records, metrics, count_tokens=count_tokens, tokens_by=tokens_by)
+
+
+def _settings(path: Path | None) -> tuple[TrainConfig | None, MetricsConfig]:
+    if path is None:
+        return None, MetricsConfig()
+    values = load_yaml(path)
+    if isinstance(values, Mapping) and not is_run(values):
+        return None, load_metrics_config(path)
+    run = load_config(path)
+    return run, run.metrics
 
 
 def check_records(

@@ -92,7 +92,7 @@ def check_command(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML of a run: its fields, tokenizer and (without DATA) its sources."),
+        typer.Option(help="YAML of the metrics, or of a run: its tokenizer and sources, too."),
     ] = None,
 ) -> None:
     """Show which channels the data has: field, records, tokens, names that would be refused.
@@ -120,7 +120,7 @@ def run_command(
         list[str] | None, typer.Option(help="What to patch, e.g. hf_trainer (repeatable).")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML of the metrics: fields, channels, metrics, keys.")
+        Path | None, typer.Option(help="YAML of the metrics, or of a run with a section metrics.")
     ] = None,
     *,
     as_module: Annotated[

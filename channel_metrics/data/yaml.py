@@ -10,7 +10,7 @@ from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ConfigError
 from channel_metrics.extras import need
 
-__all__ = ["CONFIG_VARIABLE", "load_metrics_config", "load_yaml", "mapping"]
+__all__ = ["CONFIG_VARIABLE", "is_run", "load_metrics_config", "load_yaml", "mapping"]
 
 # This environment variable holds the path of the YAML file of a MetricsConfig.
 CONFIG_VARIABLE = "CHANNEL_METRICS_CONFIG"
@@ -39,15 +39,32 @@ def load_yaml(path: Path) -> Any:
 
 
 def load_metrics_config(path: str | Path) -> MetricsConfig:
-    """The `MetricsConfig` in a YAML file.
+    """The `MetricsConfig` in a YAML file: the whole file, or the section `metrics` of a run's file.
 
     Raises `ConfigError` for a wrong value or key; for a key, it names the nearest known one.
     """
     raw = load_yaml(Path(path))
+    values = mapping(raw if raw is not None else {}, str(path))
     try:
-        return MetricsConfig.from_mapping(mapping(raw if raw is not None else {}, str(path)))
+        if is_run(values):
+            if values.get("eval_domain", "all") != "all":
+                raise ConfigError(
+                    "eval_domain works in channel-metrics train only; list the channels in "
+                    "metrics.eval_channels instead."
+                )
+            values = mapping(values.get("metrics") or {}, "metrics")
+        return MetricsConfig.from_mapping(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def is_run(values: Mapping[str, Any]) -> bool:
+    """Whether the values of a YAML file are those of `channel-metrics train`.
+
+    Such a file has `sources`; in it, `metrics` is a section. In the file of a `MetricsConfig`,
+    `metrics` is a list.
+    """
+    return "sources" in values or isinstance(values.get("metrics"), Mapping)
 
 
 def mapping(value: Any, where: str) -> dict[str, Any]:

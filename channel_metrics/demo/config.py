@@ -134,8 +134,8 @@ class TrainConfig:
     training: dict[str, Any] = field(default_factory=dict)
     """Passed to `transformers.TrainingArguments`."""
 
-    eval_channels: Literal["all", "target"] = "all"
-    """`target`: evaluation logs target sources, and other sources only if they have a val_path."""
+    eval_domain: Literal["all", "target"] = "all"
+    """`target` sets `metrics.eval_channels` to the target sources and those with a val_path."""
 
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """See `channel_metrics.MetricsConfig`."""
@@ -151,20 +151,20 @@ class TrainConfig:
             raise ConfigError(f"every source needs a name of its own, but they are {names}.")
         if self.max_length < 2 or (self.num_samples is not None and self.num_samples < 1):
             raise ConfigError("max_length must be at least 2 and num_samples at least 1.")
-        if self.eval_channels == "target" and self.metrics.eval_channels:
+        if self.eval_domain == "target" and self.metrics.eval_channels:
             raise ConfigError(
-                "eval_channels is 'target' and metrics.eval_channels lists "
+                "eval_domain is 'target' and metrics.eval_channels lists "
                 f"{list(self.metrics.eval_channels)}; set one of them."
             )
 
     def metrics_of_run(self) -> MetricsConfig:
-        """`metrics`, where `eval_channels` is filled in."""
-        if self.eval_channels == "all":
+        """`metrics`, with the `eval_channels` of `eval_domain`."""
+        if self.eval_domain == "all":
             return self.metrics
         logged = [s.name for s in self.sources if s.domain == "target" or s.val_path]
         if not logged:
             raise ConfigError(
-                "eval_channels is 'target', but no source has domain target or a val_path; "
+                "eval_domain is 'target', but no source has domain target or a val_path; "
                 "evaluation would log nothing."
             )
         return replace(self.metrics, eval_channels=tuple(logged))

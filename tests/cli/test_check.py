@@ -61,6 +61,15 @@ def test_the_tokenizer_of_a_run_counts_other_files(tmp_path: Path) -> None:
     assert check_data([path], config_path=DEBUG).num_tokens == {"a": 3}
 
 
+def test_the_file_of_a_metrics_config_gives_its_fields(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"text": "abc", "lang": "de", "channel": "a"}])
+    config = tmp_path / "metrics.yaml"
+    config.write_text("fields: [lang]\nmetrics: [loss, ppl]\n")
+    assert check_data([path], config_path=config).num_records == {"de": 1}
+    with pytest.raises(ConfigError, match=r"metrics\.yaml names no sources; give JSONL files"):
+        check_data([], config_path=config)
+
+
 def test_problems_with_names() -> None:
     problems = find_problems(["b u", "b_u", "eval", "unlabeled", "", None, "fine"], MetricsConfig())
     for part in ("'b_u'", "'eval_loss'", "'unlabeled'", "non-empty"):

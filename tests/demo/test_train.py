@@ -101,7 +101,7 @@ def test_evaluation_logs_target_channels_and_those_with_a_val_split(tmp_path: Pa
     sources = [
         replace(s, val_path=None, val_samples=4) if s.name == "lvis" else s for s in config.sources
     ]
-    config = replace(config, sources=tuple(sources), eval_channels="target")
+    config = replace(config, sources=tuple(sources), eval_domain="target")
     logs = train(config, output_dir=tmp_path, max_steps=2).log_history
     keys = {key for log in logs for key in log}
     assert {"lvis_loss", "eval_bbu_loss", "eval_rru_loss", "eval_lang_chat_loss"} <= keys
@@ -112,10 +112,10 @@ def test_target_channels_must_exist_and_be_said_once(tmp_path: Path) -> None:
     config = small()
     sources = tuple(replace(s, domain="source", val_path=None) for s in config.sources)
     with pytest.raises(ConfigError, match="evaluation would log nothing"):
-        replace(config, sources=sources, eval_channels="target").metrics_of_run()
+        replace(config, sources=sources, eval_domain="target").metrics_of_run()
     metrics = MetricsConfig(eval_channels=("bbu",))
     with pytest.raises(ConfigError, match="set one of them"):
-        replace(config, metrics=metrics, eval_channels="target")
+        replace(config, metrics=metrics, eval_domain="target")
 
 
 def test_a_probe_beside_the_training(tmp_path: Path) -> None:

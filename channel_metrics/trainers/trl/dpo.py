@@ -40,10 +40,13 @@ def _loss(sums: Sums) -> float | None:
 _SCHEMA = sample_schema(
     "pairs",
     *(Column(name, "rewards", f"what TRL logs as rewards/{name}") for name in _GATHERED),
-    Column("loss", "loss", "losses of the pairs whose loss is known"),
+    Column("loss", "nats", "losses of the pairs whose loss is known"),
     Column("loss_samples", "pairs", "pairs whose loss is known"),
-    *(mean(f"rewards/{name}", name) for name in _GATHERED),
-    Metric("loss", ("loss", "loss_samples", "samples"), _loss, doc="loss / samples"),
+    *(
+        mean(f"rewards/{name}", name, "" if name == "accuracies" else "rewards")
+        for name in _GATHERED
+    ),
+    Metric("loss", ("loss", "loss_samples", "samples"), _loss, unit="nats", doc="loss / samples"),
 )
 
 

@@ -36,8 +36,17 @@ def _schema(functions: Iterable[str]) -> Schema:
         columns = tuple(f"{part} {name}" for part in _PARTS)
         schema.register(
             *(Column(column, "rewards", f"{column} of the completions") for column in columns),
-            Metric(mean, columns, partial(_mean, name), doc="sum / count", always=True),
-            Metric(std, columns, partial(_std, name), doc="unbiased spread", always=True),
+            Metric(
+                mean, columns, partial(_mean, name), unit="rewards", doc="sum / count", always=True
+            ),
+            Metric(
+                std,
+                columns,
+                partial(_std, name),
+                unit="rewards",
+                doc="unbiased spread",
+                always=True,
+            ),
         )
     return schema
 

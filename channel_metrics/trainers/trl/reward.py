@@ -31,18 +31,19 @@ _SCHEMA = sample_schema(
     Column("margin", "rewards", "chosen - rejected"),
     Column("accuracy", "pairs", "pairs whose chosen answer has the higher reward"),
     Column("loss", "nats", "losses of the pairs"),
-    replace(mean("loss", "loss"), always=False),
+    replace(mean("loss", "loss", "nats"), always=False),
     mean("accuracy", "accuracy"),
-    mean("margin", "margin"),
+    mean("margin", "margin", "rewards"),
     Metric(
         "mean_reward",
         ("chosen", "rejected", "samples"),
         _mean_reward,
+        unit="rewards",
         doc="the reward of an answer, chosen or rejected",
         always=True,
     ),
-    mean("rewards/chosen", "chosen"),
-    mean("rewards/rejected", "rejected"),
+    mean("rewards/chosen", "chosen", "rewards"),
+    mean("rewards/rejected", "rejected", "rewards"),
 )
 
 

@@ -39,12 +39,13 @@ def sample_schema(unit: str, *entries: Column | Metric) -> Schema:
     return schema
 
 
-def mean(name: str, column: str) -> Metric:
+def mean(name: str, column: str, unit: str = "") -> Metric:
     """The mean of a column over the samples, which is always logged, as by the trainer."""
     return Metric(
         name,
         (column, "samples"),
         partial(_mean_of, column, "samples"),
+        unit=unit,
         doc=f"{column} / samples",
         always=True,
     )
