@@ -1,13 +1,13 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env env-latest demo demo-megatron test test-latest test-upstream lint bench clean
+.PHONY: help env env-latest demo demo-megatron test test-latest test-upstream lint check docs bench clean
 
 BIN := .venv/bin
 BIN_LATEST := .venv-latest/bin
 # Two test processes: the multi-process tests start more of their own. By file, because the runs that
 # a file shares would else be started in both.
-PYTEST := -m pytest -n 2 --dist loadfile
+PYTEST := -m pytest -n 2 --dist loadfile --durations=15 --durations-min=5
 # Tests run on the CPU, offline, with one thread per process.
 TEST_ENV := DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 # Options for pytest: make test ARGS="-k boundaries"
@@ -49,10 +49,16 @@ lint: env ## ruff, mypy, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+check: lint ## The linters, and the tests of the core: under a minute
+	$(TEST_ENV) $(BIN)/python $(PYTEST) -q tests/core tests/data tests/test_session.py tests/test_config.py
+
+docs: env ## Build the docs site into site/; a broken link is an error
+	$(BIN)/mkdocs build --strict --quiet
+
 bench: env ## Measure what it costs, beside others; writes benchmarks/results/ and docs/benchmarks.*
 	$(BIN)/python -m benchmarks
 
 clean: ## Remove environments, caches and build products
-	rm -rf .venv .venv-latest build dist *.egg-info .hypothesis .import_linter_cache
+	rm -rf .venv .venv-latest build dist site *.egg-info .hypothesis .import_linter_cache
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
