@@ -73,13 +73,16 @@ def train(
             "val_path or val_samples; give one of them records for evaluation."
         )
     trainer = _trainer(config, arguments, tokenizer, mixture)
+    channels = _channels(config, mixture)
+    if not quiet and not arguments.disable_tqdm:
+        _show_lines(trainer, channels, config.metrics.key_format)
     trainer.train()
     _finish(trainer)
     if trainer.is_world_process_zero():
         _write_ratios(config, output_dir)
     logs: list[dict[str, Any]] = trainer.state.log_history
     return TrainSummary(
-        rows=summarize(logs, _channels(config, mixture), config.metrics.key_format),
+        rows=summarize(logs, channels, config.metrics.key_format),
         output_dir=output_dir,
         log_history=logs,
         is_main=trainer.is_world_process_zero(),
@@ -156,6 +159,16 @@ def _trainer(
     if config.probe is not None:
         _probe(trainer, config.probe, tokenizer, config.max_length)
     return attach(trainer, config.metrics_of_run())
+
+
+def _show_lines(trainer: Trainer, channels: Sequence[str], key_format: str) -> None:
+    """Print one line per log instead of all its keys."""
+    from transformers.trainer_callback import ProgressCallback
+
+    from channel_metrics.demo.progress import LineProgress
+
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LineProgress(channels, key_format))
 
 
 def _probe(

@@ -50,6 +50,22 @@ def test_a_run_logs_every_channel_and_sums_it_up(tmp_path: Path) -> None:
     assert state["log_history"] == summary.log_history
 
 
+def test_a_terminal_gets_one_line_per_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = train(small(), output_dir=tmp_path, quiet=False)
+    lines = [part.strip() for part in capsys.readouterr().out.splitlines()]
+    shown = [line for line in lines if line.startswith("step ")]
+    logged = [log for log in summary.log_history if {"loss", "eval_loss"} & set(log)]
+    assert len(shown) == len(logged) == 5
+    assert not any("{" in line for line in lines)
+    for line, log in zip(shown, logged, strict=True):
+        prefix, title = ("eval_", "eval loss") if "eval_loss" in log else ("", "loss")
+        keys = {title: f"{prefix}loss"} | {name: f"{prefix}{name}_loss" for name in CHANNELS}
+        parts = [f"{name} {log[key]:.4f}" for name, key in keys.items() if key in log]
+        assert line == "  ".join([f"step {log['step']}", *parts])
+
+
 def test_the_final_weights_are_evaluated_once(tmp_path: Path) -> None:
     logs = train(small(eval_steps=2), output_dir=tmp_path, max_steps=4).log_history
     assert [log["step"] for log in logs if "eval_loss" in log] == [2, 4]
