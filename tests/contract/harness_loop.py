@@ -9,27 +9,30 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed import run_ranks
 
 from channel_metrics import ChannelMetrics, MicroBatch
 from channel_metrics.ranks.ranks import Ranks
+from contract.harness import Forking
 from contract.script import Batch, OneSequence, Ran, Script, faulty_count
 
 __all__ = ["LoopHarness", "kept_warnings", "watch_windows"]
 
 
-class LoopHarness:
+class LoopHarness(Forking):
     """Losses are made up: token t of sequence n has (n + t) % 7 + 0.5."""
 
     name = "loop"
     can = frozenset({"rerun", "skip", "peek", "ranks", "lies", "save", "fails"})
     reserved = "their"
 
-    def run(self, script: Script, folder: Path, ranks: int = 1) -> list[Ran]:
-        if ranks == 1:
-            return [run_here(script, folder)]
-        found: list[Ran] = run_ranks(run_here, ranks, script, folder)
-        return found
+    def run_here(self, script: Script, folder: Path) -> Ran:
+        ran = Ran()
+        with kept_warnings(ran), faulty_count(script.fault_at):
+            try:
+                _train(script, folder, ran)
+            except Exception as error:
+                ran.error = error
+        return ran
 
     def nll(self, sequence: OneSequence) -> float:
         return sum(losses_of(sequence))
@@ -37,17 +40,6 @@ class LoopHarness:
 
 def losses_of(sequence: OneSequence) -> list[float]:
     return [(sequence.number + t) % 7 + 0.5 for t in range(sequence.tokens)]
-
-
-def run_here(script: Script, folder: Path) -> Ran:
-    """The run of this process."""
-    ran = Ran()
-    with kept_warnings(ran), faulty_count(script.fault_at):
-        try:
-            _train(script, folder, ran)
-        except Exception as error:
-            ran.error = error
-    return ran
 
 
 def _train(script: Script, folder: Path, ran: Ran) -> None:
