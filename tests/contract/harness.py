@@ -7,8 +7,9 @@ from typing import Any
 
 from fork_client import Preload
 from rank_cases import RanksOf
+from said import warnings_of_ours
 
-from contract.script import Ran, Script
+from contract.script import Ran, Script, faulty_count
 
 __all__ = ["Forking"]
 
@@ -31,6 +32,15 @@ class Forking:
 
     def run_here(self, script: Script, folder: Path) -> Ran:
         """The run of this process."""
+        ran = Ran()
+        with warnings_of_ours() as ran.warnings, faulty_count(script.fault_at):
+            try:
+                self.train(script, folder, ran)
+            except Exception as error:
+                ran.error = error
+        return ran
+
+    def train(self, script: Script, folder: Path, ran: Ran) -> None:
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:

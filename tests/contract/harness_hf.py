@@ -14,8 +14,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
 
 from channel_metrics.trainers.hf import attach
 from contract.harness import Forking
-from contract.harness_loop import kept_warnings, watch_windows
-from contract.script import ROWS, Evaluation, OneSequence, Ran, Script, faulty_count, flat
+from contract.harness_loop import watch_windows
+from contract.script import ROWS, Evaluation, OneSequence, Ran, Script, flat
 
 __all__ = ["HFHarness", "InOrder", "Records", "collate", "nll_of", "tiny_qwen2", "token_ids"]
 
@@ -49,15 +49,6 @@ class HFHarness(Forking):
     def nll(self, sequence: OneSequence) -> float:
         return nll_of(sequence)
 
-    def run_here(self, script: Script, folder: Path) -> Ran:
-        ran = Ran()
-        with kept_warnings(ran), faulty_count(script.fault_at):
-            try:
-                self._train(script, folder, ran)
-            except Exception as error:
-                ran.error = error
-        return ran
-
     def records(self, sequences: list[OneSequence], fails_at: int | None = None) -> Records:
         """What the trainer takes for a dataset."""
         return Records(sequences, fails_at)
@@ -73,7 +64,7 @@ class HFHarness(Forking):
         )
         return attach(trainer, script.config)
 
-    def _train(self, script: Script, folder: Path, ran: Ran) -> None:
+    def train(self, script: Script, folder: Path, ran: Ran) -> None:
         size = dist.get_world_size() if dist.is_initialized() else 1
         trainer = self.make_trainer(
             script,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,9 @@ import torch.distributed as dist
 from channel_metrics import ChannelMetrics, MicroBatch
 from channel_metrics.ranks.ranks import Ranks
 from contract.harness import Forking
-from contract.script import Batch, OneSequence, Ran, Script, faulty_count
+from contract.script import Batch, OneSequence, Ran, Script
 
-__all__ = ["LoopHarness", "kept_warnings", "watch_windows"]
+__all__ = ["LoopHarness", "watch_windows"]
 
 
 class LoopHarness(Forking):
@@ -25,14 +23,29 @@ class LoopHarness(Forking):
     can = frozenset({"rerun", "skip", "peek", "ranks", "lies", "save", "fails"})
     reserved = "their"
 
-    def run_here(self, script: Script, folder: Path) -> Ran:
-        ran = Ran()
-        with kept_warnings(ran), faulty_count(script.fault_at):
-            try:
-                _train(script, folder, ran)
-            except Exception as error:
-                ran.error = error
-        return ran
+    def train(self, script: Script, folder: Path, ran: Ran) -> None:
+        metrics = ChannelMetrics(script.config, reserved=["their_loss"])
+        watch_windows(metrics, ran)
+        metrics.start(script.resume)
+        first = int(script.resume.name.split("-")[1]) if script.resume else 0
+        for number in range(first + 1, len(script.steps) + 1):
+            for _ in range(1 + (number in script.reruns)):
+                metrics.begin_step()
+                for batch in _mine(script.steps[number - 1]):
+                    _count(metrics, batch, script.lies)
+            metrics.end_step(discard=number in script.skips)
+            ran.steps += 1
+            if number in script.peeks:
+                ran.peeked.append(metrics.peek(number).logs)
+            if number % script.every == 0:
+                ran.logs.append({})
+                metrics.write(metrics.close(number), ran.logs[-1])
+            for evaluation in script.evaluations:
+                if evaluation.after == number:
+                    _evaluate(metrics, evaluation, number, ran)
+            if script.save_at == number:
+                ran.checkpoint = folder / f"checkpoint-{number}"
+                metrics.save(ran.checkpoint, is_writer=metrics.ranks.rank == 0)
 
     def nll(self, sequence: OneSequence) -> float:
         return sum(losses_of(sequence))
@@ -40,31 +53,6 @@ class LoopHarness(Forking):
 
 def losses_of(sequence: OneSequence) -> list[float]:
     return [(sequence.number + t) % 7 + 0.5 for t in range(sequence.tokens)]
-
-
-def _train(script: Script, folder: Path, ran: Ran) -> None:
-    metrics = ChannelMetrics(script.config, reserved=["their_loss"])
-    watch_windows(metrics, ran)
-    metrics.start(script.resume)
-    first = int(script.resume.name.split("-")[1]) if script.resume else 0
-    for number in range(first + 1, len(script.steps) + 1):
-        for _ in range(1 + (number in script.reruns)):
-            metrics.begin_step()
-            for batch in _mine(script.steps[number - 1]):
-                _count(metrics, batch, script.lies)
-        metrics.end_step(discard=number in script.skips)
-        ran.steps += 1
-        if number in script.peeks:
-            ran.peeked.append(metrics.peek(number).logs)
-        if number % script.every == 0:
-            ran.logs.append({})
-            metrics.write(metrics.close(number), ran.logs[-1])
-        for evaluation in script.evaluations:
-            if evaluation.after == number:
-                _evaluate(metrics, evaluation, number, ran)
-        if script.save_at == number:
-            ran.checkpoint = folder / f"checkpoint-{number}"
-            metrics.save(ran.checkpoint, is_writer=metrics.ranks.rank == 0)
 
 
 def _evaluate(metrics: ChannelMetrics, evaluation: Any, number: int, ran: Ran) -> None:
@@ -119,21 +107,3 @@ def watch_windows(metrics: ChannelMetrics, ran: Ran) -> None:
         calls[0] = 0
 
     metrics.on_window.append(keep)
-
-
-@contextmanager
-def kept_warnings(ran: Ran) -> Any:
-    """Keep what the library warns of."""
-    logger = logging.getLogger("channel_metrics")
-
-    class Keeping(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.levelno >= logging.WARNING:
-                ran.warnings.append(record.getMessage())
-
-    handler = Keeping()
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from fork_client import Preload
 
 from contract.harness import Forking
-from contract.harness_loop import kept_warnings, losses_of, watch_windows
-from contract.script import Batch, Evaluation, OneSequence, Ran, Script, Step, faulty_count
+from contract.harness_loop import losses_of, watch_windows
+from contract.script import Batch, Evaluation, OneSequence, Ran, Script, Step
 
 __all__ = ["MegatronHarness"]
 
@@ -30,12 +30,7 @@ class MegatronHarness(Forking):
         from megatron.core import parallel_state
 
         parallel_state.initialize_model_parallel()
-        ran = Ran()
-        with kept_warnings(ran), faulty_count(script.fault_at):
-            try:
-                self.train(script, folder, ran)
-            except Exception as error:
-                ran.error = error
+        ran = super().run_here(script, folder)
         # Nobody leaves while another one still talks to it.
         dist.barrier()
         return ran
