@@ -217,7 +217,7 @@ def test_a_prediction_step_that_calls_the_model_is_counted(tmp_path: Path) -> No
 def test_the_default_objective_of_a_search_is_the_one_without_us(
     own_metrics: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_hf_gaps_more import TwoTrials
+    from test_hf_totals import TwoTrials
     from transformers import trainer as trainer_module
     from transformers.trainer_utils import HPSearchBackend
 
