@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fork_client import Preload
+from megatron_tools import MEGATRON
 
 from contract.harness import Forking
 from contract.harness_loop import losses_of, watch_windows
@@ -23,7 +23,7 @@ class MegatronHarness(Forking):
     name = "megatron"
     can = frozenset({"rerun", "skip", "peek", "ranks", "lies", "save", "fails"})
     reserved = "z"
-    preload = Preload(("contract.harness_megatron:prepare",))
+    preload = MEGATRON
     is_here = False
 
     def run_here(self, script: Script, folder: Path) -> Ran:
@@ -40,22 +40,6 @@ class MegatronHarness(Forking):
 
     def nll(self, sequence: OneSequence) -> float:
         return sum(losses_of(sequence))
-
-
-def prepare() -> None:
-    """In the server: Megatron asks for CUDA when it is imported."""
-    import warnings
-
-    from megatron_lm import cpu
-
-    cpu.install()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import megatron.core.enums
-        import megatron.core.pipeline_parallel
-        import megatron.core.transformer  # noqa: F401
-
-        import channel_metrics.trainers.megatron  # noqa: F401
 
 
 class Loop:

@@ -24,7 +24,7 @@ def test_a_collator_that_returns_channels_itself() -> None:
             {"input_ids": tokens, "channel_bounds": bounds, "channels": given},
         ):
             collate = ChannelCollator(dict, table=table, bounds_key="channel_bounds")
-            batch = collate.around(lambda _: dict(base))(records)  # noqa: B023
+            batch = collate.around(lambda _, base=base: dict(base))(records)
             assert batch["channels"].tolist() == [1, -1, 0]
             assert batch["channel_bounds"].tolist() == [0, 1, 3, 6]
     rows = {"input_ids": tokens.view(3, 2), "channels": ["new", "a", "b"]}

@@ -63,8 +63,11 @@ def test_any_order_of_many_records(base: Base) -> None:
     records += [record(4, "same", 900), record(4, "same", 900)]
     for _ in range(20):
         order = rng.sample(range(22), 22)
-        collate = ChannelCollator(lambda r: base([r[i] for i in order]), records_key=RECORDS_KEY)  # noqa: B023
-        batch = collate(records)
+
+        def ordered(records: list[Record], order: list[int] = order) -> dict[str, Any]:
+            return base([records[i] for i in order])
+
+        batch = ChannelCollator(ordered, records_key=RECORDS_KEY)(records)
         assert batch["channels"] == [records[i]["channel"] for i in order]
         found = batch[RECORDS_KEY].tolist()
         assert [records[i]["input_ids"] for i in found] == [records[i]["input_ids"] for i in order]

@@ -25,7 +25,7 @@ INSTALLED = [name for name in ("liger_kernel", "cut_cross_entropy") if util.find
 TRITON = util.find_spec("triton") is not None
 needs_te = pytest.mark.skipif(
     not TRITON or not (SOURCES / "transformer_engine").exists(),
-    reason="triton (for Linux only), or the sources that `make env` lays beside, are not there",
+    reason="it needs triton, for Linux only, and sources that `make env` lays beside; CI runs it",
 )
 
 
@@ -43,7 +43,7 @@ def interpreted() -> dict[str, dict[str, float]]:
 
 @pytest.mark.skipif(
     not TRITON or "liger_kernel" not in INSTALLED,
-    reason="triton (for Linux only) and liger-kernel are not installed",
+    reason="it needs liger-kernel and triton, which are for Linux: `make test` there runs this",
 )
 def test_liger_under_the_interpreter(interpreted: dict[str, dict[str, float]]) -> None:
     found = interpreted["liger"]

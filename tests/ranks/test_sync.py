@@ -164,6 +164,7 @@ def test_ranks_together_equal_one_process(ranks_of: RanksOf, of: Case) -> None:
 @pytest.mark.parametrize("of", [two, four])
 def test_random_windows_equal_one_process(ranks_of: RanksOf, of: Case) -> None:
     for seen in ranks_of(of):
+        assert len(seen["random"]) == 3
         for seed, computed in enumerate(seen["random"]):
             assert computed == [pytest.approx(alone([w]), rel=1e-12) for w in drawn(seed)]
 

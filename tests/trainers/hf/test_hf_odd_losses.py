@@ -27,7 +27,7 @@ class Liar(Qwen2ForCausalLM):
     steps = 0
     grows = False
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):  # type: ignore[override]
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
         self.steps += 1
         factor, honest = float(self.steps) if self.grows else 2.0, F.nll_loss
 

@@ -74,7 +74,7 @@ class Strict(Qwen2ForCausalLM):
 
     steps = 0
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None):  # type: ignore[override]
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
         self.steps += self.training
         output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
         logits = output.logits.float()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from liger_tools import needs_liger
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl_dpo_tools import EVERYTHING, IGNORED, OLD, Inputs, dpo
 from trl_tools import (
@@ -200,13 +201,13 @@ def test_a_model_in_half_precision_has_losses(
     assert not caplog.messages
 
 
+@needs_liger
 @pytest.mark.skipif(
-    not OLD, reason="newer TRL has no fused DPO loss of Liger; the main environment runs this"
+    not OLD, reason="newer TRL has no fused DPO loss of Liger; `make test` runs this"
 )
 @pytest.mark.parametrize("loss_type", ["sigmoid", "apo_zero"])
 def test_ligers_fused_loss_has_the_same_metrics(tmp_path: Path, loss_type: str) -> None:
     """TRL gathers the rewards of Liger's loss in the same way. Compilation is off: no GPU."""
-    pytest.importorskip("liger_kernel")
     kernels = ("rope", "rms_norm", "swiglu", "cross_entropy", "fused_linear_cross_entropy")
     usual = {"loss_type": [loss_type]}
     liger = {
