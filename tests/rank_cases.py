@@ -93,7 +93,17 @@ class RanksOf:
         self, preload: Preload, function: Callable[..., Any], *args: Any, **options: Any
     ) -> list[Any]:
         """`Server.call` of the server with this preload."""
-        return self._server_for(preload).call(function, *args, **options)
+        return self.server(preload).call(function, *args, **options)
+
+    def server(self, preload: Preload) -> Server:
+        """One server at a time: each holds much memory."""
+        if self._server is None or self._server.preload != preload:
+            self.close()
+            folder = self.folder / f"server{self._servers}"
+            self._servers += 1
+            folder.mkdir()
+            self._server = Server(preload, folder)
+        return self._server
 
     def close(self) -> None:
         if self._server is not None:
@@ -107,7 +117,7 @@ class RanksOf:
         # The cases of a file may read what an earlier one wrote.
         folder = self.folder / module.__name__
         folder.mkdir(exist_ok=True)
-        self._server_for(of.preload).ask(
+        self.server(of.preload).ask(
             output,
             "rank_cases:run_group",
             ranks=of.ranks,
@@ -119,16 +129,6 @@ class RanksOf:
             setup=of.setup,
             cases_folder=str(folder),
         )
-
-    def _server_for(self, preload: Preload) -> Server:
-        """One server at a time: each holds much memory."""
-        if self._server is None or self._server.preload != preload:
-            self.close()
-            folder = self.folder / f"server{self._servers}"
-            self._servers += 1
-            folder.mkdir()
-            self._server = Server(preload, folder)
-        return self._server
 
 
 def run_group(job: Job, rank: int) -> int:
