@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -16,6 +17,14 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 # The tensors here are tiny: more threads only cost time, and CI has few cores.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_no_garbage() -> None:
+    """Every training of accelerate collects garbage, which takes as long as all else in it where
+    the million objects of the imports are looked at each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

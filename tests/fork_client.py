@@ -1,20 +1,30 @@
-"""Starts a `fork_server` and sends it jobs."""
+"""Starts a `fork_server` and sends it jobs.
+
+server = Server(Preload(("torch",)), folder)
+first, second = server.call(function, 1, 2, ranks=2, folder=folder / "job")
+server.close()
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import select
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from fork_server import Job
 from paths import python_path
 
 START_SECONDS = 180
+CALL_SECONDS = 200
+CALL = "call.pickle"
 # Beyond the time of a job: what the server needs for imports, and to end the ranks.
 SERVER_SECONDS = 60
 
@@ -79,6 +89,39 @@ class Server:
             self.close()
             raise
 
+    def call(
+        self, function: Callable[..., Any], *args: Any, ranks: int, folder: Path, meet: bool = True
+    ) -> list[Any]:
+        """`function(*args)` on each of some ranks that have met over gloo.
+
+        Args:
+            function: of a module, or a method of an object that can be pickled.
+            args: the same on all ranks; pickled, as is what the function returns.
+            folder: where the ranks start; made here.
+            meet: without it, a rank is alone and knows of no torchrun.
+
+        Returns:
+            What the function returned, by rank.
+
+        Raises:
+            AssertionError: if a rank fails, with what the ranks printed.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CALL).write_bytes(pickle.dumps((function, args)))
+        answer = self.ask(
+            folder, "fork_client:run_call", ranks=ranks, timeout=CALL_SECONDS, meet=meet
+        )
+        if any(answer["codes"]):
+            # The first to end is the cause; others only miss it.
+            raise AssertionError(
+                "\n".join(
+                    f"rank {rank}: {(folder / f'rank{rank}.err').read_text()[-4000:]}"
+                    for rank in answer["ended"]
+                    if answer["codes"][rank]
+                )
+            )
+        return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(ranks)]
+
     def close(self) -> None:
         """End the server, and with it what it runs."""
         process, self.process = self.process, None
@@ -122,3 +165,24 @@ class Server:
             # A signal to the tests does not reach it: it ends with its input, and ends its ranks.
             start_new_session=True,
         )
+
+
+def run_call(job: Job, rank: int) -> int:
+    """On a rank: what `Server.call` asks for."""
+    begin(job, CALL_SECONDS // 2)
+    folder = Path(job["folder"])
+    function, args = pickle.loads((folder / CALL).read_bytes())
+    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(function(*args)))
+    return 0
+
+
+def begin(job: Job, seconds: float) -> None:
+    """On a rank: meet the others over gloo, if the job says so."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    if job["meet"]:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
+        # A rank that ends while another still connects makes that one fail.
+        dist.barrier()

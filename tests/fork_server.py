@@ -211,8 +211,10 @@ def prepare(names: list[str]) -> None:
 
 
 def import_file(path: Path) -> None:
-    """As `import`, without a search for it."""
+    """As pytest imports a test file: what lies beside it can be imported by its bare name."""
     if path.stem not in sys.modules:
+        if str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
         sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)

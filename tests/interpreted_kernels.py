@@ -27,7 +27,7 @@ from channel_metrics.losses.linear import Backend, linear_cross_entropy
 
 
 @triton.jit
-def logaddexp(a, b):  # type: ignore[no-untyped-def]
+def logaddexp(a, b):
     largest = tl.maximum(a, b)
     return tl.log(1.0 + tl.exp(tl.minimum(a, b) - largest)) + largest
 

@@ -9,24 +9,25 @@
 
 Starting ranks takes seconds. The cases of a file that agree in all that `case` is given are a
 group: when a test asks for one of them, all run, one after the other, in the same processes.
+What needs arguments is no case: `ranks_of.call(HF, function, 1, ranks=2, folder=tmp_path)`.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
+import pickle
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from fork_client import Preload, Server
+from fork_client import Preload, Server, begin
 from fork_server import Job, attribute
 
+# The library alone.
+TORCH = Preload(("channel_metrics",))
 TIMEOUT_SECONDS = 60
 GROUP_SECONDS = 240
 
@@ -53,7 +54,8 @@ class Case:
 def case(preload: Preload, *, ranks: int, setup: str | None = None) -> Callable[..., Case]:
     """Register a function as a case.
 
-    The function is given a folder of its own, which does not exist yet, and returns plain values.
+    The function is given a folder of its own, which does not exist yet, and returns what can be
+    pickled.
 
     Args:
         preload: the server that forks the ranks.
@@ -71,6 +73,7 @@ class RanksOf:
         self.folder = folder
         self._done: dict[tuple[Any, ...], Path] = {}
         self._server: Server | None = None
+        self._servers = 0
 
     def __call__(self, of: Case) -> list[Any]:
         if of.group not in self._done:
@@ -78,13 +81,29 @@ class RanksOf:
             self._done[of.group] = self.folder / f"group{len(self._done)}"
             self._run(of)
         output = self._done[of.group]
-        paths = [output / f"{of.__name__}.{rank}.json" for rank in range(of.ranks)]
-        results = [json.loads(path.read_text()) for path in paths if path.exists()]
+        paths = [output / f"{of.__name__}.{rank}" for rank in range(of.ranks)]
+        results = [pickle.loads(path.read_bytes()) for path in paths if path.exists()]
         errors = [result["error"] for result in results if "error" in result]
         if errors or len(results) < of.ranks:
             said = [path.read_text()[-3000:] for path in sorted(output.glob("rank*.err"))]
             raise AssertionError("\n".join([*errors, f"case {of.__name__} in {output}:", *said]))
         return [result["value"] for result in results]
+
+    def call(
+        self, preload: Preload, function: Callable[..., Any], *args: Any, **options: Any
+    ) -> list[Any]:
+        """`Server.call` of the server with this preload."""
+        return self.server(preload).call(function, *args, **options)
+
+    def server(self, preload: Preload) -> Server:
+        """One server at a time: each holds much memory."""
+        if self._server is None or self._server.preload != preload:
+            self.close()
+            folder = self.folder / f"server{self._servers}"
+            self._servers += 1
+            folder.mkdir()
+            self._server = Server(preload, folder)
+        return self._server
 
     def close(self) -> None:
         if self._server is not None:
@@ -98,7 +117,7 @@ class RanksOf:
         # The cases of a file may read what an earlier one wrote.
         folder = self.folder / module.__name__
         folder.mkdir(exist_ok=True)
-        self._server_for(of.preload).ask(
+        self.server(of.preload).ask(
             output,
             "rank_cases:run_group",
             ranks=of.ranks,
@@ -111,36 +130,22 @@ class RanksOf:
             cases_folder=str(folder),
         )
 
-    def _server_for(self, preload: Preload) -> Server:
-        """One server at a time: each holds much memory."""
-        if self._server is None or self._server.preload != preload:
-            self.close()
-            folder = self.folder / f"server{len(self._done)}"
-            folder.mkdir()
-            self._server = Server(preload, folder)
-        return self._server
-
 
 def run_group(job: Job, rank: int) -> int:
-    """On a rank: run the cases, and write `<case>.<rank>.json` for each."""
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
+    """On a rank: run the cases, and write `<case>.<rank>` for each."""
     if job["setup"]:
         attribute(job["setup"])()
-    if job["ranks"] > 1:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
+    begin(job, TIMEOUT_SECONDS)
     module = importlib.import_module(job["module"])
     for name in job["cases"]:
-        started = time.monotonic()
         try:
             found = {"value": getattr(module, name).function(Path(job["cases_folder"], name))}
-            text = json.dumps(found | {"seconds": time.monotonic() - started})
+            content = pickle.dumps(found)
         except BaseException:
-            text = json.dumps({"error": traceback.format_exc()})
-        Path(job["folder"], f"{name}.{rank}.json").write_text(text)
-        if text.startswith('{"error"'):
+            found = {"error": traceback.format_exc()}
+            content = pickle.dumps(found)
+        Path(job["folder"], f"{name}.{rank}").write_bytes(content)
+        if "error" in found:
             # The ranks are out of step now; the server ends the others.
             return 1
     return 0

@@ -33,7 +33,7 @@ class Record:
 
 class Mixin:
     def doubled(self) -> int:
-        return 2 * self.value  # type: ignore[attr-defined, no-any-return]
+        return 2 * self.value
 
 
 def saying(word: str) -> Callable[..., list[str]]:
@@ -106,7 +106,7 @@ def test_what_somebody_puts_there_after_us_stays(
         return ["theirs", *ours(self)]
 
     theirs = functools.wraps(ours)(theirs) if is_shown else theirs
-    Base.size = theirs  # type: ignore[method-assign]
+    Base.size = theirs
     try:
         assert Base().size() == ["theirs", "ours", "base"]
         assert swap.is_wrapped(Base, "size", key=KEY) == is_shown
@@ -119,7 +119,7 @@ def test_what_somebody_puts_there_after_us_stays(
         swap.unwrap(KEY)
         assert Base.size is theirs
     finally:
-        Base.size = plain  # type: ignore[method-assign]
+        Base.size = plain
 
 
 @pytest.mark.parametrize("is_called", [True, False])
@@ -127,8 +127,11 @@ def test_a_replacement_that_is_not_found_is_made_anew_and_runs_once(is_called: b
     plain = Base.size
     swap.wrap(Base, "size", saying("ours"), key=KEY)
     ours = Base.size
-    hidden = lambda self: ours(self) if is_called else plain(self)  # noqa: E731
-    Base.size = hidden  # type: ignore[method-assign]
+
+    def hidden(self: Base) -> list[str]:
+        return ours(self) if is_called else plain(self)
+
+    Base.size = hidden
     try:
         swap.wrap(Base, "size", saying("ours"), key=KEY)
         assert Base().size() == ["ours", "base"]
@@ -136,7 +139,7 @@ def test_a_replacement_that_is_not_found_is_made_anew_and_runs_once(is_called: b
         assert Base.size is hidden
         assert Base().size() == ["base"]
     finally:
-        Base.size = plain  # type: ignore[method-assign]
+        Base.size = plain
 
 
 def test_blocks_are_nested() -> None:
@@ -219,7 +222,7 @@ def test_a_class_with_a_mixin_keeps_its_name_and_its_instances_can_be_pickled() 
         assert (same.value, same.doubled()) == (3, 6)
 
 
-class Derived(swap.with_mixin(Record, Mixin)):  # type: ignore[misc]
+class Derived(swap.with_mixin(Record, Mixin)):
     """Somebody's class on top of ours, which pickle finds by its name."""
 
 

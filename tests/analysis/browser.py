@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -14,6 +15,12 @@ MISSING = (
     "the report is tested in Chromium, and {} is not there; CI runs it; on Debian: "
     "apt-get install -y chromium chromium-driver"
 )
+needs_browser = pytest.mark.skipif(
+    importlib.util.find_spec("selenium") is None,
+    reason="Selenium is only in the main environment (Python 3.11): `make test` runs this",
+)
+ENTER, ESCAPE, DOWN, END, HOME = "\ue007", "\ue00c", "\ue015", "\ue010", "\ue011"
+RIGHT, TAB = "\ue014", "\ue004"
 FLAGS = (
     "--headless=new",
     "--no-sandbox",

@@ -10,6 +10,7 @@ from analysis_tools import HOSTILE, run_of
 
 from channel_metrics.analysis.run import Run
 
+FOUR = ("bbu", "rru", "lvis", "lang_chat")
 HOSTILE_NAMES = (
     HOSTILE,
     "</script><script>window.hacked=1</script>",

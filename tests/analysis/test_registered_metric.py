@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from analysis_tools import Entry, make_history, run_of, write_jsonl
-from browser import Report, start_browser
+from browser import END, Report, needs_browser, start_browser
 from schema_tools import EASY, registered
 from typer.testing import CliRunner
 
@@ -118,17 +118,26 @@ def test_a_smooth_count_is_a_plain_mean_of_windows() -> None:
     assert means[1:-1].tolist() == pytest.approx(steps[1:-1].tolist(), rel=1e-12)
 
 
-@pytest.mark.usefixtures("easy_share")
-def test_the_page_draws_and_reads_any_number_of_charts(tmp_path: Path) -> None:
+@pytest.fixture
+def titles(tmp_path: Path, easy_share: None) -> list[str]:
+    """Those of a page, `report.html`, with a chart that has no place of its own."""
     margin = Metric("margin", ("tokens",), lambda s: None, unit="nats", label="Margin <b>(</b>")
     history = history_with_easy_share()
     for entry in history:
         if "rru_tokens" in entry:
             entry["rru_margin"] = -entry["step"] / 10
     with registered(margin):
-        titles, _ = page_of(history, tmp_path)
+        found, _ = page_of(history, tmp_path)
+    return found
+
+
+def test_any_number_of_charts_has_titles(titles: list[str]) -> None:
     assert titles[3:] == ["Easy tokens", "Margin &lt;b&gt;(&lt;/b&gt;"]
-    pytest.importorskip("selenium")
+
+
+@needs_browser
+@pytest.mark.usefixtures("titles")
+def test_the_page_draws_and_reads_any_number_of_charts(tmp_path: Path) -> None:
     driver = start_browser(tmp_path / "profile")
     try:
         report = Report(driver)
@@ -136,8 +145,8 @@ def test_the_page_draws_and_reads_any_number_of_charts(tmp_path: Path) -> None:
         assert report.complaints() == []
         assert report.texts("figcaption h3")[3:] == ["Easy tokens", "Margin <b>(</b>"]
         assert len(report.lines("easy_share")) == len(report.lines("margin")) == 1
-        assert report.read("\ue010", "easy_share").endswith("bbu: 86.5%")
-        assert "rru: -" in report.read("\ue010", "margin")
+        assert report.read(END, "easy_share").endswith("bbu: 86.5%")
+        assert "rru: -" in report.read(END, "margin")
         widths = "return [...document.querySelectorAll('.chart')].map((e) => e.clientWidth)"
         first, *others = report.run(widths)
         assert all(width < 0.6 * first for width in others), "four charts in two rows"

@@ -147,7 +147,7 @@ def test_findings_are_told(tmp_path: Path) -> None:
     assert "has no tokens in 20 logged windows, between steps 18 and 39" in text
     assert "fine is 81.8% of the records, but was configured as 50.0%" in text
     assert "worse has 6 tokens whose loss is not finite" in text
-    assert "give the trainer’s loss: over 60 windows" in text  # noqa: RUF001
+    assert "give the trainer\u2019s loss: over 60 windows" in text
 
 
 def test_a_check_that_fails_is_told(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_check_that_fails_is_told(tmp_path: Path) -> None:
         if "bbu_loss" in entry:
             entry["loss"] *= 1.5
     text = page_of([run_of(history)], tmp_path).text
-    assert "do not give the trainer’s loss" in text  # noqa: RUF001
+    assert "do not give the trainer\u2019s loss" in text
 
 
 def test_the_numbers_of_the_table_are_those_of_the_log(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def case(*needs: str) -> Callable[..., Callable[[Harness, Path], None]]:
 
 
 def config(**given: object) -> MetricsConfig:
-    return MetricsConfig(**({"metrics": ALL, "live_table": False} | given))  # type: ignore[arg-type]
+    return MetricsConfig(**({"metrics": ALL, "live_table": False} | given))
 
 
 def ran(harness: Harness, script: Script, folder: Path) -> Ran:

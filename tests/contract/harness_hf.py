@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from functools import cache
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed import run_ranks
 from torch.utils.data import SequentialSampler
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from channel_metrics.trainers.hf import attach
-from contract.harness_loop import kept_warnings, watch_windows
-from contract.script import ROWS, Evaluation, OneSequence, Ran, Script, faulty_count, flat
+from contract.harness import Forking
+from contract.harness_loop import watch_windows
+from contract.script import ROWS, Evaluation, OneSequence, Ran, Script, flat
 
 __all__ = ["HFHarness", "InOrder", "Records", "collate", "nll_of", "tiny_qwen2", "token_ids"]
 
@@ -40,36 +39,15 @@ class Records(torch.utils.data.Dataset[dict[str, Any]]):
         return {"input_ids": ids, "labels": [-100, *ids[1:]], "channel": sequence.channel}
 
 
-class HFHarness:
+class HFHarness(Forking):
     """What other trainers that are built on the Trainer do in another way, they override."""
 
     name = "hf"
     can = frozenset({"ranks", "save", "fails"})
     reserved = "eval"
 
-    def run(self, script: Script, folder: Path, ranks: int = 1) -> list[Ran]:
-        if ranks == 1:
-            return [self.run_here(script, folder)]
-        found: list[Ran] = run_ranks(self.run_here, ranks, script, folder)
-        return found
-
     def nll(self, sequence: OneSequence) -> float:
         return nll_of(sequence)
-
-    def run_here(self, script: Script, folder: Path) -> Ran:
-        """The run of this process."""
-        if dist.is_initialized():
-            rank, size = str(dist.get_rank()), str(dist.get_world_size())
-            os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size)
-            # The processes have met already; accelerate only asks whether these are set.
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
-        ran = Ran()
-        with kept_warnings(ran), faulty_count(script.fault_at):
-            try:
-                self._train(script, folder, ran)
-            except Exception as error:
-                ran.error = error
-        return ran
 
     def records(self, sequences: list[OneSequence], fails_at: int | None = None) -> Records:
         """What the trainer takes for a dataset."""
@@ -86,7 +64,7 @@ class HFHarness:
         )
         return attach(trainer, script.config)
 
-    def _train(self, script: Script, folder: Path, ran: Ran) -> None:
+    def train(self, script: Script, folder: Path, ran: Ran) -> None:
         size = dist.get_world_size() if dist.is_initialized() else 1
         trainer = self.make_trainer(
             script,

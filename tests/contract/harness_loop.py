@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
-import logging
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed import run_ranks
 
 from channel_metrics import ChannelMetrics, MicroBatch
 from channel_metrics.ranks.ranks import Ranks
-from contract.script import Batch, OneSequence, Ran, Script, faulty_count
+from contract.harness import Forking
+from contract.script import Batch, OneSequence, Ran, Script
 
-__all__ = ["LoopHarness", "kept_warnings", "watch_windows"]
+__all__ = ["LoopHarness", "watch_windows"]
 
 
-class LoopHarness:
+class LoopHarness(Forking):
     """Losses are made up: token t of sequence n has (n + t) % 7 + 0.5."""
 
     name = "loop"
     can = frozenset({"rerun", "skip", "peek", "ranks", "lies", "save", "fails"})
     reserved = "their"
 
-    def run(self, script: Script, folder: Path, ranks: int = 1) -> list[Ran]:
-        if ranks == 1:
-            return [run_here(script, folder)]
-        found: list[Ran] = run_ranks(run_here, ranks, script, folder)
-        return found
+    def train(self, script: Script, folder: Path, ran: Ran) -> None:
+        metrics = ChannelMetrics(script.config, reserved=["their_loss"])
+        watch_windows(metrics, ran)
+        metrics.start(script.resume)
+        first = int(script.resume.name.split("-")[1]) if script.resume else 0
+        for number in range(first + 1, len(script.steps) + 1):
+            for _ in range(1 + (number in script.reruns)):
+                metrics.begin_step()
+                for batch in _mine(script.steps[number - 1]):
+                    _count(metrics, batch, script.lies)
+            metrics.end_step(discard=number in script.skips)
+            ran.steps += 1
+            if number in script.peeks:
+                ran.peeked.append(metrics.peek(number).logs)
+            if number % script.every == 0:
+                ran.logs.append({})
+                metrics.write(metrics.close(number), ran.logs[-1])
+            for evaluation in script.evaluations:
+                if evaluation.after == number:
+                    _evaluate(metrics, evaluation, number, ran)
+            if script.save_at == number:
+                ran.checkpoint = folder / f"checkpoint-{number}"
+                metrics.save(ran.checkpoint, is_writer=metrics.ranks.rank == 0)
 
     def nll(self, sequence: OneSequence) -> float:
         return sum(losses_of(sequence))
@@ -37,42 +53,6 @@ class LoopHarness:
 
 def losses_of(sequence: OneSequence) -> list[float]:
     return [(sequence.number + t) % 7 + 0.5 for t in range(sequence.tokens)]
-
-
-def run_here(script: Script, folder: Path) -> Ran:
-    """The run of this process."""
-    ran = Ran()
-    with kept_warnings(ran), faulty_count(script.fault_at):
-        try:
-            _train(script, folder, ran)
-        except Exception as error:
-            ran.error = error
-    return ran
-
-
-def _train(script: Script, folder: Path, ran: Ran) -> None:
-    metrics = ChannelMetrics(script.config, reserved=["their_loss"])
-    watch_windows(metrics, ran)
-    metrics.start(script.resume)
-    first = int(script.resume.name.split("-")[1]) if script.resume else 0
-    for number in range(first + 1, len(script.steps) + 1):
-        for _ in range(1 + (number in script.reruns)):
-            metrics.begin_step()
-            for batch in _mine(script.steps[number - 1]):
-                _count(metrics, batch, script.lies)
-        metrics.end_step(discard=number in script.skips)
-        ran.steps += 1
-        if number in script.peeks:
-            ran.peeked.append(metrics.peek(number).logs)
-        if number % script.every == 0:
-            ran.logs.append({})
-            metrics.write(metrics.close(number), ran.logs[-1])
-        for evaluation in script.evaluations:
-            if evaluation.after == number:
-                _evaluate(metrics, evaluation, number, ran)
-        if script.save_at == number:
-            ran.checkpoint = folder / f"checkpoint-{number}"
-            metrics.save(ran.checkpoint, is_writer=metrics.ranks.rank == 0)
 
 
 def _evaluate(metrics: ChannelMetrics, evaluation: Any, number: int, ran: Ran) -> None:
@@ -127,21 +107,3 @@ def watch_windows(metrics: ChannelMetrics, ran: Ran) -> None:
         calls[0] = 0
 
     metrics.on_window.append(keep)
-
-
-@contextmanager
-def kept_warnings(ran: Ran) -> Any:
-    """Keep what the library warns of."""
-    logger = logging.getLogger("channel_metrics")
-
-    class Keeping(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.levelno >= logging.WARNING:
-                ran.warnings.append(record.getMessage())
-
-    handler = Keeping()
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)

@@ -2,96 +2,44 @@
 
 from __future__ import annotations
 
-import pickle
-import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from fork_client import Preload, Server
-from fork_server import Job
+from megatron_tools import MEGATRON
 
-from contract.harness_loop import kept_warnings, losses_of, watch_windows
-from contract.script import Batch, Evaluation, OneSequence, Ran, Script, Step, faulty_count
+from contract.harness import Forking
+from contract.harness_loop import losses_of, watch_windows
+from contract.script import Batch, Evaluation, OneSequence, Ran, Script, Step
 
-__all__ = ["MegatronHarness", "run_on_rank"]
-
-SECONDS = 60
+__all__ = ["MegatronHarness"]
 
 
-class MegatronHarness:
+class MegatronHarness(Forking):
     """Losses are made up, as those of the loop; a schedule takes them through a model."""
 
     name = "megatron"
     can = frozenset({"rerun", "skip", "peek", "ranks", "lies", "save", "fails"})
     reserved = "z"
-    preload = Preload(("contract.harness_megatron:prepare",))
-    main = "contract.harness_megatron:rank_main"
+    preload = MEGATRON
+    is_here = False
 
-    def __init__(self) -> None:
-        self._server: Server | None = None
-        self._place = tempfile.TemporaryDirectory()
+    def run_here(self, script: Script, folder: Path) -> Ran:
+        from megatron.core import parallel_state
 
-    def run(self, script: Script, folder: Path, ranks: int = 1) -> list[Ran]:
-        if self._server is None:
-            self._server = Server(self.preload, Path(self._place.name))
-        folder.mkdir(exist_ok=True)
-        (folder / "script.pickle").write_bytes(pickle.dumps(script))
-        answer = self._server.ask(folder, self.main, ranks=ranks, timeout=SECONDS)
-        said = [(folder / f"rank{rank}.err").read_text()[-3000:] for rank in range(ranks)]
-        assert not any(answer["codes"]), "\n".join(said)
-        return [pickle.loads((folder / f"{r}.pickle").read_bytes()) for r in range(ranks)]
+        parallel_state.initialize_model_parallel()
+        ran = super().run_here(script, folder)
+        # Nobody leaves while another one still talks to it.
+        dist.barrier()
+        return ran
+
+    def train(self, script: Script, folder: Path, ran: Ran) -> None:
+        Loop(script, folder, ran).train()
 
     def nll(self, sequence: OneSequence) -> float:
         return sum(losses_of(sequence))
-
-    def close(self) -> None:
-        """End the server."""
-        if self._server is not None:
-            self._server.close()
-        self._place.cleanup()
-
-
-def prepare() -> None:
-    """In the server: Megatron asks for CUDA when it is imported."""
-    import warnings
-
-    from megatron_lm import cpu
-
-    cpu.install()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import megatron.core.enums
-        import megatron.core.pipeline_parallel
-        import megatron.core.transformer  # noqa: F401
-
-        import channel_metrics.trainers.megatron  # noqa: F401
-
-
-def rank_main(job: Job, rank: int) -> int:
-    return run_on_rank(job, rank, lambda *given: Loop(*given).train())
-
-
-def run_on_rank(job: Job, rank: int, train: Callable[[Script, Path, Ran], None]) -> int:
-    """On a rank: run the script, and leave what came of it."""
-    from megatron.core import parallel_state
-
-    dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel()
-    folder = Path(job["folder"])
-    script = pickle.loads((folder / "script.pickle").read_bytes())
-    ran = Ran()
-    with kept_warnings(ran), faulty_count(script.fault_at):
-        try:
-            train(script, folder, ran)
-        except Exception as error:
-            ran.error = error
-    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(ran))
-    dist.barrier()
-    return 0
 
 
 class Loop:

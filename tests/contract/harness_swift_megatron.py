@@ -10,10 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fork_client import Preload
-from fork_server import Job
 
 from contract.harness_loop import watch_windows
-from contract.harness_megatron import MegatronHarness, run_on_rank
+from contract.harness_megatron import MegatronHarness
 from contract.script import Batch, Evaluation, Ran, Script
 
 __all__ = ["SwiftMegatronHarness"]
@@ -31,26 +30,20 @@ class SwiftMegatronHarness(MegatronHarness):
             "channel_metrics.trainers.swift_megatron",
         )
     )
-    main = "contract.harness_swift_megatron:rank_main"
 
+    def train(self, script: Script, folder: Path, ran: Ran) -> None:
+        from channel_metrics.trainers.swift_megatron import attach
 
-def rank_main(job: Job, rank: int) -> int:
-    return run_on_rank(job, rank, train)
-
-
-def train(script: Script, folder: Path, ran: Ran) -> None:
-    from channel_metrics.trainers.swift_megatron import attach
-
-    trainer = new_trainer(script, folder, ran)
-    attach(trainer, script.config)
-    watch_windows(trainer.channel_metrics, ran)
-    batches, _ = trainer.setup_training(None, None)
-    for number in range(trainer.state.iteration + 1, len(script.steps) + 1):
-        trainer.run_train_step(batches, None)
-        ran.steps += 1
-        for evaluation in script.evaluations:
-            if evaluation.after == number:
-                evaluate(trainer, evaluation)
+        trainer = new_trainer(script, folder, ran)
+        attach(trainer, script.config)
+        watch_windows(trainer.channel_metrics, ran)
+        batches, _ = trainer.setup_training(None, None)
+        for number in range(trainer.state.iteration + 1, len(script.steps) + 1):
+            trainer.run_train_step(batches, None)
+            ran.steps += 1
+            for evaluation in script.evaluations:
+                if evaluation.after == number:
+                    evaluate(trainer, evaluation)
 
 
 def evaluate(trainer: Any, evaluation: Evaluation) -> None:
@@ -108,7 +101,7 @@ def new_trainer(script: Script, folder: Path, ran: Ran) -> Any:
         def forward(self, labels: torch.Tensor, **_: Any) -> torch.Tensor:
             return torch.where(labels < 0, 0.0, labels + 0.5) + self.nothing
 
-    class Trainer(MegatronTrainer):  # type: ignore[misc]
+    class Trainer(MegatronTrainer):
         def __init__(self) -> None:
             first = int(script.resume.name.split("-")[1]) if script.resume else 0
             self.args = arguments(script, folder)

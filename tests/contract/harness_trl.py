@@ -6,10 +6,10 @@ import math
 from functools import cache
 from typing import Any
 
-import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl_dpo_tools import log_prob
 from trl_tools import CHECKPOINTING
 
 from channel_metrics.demo.tiny import byte_tokenizer
@@ -118,9 +118,3 @@ def loss_of(sequence: OneSequence) -> float:
         for answer in answers
     )
     return math.log1p(math.exp(-BETA * (chosen - rejected)))
-
-
-def log_prob(model: torch.nn.Module, prompt: list[int], answer: list[int]) -> float:
-    with torch.no_grad():
-        log_probs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-    return sum(log_probs[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))

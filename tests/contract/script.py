@@ -190,11 +190,11 @@ def faulty_count(at: int | None) -> Any:
             raise ZeroDivisionError("an error of ours")
         return original(self)
 
-    Counting._open_table = open_table  # type: ignore[method-assign]
+    Counting._open_table = open_table
     try:
         yield
     finally:
-        Counting._open_table = original  # type: ignore[method-assign]
+        Counting._open_table = original
 
 
 def flat(batches: Sequence[Batch]) -> list[OneSequence]:

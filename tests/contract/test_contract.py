@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rank_cases import RanksOf
 
 from contract.cases import CASES, NEEDS
+from contract.harness import Forking
 from contract.harness_hf import HFHarness
 from contract.harness_loop import LoopHarness
 from contract.harness_trl import DPOHarness, SFTHarness
-from contract.script import Harness
 
 # trl 1.16 reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
 
-HARNESSES: list[Harness] = [LoopHarness(), HFHarness(), SFTHarness(), DPOHarness()]
+HARNESSES = [LoopHarness(), HFHarness(), SFTHarness(), DPOHarness()]
 RUNS = [
     pytest.param(harness, name, id=f"{harness.name}-{name}")
     for harness in HARNESSES
@@ -25,7 +26,8 @@ RUNS = [
 
 
 @pytest.mark.parametrize(("harness", "name"), RUNS)
-def test_case(harness: Harness, name: str, tmp_path: Path) -> None:
+def test_case(harness: Forking, name: str, tmp_path: Path, ranks_of: RanksOf) -> None:
+    harness.ranks_of = ranks_of
     CASES[name](harness, tmp_path)
 
 

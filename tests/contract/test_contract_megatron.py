@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rank_cases import RanksOf
 from swift_tools import needs_swift
 
 from contract.cases import CASES, NEEDS
@@ -21,14 +21,8 @@ RUNS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def servers() -> Iterator[None]:
-    """They start with the first case, and end with the last."""
-    yield
-    for harness in HARNESSES.values():
-        harness.close()
-
-
 @pytest.mark.parametrize(("key", "name"), RUNS)
-def test_case(key: str, name: str, tmp_path: Path) -> None:
-    CASES[name](HARNESSES[key], tmp_path)
+def test_case(key: str, name: str, tmp_path: Path, ranks_of: RanksOf) -> None:
+    harness = HARNESSES[key]
+    harness.ranks_of = ranks_of
+    CASES[name](harness, tmp_path)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fork_client import Server
-from swift_tools import SWIFT, needs_swift
+from rank_cases import RanksOf
+from swift_tools import needs_swift
 
 from contract.cases import CASES, NEEDS
 from contract.harness_swift import SwiftHarness
@@ -17,12 +16,11 @@ pytestmark = needs_swift
 
 
 @pytest.fixture(scope="module")
-def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SwiftHarness]:
-    server = Server(SWIFT, tmp_path_factory.mktemp("server"))
-    made = SwiftHarness(tmp_path_factory.mktemp("model"), server)
+def harness(tmp_path_factory: pytest.TempPathFactory, ranks_of: RanksOf) -> SwiftHarness:
+    made = SwiftHarness(tmp_path_factory.mktemp("model"))
+    made.ranks_of = ranks_of
     made.save_model()
-    yield made
-    server.close()
+    return made
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if NEEDS[name] <= SwiftHarness.can])

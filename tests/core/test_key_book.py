@@ -226,7 +226,7 @@ def test_a_table_travels_to_workers_without_its_metrics(
     monkeypatch.setattr(TOKENS, "metrics", [*TOKENS.metrics, Metric("own", (), lambda s: 0.0)])
     table = ChannelTable(
         ["a", "b"], unknown=unknown, key_format="{channel}/{metric}", reserved=["x/loss"]
-    )  # type: ignore[arg-type]
+    )
     again = pickle.loads(pickle.dumps(table))
     assert (again.names, again.unknown, again.key_format) == (("a", "b"), unknown, table.key_format)
     with pytest.raises(ConfigError, match="'x/loss'"):

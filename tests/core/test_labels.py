@@ -127,7 +127,7 @@ def test_unknown_names() -> None:
         (lambda: ChannelTable(["a b", "a_b"]), "'a b' and 'a_b' would both be logged as 'a_b'"),
         (lambda: ChannelTable([""]), "must be a non-empty string, but is ''"),
         (lambda: ChannelTable(["  "]), "must be a non-empty string, but is '  '"),
-        (lambda: ChannelTable().ids([3]), "must be a non-empty string, but is 3"),  # type: ignore[list-item]
+        (lambda: ChannelTable().ids([3]), "must be a non-empty string, but is 3"),
         (
             lambda: channels_of({"channel": 1.5}),
             "'channel' of a record must be a name or an integer",
@@ -155,7 +155,7 @@ def test_refuses_key_formats(key_format: Any) -> None:
 
 def test_refuses_other_treatments_of_unknown_names() -> None:
     with pytest.raises(ConfigError, match='"add", "unlabeled" or "error", but is \'drop\''):
-        ChannelTable(unknown="drop")  # type: ignore[arg-type]
+        ChannelTable(unknown="drop")
 
 
 def test_refuses_the_keys_of_the_trainer() -> None:

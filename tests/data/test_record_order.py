@@ -4,61 +4,26 @@ from __future__ import annotations
 
 import logging
 import random
-import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from collator_tools import (
+    Base,
+    Record,
+    left,
+    longest_first,
+    padded,
+    record,
+    unmasked,
+    unmasked_left,
+)
 from reference import Batch, reference_metrics
 from transformers import DataCollatorWithFlattening
 
 from channel_metrics import ChannelCollator, ChannelError, ChannelLossAccumulator, ChannelTable
 from channel_metrics.data import collator as collator_module
 from channel_metrics.data.collator import RECORDS_KEY
-
-Record = dict[str, Any]
-Base = Callable[[list[Record]], dict[str, Any]]
-
-
-def record(length: int, channel: str | None, first: int = 100) -> Record:
-    """Tokens that no record of another `first` has; each label is its token."""
-    return {"input_ids": list(range(first, first + length)), "channel": channel}
-
-
-def padded(records: list[Record], *, left: bool = False, mask: bool = True) -> dict[str, Any]:
-    """Rows, padded with 0; labels of pads are -100."""
-    width = max(len(r["input_ids"]) for r in records)
-    batch: dict[str, list[Any]] = {"input_ids": [], "labels": [], "attention_mask": []}
-    for r in records:
-        ids = r["input_ids"]
-        for key, values, pad in (
-            ("input_ids", ids, 0),
-            ("labels", ids, -100),
-            ("attention_mask", [1] * len(ids), 0),
-        ):
-            fill = [pad] * (width - len(ids))
-            batch[key].append([*fill, *values] if left else [*values, *fill])
-    if not mask:
-        del batch["attention_mask"]
-    return {key: torch.tensor(rows) for key, rows in batch.items()}
-
-
-def longest_first(records: list[Record], base: Base = padded) -> dict[str, Any]:
-    return base(sorted(records, key=lambda r: -len(r["input_ids"])))
-
-
-def left(records: list[Record]) -> dict[str, Any]:
-    return padded(records, left=True)
-
-
-def unmasked(records: list[Record]) -> dict[str, Any]:
-    return padded(records, mask=False)
-
-
-def unmasked_left(records: list[Record]) -> dict[str, Any]:
-    return padded(records, mask=False, left=True)
-
 
 BASES: list[Base] = [padded, left, unmasked, unmasked_left, DataCollatorWithFlattening()]
 
@@ -98,8 +63,11 @@ def test_any_order_of_many_records(base: Base) -> None:
     records += [record(4, "same", 900), record(4, "same", 900)]
     for _ in range(20):
         order = rng.sample(range(22), 22)
-        collate = ChannelCollator(lambda r: base([r[i] for i in order]), records_key=RECORDS_KEY)  # noqa: B023
-        batch = collate(records)
+
+        def ordered(records: list[Record], order: list[int] = order) -> dict[str, Any]:
+            return base([records[i] for i in order])
+
+        batch = ChannelCollator(ordered, records_key=RECORDS_KEY)(records)
         assert batch["channels"] == [records[i]["channel"] for i in order]
         found = batch[RECORDS_KEY].tolist()
         assert [records[i]["input_ids"] for i in found] == [records[i]["input_ids"] for i in order]
@@ -277,41 +245,3 @@ def test_an_order_that_changes_later_is_told(caplog: pytest.LogCaptureFixture) -
     assert found == [["a", "b"]] * 50 + [["b", "a"]] * 10
     (told,) = [entry.getMessage() for entry in caplog.records]
     assert "up to 99 batches before this one may have been counted under other channels" in told
-
-
-def test_a_collator_that_returns_channels_itself() -> None:
-    """Names or ids, whatever the records say, and boundaries where rows are not sequences."""
-    table = ChannelTable(["a", "b"])
-    records: list[Any] = [(1, 2), (3, 4)]
-    tokens = torch.ones(1, 6, dtype=torch.int64)
-    packed = {"input_ids": tokens, "cu_seqlens": torch.tensor([0, 1, 3, 6])}
-    bounds = torch.tensor([0, 1, 3, 6], dtype=torch.int32)
-    for given in (["b", None, "a"], torch.tensor([1, -1, 0])):
-        for base in (
-            {**packed, "channels": given},
-            {"input_ids": tokens, "channel_bounds": bounds, "channels": given},
-        ):
-            collate = ChannelCollator(dict, table=table, bounds_key="channel_bounds")
-            batch = collate.around(lambda _: dict(base))(records)  # noqa: B023
-            assert batch["channels"].tolist() == [1, -1, 0]
-            assert batch["channel_bounds"].tolist() == [0, 1, 3, 6]
-    rows = {"input_ids": tokens.view(3, 2), "channels": ["new", "a", "b"]}
-    batch = ChannelCollator(lambda _: rows, table=table)([{"channel": "ignored"}])
-    assert batch["channels"] == ["new", "a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("channels", "message"),
-    [
-        (["a", "b"], "name 2 channels but the batch holds 3 sequences"),
-        (torch.tensor([0, 1, 0, 1]), "name 4 channels but the batch holds 3 sequences"),
-        (torch.tensor([0, 1, 2]), "-1 (unlabeled) or 0 to 1, but range from 0 to 2"),
-        (torch.zeros(3, 2, dtype=torch.int64), "one per sequence, but gave [3, 2]"),
-        (torch.zeros(3), "one per sequence, but gave [3]"),
-        ({"a": 1}, "one per sequence, but gave dict"),
-    ],
-)
-def test_channels_of_a_collator_are_checked(channels: Any, message: str) -> None:
-    batch = {"input_ids": torch.ones(3, 2, dtype=torch.int64), "channels": channels}
-    with pytest.raises(ChannelError, match=re.escape(message)):
-        ChannelCollator(lambda _: batch, table=ChannelTable(["a", "b"]))([{}])

@@ -6,8 +6,8 @@ import logging
 from typing import Any
 
 import pytest
+from collator_tools import left, longest_first, padded
 from reference import Batch, reference_metrics
-from test_record_order import left, longest_first, padded
 from transformers import DataCollatorWithFlattening, default_data_collator
 
 from channel_metrics import ChannelCollator, ChannelError, ChannelLossAccumulator

@@ -6,14 +6,16 @@ import json
 import subprocess
 import sys
 from importlib import util
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from distributed import run_ranks
+from fork_client import Preload
 from paths import TESTS
-from te_source import SOURCES, load_transformer_engine
+from rank_cases import Case, RanksOf, case
+from te_source import SOURCES
 from torch import Tensor
 
 from channel_metrics.losses.linear import Backend, linear_cross_entropy
@@ -23,7 +25,7 @@ INSTALLED = [name for name in ("liger_kernel", "cut_cross_entropy") if util.find
 TRITON = util.find_spec("triton") is not None
 needs_te = pytest.mark.skipif(
     not TRITON or not (SOURCES / "transformer_engine").exists(),
-    reason="triton (for Linux only), or the sources that `make env` lays beside, are not there",
+    reason="it needs triton, for Linux only, and sources that `make env` lays beside; CI runs it",
 )
 
 
@@ -41,7 +43,7 @@ def interpreted() -> dict[str, dict[str, float]]:
 
 @pytest.mark.skipif(
     not TRITON or "liger_kernel" not in INSTALLED,
-    reason="triton (for Linux only) and liger-kernel are not installed",
+    reason="it needs liger-kernel and triton, which are for Linux: `make test` there runs this",
 )
 def test_liger_under_the_interpreter(interpreted: dict[str, dict[str, float]]) -> None:
     found = interpreted["liger"]
@@ -73,13 +75,23 @@ def test_transformer_engine_under_the_interpreter(
 
 
 SIZE, HIDDEN, VOCABULARY = 11, 8, 12
+# Megatron's pieces, uncompiled: the same formulas. Triton is asked when it is imported.
+ENVIRON = (("TORCHDYNAMO_DISABLE", "1"), ("TRITON_INTERPRET", "1"))
+
+
+@case(Preload(("channel_metrics",), ENVIRON), ranks=2)
+def megatron(folder: Path) -> dict[str, Tensor | None]:
+    return _split_head("megatron")
+
+
+@case(Preload(("te_source:load_transformer_engine",), ENVIRON), ranks=2)
+def te(folder: Path) -> dict[str, Tensor | None]:
+    return _split_head("te")
 
 
 def _split_head(backend: Backend) -> dict[str, Tensor | None]:
     """On one of two ranks: half of the vocabulary."""
     hidden, weight, bias, target = _whole_head()
-    if backend == "te":
-        load_transformer_engine()
     rows = slice(dist.get_rank() * VOCABULARY // 2, (dist.get_rank() + 1) * VOCABULARY // 2)
     mine = [value.detach().clone().requires_grad_() for value in (hidden, weight[rows], bias[rows])]
     loss, tokens = linear_cross_entropy(
@@ -107,13 +119,12 @@ def _whole_head() -> list[Tensor]:
     return [hidden, weight, bias, target]
 
 
-@pytest.mark.parametrize("backend", ["megatron", pytest.param("te", marks=needs_te)])
-def test_a_vocabulary_split_over_two_ranks(
-    backend: Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
+# Megatron rounds the gradient of the logits to bfloat16: eight bits.
+@pytest.mark.parametrize(
+    ("of", "within"), [(megatron, 3e-3), pytest.param(te, 1e-5, marks=needs_te)]
+)
+def test_a_vocabulary_split_over_two_ranks(ranks_of: RanksOf, of: Case, within: float) -> None:
     """The fused kernels of Megatron and of transformer-engine, on two processes."""
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # Megatron's pieces, uncompiled: same formulas
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     hidden, weight, bias, target = _whole_head()
     leaves = [value.double().requires_grad_() for value in (hidden, weight, bias)]
     logits = F.linear(*leaves)
@@ -123,9 +134,7 @@ def test_a_vocabulary_split_over_two_ranks(
     correct, counted = logits.argmax(-1) == target, target != -100
     assert 0 < int(correct[counted].sum()) < int(counted.sum())
 
-    ranks = run_ranks(_split_head, 2, backend)
-    # Megatron rounds the gradient of the logits to bfloat16: eight bits.
-    within = 3e-3 if backend == "megatron" else 1e-5
+    ranks = ranks_of(of)
     for found in ranks:
         torch.testing.assert_close(found["loss"].double(), loss.detach())
         torch.testing.assert_close(found["nll"].double(), nll.detach(), rtol=1e-5, atol=1e-5)

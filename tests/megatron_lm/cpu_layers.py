@@ -73,7 +73,7 @@ def allow_context_parallel(attention: Any) -> None:
         init(self, alone, *args, **kwargs)
         self.config = config
 
-    def forward_any(  # noqa: PLR0917  the layer's signature
+    def forward_any(  # noqa: PLR0917 - the signature of the layer
         self: Any,
         query: torch.Tensor,
         key: torch.Tensor,

@@ -29,8 +29,8 @@ def sft_samples() -> oracle.Result:
 
     def remembering(self: object, index: int) -> object:
         sample = get(self, index)
-        line = int(self.indices[index % len(self.indices)])  # type: ignore[attr-defined]
-        record = self.dataset.dataset[line]  # type: ignore[attr-defined]
+        line = int(self.indices[index % len(self.indices)])
+        record = self.dataset.dataset[line]
         seen.append(
             {
                 "index": index,

@@ -108,7 +108,7 @@ def test_a_name_that_is_not_exported_is_refused() -> None:
     with pytest.raises(AttributeError, match="'channel_metrics' has no attribute 'Sync'"):
         _ = channel_metrics.Sync
     with pytest.raises(ImportError, match="cannot import name 'Sync'"):
-        from channel_metrics import Sync  # noqa: F401
+        from channel_metrics import Sync  # noqa: F401 - it must fail
 
 
 def test_the_docstring_of_the_package_gives_what_it_shows() -> None:

@@ -181,7 +181,7 @@ def test_riders_are_added_up_beside_the_sums() -> None:
             assert result.sums[:, 0].tolist() == [1, 1, 1]
     group.windows[1].labels.add("late")
     outcome = group.run([[1.0]] * 3)
-    assert [result.riders for result in outcome.results] == [(3.0,)] * 3  # type: ignore[union-attr]
+    assert [result.riders for result in outcome.results] == [(3.0,)] * 3
 
 
 @pytest.mark.parametrize("odd", [0, 2])

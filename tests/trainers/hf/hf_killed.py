@@ -1,12 +1,12 @@
-"""A training that ends by `kill -9` in the middle of a window: `python hf_killed.py FOLDER`."""
+"""A training that ends by `kill -9` in the middle of a window."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
+from fork_server import Job
 from hf_tools import make_records, tiny_model, train
 from transformers import Trainer
 
@@ -31,6 +31,9 @@ def ending(trainer: Trainer) -> None:
     trainer.training_step = training_step
 
 
-if __name__ == "__main__":
+def main(job: Job, rank: int) -> int:
+    """A job of `fork_server`; its folder has a folder `out`."""
     model = tiny_model(attention_dropout=0.0)
-    train(Path(sys.argv[1]), prepare=ending, model=model, records=make_records(64), **STEPS)
+    out = Path(job["folder"]) / "out"
+    train(out, prepare=ending, model=model, records=make_records(64), **STEPS)
+    return 0

@@ -20,7 +20,7 @@ LOSS_ONLY = {"rms_norm": False, "rope": False, "swiglu": False}
 
 needs_liger = pytest.mark.skipif(
     not (util.find_spec("triton") and util.find_spec("liger_kernel")),
-    reason="triton (for Linux only) and liger-kernel are not installed",
+    reason="it needs liger-kernel and triton, which are for Linux: `make test` there runs this",
 )
 
 

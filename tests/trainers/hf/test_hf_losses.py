@@ -86,7 +86,7 @@ class OwnLoss(Qwen2ForCausalLM):
 
     weight = 1.0
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None):  # type: ignore[override]
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
         output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
         logits = output.logits.float()
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
@@ -111,26 +111,26 @@ class UnknownKind(torch.nn.Module):
 
 
 class FusedLoss(OwnLoss):
-    def forward(self, input_ids=None, attention_mask=None, labels=None):  # type: ignore[override]
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
         output = super().forward(input_ids, attention_mask, labels)
         return CausalLMOutput(loss=output.loss)
 
 
 class PartialLogits(OwnLoss):
-    def forward(self, input_ids=None, attention_mask=None, labels=None):  # type: ignore[override]
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
         output = super().forward(input_ids, attention_mask, labels)
         return CausalLMOutput(loss=output.loss, logits=output.logits[:, -1:])
 
 
 class TwoHeads(Qwen2ForCausalLM):
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):  # type: ignore[override]
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
         first = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
         second = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
         return CausalLMOutput(loss=first.loss + second.loss, logits=first.logits)
 
 
 class OtherLabels(Qwen2ForCausalLM):
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):  # type: ignore[override]
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
         return super().forward(input_ids, attention_mask, labels=labels.clamp(min=0), **kwargs)
 
 

@@ -174,7 +174,7 @@ def test_torch_compile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
 class PartOfTheLogits(Qwen2ForCausalLM):
     """Computes the logits, and so the loss, of the last tokens only."""
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):  # type: ignore[override]
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
         output = super().forward(
             input_ids, attention_mask, labels=labels[:, -4:], logits_to_keep=4, **kwargs
         )

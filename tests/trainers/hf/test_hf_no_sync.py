@@ -65,7 +65,7 @@ def test_no_sync_from_the_batch_to_the_accumulator(
     collator: Any = DataCollatorWithFlattening() if flat else PaddingCollator()
     trainer, batch = trainer_after_one_batch(tmp_path, collator)
     model = on_meta(trainer)
-    state: Any = trainer.channel_metrics  # type: ignore[attr-defined]
+    state: Any = trainer.channel_metrics
     with NoSync():
         loss_of(trainer, model, batch).backward()
     assert state._train.device.type == "meta"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,9 @@ def test_an_error_of_the_users_own_is_raised(tmp_path: Path) -> None:
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             raise KeyError("the user's own")
 
-    prepare: Callable[[Trainer], object] = lambda t: attach(t, MetricsConfig(on_error="warn"))  # noqa: E731
+    def prepare(trainer: Trainer) -> None:
+        attach(trainer, MetricsConfig(on_error="warn"))
+
     with pytest.raises(KeyError, match="the user's own"):
         train(tmp_path, trainer_class=Own, prepare=prepare)
 

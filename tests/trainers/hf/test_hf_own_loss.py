@@ -64,7 +64,7 @@ def overwriting(
 class Configured:
     """A callable object that cannot be hashed."""
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Configured)
@@ -144,8 +144,7 @@ def test_another_cross_entropy_inside_transformers_own(
     """As Liger's patches put one there; that the plain one was tried before says nothing of it."""
     plain = F.cross_entropy
     trace(tmp_path, attach)
-    tripled = lambda *args, **kwargs: 3 * plain(*args, **kwargs)  # noqa: E731
-    monkeypatch.setattr(F, "cross_entropy", tripled)
+    monkeypatch.setattr(F, "cross_entropy", lambda *args, **kwargs: 3 * plain(*args, **kwargs))
     off, on = trace(tmp_path, None), trace(tmp_path, attach)
     torch.testing.assert_close(on, off, rtol=0, atol=0)
     assert "is not plain cross entropy here" in caplog.text

@@ -168,7 +168,7 @@ TORCHRUN_SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
 from accelerate.state import AcceleratorState, PartialState
-from distributed import SECONDS_FOR_WORKERS
+from gloo_workers import SECONDS_FOR_WORKERS
 from hf_tools import make_records, train
 folder = Path(sys.argv[1])
 # Without use_cpu, on a machine without an accelerator, transformers makes a process group and

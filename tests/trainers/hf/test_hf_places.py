@@ -90,7 +90,7 @@ def test_virtual_tokens_are_cut_off(kind: Any, padding_left: bool, tmp_path: Pat
 class Trims(Qwen2ForCausalLM):
     """As transformers up to 4.50: the last position is cut off, not padded."""
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None):  # type: ignore[override]
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
         output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
         logits, targets = output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         output.loss = loss_utils.fixed_cross_entropy(logits, targets)
@@ -140,7 +140,7 @@ def test_a_head_on_the_supervised_positions_only(tmp_path: Path) -> None:
 class Tuple(Qwen2ForCausalLM):
     """Returns a tuple, and its loss is not seen."""
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None):  # type: ignore[override]
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
         output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
         loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return loss, output.logits

@@ -105,7 +105,10 @@ def test_a_collator_that_cannot_be_copied(tmp_path: Path) -> None:
 def test_a_callback_that_nobody_has_told_its_trainer(tmp_path: Path) -> None:
     probe = probe_of()
     message = r"`attach_probe\(trainer, ...\)` from .* or set `callback.trainer = trainer`"
-    plain: Any = lambda trainer: trainer.add_callback(probe)  # noqa: E731
+
+    def plain(trainer: Any) -> None:
+        trainer.add_callback(probe)
+
     with pytest.raises(ConfigError, match=message):
         train(tmp_path, prepare=plain)
     # Channel metrics tell it, each time anew.

@@ -114,7 +114,7 @@ BLOCK = 12
 
 def group_texts(examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """transformers' examples/pytorch/language-modeling/run_clm.py, word for word."""
-    concatenated_examples = {k: list(chain(*examples[k])) for k in examples.keys()}  # noqa: SIM118
+    concatenated_examples = {k: list(chain(*examples[k])) for k in examples.keys()}  # noqa: SIM118 - theirs
     total_length = len(concatenated_examples[next(iter(examples.keys()))])
     total_length = (total_length // BLOCK) * BLOCK
     result = {

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hf_case_tools import ddp, ddp4, told
+from hf_case_tools import HF, ddp, ddp4, told
 from hf_case_tools import run as run_ranks
 from hf_killed import STEPS
 from hf_tools import PaddingCollator, Record, make_records, tiny_model, train
-from paths import python_path
 from rank_cases import RanksOf
 from transformers import Trainer
 
@@ -112,20 +108,13 @@ def test_resume_goes_on_exactly(tmp_path: Path, whole: Any) -> None:
     check_continued(trainer, whole, start=3)
 
 
-def test_resume_after_kill_9(tmp_path: Path, whole: Any) -> None:
-    here = Path(__file__).parent
-    killed = subprocess.run(
-        [sys.executable, str(here / "hf_killed.py"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": python_path()},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert killed.returncode == -9, killed.stderr[-2000:]
-    assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-3"]
+def test_resume_after_kill_9(tmp_path: Path, whole: Any, ranks_of: RanksOf) -> None:
+    job = {"ranks": 1, "meet": False, "timeout": 120}
+    assert ranks_of.server(HF).ask(tmp_path, "hf_killed:main", **job)["codes"] == [-9]
+    folder = tmp_path / "out"
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-3"]
     # Steps 4 to 6 were trained, and 4 was logged, by the process that died: they count once.
-    trainer, _ = run(tmp_path, resume=str(tmp_path / "checkpoint-3"))
+    trainer, _ = run(folder, resume=str(folder / "checkpoint-3"))
     check_continued(trainer, whole, start=3)
 
 

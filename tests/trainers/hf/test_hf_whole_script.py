@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def classifier(num_labels: int) -> Qwen2ForSequenceClassification:
 class ReadsNothing(Qwen2ForCausalLM):
     """Its loss cannot be read."""
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None):  # type: ignore[override]
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
         output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
         return CausalLMOutput(loss=output.logits.square().mean())
 
@@ -217,7 +218,7 @@ def test_a_prediction_step_that_calls_the_model_is_counted(tmp_path: Path) -> No
 def test_the_default_objective_of_a_search_is_the_one_without_us(
     own_metrics: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_hf_gaps_more import TwoTrials
+    from test_hf_totals import TwoTrials
     from transformers import trainer as trainer_module
     from transformers.trainer_utils import HPSearchBackend
 
@@ -235,7 +236,7 @@ def test_the_default_objective_of_a_search_is_the_one_without_us(
     assert metrics["eval_bbu_loss"] > 0
     expected = 0.25 if own_metrics else metrics["eval_loss"]
     assert trainer.compute_objective(dict(metrics)) == pytest.approx(expected)
-    chosen = lambda found: found["eval_bbu_loss"]  # noqa: E731
+    chosen = itemgetter("eval_bbu_loss")
     trainer.hyperparameter_search(
         lambda _: {}, compute_objective=chosen, n_trials=2, backend="optuna"
     )

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from enum import Enum, auto
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import megatron.core  # noqa: F401
 
 from channel_metrics import ConfigError
 from channel_metrics.trainers.megatron.arguments import validate

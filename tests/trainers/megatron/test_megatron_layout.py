@@ -11,10 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import megatron.core  # noqa: F401
-
 from channel_metrics import BoundaryError, ChannelMetrics, ConfigError, MetricsConfig
 from channel_metrics.trainers.megatron import MegatronChannelMetrics
 from channel_metrics.trainers.megatron.step import counting_forward_step

@@ -1,4 +1,4 @@
-"""An `--external_plugins` file for ms-swift: see `SECONDS_FOR_WORKERS` in tests/distributed.py."""
+"""An `--external_plugins` file for ms-swift; see `SECONDS_FOR_WORKERS` in tests/gloo_workers.py."""
 
 from __future__ import annotations
 

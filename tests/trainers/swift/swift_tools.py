@@ -34,7 +34,7 @@ TIMES = ("runtime", "per_second", "elapsed", "remaining", "speed")
 def use_cpu() -> None:
     """Import ms-swift; let it run on a CPU, and no slower than it must."""
     import datasets
-    import swift  # noqa: F401  # first: its parts cannot be imported alone
+    import swift  # noqa: F401 - first: its parts cannot be imported alone
     from swift.arguments import sft_args
 
     datasets.disable_progress_bars()

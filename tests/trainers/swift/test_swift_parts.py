@@ -89,7 +89,7 @@ def grouped_packs(folder: Path) -> Any:
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             leftover.extend(k for k in ("packed_group", "packed_segments") if k in inputs)
-            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     class OwnTrainer(SwiftChannelMetricsMixin, Leftover, Seq2SeqTrainer):
         """A trainer of a user's, without the patch."""

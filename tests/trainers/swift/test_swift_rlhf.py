@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hf_case_tools import weights_hash
 from rank_cases import RanksOf, case
+from said import warnings_of_ours
 from swift_files import arguments, make_model, said
 from swift_tools import SWIFT, needs_swift, timeless
 
@@ -31,17 +29,6 @@ def preferences(folder: Path, kind: str) -> Path:
     path = folder / f"{kind}.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
-
-
-@contextmanager
-def warnings_of_ours() -> Iterator[list[str]]:
-    found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("channel_metrics")
-    logger.addHandler(handler)
-    yield found
-    logger.removeHandler(handler)
 
 
 def run(given: dict[str, Any], *, patched: bool) -> dict[str, Any]:

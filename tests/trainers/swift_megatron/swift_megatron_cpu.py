@@ -92,8 +92,8 @@ def triton_for_import() -> Iterator[None]:
         yield
         return
     triton, language = types.ModuleType("triton"), EmptyModule("triton.language")
-    triton.jit = lambda kernel=None, **_: kernel or (lambda late: late)  # type: ignore[attr-defined]
-    triton.language = language  # type: ignore[attr-defined]
+    triton.jit = lambda kernel=None, **_: kernel or (lambda late: late)
+    triton.language = language
     stand_ins = {"triton": triton, "triton.language": language}
     sys.modules.update(stand_ins)
     try:

@@ -149,6 +149,7 @@ def test_nothing_is_gathered_per_micro_batch(runs: Runs, pair: Pair) -> None:
 def test_packs_of_ms_swift(runs: Runs) -> None:
     """`--packing true`: many sequences in one row."""
     logs, steps = runs.logs(PACKS), seen_tokens(runs, PACKS)
+    assert logs
     for log, batches in zip(logs, steps, strict=True):
         assert max(len(names) for names, _ in batches) > 2
         check_against_naive(log, naive(batches))

@@ -90,7 +90,10 @@ def test_columns_are_those_of_trl_and_the_channel(tmp_path: Path, stream: bool) 
     assert ("labels" in columns[1]) != OLD
 
 
-@pytest.mark.skipif(not OLD, reason="newer TRL keeps the columns with use_liger_kernel=True")
+@pytest.mark.skipif(
+    not OLD,
+    reason="newer TRL keeps the columns with use_liger_kernel=True; `make test` runs this",
+)
 def test_attach_after_the_columns_are_gone_is_refused(tmp_path: Path) -> None:
     message = r"was prepared by .* \(columns input_ids\); attach comes too late with use_liger_"
     with pytest.raises(ChannelError, match=message):

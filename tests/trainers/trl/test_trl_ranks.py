@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
 
-import distributed
 import pytest
 from datasets import Dataset
-from distributed import run_ranks
-from test_trl_dpo import EVERYTHING, dpo, expected, pair_table
+from fork_client import Preload
+from rank_cases import RanksOf, case
 from test_trl_grpo import COUNTED, Scores, grpo
 from test_trl_grpo import expected as expected_rewards
 from test_trl_sft import LAYOUTS, MySFT, sft
+from trl_dpo_tools import EVERYTHING, dpo, expected, pair_table
 from trl_tools import logs, pair_records, text_records
 
 from channel_metrics import MetricsConfig
@@ -25,14 +24,10 @@ RANKS: dict[str, Any] = {"learning_rate": 0.0, "ddp_backend": "gloo"}
 METRICS = MetricsConfig(metrics=("loss", "tokens", "samples"))
 
 
-def on_rank(folder: Path) -> dict[str, Any]:
-    import torch.distributed as dist
-
+@case(Preload(("trl_tools", "trl")), ranks=2)
+def all_trainers(folder: Path) -> dict[str, Any]:
     # transformers and trl warn of what the single-process tests ignore one by one.
     warnings.simplefilter("ignore")
-    rank = dist.get_rank()
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     found = packs(folder, **RANKS)
     found["dpo"] = dpo(
         folder,
@@ -80,10 +75,8 @@ def packs(folder: Path, **options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
-def test_two_ranks_count_everything_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Each rank imports trl anew, which alone may take half a minute on a busy machine.
-    monkeypatch.setattr(distributed, "TIMEOUT_SECONDS", 200)
-    first, second = run_ranks(on_rank, 2, tmp_path)
+def test_two_ranks_count_everything_once(tmp_path: Path, ranks_of: RanksOf) -> None:
+    first, second = ranks_of(all_trainers)
     # All 32 pairs in 4 steps of 2 x 4; 11 pairs leave the last batch of a rank short.
     records, held_out = pair_records(32), pair_records(11, seed=3)
     table = pair_table([*records, *held_out])

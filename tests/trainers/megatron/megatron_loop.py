@@ -1,120 +1,41 @@
-"""A loop of one's own over megatron-core, on real ranks: what it logs and what a naive loop says.
+"""A loop of one's own over megatron-core, and the same sums by loops over tokens.
 
-Imported by the ranks alone, after `megatron_lm.cpu.install()`: Megatron asks for CUDA when it is
+Imported on ranks alone, after `megatron_lm.cpu.install()`: Megatron asks for CUDA when it is
 imported.
 """
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel, utils
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 
 from channel_metrics import MetricsConfig
-from channel_metrics.losses.vocab_parallel import vocab_parallel_correct
 from channel_metrics.trainers.megatron import MegatronChannelMetrics
-from channel_metrics.trainers.megatron.cuts import follow_cuts
-from channel_metrics.trainers.megatron.step import counting_forward_step
 
 NAMES = ("bbu", "rru", "lvis")
 METRICS = ("loss", "token_acc", "tokens", "samples", "share")
+TOTALS = ("tokens_total", "samples_total")
 LENGTH, ROWS, VOCABULARY = 16, 3, 64
 MICRO_BATCHES, STEPS = 2, 2
-BOUNDS = [0, 5, 16, 30, 33, 48]
 
 
-LAYOUTS: dict[str, dict[str, int]] = {
-    "dp2": {},
-    "tp2": {"tensor_model_parallel_size": 2},
-    "pp2": {"pipeline_model_parallel_size": 2},
-    "cp2": {"context_parallel_size": 2},
-}
-
-
-def everything() -> dict[str, Any]:
-    """What each layout found."""
-    found: dict[str, Any] = {}
-    for name, sizes in LAYOUTS.items():
-        parallel_state.initialize_model_parallel(**sizes)
-        found[name] = context_parallel() if name == "cp2" else layout()
-        if name == "tp2":
-            found["correctness"] = correctness()
+def start(**sizes: int) -> None:
+    """Megatron's groups, of these sizes, and its seeds; what was there before goes."""
+    if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    return found
-
-
-def layout() -> dict[str, Any]:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(**sizes)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     torch.manual_seed(1)
-    cases = {"rows": rows_case, "packs": packs_case, "wrapped": wrapped_case}
-    return {name: case() for name, case in cases.items()}
-
-
-def rows_case() -> dict[str, Any]:
-    """One channel per row; then again, with an optimizer that skips each step."""
-    loop = Loop()
-
-    def forward_step(data_iterator: Any, model: Any) -> Any:
-        batch = next(data_iterator)
-        loop.metrics.watch(model)
-        loss = partial(loss_func, batch["loss_mask"])
-        counted = loop.metrics.count(loss, channels=batch["channels"], loss_mask=batch["loss_mask"])
-        return forward(model, batch), loop.recorded(batch, counted)
-
-    loop.run(forward_step)
-    values = loop.metrics.compute()
-    wanted = loop.naive()
-    loop.run(forward_step, discard=True)
-    return {"values": values, "naive": wanted, "skipped": loop.metrics.compute()}
-
-
-def packs_case() -> dict[str, Any]:
-    """Rows flattened into one, with the padded bounds of `PackedSeqParams`."""
-    loop = Loop()
-    # Where the tokens sit; what attention sees of each sequence is one token shorter.
-    bounds = torch.tensor(BOUNDS, dtype=torch.int32)
-    packed = PackedSeqParams(cu_seqlens_q=bounds - torch.arange(6), cu_seqlens_q_padded=bounds)
-
-    def forward_step(data_iterator: Any, model: Any) -> Any:
-        batch = next(data_iterator)
-        loop.metrics.watch(model)
-        loss = partial(loss_func, batch["loss_mask"])
-        counted = loop.metrics.count(
-            loss,
-            channels=["bbu", "lvis", "bbu", None, "rru"],
-            loss_mask=batch["loss_mask"],
-            packed_seq_params=packed,
-        )
-        ids = [[0, 2, 0, -1, 1][sum(b <= t for b in BOUNDS[1:])] for t in range(BOUNDS[-1])]
-        batch["token_ids"] = torch.tensor(ids).reshape(ROWS, LENGTH)
-        return forward(model, batch), loop.recorded(batch, counted)
-
-    loop.run(forward_step)
-    return {"values": loop.metrics.compute(), "naive": loop.naive(samples=[0, 2, 0, -1, 1])}
-
-
-def wrapped_case() -> dict[str, Any]:
-    """A forward step that knows no channels; with a state in front, as in Megatron-Bridge."""
-    loop = Loop()
-
-    def forward_step(state: Any, data_iterator: Any, model: Any) -> Any:
-        assert state == "state"
-        batch = next(data_iterator)
-        assert "channel_ids" not in batch
-        return forward(model, batch), loop.recorded(batch, partial(loss_func, batch["loss_mask"]))
-
-    step = counting_forward_step(partial(forward_step, "state"), loop.metrics)
-    loop.run(step)
-    return {"values": loop.metrics.compute(), "naive": loop.naive()}
 
 
 class Loop:
@@ -266,60 +187,61 @@ def gathered(logits: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def context_parallel() -> dict[str, Any]:
-    """Ids per token, cut by megatron-core's own function with the labels: values and naive."""
-    follow_cuts()
-    metrics = MegatronChannelMetrics(NAMES, config=MetricsConfig(metrics=("loss", "tokens")))
-    labels = torch.arange(2 * LENGTH, dtype=torch.int64).reshape(2, LENGTH)
-    whole = {
-        "tokens": labels.clone(),
-        "labels": labels.clone(),
-        "loss_mask": (labels % 5 > 0).float(),
-        "position_ids": labels.clone(),
-        "attention_mask": None,
-        "channels": torch.tensor([2, 0]),
-    }
+class EvaluationDied(RuntimeError):
+    """What the loop catches."""
 
-    def forward_step(data_iterator: Any, model: Any) -> Any:
+
+class RoughLoop(Loop):
+    """`lie`: what the reported sum is multiplied with. `dies_at`: the micro-batch that raises.
+    `channels`: in place of those of the batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics = new_metrics()
+        self.lie, self.dies_at, self.channels = 1.0, -1, None
+
+    def forward_step(self, data_iterator: Any, model: Any) -> Any:
         batch = next(data_iterator)
-        batch.pop("channels")
-        batch = cut_batch(batch)
-        return batch["labels"].float(), partial(loss_func, batch["loss_mask"])
+        if self.channels is not None:
+            batch["channels"] = self.channels(batch["channels"])
+        self.metrics.watch(model)
+        counted = self.metrics.count(
+            partial(self.loss_func, batch),
+            channels=batch["channels"],
+            loss_mask=batch["loss_mask"],
+        )
+        return forward(model, batch), counted
 
-    output, loss = counting_forward_step(forward_step, metrics)(iter([whole]), torch.nn.Module())
-    loss(output)
-    naive = {}
-    for row, name in ((0, "lvis"), (1, "bbu")):
-        kept = [int(label) for label in labels[row] if label % 5]
-        naive |= {f"{name}_loss": sum(kept) / len(kept), f"{name}_tokens": len(kept)}
-    return {"values": metrics.compute(), "naive": naive, "mine": output.numel()}
+    def loss_func(
+        self, batch: dict[str, Any], losses: torch.Tensor, non_loss_data: bool = False
+    ) -> Any:
+        right = self.logits.pop().argmax(-1).transpose(0, 1) == batch["labels"]
+        if non_loss_data:
+            return right
+        if len(self.seen) == self.dies_at:
+            raise EvaluationDied
+        self.seen.append((batch, losses.detach().clone(), right))
+        total, tokens = (losses * batch["loss_mask"]).sum(), batch["loss_mask"].sum().int()
+        report = torch.stack([self.lie * total.detach(), tokens.float()])
+        return total, tokens, {"lm loss": report}
+
+    def pass_over(self, step: int, **options: Any) -> Any:
+        """The micro-batches of `step` through the real schedule."""
+        return get_forward_backward_func()(
+            forward_step_func=self.forward_step,
+            data_iterator=batches(step),
+            model=[self.model],
+            num_microbatches=MICRO_BATCHES,
+            seq_length=LENGTH,
+            micro_batch_size=ROWS,
+            **{"forward_only": False, **options},
+        )
+
+    def window(self) -> tuple[dict[str, float], dict[str, float]]:
+        """One step: what is logged, and what a loop over its tokens says."""
+        self.run(self.forward_step)
+        return self.metrics.compute(), self.naive()
 
 
-def cut_batch(batch: dict[str, Any]) -> dict[str, Any]:
-    """By megatron-core's function, which since 0.17 wants to be told how."""
-    cut = utils.get_batch_on_this_cp_rank
-    needs = inspect.signature(cut).parameters
-    options = {
-        "is_hybrid_cp": False,
-        "cp_group": parallel_state.get_context_parallel_group(),
-        "use_per_sequence_balancing": True,
-    }
-    return cut(batch, **{name: value for name, value in options.items() if name in needs})
-
-
-def correctness() -> list[bool]:
-    """Whether `vocab_parallel_correct` on two parts is that on the whole, with ties and without."""
-    group, rank = parallel_state.get_tensor_model_parallel_group(), dist.get_rank()
-    same = []
-    for highest in (3, 1000):
-        generator = torch.Generator().manual_seed(highest)
-        logits = torch.randint(0, highest, (LENGTH, ROWS, 8), generator=generator).float()
-        labels = torch.randint(0, 8, (ROWS, LENGTH), generator=generator)
-        labels[0, :3] = -100
-        found = vocab_parallel_correct(logits[..., 4 * rank : 4 * rank + 4], labels, group)
-        for row in range(ROWS):
-            for t in range(LENGTH):
-                label = int(labels[row, t])
-                values = logits[t, row].tolist()
-                same.append(bool(found[row, t]) == (label >= 0 and values[label] == max(values)))
-    return same
+def new_metrics() -> MegatronChannelMetrics:
+    return MegatronChannelMetrics(NAMES, config=MetricsConfig(metrics=(*METRICS, *TOTALS)))

@@ -16,13 +16,13 @@ import pytest
 import torch.distributed as dist
 import trl_tools
 from datasets import Dataset
-from test_trl_dpo import Batches as DPOBatches
-from test_trl_dpo import dpo, pairs_of
 from test_trl_grpo import OF_LETTER as OF_PROMPT
 from test_trl_grpo import Scores, grpo, prompts
 from test_trl_reward import Batches as RewardBatches
 from test_trl_reward import reward_records
 from test_trl_reward import train as reward
+from trl_dpo_tools import Batches as DPOBatches
+from trl_dpo_tools import dpo, pairs_of
 from trl_sft_tools import MySFT, Seen, expected, sft
 from trl_tools import CHANNELS, logs, pair_records, text_records, windows
 

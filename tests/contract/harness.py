@@ -1,0 +1,48 @@
+"""What harnesses share: how a script gets to the ranks, and what is kept of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fork_client import Preload
+from rank_cases import RanksOf
+from said import warnings_of_ours
+
+from contract.script import Ran, Script, faulty_count
+
+__all__ = ["Forking"]
+
+
+class Forking:
+    """Runs scripts in forked ranks; with one rank and `is_here`, in this process."""
+
+    # One server for all that import no swift and no Megatron.
+    preload = Preload(("contract.harness_trl",))
+    is_here = True
+    ranks_of: RanksOf
+    """The tests give it."""
+
+    def run(self, script: Script, folder: Path, ranks: int = 1) -> list[Ran]:
+        if ranks == 1 and self.is_here:
+            return [self.run_here(script, folder)]
+        return self.ranks_of.call(
+            self.preload, self.run_here, script, folder, ranks=ranks, folder=folder
+        )
+
+    def run_here(self, script: Script, folder: Path) -> Ran:
+        """The run of this process."""
+        ran = Ran()
+        with warnings_of_ours() as ran.warnings, faulty_count(script.fault_at):
+            try:
+                self.train(script, folder, ran)
+            except Exception as error:
+                ran.error = error
+        return ran
+
+    def train(self, script: Script, folder: Path, ran: Ran) -> None:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to the ranks, which fork none of their own."""
+        return {name: value for name, value in vars(self).items() if name != "ranks_of"}
