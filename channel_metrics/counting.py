@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from channel_metrics.core.accumulator import ChannelLossAccumulator
+from channel_metrics.core.checks import check_scalar
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.micro_batch import MicroBatch
@@ -67,9 +68,16 @@ class Counting:
             values: {column of the schema: values [N]}.
             ours, theirs: a scalar that follows from the values, and the trainer's own. Each
                 window compares their sums.
+
+        Raises:
+            ChannelMetricsError: labels, values and scalars do not fit; then nothing is added.
         """
         with self.guard.guarded():
             if self.measuring:
+                # Before anything is added: a call that is refused changes nothing.
+                if ours is not None and theirs is not None:
+                    check_scalar("ours", ours)
+                    check_scalar("theirs, the loss to compare with,", theirs)
                 table = self._open_table()
                 table.add(labels, values)
                 if ours is not None and theirs is not None:

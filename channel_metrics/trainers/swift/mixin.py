@@ -12,6 +12,7 @@ from swift.trainers import Seq2SeqTrainer
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.schema import TOKENS
 from channel_metrics.data.collator import BOUNDS_KEY
+from channel_metrics.data.scan import class_names
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import BatchChannels, Scratch
@@ -94,6 +95,7 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
             bounds_key=BOUNDS_KEY,
             row_bounds=False,
             carry_faults=True,
+            classes=class_names(records_of(dataset), (CHANNEL_COLUMN,)),
         )
 
     def _prepare_inputs(self, inputs: Any) -> Any:

@@ -59,7 +59,8 @@ def sequence_channels(args: Any, given: Mapping[str, Any], table: LabelTable) ->
     labels = given["labels"].cpu()
     packed = _packed_seq_params(args, given)
     names = _names(given, None if packed is None else "sequences of the pack", len(labels))
-    found = SequenceChannels(names, torch.tensor(table.ids(names), dtype=torch.int64))
+    ids = torch.tensor(table.ids(names), dtype=torch.int64, device="cpu")
+    found = SequenceChannels(names, ids)
     bounds = None if packed is None else packed.cu_seqlens_q[: len(names) + 1]
     if bounds is not None:
         _check_bounds(bounds, found, given.get("seq_lens"))
