@@ -64,6 +64,7 @@ class Scratch:
         cut: whether context parallelism cuts the rows of the next loss.
         logs_next: whether the training loop itself makes the next log.
         own_keys: the keys that we have added to the results of evaluations.
+        compared: whether a loss that could not be captured was compared with what is counted.
     """
 
     reader: TokenLossReader
@@ -71,6 +72,7 @@ class Scratch:
     cut: bool = False
     logs_next: bool = False
     own_keys: set[str] = field(default_factory=set)
+    compared: bool = False
 
 
 def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorFault | None:
