@@ -30,6 +30,7 @@ from channel_metrics.trainers.hf.batch import (
     real_records,
     take_channels,
 )
+from channel_metrics.trainers.hf.data import check_columns
 from channel_metrics.trainers.hf.own_loss import warn_of_own_loss
 from channel_metrics.trainers.hf.parallel import shard_with_labels
 from channel_metrics.trainers.hf.windows import ChannelWindowsMixin
@@ -147,6 +148,8 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
             if "labels" in inputs:
                 raise self._no_token_labels(inputs)
         batch = self._taken_channels(inputs)
+        if not session.evaluating:
+            check_columns(session, scratch, batch)
         if not self._rank_layout().counts(cut=scratch.cut):
             return compute(model, inputs, *args, **kwargs)
         labels = self._labels_of(batch, inputs)

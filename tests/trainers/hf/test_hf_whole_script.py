@@ -108,6 +108,10 @@ class Unscanned(torch.utils.data.Dataset[Any]):
         return self.records[index]
 
 
+def stream(records: list[Any]) -> Any:
+    return Dataset.from_list(records).to_iterable_dataset()
+
+
 def model_of(kind: str) -> torch.nn.Module:
     if kind == "tensors":
         return Regressor()
@@ -133,8 +137,18 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         "left alone",
     ),
     "no column": ({"records": without(make_records(16))}, "WARNING", "set `fields` to the one"),
-    "no channel": (
-        {"records": Unscanned(without(make_records(16)))},
+    "no column, unscanned": (
+        {"records": Unscanned(without(make_records(16))), "logging_steps": 99},
+        "WARNING",
+        "found columns attention_mask, input_ids, labels; set `fields` to the one that names",
+    ),
+    "no column in a stream": (
+        {"records": stream(without(make_records(16))), "logging_steps": 99},
+        "WARNING",
+        "no record of the first batch has a channel: looked for channel, dataset_source",
+    ),
+    "an empty column": (
+        {"records": Unscanned([r | {"channel": None} for r in make_records(16)])},
         "WARNING",
         "had a channel (looked for",
     ),
@@ -156,6 +170,20 @@ def test_it_trains_as_without_us(
     assert [line.levelname for line in lines] == [level]
     warnings = [r for r in caplog.records if r.levelno >= logging.WARNING]
     assert len(warnings) == (level == "WARNING")
+
+
+def test_a_stream_with_channels_in_some_records_is_measured(patched: Any, tmp_path: Path) -> None:
+    """The first batch has the column, but no channel in it."""
+    records = make_records(16)
+    for record in records[:4]:
+        record["channel"] = None
+    trainer = patched(tmp_path, records=stream(records), logging_steps=4)
+    (entry,) = channel_logs(trainer)
+    expected: dict[str, int] = {}
+    for record in records:
+        key = f"{record['channel'] or 'unlabeled'}_tokens"
+        expected[key] = expected.get(key, 0) + sum(x != -100 for x in record["labels"][1:])
+    assert {key: entry[key] for key in entry if key.endswith("_tokens")} == expected
 
 
 def test_a_language_model_beside_them_is_measured(patched: Any, tmp_path: Path) -> None:
