@@ -16,9 +16,7 @@ CHANNEL_COLUMN = "channel"
 _SCAN_ROWS = 65_536
 
 
-def with_channel_column(
-    dataset: Any, fields: Sequence[str], column: str = CHANNEL_COLUMN
-) -> Any:
+def with_channel_column(dataset: Any, fields: Sequence[str], column: str = CHANNEL_COLUMN) -> Any:
     """Add the dataset column `channel`, before ms-swift's preprocessing.
 
     Class numbers become names, because ms-swift does not keep the `ClassLabel` of a column.

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM, Qwen2ForSequenceClassification, Trainer
 from transformers.modeling_outputs import CausalLMOutput
 
-from channel_metrics import ConfigError, MetricsConfig, UnsupportedVersionError
+from channel_metrics import MetricsConfig, UnsupportedVersionError
 from channel_metrics.trainers.hf import attach
 from channel_metrics.trainers.hf import patch as hf_patch
 
@@ -268,36 +268,6 @@ def test_the_default_objective_of_a_search_is_the_one_without_us(
         lambda _: {}, compute_objective=chosen, n_trials=2, backend="optuna"
     )
     assert trainer.compute_objective(metrics) == metrics["eval_bbu_loss"]
-
-
-@pytest.mark.parametrize(
-    ("metric", "says"),
-    [("eval_lvis_loss", "leaves out 'lvis'"), ("bbu_ppl", "add 'ppl' to `metrics`")],
-)
-def test_a_best_metric_that_is_never_logged_is_said_at_the_start(
-    metric: str, says: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match=says):
-        train(
-            tmp_path,
-            prepare=lambda t: attach(t, MetricsConfig(eval_channels=("bbu", "rru"))),
-            metric_for_best_model=metric,
-            load_best_model_at_end=True,
-            eval_strategy="steps",
-            eval_steps=2,
-            save_strategy="steps",
-            save_steps=2,
-            trainer_arguments={"eval_dataset": Dataset.from_list(make_records(10, seed=1))},
-        )
-
-
-def test_a_typo_in_eval_channels_is_said_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'ruu', which is no channel; did you mean 'rru'"):
-        train(
-            tmp_path,
-            prepare=lambda t: attach(t, MetricsConfig(eval_channels=("bbu", "ruu"))),
-            trainer_arguments={"eval_dataset": Dataset.from_list(make_records(10, seed=1))},
-        )
 
 
 def test_on_error_does_not_end_a_run_that_is_left_alone(tmp_path: Path) -> None:
