@@ -119,7 +119,7 @@ class KeyBook:
     def learn(
         self, channels: Iterable[str] = (), prefix: str | None = None
     ) -> list[ChannelMetricsError]:
-        """Add channels, and the prefix of a split. Returns an error for each channel that clashes."""
+        """Add channels, and a split's prefix. Returns an error for each channel that clashes."""
         new = [name for name in channels if name not in self._known]
         if prefix is not None and prefix not in self._prefixes:
             self._prepare([*self._prefixes, prefix])
