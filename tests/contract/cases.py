@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from contract.script import (
     Harness,
     Ran,
     Script,
+    Step,
     check_values,
     expected,
     flat,
@@ -150,6 +152,26 @@ def typo_in_eval_channels_is_an_error_when_all_names_are_known(
     chosen = config(channels=("bbu", "rru"), unknown="unlabeled", eval_channels=("ruu",))
     (found,) = harness.run(Script(config=chosen, steps=steps("--", "--")), folder)
     assert isinstance(found.error, ConfigError) and "did you mean 'rru'" in str(found.error)
+
+
+@case()
+def late_typo_in_eval_channels_is_said_once(harness: Harness, folder: Path) -> None:
+    def named(step: Step) -> Step:
+        names = {"a": "bbu", "b": "rru"}
+        return tuple(tuple(replace(s, channel=names[s.channel or ""]) for s in b) for b in step)
+
+    held = named(steps("abab", first=40)[0])
+    script = Script(
+        config=config(eval_channels=("bbu", "ruu")),
+        steps=tuple(named(step) for step in steps("ab", "ab", "ba", "ab")),
+        evaluations=(Evaluation(1, held), Evaluation(3, held)),
+    )
+    found = ran(harness, script, folder)
+    said = [message for message in found.warnings if "'ruu', which is no channel" in message]
+    assert len(said) == 1 and "did you mean 'rru'" in said[0]
+    assert len(found.evaluations) == 2
+    for evaluated in found.evaluations:
+        assert "eval_bbu_loss" in evaluated and "eval_rru_loss" not in evaluated
 
 
 @case()

@@ -57,6 +57,6 @@ def warn_of_own_loss(
         trainer.channel_metrics.warn_once(
             f"compute_loss returned {trained:.4f}, but the mean cross entropy of the {count} "
             f"labels in its batch is {total / count:.4f}. All these labels are counted, with their "
-            "plain cross entropy. If compute_loss masks some of them, pass the masked labels to the "
-            "model (`model(..., labels=labels)`): then only the tokens that are trained on count."
+            "plain cross entropy. If compute_loss masks some of them, pass the masked labels to "
+            "the model (`model(..., labels=labels)`): then only these tokens count."
         )

@@ -118,7 +118,7 @@ class SwiftMegatronMixin(BaseMegatronTrainer):  # type: ignore[misc]
             given = (("train", train_dataset), ("eval", val_dataset))
             sets = [(split, records_of(dataset)) for split, dataset in given if dataset is not None]
             known = [session.declare(found, split, (CHANNEL_COLUMN,)) for split, found in sets]
-            if all(known):
+            if known and all(known):
                 session.check_eval_channels()
         return super().setup_training(train_dataset, val_dataset)
 
