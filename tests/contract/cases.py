@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,10 @@ from contract.script import (
     Harness,
     Ran,
     Script,
-    Step,
     check_values,
     expected,
     flat,
+    renamed,
     size,
     steps,
     unit,
@@ -156,14 +155,11 @@ def typo_in_eval_channels_is_an_error_when_all_names_are_known(
 
 @case()
 def late_typo_in_eval_channels_is_said_once(harness: Harness, folder: Path) -> None:
-    def named(step: Step) -> Step:
-        names = {"a": "bbu", "b": "rru"}
-        return tuple(tuple(replace(s, channel=names[s.channel or ""]) for s in b) for b in step)
-
-    held = named(steps("abab", first=40)[0])
+    names = {"a": "bbu", "b": "rru"}
+    (held,) = renamed(steps("abab", first=40), names)
     script = Script(
         config=config(eval_channels=("bbu", "ruu")),
-        steps=tuple(named(step) for step in steps("ab", "ab", "ba", "ab")),
+        steps=renamed(steps("ab", "ab", "ba", "ab"), names),
         evaluations=(Evaluation(1, held), Evaluation(3, held)),
     )
     found = ran(harness, script, folder)
