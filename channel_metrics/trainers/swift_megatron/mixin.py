@@ -56,7 +56,9 @@ class SwiftMegatronMixin(BaseMegatronTrainer):  # type: ignore[misc]
         # Only the last pipeline stage keeps the labels.
         if session.measuring and batch.get("labels") is not None:
             with session.guard.guarded():
-                batch["channel"] = sequence_channels(self.args, given, session.labels)
+                batch["channel"] = sequence_channels(
+                    self.args, given, session.labels, session.classes
+                )
         return batch
 
     def loss_func(
