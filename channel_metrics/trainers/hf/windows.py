@@ -88,6 +88,20 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
                 self._write(session, session.close(self.state.global_step), logs)
         super().log(logs, *args, **kwargs)
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
+        session, held = self.channel_metrics, eval_dataset
+        held = self.eval_dataset if held is None else held
+        if session is not None and isinstance(held, dict):
+            # All of them before the first: its channels must not take the keys of later sets.
+            first = kwargs.get("metric_key_prefix", "eval")
+            self._reserve(session, [f"{first}_{name}_" for name in held])
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _reserve(self, session: ChannelMetrics, prefixes: list[str]) -> None:
+        """Keep the keys that transformers itself logs with these prefixes free."""
+        for error in session.keys.reserve(own_keys(prefixes)):
+            session.warn_once(f"{error} It is left out of the log.")
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         session = self.channel_metrics
         if session is None:
@@ -96,8 +110,7 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
         called = loop.bind(self, *args, **kwargs)
         called.apply_defaults()
         split = called.arguments["metric_key_prefix"]
-        for error in session.keys.reserve(own_keys([f"{split}_"])):
-            session.warn_once(f"{error} It is left out of the log.")
+        self._reserve(session, [f"{split}_"])
         with session.evaluation(split, self.state.global_step, f"{split}_") as evaluation:
             output = super().evaluation_loop(*args, **kwargs)
         if evaluation.window is not None and output.metrics is not None:

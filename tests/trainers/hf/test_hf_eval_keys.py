@@ -7,8 +7,15 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from hf_tools import expected_metrics, make_records, tiny_model, token_table, train
-from transformers import Trainer
+from hf_tools import (
+    PaddingCollator,
+    expected_metrics,
+    make_records,
+    tiny_model,
+    token_table,
+    train,
+)
+from transformers import Trainer, TrainingArguments
 
 from channel_metrics import ChannelError, ConfigError, MetricsConfig
 from channel_metrics.trainers.hf import attach
@@ -161,6 +168,47 @@ def test_they_are_apart_if_the_channels_come_late(
         assert {key: found[key] for key in ours} == pytest.approx(ours, rel=1e-5)
     said = [r.getMessage() for r in caplog.records if "'eval_val_bbu_loss'" in r.getMessage()]
     assert len(said) == 1 and "left out of the log" in said[0]
+
+
+@pytest.mark.parametrize("order", [("val", "val_bbu"), ("val_bbu", "val")])
+@pytest.mark.parametrize("given", [True, False])
+def test_they_are_apart_in_an_evaluation_alone(
+    order: tuple[str, str], given: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a training before; the sets are given to the trainer, or to `evaluate`."""
+    sets = {name: SETS[name] for name in order}
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = attach(
+        Trainer(
+            tiny_model(),
+            arguments,
+            eval_dataset=None if given else sets,
+            data_collator=PaddingCollator(),
+        )
+    )
+    seen: list[dict[str, float]] = []
+    log = trainer.log
+    trainer.log = lambda logs, *rest: (seen.append(dict(logs)), log(logs, *rest))[1]
+    metrics = trainer.evaluate(sets) if given else trainer.evaluate()
+    assert metrics["eval_val_bbu_loss"] == pytest.approx(metrics["eval_val_bbu_lvis_loss"])
+    assert [logs["eval_val_bbu_loss"] for logs in seen if "eval_val_bbu_loss" in logs] == [
+        metrics["eval_val_bbu_loss"]
+    ]
+    assert "eval_val_bbu_tokens" in metrics and "eval_val_rru_loss" in metrics
+    assert caplog.text.count("would be logged as 'eval_val_bbu_loss'") == 1
+
+
+def test_a_key_of_a_prefix_of_ones_own(tmp_path: Path) -> None:
+    """`chosen_loss` is that of the evaluation, so a channel `chosen` has none in training."""
+    renamed = {"bbu": "chosen", "rru": "rru", "lvis": "lvis", "lang_chat": "lvis"}
+    records = [r | {"channel": renamed[r["channel"]]} for r in make_records(16)]
+    trainer = train(tmp_path, prepare=attach, records=records, max_steps=1, logging_steps=1)
+    assert "chosen_loss" in trainer.state.log_history[0]
+    held = Dataset.from_list(HELD)
+    assert trainer.evaluate(held, metric_key_prefix="chosen")["chosen_loss"] > 0
+    trainer.train()
+    assert "chosen_loss" not in trainer.state.log_history[0]
+    assert "chosen_tokens" in trainer.state.log_history[0]
 
 
 def test_a_training_channel_with_the_name_of_an_evaluation(tmp_path: Path) -> None:
