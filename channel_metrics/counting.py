@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from channel_metrics.core.accumulator import ChannelLossAccumulator
+from channel_metrics.core.checks import check_scalar
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.schema import Schema
 from channel_metrics.core.table import SumTable
 from channel_metrics.errors import ChannelMetricsError
-from channel_metrics.windows import Evaluation
+from channel_metrics.windows import Evaluation, OpenWindow
 
 __all__ = ["Counting"]
 
@@ -30,8 +31,7 @@ class Counting:
 
     def __init__(self, labels: LabelTable, schema: Schema, guard: FaultGuard) -> None:
         self.labels, self.schema, self.guard = labels, schema, guard
-        self._train = self._new_table()
-        self._step: SumTable | None = None
+        self._train = OpenWindow(self._new_table())
         self._evaluations: list[Evaluation] = []
 
     @property
@@ -67,26 +67,37 @@ class Counting:
             values: {column of the schema: values [N]}.
             ours, theirs: a scalar that follows from the values, and the trainer's own. Each
                 window compares their sums.
+
+        Raises:
+            ChannelMetricsError: labels, values and scalars do not fit; then nothing is added.
         """
         with self.guard.guarded():
             if self.measuring:
+                # Before anything is added: a call that is refused changes nothing.
+                if ours is not None and theirs is not None:
+                    check_scalar("ours", ours)
+                    check_scalar("theirs, the loss to compare with,", theirs)
                 table = self._open_table()
                 table.add(labels, values)
                 if ours is not None and theirs is not None:
                     table.compare(ours, theirs)
 
     def begin_step(self) -> None:
-        """Count in a table for this step, until `end_step`.
+        """Count in a table for this step, until `end_step`; in an evaluation, for a step of it.
 
         A second call drops what the step has counted so far, for trainers that repeat a step.
         """
-        if self._step is None:
-            self._step = self._new_table()
-        self._step.reset()
+        window = self._open_window()
+        if window.step is None:
+            window.step = self._new_table()
+        window.step.reset()
 
     def end_step(self, *, discard: bool = False) -> None:
         """Add the step to the window, or `discard` it if the optimizer skipped it."""
-        step, self._step = self._step, None
+        self._end_step(self._open_window(), discard)
+
+    def _end_step(self, window: OpenWindow, discard: bool = False) -> None:
+        step, window.step = window.step, None
         with self.guard.guarded():
             if discard and step is None:
                 raise ChannelMetricsError(
@@ -94,8 +105,8 @@ class Counting:
                     "the step counted is in the window already."
                 )
             if step is not None and not discard:
-                self._train.to(step.device)
-                self._train.merge(step)
+                window.table.to(step.device)
+                window.table.merge(step)
 
     @contextmanager
     def _open_evaluation(self) -> Iterator[Evaluation]:
@@ -104,6 +115,7 @@ class Counting:
         self._evaluations.append(found)
         try:
             yield found
+            self._end_step(found)
         finally:
             # A generator may leave an inner evaluation open, or close it after the outer one.
             if found in self._evaluations:
@@ -114,7 +126,9 @@ class Counting:
             return ChannelLossAccumulator(self.labels, schema=self.schema)
         return SumTable(self.labels, self.schema.column_names)
 
+    def _open_window(self) -> OpenWindow:
+        return self._evaluations[-1] if self._evaluations else self._train
+
     def _open_table(self) -> SumTable:
-        if self._evaluations:
-            return self._evaluations[-1].table
-        return self._train if self._step is None else self._step
+        window = self._open_window()
+        return window.table if window.step is None else window.step

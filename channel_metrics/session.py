@@ -98,9 +98,9 @@ class ChannelMetrics(Counting):
 
     def close(self, step: int) -> Window:
         """End the train window: sum it over all ranks, call the observers, open the next one."""
-        self.end_step()
-        window = self._summed(self._train, "train", step)
-        self._train.reset()
+        self._end_step(self._train)
+        window = self._summed(self._train.table, "train", step)
+        self._train.table.reset()
         self._tell(window)
         if window.values:
             self.guard.proven = True
@@ -109,8 +109,8 @@ class ChannelMetrics(Counting):
     def peek(self, step: int) -> Window:
         """The train window so far, without a call of the observers. It stays open, so counts and
         totals are left out: the logged tokens must add up to those of the run."""
-        self.end_step()
-        return self._summed(self._train, "train", step, final=False)
+        self._end_step(self._train)
+        return self._summed(self._train.table, "train", step, final=False)
 
     @contextmanager
     def evaluation(self, split: str, step: int, prefix: str = "eval_") -> Iterator[Evaluation]:
@@ -218,8 +218,8 @@ class ChannelMetrics(Counting):
     def start(self, folder: Path | None = None) -> None:
         """Begin a run: empty the window, and load the totals of the checkpoint `folder`, if any."""
         self.guard.restart()
-        self._train.reset()
-        self._step, self.totals = None, RunTotals(self.schema)
+        self._train.table.reset()
+        self._train.step, self.totals = None, RunTotals(self.schema)
         if folder is not None:
             self.resume(folder)
 
@@ -232,7 +232,7 @@ class ChannelMetrics(Counting):
         if self.guard.off:
             return
         with self.guard.guarded():
-            names, sums, *_ = self._sum(self._train)
+            names, sums, *_ = self._sum(self._train.table)
             totals = self.totals.copy().add(names, sums)
             if is_writer:
                 totals.save(folder / TOTALS_FILE)
@@ -257,14 +257,14 @@ class ChannelMetrics(Counting):
 
     def state_dict(self) -> dict[str, Any]:
         """The totals and the open window of this rank, for a checkpoint of your own."""
-        self.end_step()
-        return {"totals": self.totals.state_dict(), "train": self._train.state_dict()}
+        self._end_step(self._train)
+        return {"totals": self.totals.state_dict(), "train": self._train.table.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`."""
         totals = RunTotals(self.schema).load_state_dict(state["totals"])
-        self._train.load_state_dict(state["train"])
-        self._step, self.totals = None, totals
+        self._train.table.load_state_dict(state["train"])
+        self._train.step, self.totals = None, totals
 
     # ---- behind the scenes -----------------------------------------------------------------
 

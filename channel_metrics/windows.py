@@ -18,7 +18,7 @@ from channel_metrics.core.totals import RunTotals
 from channel_metrics.errors import ConfigError, hint
 from channel_metrics.ranks.exchange import MISMATCH_TOLERANCE, GlobalSums
 
-__all__ = ["Evaluation", "Window", "WindowMaker"]
+__all__ = ["Evaluation", "OpenWindow", "Window", "WindowMaker"]
 
 logger = logging.getLogger("channel_metrics")
 
@@ -64,14 +64,25 @@ class Window:
         return dict(zip(self.columns, self.table[row].tolist(), strict=True))
 
 
-class Evaluation:
+class OpenWindow:
+    """What is being counted.
+
+    table: the sums of the window. step: those of its open step; None if no step is open.
+    """
+
+    def __init__(self, table: SumTable) -> None:
+        self.table = table
+        self.step: SumTable | None = None
+
+
+class Evaluation(OpenWindow):
     """An evaluation that is open, or has just ended.
 
     window: its values, after it has ended. None if an exception ended it, or if it was discarded.
     """
 
     def __init__(self, table: SumTable) -> None:
-        self.table = table
+        super().__init__(table)
         self.window: Window | None = None
         self.discarded = False
 

@@ -172,6 +172,20 @@ def test_units_other_than_tokens(caplog: pytest.LogCaptureFixture) -> None:
     assert "all pairs count as 'unlabeled'" in caplog.text
 
 
+@pytest.mark.parametrize("wrong", [{"theirs": 3.0}, {"theirs": torch.ones(2)}, {"ours": 3.0}])
+def test_an_add_that_is_refused_adds_nothing(wrong: dict[str, Any]) -> None:
+    schema = Schema("pairs", count="pairs")
+    schema.register(
+        Column("pairs", "pairs", ""), Metric("tokens", ("pairs",), lambda s: s["pairs"])
+    )
+    metrics = new("a", schema=schema)
+    metrics.add(["a"], {"pairs": torch.ones(1)})
+    sums = {"ours": torch.tensor(1.0), "theirs": torch.tensor(1.0)} | wrong
+    with pytest.raises(ChannelMetricsError, match="must be a tensor of one number"):
+        metrics.add(["a", "b"], {"pairs": torch.ones(2)}, **sums)
+    assert metrics.close(1).values == {"a": {"tokens": 1.0}} and "b" not in metrics.labels
+
+
 def test_ids_per_token_and_the_sequences_apart() -> None:
     metrics = new("a", "b", metrics=("tokens", "samples"))
     metrics.count(

@@ -171,3 +171,23 @@ def test_an_evaluation_on_the_training_data_is_no_training() -> None:
     assert found.logs == {"train_a_tokens": 4}
     assert [window.split for window in told] == ["train", "eval_train"]
     assert metrics.totals.of("a")["tokens_total"] == 4
+
+
+def test_a_step_of_an_evaluation_that_is_run_again() -> None:
+    """It counts once, and the training step around the evaluation stays as it is."""
+    metrics = new("a", metrics=("tokens",))
+    metrics.begin_step()
+    metrics.count(batch(("a", 1, 1.0)))
+    with metrics.evaluation("eval", 1) as found:
+        for tokens in (2, 3):
+            for _ in range(2):
+                metrics.begin_step()
+                metrics.count(batch(("a", tokens, 1.0)))
+            metrics.end_step()
+        metrics.begin_step()
+        metrics.count(batch(("a", 5, 1.0)))
+        metrics.end_step(discard=True)
+        metrics.begin_step()
+        metrics.count(batch(("a", 7, 1.0)))
+    assert found.logs == {"eval_a_tokens": 2 + 3 + 7}
+    assert metrics.close(1).logs == {"a_tokens": 1}

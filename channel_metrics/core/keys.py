@@ -119,16 +119,17 @@ class KeyBook:
     def learn(
         self, channels: Iterable[str] = (), prefix: str | None = None
     ) -> list[ChannelMetricsError]:
-        """Add channels, and the prefix of a split.
-
-        Returns an error for each channel with new clashes; their keys join `clashes`.
-        """
+        """Add channels, and a split's prefix. Returns an error for each channel that clashes."""
         new = [name for name in channels if name not in self._known]
         if prefix is not None and prefix not in self._prefixes:
             self._prepare([*self._prefixes, prefix])
             new = [*self._known, *new]
+        return self._clashes(new)
+
+    def _clashes(self, names: Iterable[str]) -> list[ChannelMetricsError]:
+        # The keys that are shared join `clashes`.
         found = []
-        for name in new:
+        for name in names:
             error, keys = self.look(name)
             if error is not None and not keys <= self.clashes:
                 found.append(error)
@@ -142,14 +143,13 @@ class KeyBook:
         self._known.discard(name)
         self._names.pop(self._rewrite(sanitize(name)), None)
 
-    def reserve(self, keys: Iterable[str]) -> None:
-        """Reserve more keys; raises an error if a known channel is logged under one of them."""
+    def reserve(self, keys: Iterable[str]) -> list[ChannelMetricsError]:
+        """Reserve more keys of the trainer. Returns errors as `learn` does."""
+        if self.reserved.issuperset(keys := list(keys)):
+            return []
         self.reserved |= frozenset(keys)
         self._prepare(self._prefixes)
-        for name in self._known:
-            error, _ = self.look(name)
-            if error is not None:
-                raise error
+        return self._clashes(list(self._known))
 
     def look(self, name: str) -> tuple[ChannelMetricsError | None, set[str]]:
         """The error if `name` shares keys with known names or the trainer, and those keys."""

@@ -81,13 +81,13 @@ class SumTable:
         """Add N things: labels, int64 ids [N] or names, and for each column its values [N].
 
         A column that is not in `values` stays as it is. Nothing is read back from the device.
-        Raises `ChannelError` if the number of labels and values differ.
+        Raises `ChannelError` if the number of labels and values differ; then nothing is added.
         """
-        widths = {name: value.numel() for name, value in values.items()}
-        if set(widths.values()) != {len(labels)}:
+        shapes = {name: list(value.shape) for name, value in values.items()}
+        if not shapes or any(shape != [len(labels)] for shape in shapes.values()):
             raise ChannelError(
                 f"expected one value per label and column for {len(labels)} labels, but got "
-                f"{widths}; labels and values are out of step."
+                f"{shapes}; labels and values are out of step."
             )
         self.to(next(iter(values.values())).device)
         self._add(self._ids(labels), values)

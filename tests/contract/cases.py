@@ -17,6 +17,7 @@ from contract.script import (
     check_values,
     expected,
     flat,
+    renamed,
     size,
     steps,
     unit,
@@ -150,6 +151,23 @@ def typo_in_eval_channels_is_an_error_when_all_names_are_known(
     chosen = config(channels=("bbu", "rru"), unknown="unlabeled", eval_channels=("ruu",))
     (found,) = harness.run(Script(config=chosen, steps=steps("--", "--")), folder)
     assert isinstance(found.error, ConfigError) and "did you mean 'rru'" in str(found.error)
+
+
+@case()
+def late_typo_in_eval_channels_is_said_once(harness: Harness, folder: Path) -> None:
+    names = {"a": "bbu", "b": "rru"}
+    (held,) = renamed(steps("abab", first=40), names)
+    script = Script(
+        config=config(eval_channels=("bbu", "ruu")),
+        steps=renamed(steps("ab", "ab", "ba", "ab"), names),
+        evaluations=(Evaluation(1, held), Evaluation(3, held)),
+    )
+    found = ran(harness, script, folder)
+    said = [message for message in found.warnings if "'ruu', which is no channel" in message]
+    assert len(said) == 1 and "did you mean 'rru'" in said[0]
+    assert len(found.evaluations) == 2
+    for evaluated in found.evaluations:
+        assert "eval_bbu_loss" in evaluated and "eval_rru_loss" not in evaluated
 
 
 @case()

@@ -7,9 +7,9 @@ of test_contract.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +53,16 @@ def steps(*channels: str, tokens: int = 3, first: int = 0) -> tuple[Step, ...]:
         batches = [sequences[i : i + ROWS] for i in range(0, len(sequences), ROWS)]
         made.append(tuple(map(tuple, batches)))
     return tuple(made)
+
+
+def renamed(all_steps: Iterable[Step], names: Mapping[str, str]) -> tuple[Step, ...]:
+    """The same steps with other names of channels."""
+    return tuple(
+        tuple(
+            tuple(replace(one, channel=names[one.channel or ""]) for one in batch) for batch in step
+        )
+        for step in all_steps
+    )
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,10 @@ def test_what_names_do_that_are_not_in_the_table() -> None:
         (
             ["a"],
             pairs(1.0, 2.0),
-            "one value per label and column for 1 labels, but got {'pairs': 2",
+            "one value per label and column for 1 labels, but got {'pairs': [2]",
         ),
-        (["a", "a"], {**pairs(1.0, 2.0), "margin": torch.ones(3)}, "'margin': 3}"),
+        (["a", "a"], {**pairs(1.0, 2.0), "margin": torch.ones(3)}, "'margin': [3]}"),
+        (["a", "new"], {**pairs(1.0, 2.0), "margin": torch.ones(2, 1)}, "'margin': [2, 1]}"),
         (["a"], {}, "for 1 labels, but got {}"),
         (torch.tensor([0, 1]), pairs(1.0, 2.0), "-1 (unlabeled) or 0 to 0, but range from 0 to 1"),
         (torch.tensor([0.0]), pairs(1.0), "a list of names, but is torch.float32"),
@@ -80,7 +81,7 @@ def test_refuses_and_loses_nothing(labels: Any, values: Any, message: str) -> No
     table.add(["a"], pairs(7.0))
     with pytest.raises(ChannelError, match=re.escape(message)):
         table.add(labels, values)
-    assert rows(table) == {"unlabeled": [0, 0], "a": [1, 7]}
+    assert rows(table) == {"unlabeled": [0, 0], "a": [1, 7]} and "new" not in table.labels
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

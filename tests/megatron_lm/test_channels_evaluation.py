@@ -114,6 +114,49 @@ def test_training_that_only_runs_forward_is_training(launcher: Launcher, data: D
         assert sum(log[f"{name}_tokens"] for name in oracle.NAMES) == 2 * STEP_TOKENS
 
 
+def overflowing() -> oracle.Result:
+    """`--moe-expert-rank-capacity-factor`, in evaluations: the first iteration of each runs
+    again. Only the overflow is made up: it needs a GPU."""
+    from megatron.training import get_args, training
+
+    evaluate, runner = training.evaluate, training.PagedStashRunner
+    init, calls, reruns = runner.__init__, [0], [0]
+
+    def check_moe_overflow(self: Any) -> tuple[int, int, int]:
+        calls[0] += 1
+        again = calls[0] == 1
+        reruns[0] += again
+        return 0, int(again), 0
+
+    @functools.wraps(evaluate)
+    def evaluating(*args: Any, **kwargs: Any) -> Any:
+        calls[0] = 0
+        get_args().moe_expert_rank_capacity_factor = 1.0
+        return evaluate(*args, **kwargs)
+
+    def made(self: Any, *args: Any) -> None:
+        # With the option, every config would ask for experts on a GPU.
+        get_args().moe_expert_rank_capacity_factor = None
+        init(self, *args)
+
+    runner.__init__, runner.check_moe_overflow = made, check_moe_overflow
+    training.evaluate = evaluating
+    return lambda: reruns[0]
+
+
+def test_an_evaluation_that_runs_an_iteration_again_counts_it_once(
+    launcher: Launcher, data: Data
+) -> None:
+    args = (*data.blend()[:-2], "--split", "80,20,0", *EVERY_3)
+    run = launcher.run("dp2", *args, *CHANNELS, patch=True, observe=(overflowing,))
+    plain = launcher.run("dp2", *args, *CHANNELS, patch=True)
+    assert [rank.seen["overflowing"] for rank in run.ranks] == [3, 3]
+    assert by_step(run, "eval_") == by_step(plain, "eval_")
+    for log in by_step(run, "eval_").values():
+        assert sum(log[f"{name}_tokens"] for name in oracle.NAMES) == 2 * STEP_TOKENS
+    assert train_logs(run) == train_logs(plain)
+
+
 def test_the_test_set_has_its_own_prefix(launcher: Launcher, data: Data) -> None:
     args = (*data.blend()[:-2], "--split", "70,20,10", *EVERY_3)
     run = launcher.run("dp1", *args, *CHANNELS, patch=True)

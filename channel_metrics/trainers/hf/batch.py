@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from channel_metrics.core.sums import TokenValues
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, CollatorFault
 
 __all__ = [
+    "COLUMNS_KEY",
     "BatchChannels",
     "Scratch",
     "first_records",
@@ -26,6 +27,9 @@ __all__ = [
     "repeats_unseen",
     "take_channels",
 ]
+
+# The columns of the records, if none of them may hold a channel.
+COLUMNS_KEY = "channel_columns"
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,13 @@ class BatchChannels:
         cu_seqlens: boundaries of the sequences, int32 [num_sequences + 1]; None if every row is
             one sequence.
         records: int64, the index of the record in each row or sequence; None if they are in order.
+        columns: the columns of the records, if none of them may hold a channel; else none.
     """
 
     channels: Tensor | list[str | None]
     cu_seqlens: Tensor | None
     records: Tensor | None = None
+    columns: Sequence[str] = ()
 
     @property
     def per_token(self) -> bool:
@@ -64,6 +70,8 @@ class Scratch:
         cut: whether context parallelism cuts the rows of the next loss.
         logs_next: whether the training loop itself makes the next log.
         own_keys: the keys that we have added to the results of evaluations.
+        has_columns: whether a training batch had a column that may hold a channel.
+        compared: whether a loss that could not be captured was compared with what is counted.
     """
 
     reader: TokenLossReader
@@ -71,6 +79,8 @@ class Scratch:
     cut: bool = False
     logs_next: bool = False
     own_keys: set[str] = field(default_factory=set)
+    has_columns: bool = False
+    compared: bool = False
 
 
 def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorFault | None:
@@ -83,10 +93,10 @@ def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorF
         What the keys held, or the fault of the collator; None if there are no channels.
     """
     channels, cu_seqlens = inputs.pop("channels", None), inputs.pop(BOUNDS_KEY, None)
-    records = inputs.pop(RECORDS_KEY, None)
+    records, columns = inputs.pop(RECORDS_KEY, None), inputs.pop(COLUMNS_KEY, ())
     if channels is None or isinstance(channels, CollatorFault):
         return channels
-    return BatchChannels(channels, cu_seqlens, records)
+    return BatchChannels(channels, cu_seqlens, records, columns)
 
 
 def has_token_labels(inputs: Mapping[str, Any]) -> bool:

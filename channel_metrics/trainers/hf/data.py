@@ -7,13 +7,23 @@ from typing import Any
 
 from channel_metrics.core.labels import LabelTable, field_roots
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
-from channel_metrics.trainers.hf.batch import has_token_labels
+from channel_metrics.errors import ChannelError
+from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.hf.batch import (
+    COLUMNS_KEY,
+    BatchChannels,
+    Scratch,
+    has_token_labels,
+)
 
-__all__ = ["TokenBatchCollator", "wrap_collator"]
+__all__ = ["TokenBatchCollator", "check_columns", "wrap_collator"]
 
 
 class TokenBatchCollator(ChannelCollator):
-    """Adds channels only to batches that have one label per token."""
+    """Adds channels only to batches that have one label per token.
+
+    If no record has any of `fields`, it adds the names of their columns, too.
+    """
 
     def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
         # Copied first, because a collator may remove fields from its records.
@@ -21,7 +31,34 @@ class TokenBatchCollator(ChannelCollator):
         batch = collate(features)
         if not isinstance(batch, Mapping) or not has_token_labels(batch):
             return batch
-        return super()._with_channels(lambda _: batch, records)
+        given = "channels" in batch
+        batch = super()._with_channels(lambda _: batch, records)
+        columns = {key for one in records if isinstance(one, Mapping) for key in one}
+        if columns and not given and not columns.intersection(self.fields, self.roots):
+            batch[COLUMNS_KEY] = sorted(columns)
+        return batch
+
+
+def check_columns(session: ChannelMetrics, scratch: Scratch, batch: BatchChannels) -> None:
+    """Check the first training batch of a dataset that could not be scanned beforehand.
+
+    Args:
+        session: the metrics of the trainer.
+        scratch: what is known of the batches before.
+        batch: the channels of the batch.
+
+    Raises:
+        ChannelError: its records have no column that may hold a channel.
+    """
+    if scratch.has_columns or session.labels.names:
+        return
+    if batch.columns:
+        raise ChannelError(
+            "no record of the first batch has a channel: looked for "
+            f"{', '.join(session.config.fields)}, found columns {', '.join(batch.columns)}; set "
+            "`fields` to the one that names the source."
+        )
+    scratch.has_columns = True
 
 
 def wrap_collator(

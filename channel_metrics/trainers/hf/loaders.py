@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from channel_metrics.core.labels import UNLABELED
 from channel_metrics.data.collator import ChannelCollator
-from channel_metrics.data.scan import class_names
+from channel_metrics.data.scan import class_names, count_channels
 from channel_metrics.errors import ConfigError
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import Scratch, repeats_unseen
@@ -144,6 +145,11 @@ class ChannelLoadersMixin(_TrainerBase):
     def _declare(self, session: ChannelMetrics, dataset: Any, split: str) -> bool:
         """Scan a dataset for channels; False if it cannot be scanned."""
         return session.declare(dataset, split)
+
+    def channel_names(self, session: ChannelMetrics, dataset: Any) -> set[str] | None:
+        """The channels of a dataset, `unlabeled` included; None if it cannot be scanned."""
+        counts = count_channels(dataset, session.config.fields)
+        return None if counts is None else {name or UNLABELED for name in counts}
 
     def _with_channels(self, session: ChannelMetrics, dataset: Any, description: str) -> Any:
         """The trainer's own collator, wrapped for a data loader of `dataset`."""

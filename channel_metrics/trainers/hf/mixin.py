@@ -30,6 +30,8 @@ from channel_metrics.trainers.hf.batch import (
     real_records,
     take_channels,
 )
+from channel_metrics.trainers.hf.data import check_columns
+from channel_metrics.trainers.hf.own_loss import warn_of_own_loss
 from channel_metrics.trainers.hf.parallel import shard_with_labels
 from channel_metrics.trainers.hf.windows import ChannelWindowsMixin
 
@@ -146,6 +148,8 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
             if "labels" in inputs:
                 raise self._no_token_labels(inputs)
         batch = self._taken_channels(inputs)
+        if not session.evaluating:
+            check_columns(session, scratch, batch)
         if not self._rank_layout().counts(cut=scratch.cut):
             return compute(model, inputs, *args, **kwargs)
         labels = self._labels_of(batch, inputs)
@@ -153,7 +157,8 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
             raise self._no_token_labels(inputs)
         with scratch.reader.observe(model) as observation:
             result = compute(model, inputs, *args, **kwargs)
-        self._count_tokens(session, batch, labels, observation)
+        values = self._count_tokens(session, batch, labels, observation)
+        warn_of_own_loss(self, result, observation, values, kwargs.get("num_items_in_batch"))
         return result
 
     def _no_token_labels(self, inputs: Any) -> UnsupportedVersionError:
@@ -227,7 +232,8 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         batch: BatchChannels,
         labels: Tensor,
         observation: Observation,
-    ) -> None:
+    ) -> TokenValues:
+        """Count the tokens of a batch. Returns the values of all of them."""
         reader = self.channel_scratch.reader
         values, reported = reader.read(
             observation,
@@ -236,6 +242,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
             by_rows=batch.cu_seqlens is None,
             per_token=batch.per_token,
         )
+        of_all = values
         real = self._real_records(session)
         if real is not None and real[0] < real[1]:
             reported = None
@@ -249,6 +256,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
                 )
             batch, values = kept or (batch, values)
         session.count(MicroBatch.of_values(values, batch.channels, batch.cu_seqlens, reported))
+        return of_all
 
     def _real_records(self, session: ChannelMetrics) -> tuple[int, int] | None:
         """(records without repetitions, all records) of the batch; None if nothing is repeated."""

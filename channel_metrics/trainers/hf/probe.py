@@ -269,12 +269,11 @@ class DatasetMetricsCallback(TrainerKnowingCallback):
         metrics = getattr(self._trainer, "channel_metrics", None)
         if metrics is None:
             return
-        try:
-            metrics.keys.reserve(key for of_name in self.keys.values() for key in of_name.values())
-        except ConfigError as error:
+        keys = [key for of_name in self.keys.values() for key in of_name.values()]
+        for error in metrics.keys.reserve(keys):
             raise ConfigError(
                 f"a probe would log a key of a channel; rename the dataset of the probe: {error}"
-            ) from None
+            )
 
 
 def _values(sums: list[float], keys: Mapping[str, str]) -> dict[str, float]:

@@ -10,8 +10,12 @@ import transformers
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, default_compute_objective
 
 from channel_metrics.session import ChannelMetrics
-from channel_metrics.trainers.hf.best import check_best_metric
 from channel_metrics.trainers.hf.callbacks import tell_callbacks
+from channel_metrics.trainers.hf.eval_keys import (
+    check_best_metric,
+    declare_evaluations,
+    own_keys,
+)
 from channel_metrics.trainers.hf.loaders import ChannelLoadersMixin
 from channel_metrics.windows import Window
 
@@ -30,6 +34,7 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
                 called = inspect.signature(loop).bind(*args, **kwargs).arguments
                 checkpoint = called.get("resume_from_checkpoint") or None
                 session.start(None if checkpoint is None else Path(checkpoint))
+                declare_evaluations(self, session)
                 self._check_eval_channels(session)
                 check_best_metric(self, session)
         return loop(*args, **kwargs)
@@ -83,6 +88,20 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
                 self._write(session, session.close(self.state.global_step), logs)
         super().log(logs, *args, **kwargs)
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
+        session, held = self.channel_metrics, eval_dataset
+        held = self.eval_dataset if held is None else held
+        if session is not None and isinstance(held, dict):
+            # All of them before the first: its channels must not take the keys of later sets.
+            first = kwargs.get("metric_key_prefix", "eval")
+            self._reserve(session, [f"{first}_{name}_" for name in held])
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _reserve(self, session: ChannelMetrics, prefixes: list[str]) -> None:
+        """Keep the keys that transformers itself logs with these prefixes free."""
+        for error in session.keys.reserve(own_keys(prefixes)):
+            session.warn_once(f"{error} It is left out of the log.")
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         session = self.channel_metrics
         if session is None:
@@ -91,6 +110,7 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
         called = loop.bind(self, *args, **kwargs)
         called.apply_defaults()
         split = called.arguments["metric_key_prefix"]
+        self._reserve(session, [f"{split}_"])
         with session.evaluation(split, self.state.global_step, f"{split}_") as evaluation:
             output = super().evaluation_loop(*args, **kwargs)
         if evaluation.window is not None and output.metrics is not None:

@@ -29,6 +29,7 @@ __all__ = [
     "forget_run",
     "get_forward_backward_func",
     "load_checkpoint",
+    "prepare_for_rerun",
     "save_checkpoint",
     "training_log",
     "validate_args",
@@ -96,15 +97,29 @@ def get_forward_backward_func(original: Original, *args: Any, **kwargs: Any) -> 
 def _counting(forward_backward: Callable[..., Any], run: MegatronRun) -> Callable[..., Any]:
     @functools.wraps(forward_backward)
     def counting_forward_backward(*args: Any, **kwargs: Any) -> Any:
+        session = run.session
+        if session.evaluating:
+            # The iteration before is over.
+            session.end_step()
         if kwargs.get("collect_non_loss_data"):
             return forward_backward(*args, **kwargs)
-        if torch.is_grad_enabled():
+        if session.evaluating:
+            session.begin_step()
+        elif torch.is_grad_enabled():
             # Megatron may run an iteration twice, to find faulty devices.
             run.metrics.begin_step()
         step = counting_forward_step(kwargs["forward_step_func"], run.metrics)
         return forward_backward(*args, **{**kwargs, "forward_step_func": step})
 
     return counting_forward_backward
+
+
+def prepare_for_rerun(original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Forget an iteration in which experts got more tokens than they can hold: it runs again."""
+    run = current_run()
+    if run is not None:
+        run.session.begin_step()
+    return original(*args, **kwargs)
 
 
 # ---- logs -----------------------------------------------------------------------------------

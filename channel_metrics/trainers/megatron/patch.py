@@ -10,6 +10,7 @@ These functions of `megatron.training` are patched (core 0.13 to 0.19 and main h
 | training.get_forward_backward_func | the loss functions count |
 | training.training_log, evaluate, evaluate_and_print_results | the values are logged |
 | training.save_checkpoint, load_checkpoint | the totals are saved and resumed |
+| training.PagedStashRunner.prepare_for_rerun, since 0.19 | what runs again counts once |
 
 Without `--channels` on the command line, the training loop works as before. Call `apply` before the
 script imports from megatron.
@@ -61,6 +62,10 @@ def apply() -> None:
         for body in bodies:
             name = body.__name__
             swap.wrap(modules[path], name, body, key=_KEY, everywhere_in="megatron")
+    runner = getattr(modules[_TRAINING], "PagedStashRunner", None)
+    if runner is not None:
+        body = hooks.prepare_for_rerun
+        swap.wrap(runner, body.__name__, body, key=_KEY)
     follow_cuts()
     announce(f"channel metrics: patched megatron.training (core {megatron.core.__version__})")
 

@@ -43,7 +43,7 @@ class SwiftCollator(ChannelCollator):
         if _RECORDS_KEY not in batch:
             view = {**batch, "position_ids": text_positions(batch)}
             boundaries = boundaries_from_batch(view)
-            batch.update(self._added_keys(view, _names(batch, boundaries)))
+            batch.update(self._added_keys(view, _names(batch, boundaries, self.classes)))
         return batch
 
 
@@ -53,14 +53,16 @@ def text_positions(batch: Mapping[str, Any]) -> Any:
     return batch.get("position_ids") if positions is None else positions
 
 
-def _names(batch: Mapping[str, Any], boundaries: Boundaries) -> Names:
+def _names(
+    batch: Mapping[str, Any], boundaries: Boundaries, classes: Mapping[str, Sequence[str]]
+) -> Names:
     """The channels of the sequences, in one list per record, for `ChannelCollator`."""
     if batch.get(GROUP_KEY) is not None:
         return _names_of_packs(batch, boundaries)
     channel = batch.get("channel")
     if channel is None:
         return [[None]] * boundaries.num_sequences
-    return [[name] for name in channels_of({"channel": list(channel)}, ("channel",))]
+    return [[name] for name in channels_of({"channel": list(channel)}, ("channel",), classes)]
 
 
 def _names_of_packs(batch: Mapping[str, Any], boundaries: Boundaries) -> Names:

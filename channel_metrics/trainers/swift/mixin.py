@@ -10,8 +10,10 @@ import torch
 from swift.trainers import Seq2SeqTrainer
 
 from channel_metrics.config import MetricsConfig
+from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.schema import TOKENS
 from channel_metrics.data.collator import BOUNDS_KEY
+from channel_metrics.data.scan import class_names, count_channels
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import BatchChannels, Scratch
@@ -85,6 +87,11 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
                 f"others; the patch ms_swift fills it from {', '.join(session.config.fields)}."
             ) from None
 
+    def channel_names(self, session: ChannelMetrics, dataset: Any) -> set[str] | None:
+        """The channels of a dataset, in the column that ms-swift keeps."""
+        counts = count_channels(records_of(dataset), (CHANNEL_COLUMN,))
+        return None if counts is None else {name or UNLABELED for name in counts}
+
     def _with_channels(self, session: ChannelMetrics, dataset: Any, description: str) -> Any:
         known = self._declare(session, dataset, description) or bool(session.config.channels)
         return SwiftCollator(
@@ -94,6 +101,7 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
             bounds_key=BOUNDS_KEY,
             row_bounds=False,
             carry_faults=True,
+            classes=class_names(records_of(dataset), (CHANNEL_COLUMN,)),
         )
 
     def _prepare_inputs(self, inputs: Any) -> Any:

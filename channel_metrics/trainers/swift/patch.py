@@ -115,8 +115,11 @@ def _say_if_without_metrics(args: Any) -> None:
 def _filling(config: MetricsConfig) -> Callable[..., Any]:
     def preprocess(original: Any, preprocessor: Any, dataset: Any, *args: Any, **kw: Any) -> Any:
         # With --columns, the user has named the column of the channel.
-        if CHANNEL_COLUMN not in preprocessor.origin_columns.values():
-            with FaultGuard(config.on_error).guarded():
+        given = [c for c, name in preprocessor.origin_columns.items() if name == CHANNEL_COLUMN]
+        with FaultGuard(config.on_error).guarded():
+            for column in given:
+                dataset = with_channel_column(dataset, (column,), column)
+            if not given:
                 dataset = with_channel_column(dataset, config.fields)
         return original(preprocessor, dataset, *args, **kw)
 

@@ -9,7 +9,7 @@ Letters: B rows, S row length (one row of packed sequences has B = 1), N = num_s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,13 +44,19 @@ class SequenceChannels(list[str | None]):
         self.num_crossings = 0
 
 
-def sequence_channels(args: Any, given: Mapping[str, Any], table: LabelTable) -> SequenceChannels:
+def sequence_channels(
+    args: Any,
+    given: Mapping[str, Any],
+    table: LabelTable,
+    classes: Mapping[str, Sequence[str]] | None = None,
+) -> SequenceChannels:
     """The channels of a micro-batch.
 
     Args:
         args: the arguments of the run.
         given: the micro-batch before ms-swift prepares it. Its `labels` [B, S] are not shifted.
         table: turns names into ids.
+        classes: the names of the classes, if the channels are numbers of classes.
 
     Raises:
         ChannelError: if there is not one channel per sequence.
@@ -58,8 +64,10 @@ def sequence_channels(args: Any, given: Mapping[str, Any], table: LabelTable) ->
     """
     labels = given["labels"].cpu()
     packed = _packed_seq_params(args, given)
-    names = _names(given, None if packed is None else "sequences of the pack", len(labels))
-    found = SequenceChannels(names, torch.tensor(table.ids(names), dtype=torch.int64))
+    held_in = None if packed is None else "sequences of the pack"
+    names = _names(given, held_in, len(labels), classes)
+    ids = torch.tensor(table.ids(names), dtype=torch.int64, device="cpu")
+    found = SequenceChannels(names, ids)
     bounds = None if packed is None else packed.cu_seqlens_q[: len(names) + 1]
     if bounds is not None:
         _check_bounds(bounds, found, given.get("seq_lens"))
@@ -97,7 +105,12 @@ def _packed_seq_params(args: Any, given: Mapping[str, Any]) -> Any:
     return get_packed_seq_params(args, positions.cpu())
 
 
-def _names(given: Mapping[str, Any], held_in: str | None, num_rows: int) -> list[str | None]:
+def _names(
+    given: Mapping[str, Any],
+    held_in: str | None,
+    num_rows: int,
+    classes: Mapping[str, Sequence[str]] | None,
+) -> list[str | None]:
     num_sequences: int | None = num_rows
     if held_in is not None:
         lengths = given.get("seq_lens")
@@ -111,7 +124,7 @@ def _names(given: Mapping[str, Any], held_in: str | None, num_rows: int) -> list
         )
     if names is None:
         return [None] * num_sequences
-    names = channels_of({"channel": list(names)}, ("channel",))
+    names = channels_of({"channel": list(names)}, ("channel",), classes)
     if len(names) != num_sequences:
         raise ChannelError(
             f"channel has {len(names)} entries but the batch holds {num_sequences} "

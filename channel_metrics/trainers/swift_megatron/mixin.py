@@ -56,7 +56,9 @@ class SwiftMegatronMixin(BaseMegatronTrainer):  # type: ignore[misc]
         # Only the last pipeline stage keeps the labels.
         if session.measuring and batch.get("labels") is not None:
             with session.guard.guarded():
-                batch["channel"] = sequence_channels(self.args, given, session.labels)
+                batch["channel"] = sequence_channels(
+                    self.args, given, session.labels, session.classes
+                )
         return batch
 
     def loss_func(
@@ -118,7 +120,7 @@ class SwiftMegatronMixin(BaseMegatronTrainer):  # type: ignore[misc]
             given = (("train", train_dataset), ("eval", val_dataset))
             sets = [(split, records_of(dataset)) for split, dataset in given if dataset is not None]
             known = [session.declare(found, split, (CHANNEL_COLUMN,)) for split, found in sets]
-            if all(known):
+            if known and all(known):
                 session.check_eval_channels()
         return super().setup_training(train_dataset, val_dataset)
 

@@ -62,10 +62,14 @@ class PackCollator(ChannelCollator):
         )
         self.names = tuple(names)
         # Index -1 reads the last entry.
-        self._ids = torch.tensor([*table.ids(names), UNLABELED_ID], dtype=torch.int64)
+        ids = [*table.ids(names), UNLABELED_ID]
+        self._ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
 
     def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
-        tokens = [torch.as_tensor(_indices(record), dtype=torch.int64) for record in features]
+        tokens = [
+            torch.as_tensor(_indices(record), dtype=torch.int64, device="cpu")
+            for record in features
+        ]
         lengths = [int(n) for record in features for n in record.get(_LENGTHS_FIELD) or ()]
         batch = collate(features)
         labels = batch.get("labels")
@@ -100,8 +104,11 @@ def _indices(record: Mapping[str, Any]) -> Any:
 
 def _as_labels(flat: Tensor, keep: Tensor | None, labels: Tensor) -> Tensor:
     """The ids of all real tokens, in order, at the positions of their `labels` [B, S]."""
-    placed = torch.full((labels.numel(),), UNLABELED_ID, dtype=torch.int64)
-    where = torch.arange(labels.numel()) if keep is None else keep.flatten().nonzero().flatten()
+    placed = torch.full((labels.numel(),), UNLABELED_ID, dtype=torch.int64, device="cpu")
+    if keep is None:
+        where = torch.arange(labels.numel(), device="cpu")
+    else:
+        where = keep.flatten().nonzero().flatten()
     # A padding-free row may end in padding that no mask shows. Its labels are ignored.
     surplus = labels.flatten()[where[flat.numel() :]]
     if where.numel() < flat.numel() or bool((surplus != IGNORE_INDEX).any()):
@@ -117,5 +124,5 @@ def _as_labels(flat: Tensor, keep: Tensor | None, labels: Tensor) -> Tensor:
 def _pack_bounds(lengths: list[int], labels: Tensor) -> Tensor:
     """int64 [packs + 1]: the bounds of the rows or, if one row holds all packs, of their tokens."""
     if labels.shape[0] == len(lengths):
-        return torch.arange(len(lengths) + 1) * labels.shape[-1]
-    return torch.tensor([0, *lengths]).cumsum(0)
+        return torch.arange(len(lengths) + 1, device="cpu") * labels.shape[-1]
+    return torch.tensor([0, *lengths], device="cpu").cumsum(0)

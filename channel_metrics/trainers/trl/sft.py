@@ -168,6 +168,10 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
         session.declare_names(names)
         return bool(names) or super()._declare(session, dataset, split)
 
+    def channel_names(self, session: ChannelMetrics, dataset: Any) -> set[str] | None:
+        """The channels of a dataset; None for packs, which share the names of all datasets."""
+        return None if self._names_of_packs(dataset) else super().channel_names(session, dataset)
+
     def _with_channels(self, session: ChannelMetrics, dataset: Any, description: str) -> Any:
         names = self._names_of_packs(dataset)
         if not names:

@@ -165,3 +165,42 @@ def test_labels_that_compute_loss_masks_further_are_not_counted(tmp_path: Path) 
             expected[record["channel"]] = expected.get(record["channel"], 0) + len(kept)
     entry = trainer.state.log_history[0]
     assert {name: entry[f"{name}_tokens"] for name in expected} == expected
+
+
+class PopsLabels(Trainer):
+    """The labels are popped, and torch's own cross entropy is trained on; `half` masks more."""
+
+    half = False
+
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Tensor:
+        inputs = dict(inputs)
+        labels = shifted_labels(inputs.pop("labels"))
+        if self.half:
+            labels[:, : labels.shape[1] // 2] = -100
+        logits = model(**inputs).logits.flatten(0, 1)
+        if kwargs.get("num_items_in_batch") is None:
+            return F.cross_entropy(logits, labels.flatten())
+        total = F.cross_entropy(logits, labels.flatten(), reduction="sum")
+        return total / kwargs["num_items_in_batch"]
+
+
+class PopsAndMasks(PopsLabels):
+    half = True
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("kind", [PopsLabels, PopsAndMasks])
+def test_popped_labels_that_are_masked_further_are_said_once(
+    kind: type[PopsLabels], accumulated: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = run_with_oracle(
+        tmp_path,
+        tiny_model(attention_dropout=0.0),
+        trainer_class=kind,
+        gradient_accumulation_steps=accumulated,
+        max_steps=4 // accumulated,
+    )
+    assert trainer.channel_scratch.reader.captured is False
+    said = [r.getMessage() for r in caplog.records if "compute_loss returned" in r.getMessage()]
+    assert len(said) == kind.half
+    assert not said or "pass the masked labels to the model" in said[0]

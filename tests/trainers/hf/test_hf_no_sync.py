@@ -68,7 +68,7 @@ def test_no_sync_from_the_batch_to_the_accumulator(
     state: Any = trainer.channel_metrics
     with NoSync():
         loss_of(trainer, model, batch).backward()
-    assert state._train.device.type == "meta"
+    assert state._train.table.device.type == "meta"
     assert model.lm_head.weight.grad is not None
 
 

@@ -123,7 +123,7 @@ def _with_fault(folder: Path, place: str) -> Any:
     """In the second window, rank 1 has an error."""
 
     def prepare(trainer: Any) -> None:
-        batches, window = trainer.data_collator.batches, trainer.channel_metrics._train
+        batches, window = trainer.data_collator.batches, trainer.channel_metrics._train.table
 
         def when(call: int, *args: Any) -> bool:
             # Not the window of an evaluation. Batches are made ahead of time, one or two of them.

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM, Qwen2ForSequenceClassification, Trainer
 from transformers.modeling_outputs import CausalLMOutput
 
-from channel_metrics import ConfigError, MetricsConfig, UnsupportedVersionError
+from channel_metrics import MetricsConfig, UnsupportedVersionError
 from channel_metrics.trainers.hf import attach
 from channel_metrics.trainers.hf import patch as hf_patch
 
@@ -109,6 +109,10 @@ class Unscanned(torch.utils.data.Dataset[Any]):
         return self.records[index]
 
 
+def stream(records: list[Any]) -> Any:
+    return Dataset.from_list(records).to_iterable_dataset()
+
+
 def model_of(kind: str) -> torch.nn.Module:
     if kind == "tensors":
         return Regressor()
@@ -134,8 +138,18 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         "left alone",
     ),
     "no column": ({"records": without(make_records(16))}, "WARNING", "set `fields` to the one"),
-    "no channel": (
-        {"records": Unscanned(without(make_records(16)))},
+    "no column, unscanned": (
+        {"records": Unscanned(without(make_records(16))), "logging_steps": 99},
+        "WARNING",
+        "found columns attention_mask, input_ids, labels; set `fields` to the one that names",
+    ),
+    "no column in a stream": (
+        {"records": stream(without(make_records(16))), "logging_steps": 99},
+        "WARNING",
+        "no record of the first batch has a channel: looked for channel, dataset_source",
+    ),
+    "an empty column": (
+        {"records": Unscanned([r | {"channel": None} for r in make_records(16)])},
         "WARNING",
         "had a channel (looked for",
     ),
@@ -157,6 +171,20 @@ def test_it_trains_as_without_us(
     assert [line.levelname for line in lines] == [level]
     warnings = [r for r in caplog.records if r.levelno >= logging.WARNING]
     assert len(warnings) == (level == "WARNING")
+
+
+def test_a_stream_with_channels_in_some_records_is_measured(patched: Any, tmp_path: Path) -> None:
+    """The first batch has the column, but no channel in it."""
+    records = make_records(16)
+    for record in records[:4]:
+        record["channel"] = None
+    trainer = patched(tmp_path, records=stream(records), logging_steps=4)
+    (entry,) = channel_logs(trainer)
+    expected: dict[str, int] = {}
+    for record in records:
+        key = f"{record['channel'] or 'unlabeled'}_tokens"
+        expected[key] = expected.get(key, 0) + sum(x != -100 for x in record["labels"][1:])
+    assert {key: entry[key] for key in entry if key.endswith("_tokens")} == expected
 
 
 def test_a_language_model_beside_them_is_measured(patched: Any, tmp_path: Path) -> None:
@@ -241,36 +269,6 @@ def test_the_default_objective_of_a_search_is_the_one_without_us(
         lambda _: {}, compute_objective=chosen, n_trials=2, backend="optuna"
     )
     assert trainer.compute_objective(metrics) == metrics["eval_bbu_loss"]
-
-
-@pytest.mark.parametrize(
-    ("metric", "says"),
-    [("eval_lvis_loss", "leaves out 'lvis'"), ("bbu_ppl", "add 'ppl' to `metrics`")],
-)
-def test_a_best_metric_that_is_never_logged_is_said_at_the_start(
-    metric: str, says: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match=says):
-        train(
-            tmp_path,
-            prepare=lambda t: attach(t, MetricsConfig(eval_channels=("bbu", "rru"))),
-            metric_for_best_model=metric,
-            load_best_model_at_end=True,
-            eval_strategy="steps",
-            eval_steps=2,
-            save_strategy="steps",
-            save_steps=2,
-            trainer_arguments={"eval_dataset": Dataset.from_list(make_records(10, seed=1))},
-        )
-
-
-def test_a_typo_in_eval_channels_is_said_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'ruu', which is no channel; did you mean 'rru'"):
-        train(
-            tmp_path,
-            prepare=lambda t: attach(t, MetricsConfig(eval_channels=("bbu", "ruu"))),
-            trainer_arguments={"eval_dataset": Dataset.from_list(make_records(10, seed=1))},
-        )
 
 
 def test_on_error_does_not_end_a_run_that_is_left_alone(tmp_path: Path) -> None:

@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from channel_metrics import BoundaryError, ChannelMetrics, ConfigError, MetricsConfig
+from channel_metrics import (
+    BoundaryError,
+    ChannelMetrics,
+    ChannelMetricsError,
+    ConfigError,
+    MetricsConfig,
+)
 from channel_metrics.trainers.megatron import MegatronChannelMetrics
 from channel_metrics.trainers.megatron.step import counting_forward_step
 
@@ -144,6 +150,19 @@ def counted(losses: torch.Tensor, mask: torch.Tensor, channels: Any, **more: Any
     loss = partial(loss_func, mask.reshape(losses.shape))
     metrics.count(loss, channels=channels, loss_mask=mask, **more)(losses)
     return metrics.compute()
+
+
+def test_accuracy_belongs_to_the_losses_that_the_model_returned() -> None:
+    """They are matched by the tensor itself: another one of the same shape is refused."""
+    metrics = MegatronChannelMetrics(NAMES, config=MetricsConfig(metrics=("token_acc",)))
+    mask, correct = torch.ones(1, 4), torch.tensor([[True, False, True, True]])
+    returned = torch.zeros(1, 4)
+    metrics._correctness.remember(returned, correct)
+    counted = metrics.count(partial(loss_func, mask), channels=["a"], loss_mask=mask)
+    with pytest.raises(ChannelMetricsError, match="loss function got another tensor"):
+        counted(torch.zeros(1, 4))
+    counted(returned)
+    assert metrics.compute() == {"a_token_acc": 0.75}
 
 
 def test_the_mask_says_what_the_rows_are() -> None:

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
 from channel_metrics.core.keys import ChannelTable
 from channel_metrics.core.labels import DEFAULT_FIELDS
+from channel_metrics.data.scan import class_names
 from channel_metrics.errors import ChannelError
 from channel_metrics.trainers.swift.collator import SwiftCollator
 from channel_metrics.trainers.swift.data import records_of, with_channel_column
@@ -162,3 +163,27 @@ def test_the_records_inside_of_wrappers() -> None:
     assert records_of(theirs(theirs(dataset))) is dataset
     somebody = Wrapper(dataset)
     assert records_of(theirs(somebody)) is somebody
+
+
+CLASSES = Features({"kind": ClassLabel(names=["web", "code"]), "text": Value("string")})
+NUMBERED = Dataset.from_dict({"kind": [1, 0, -1], "text": ["a", "b", "c"]}, features=CLASSES)
+
+
+@pytest.mark.parametrize("column", ["channel", "kind"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_classes_have_names(streamed: bool, column: str) -> None:
+    """ms-swift makes new records of a dataset, so the column must hold the names."""
+    dataset = NUMBERED.to_iterable_dataset() if streamed else NUMBERED
+    filled = with_channel_column(dataset, ("kind",), column)
+    assert [record[column] for record in filled] == ["code", "web", None]
+    assert filled.features[column] == Value("string")
+    assert [record["text"] for record in filled] == ["a", "b", "c"]
+
+
+def test_classes_of_a_trainer_that_the_patch_did_not_see() -> None:
+    collator = SwiftCollator(
+        lambda _: packed(2, 3) | {"channel": [1, 0]},
+        strip=(),
+        classes=class_names(NUMBERED.rename_column("kind", "channel"), ("channel",)),
+    )
+    assert collator([])["channels"] == ["code", "web"]

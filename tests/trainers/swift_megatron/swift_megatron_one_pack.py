@@ -89,6 +89,9 @@ def crossing_uncut() -> list[Any]:
     args.context_parallel_size = 1
     found = sequence_channels(args, batch, LabelTable())
     assert found.cu_seqlens is not None
+    numbered = batch | {"channel": [1, 0]}
+    of_classes = sequence_channels(args, numbered, LabelTable(), {"channel": ("code", "math")})
+    assert list(of_classes) == ["math", "code"]
     return [found.cu_seqlens.tolist(), found.ids.tolist(), found.num_crossings]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from packaging.version import Version
 from trl import GRPOConfig, GRPOTrainer
 from trl_tools import ALPHABETS, CHANNELS, arguments, logs, run, weights, windows, word
 
-from channel_metrics import ConfigError, MetricsConfig, UnsupportedVersionError
+from channel_metrics import ChannelError, ConfigError, MetricsConfig, UnsupportedVersionError
 from channel_metrics.trainers.hf import attach
+from channel_metrics.trainers.trl.grpo import GRPOChannelMetricsMixin
 
 # trl 1.16 reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
@@ -190,3 +192,12 @@ def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
     config = GRPOConfig(**arguments(tmp_path, num_generations=2, max_completion_length=6))
     with pytest.raises(UnsupportedVersionError, match="adds up rewards in another way"):
         run(Other, config, prompts(32), reward_funcs=scores.functions(), prepare=attach)
+
+
+def test_rewards_of_other_completions_are_refused() -> None:
+    """Completions are matched to their prompts by order, and by their number."""
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=2, process_index=0), reward_func_names=["one"]
+    )
+    with pytest.raises(ChannelError, match="expected rewards of 2 x 3 completions by 1 functions"):
+        GRPOChannelMetricsMixin._values(trainer, torch.zeros(5, 1), 3)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from trl import SFTTrainer
 from trl_sft_tools import OF_LETTER, SPLIT, MySFT, Seen, config, expected, sft
@@ -22,6 +23,9 @@ from trl_tools import (
 )
 
 from channel_metrics import ChannelError, ConfigError, MetricsConfig
+from channel_metrics.core.labels import LabelTable
+from channel_metrics.data.collator import CollatorFault
+from channel_metrics.trainers.trl.collator import PackCollator
 
 
 def packed(folder: Path, trainer_class: Any, dataset: Any, **options: Any) -> Any:
@@ -159,3 +163,14 @@ def test_samples_of_packs_are_sequences(tmp_path: Path) -> None:
         if f"{name}_samples" in last:
             # Every letter but the first, and the end of the text.
             assert last[f"{name}_tokens_total"] == sum(map(len, mine))
+
+
+@pytest.mark.parametrize("length", [3, 6])
+def test_a_collator_that_cuts_or_adds_tokens_of_packs_is_refused(length: int) -> None:
+    """The channels of the tokens of a pack are matched to its labels by position."""
+    batch = {"labels": torch.ones(1, length, dtype=torch.int64)}
+    record = {"input_ids": [1] * 5, "channel_ids": [0, 0, 1, 1, 1], "seq_lengths": [2, 3]}
+    collate = PackCollator(lambda _: dict(batch), names=("a", "b"), table=LabelTable(["a", "b"]))
+    fault = collate([record])["channels"]
+    assert isinstance(fault, CollatorFault) and isinstance(fault.error, ChannelError)
+    assert f"the packs hold 5 tokens, but the batch {length}" in str(fault.error)

@@ -1,0 +1,119 @@
+"""The log keys of a trainer's evaluations, as far as they are known before training."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from channel_metrics.core.labels import UNLABELED
+from channel_metrics.errors import ConfigError
+from channel_metrics.session import ChannelMetrics
+
+__all__ = ["check_best_metric", "declare_evaluations", "own_keys"]
+
+# What transformers logs of each evaluation, after its prefix.
+_OWN = ("loss", "runtime", "samples_per_second", "steps_per_second")
+# Names that differ by one letter are closer than this, and those that mean something else are not.
+_CLOSE = 0.9
+
+
+def own_keys(prefixes: Iterable[str]) -> list[str]:
+    """The keys that transformers itself logs in evaluations with these prefixes."""
+    return [prefix + name for prefix in prefixes for name in _OWN]
+
+
+def declare_evaluations(trainer: Any, session: ChannelMetrics) -> None:
+    """Learn the keys of the evaluations to come, so that a channel with one of them is an error.
+
+    Args:
+        trainer: the trainer, before training.
+        session: its channel metrics.
+
+    Raises:
+        ConfigError, ChannelError: a known channel would share a key.
+    """
+    prefixes = list(_sets(trainer))
+    errors = session.keys.reserve(own_keys(prefixes))
+    if trainer.args.eval_strategy != "no":
+        for prefix in prefixes:
+            errors += session.keys.learn(prefix=prefix)
+    for error in errors:
+        raise error
+
+
+def check_best_metric(trainer: Any, session: ChannelMetrics) -> None:
+    """Refuse a `metric_for_best_model` that belongs to a channel and will not be logged.
+
+    Without this check, transformers raises `KeyError` at the first evaluation, or saves no best
+    model. Keys that may be the script's own are let be.
+
+    Args:
+        trainer: the trainer, before training.
+        session: its channel metrics.
+
+    Raises:
+        ConfigError: no evaluation will log this metric.
+    """
+    wanted, sets = trainer.args.metric_for_best_model, _sets(trainer)
+    # The script's own `compute_metrics` may log any key.
+    if not wanted or not sets or trainer.compute_metrics is not None:
+        return
+    wanted = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
+    if wanted in session.keys.reserved:
+        return
+    held = {prefix: trainer.channel_names(session, dataset) for prefix, dataset in sets.items()}
+    known = {*session.labels.names, *session.config.eval_channels, UNLABELED}
+    for names in held.values():
+        known |= names or set()
+    logged = set()
+    for prefix, names in held.items():
+        for channel in sorted(known):
+            for metric in session.schema.metric_names:
+                key = session.keys.key(channel, metric, prefix)
+                why = _why_not(session, channel, metric, names)
+                if why is None:
+                    logged.add(key)
+                elif key == wanted:
+                    raise ConfigError(f"metric_for_best_model is {wanted!r}, but {why}")
+    near = difflib.get_close_matches(wanted, logged, n=1, cutoff=_CLOSE)
+    if wanted not in logged and near and None not in held.values():
+        raise ConfigError(
+            f"metric_for_best_model is {wanted!r}, which no evaluation logs; did you mean "
+            f"{near[0]!r}?"
+        )
+
+
+def _sets(trainer: Any) -> dict[str, Any]:
+    """{prefix of its keys: dataset} of the evaluations; empty if there are none."""
+    held = trainer.eval_dataset
+    if isinstance(held, dict):
+        return {f"eval_{name}_": dataset for name, dataset in held.items()}
+    return {} if held is None else {"eval_": held}
+
+
+def _why_not(
+    session: ChannelMetrics, channel: str, metric: str, names: set[str] | None
+) -> str | None:
+    """Why a metric of a channel is not logged for an evaluation set; None if it is logged.
+
+    names: the channels of the set; None if they are not known.
+    """
+    chosen = session.config.eval_channels
+    logged = {metric.name for metric in session.schema.chosen(session.config.metrics)}
+    if metric not in logged:
+        return (
+            f"an evaluation logs only {', '.join(sorted(logged))} of a channel; add {metric!r} to "
+            "`metrics`, or choose another metric."
+        )
+    if chosen and channel not in chosen:
+        return (
+            f"eval_channels leaves out {channel!r}: it names {', '.join(chosen)}. Add it there, or "
+            "choose another metric."
+        )
+    if names is not None and channel not in names:
+        return (
+            f"no record of this evaluation set has the channel {channel!r}: it holds "
+            f"{', '.join(sorted(names))}; choose another metric."
+        )
+    return None
