@@ -1,0 +1,129 @@
+"""Compiled models: the same values, and nothing more is compiled than without metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hf_tools import PaddingCollator, make_records, tiny_model, token_table
+from loop_tools import (
+    OwnModel,
+    check,
+    logits_loss,
+    model_loss,
+    no_trace,
+    oracle,
+    own_table,
+    state_of,
+)
+from torch._dynamo.utils import counters
+
+from channel_metrics import ChannelMetrics, evaluate
+
+# All batches have one shape, or two: a graph is made for each, and then one for all.
+RECORDS = [record for record in make_records(400) if len(record["input_ids"]) == 12][:16]
+LONGER = [record for record in make_records(400, seed=1) if len(record["input_ids"]) == 15][:8]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def by_call(model: torch.nn.Module, **how: Any) -> torch.nn.Module:
+    """The model as `torch.compile` returns it."""
+    called: Any = torch.compile(model, **how)
+    return called
+
+
+def in_place(model: torch.nn.Module, **how: Any) -> torch.nn.Module:
+    model.compile(**how)
+    return model
+
+
+def parts(model: Any, **how: Any) -> torch.nn.Module:
+    """Only the layers are compiled: the loss is not."""
+    for layer in model.model.layers:
+        layer.compile(**how)
+    return model
+
+
+def trained(
+    on: bool,
+    model: torch.nn.Module,
+    compile: Callable[..., torch.nn.Module],
+    forward: Callable[..., torch.Tensor],
+    backend: str,
+) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """The windows of a training, and what was compiled in it."""
+    torch._dynamo.reset()
+    counters.clear()
+    called = compile(model, backend=backend)
+    metrics = ChannelMetrics() if on else None
+    collate = PaddingCollator() if metrics is None else metrics.collator(PaddingCollator())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0 if on is None else 1e-2)
+    logs = []
+    for step, records in enumerate((RECORDS[:8], RECORDS[8:], LONGER), start=1):
+        for first in (0, 4):
+            loss = forward(metrics, called, collate(records[first : first + 4]))
+            (loss * 0.5).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if metrics is not None:
+            logs.append(metrics.close(step).logs)
+    kept = {name: dict(counters[name]) for name in ("graph_break", "recompiles", "unimplemented")}
+    return logs, {**kept, "graphs": counters["stats"]["unique_graphs"]}
+
+
+KINDS = [
+    ("transformers", by_call, "eager"),
+    ("transformers", by_call, "aot_eager"),
+    ("transformers", in_place, "eager"),
+    ("transformers", parts, "eager"),
+    ("logits", by_call, "aot_eager"),
+    ("own model", by_call, "eager"),
+    ("transformers", by_call, "inductor"),
+]
+
+
+@pytest.mark.parametrize(("kind", "compile", "backend"), KINDS)
+def test_compiled(kind: str, compile: Any, backend: str) -> None:
+    forward = model_loss if kind == "transformers" else logits_loss
+    compiled = {}
+    logs: list[Any] = []
+
+    def run(on: bool) -> tuple[Any, torch.nn.Module]:
+        model = OwnModel(dropout=0.1) if kind == "own model" else tiny_model()
+        logs, compiled[on] = trained(on, model, compile, forward, backend)
+        return logs, model
+
+    logs = no_trace(run)
+    assert compiled[True] == compiled[False]
+    assert compiled[True]["graphs"] > 0
+    table = own_table(OwnModel(), RECORDS) if kind == "own model" else None
+    if kind != "own model":
+        first = oracle(token_table(tiny_model(), RECORDS[:8]), RECORDS[:8])
+        assert {k: v for k, v in logs[0].items() if k.endswith("_tokens")} == {
+            k: v for k, v in first.items() if k.endswith("_tokens")
+        }
+    assert table is None or len(logs) == 3
+
+
+@pytest.mark.parametrize("compile", [by_call, in_place, parts])
+def test_values_of_a_compiled_model(compile: Any) -> None:
+    model = tiny_model(attention_dropout=0.0)
+    table = token_table(model, RECORDS + LONGER)
+    called, metrics = compile(model, backend="aot_eager"), ChannelMetrics()
+    collate = metrics.collator(PaddingCollator())
+    for records in (RECORDS[:8], LONGER):
+        model_loss(metrics, called, collate(records))
+        check(metrics.close(1).logs, oracle(table, records))
+    before = state_of(model)
+    found = evaluate(metrics, called, [collate(RECORDS[:8]), collate(RECORDS[8:])], step=1)
+    check(found, oracle(table, RECORDS, prefix="eval_"))
+    assert called.training and state_of(model) == before
