@@ -26,6 +26,8 @@ __all__ = [
     "RECORDS",
     "OwnModel",
     "check",
+    "logits_loss",
+    "model_loss",
     "no_trace",
     "observed",
     "oracle",
@@ -64,7 +66,10 @@ def own_table(model: OwnModel, records: Sequence[Record]) -> dict[tuple[int, ...
         with torch.no_grad():
             log_probs = exact(torch.tensor([record["input_ids"]]))[0].log_softmax(-1)
         tokens = [
-            (-log_probs[position - 1][target].item(), int(log_probs[position - 1].argmax()) == target)
+            (
+                -log_probs[position - 1][target].item(),
+                int(log_probs[position - 1].argmax()) == target,
+            )
             for position, target in enumerate(record["labels"])
             if position and target != -100
         ]
@@ -128,7 +133,7 @@ def run_loop(
     for step in range(1, steps + 1):
         for _ in range(2):
             batch = collate([next(mine), next(mine)])
-            (forward(metrics, called or model, batch) / 2).backward()
+            (forward(metrics, model if called is None else called, batch) / 2).backward()
         optimizer.step()
         optimizer.zero_grad()
         if after is not None:

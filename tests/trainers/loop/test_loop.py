@@ -125,7 +125,9 @@ def packed(records: list[Record], kind: str) -> dict[str, Any]:
         del batch["position_ids"]
     if kind == "4-D mask":
         owner = torch.repeat_interleave(torch.arange(len(records)), lengths)
-        batch["attention_mask"] = ((owner[:, None] == owner) & (positions.mT >= positions))[None, None]
+        batch["attention_mask"] = ((owner[:, None] == owner) & (positions.mT >= positions))[
+            None, None
+        ]
         del batch["position_ids"]
     return batch
 
@@ -184,8 +186,15 @@ def test_a_teacher_in_the_block_is_not_counted() -> None:
 def test_each_model_of_a_session_is_read_in_its_own_way() -> None:
     torch.manual_seed(0)
     masked = BertForMaskedLM(
-        BertConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                   intermediate_size=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        BertConfig(
+            vocab_size=61,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
     )
     causal, metrics = tiny_model(attention_dropout=0.0), ChannelMetrics()
     for model in (causal, masked, causal, masked):
@@ -248,7 +257,7 @@ def test_evaluate_in_the_middle_of_a_training() -> None:
         return logs, model
 
     model = tiny_model()
-    first, second = no_trace(run)
+    first, _ = no_trace(run)
     counted = sum(value for key, value in first.items() if key.endswith("_tokens"))
     wanted = plain_oracle(RECORDS[:8])
     assert counted == sum(value for key, value in wanted.items() if key.endswith("_tokens"))

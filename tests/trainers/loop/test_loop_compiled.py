@@ -9,13 +9,11 @@ import pytest
 import torch
 from hf_tools import PaddingCollator, make_records, tiny_model, token_table
 from loop_tools import (
-    OwnModel,
     check,
     logits_loss,
     model_loss,
     no_trace,
     oracle,
-    own_table,
     state_of,
 )
 from torch._dynamo.utils import counters
@@ -66,9 +64,9 @@ def trained(
     called = compile(model, backend=backend)
     metrics = ChannelMetrics() if on else None
     collate = PaddingCollator() if metrics is None else metrics.collator(PaddingCollator())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0 if on is None else 1e-2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     logs = []
-    for step, records in enumerate((RECORDS[:8], RECORDS[8:], LONGER), start=1):
+    for step, records in enumerate((RECORDS[:8], LONGER), start=1):
         for first in (0, 4):
             loss = forward(metrics, called, collate(records[first : first + 4]))
             (loss * 0.5).backward()
@@ -80,50 +78,40 @@ def trained(
     return logs, {**kept, "graphs": counters["stats"]["unique_graphs"]}
 
 
-KINDS = [
-    ("transformers", by_call, "eager"),
-    ("transformers", by_call, "aot_eager"),
-    ("transformers", in_place, "eager"),
-    ("transformers", parts, "eager"),
-    ("logits", by_call, "aot_eager"),
-    ("own model", by_call, "eager"),
-    ("transformers", by_call, "inductor"),
-]
+# What torch itself warns of where compiled layers follow layers that are not.
+ignoring = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
-@pytest.mark.parametrize(("kind", "compile", "backend"), KINDS)
+@ignoring
+@pytest.mark.parametrize(
+    ("kind", "compile", "backend"),
+    [
+        ("transformers", by_call, "aot_eager"),
+        ("transformers", in_place, "eager"),
+        ("transformers", parts, "eager"),
+        ("logits", by_call, "eager"),
+    ],
+)
 def test_compiled(kind: str, compile: Any, backend: str) -> None:
     forward = model_loss if kind == "transformers" else logits_loss
     compiled = {}
-    logs: list[Any] = []
 
     def run(on: bool) -> tuple[Any, torch.nn.Module]:
-        model = OwnModel(dropout=0.1) if kind == "own model" else tiny_model()
+        model = tiny_model(attention_dropout=0.0)
         logs, compiled[on] = trained(on, model, compile, forward, backend)
         return logs, model
 
-    logs = no_trace(run)
-    assert compiled[True] == compiled[False]
-    assert compiled[True]["graphs"] > 0
-    table = own_table(OwnModel(), RECORDS) if kind == "own model" else None
-    if kind != "own model":
-        first = oracle(token_table(tiny_model(), RECORDS[:8]), RECORDS[:8])
-        assert {k: v for k, v in logs[0].items() if k.endswith("_tokens")} == {
-            k: v for k, v in first.items() if k.endswith("_tokens")
-        }
-    assert table is None or len(logs) == 3
+    first, second = no_trace(run)
+    assert compiled[True] == compiled[False] and compiled[True]["graphs"] > 0
+    table = token_table(tiny_model(attention_dropout=0.0), RECORDS)
+    check(first, oracle(table, RECORDS[:8]))
+    assert second.keys() >= {f"{record['channel']}_loss" for record in LONGER}
 
 
-@pytest.mark.parametrize("compile", [by_call, in_place, parts])
-def test_values_of_a_compiled_model(compile: Any) -> None:
+def test_evaluation_of_a_compiled_model() -> None:
     model = tiny_model(attention_dropout=0.0)
-    table = token_table(model, RECORDS + LONGER)
-    called, metrics = compile(model, backend="aot_eager"), ChannelMetrics()
-    collate = metrics.collator(PaddingCollator())
-    for records in (RECORDS[:8], LONGER):
-        model_loss(metrics, called, collate(records))
-        check(metrics.close(1).logs, oracle(table, records))
-    before = state_of(model)
+    called, metrics = by_call(model, backend="eager"), ChannelMetrics()
+    collate, before = metrics.collator(PaddingCollator()), state_of(model)
     found = evaluate(metrics, called, [collate(RECORDS[:8]), collate(RECORDS[8:])], step=1)
-    check(found, oracle(table, RECORDS, prefix="eval_"))
     assert called.training and state_of(model) == before
+    check(found, oracle(token_table(model, RECORDS), RECORDS, prefix="eval_"))

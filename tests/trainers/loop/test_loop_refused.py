@@ -46,13 +46,14 @@ def test_logits_of_another_shape(shape: Any, causal: bool, wanted: str) -> None:
 
 def test_two_hand_overs_in_one_block() -> None:
     metrics = ChannelMetrics()
-    batch = batch_for(metrics)
-    with (
-        pytest.raises(ChannelMetricsError, match="handed over twice in one block"),
-        metrics.observe(OwnModel(), batch) as seen,
-    ):
-        seen.token_losses(torch.ones(4, 14))
-        seen.token_losses(torch.ones(4, 14))
+
+    def twice() -> None:
+        with metrics.observe(OwnModel(), batch_for(metrics)) as seen:
+            seen.token_losses(torch.ones(4, 14))
+            seen.token_losses(torch.ones(4, 14))
+
+    with pytest.raises(ChannelMetricsError, match="handed over twice in one block"):
+        twice()
     assert metrics.close(1).values == {}
 
 
@@ -97,13 +98,15 @@ def test_a_model_of_ones_own_that_hands_nothing_over() -> None:
 
 def test_two_forwards_in_one_block() -> None:
     model, metrics = tiny_model(), ChannelMetrics()
-    batch = batch_for(metrics)
-    with (
-        pytest.raises(UnsupportedVersionError, match="ran 2 forwards in one step"),
-        metrics.observe(model, batch),
-    ):
-        model(**batch)
-        model(**batch)
+
+    def twice() -> None:
+        batch = batch_for(metrics)
+        with metrics.observe(model, batch):
+            model(**batch)
+            model(**batch)
+
+    with pytest.raises(UnsupportedVersionError, match="ran 2 forwards in one step"):
+        twice()
 
 
 def test_labels_of_another_length_in_a_pack() -> None:
@@ -159,7 +162,8 @@ del sys.modules["transformers"]
 
 metrics = ChannelMetrics()
 base = lambda rs: {"input_ids": torch.tensor([r["ids"] for r in rs])}
-batch = metrics.collator(base)([{"ids": [1, 2, 3], "channel": "a"}, {"ids": [1, 0, 0], "channel": "b"}])
+records = [{"ids": [1, 2, 3], "channel": "a"}, {"ids": [1, 0, 0], "channel": "b"}]
+batch = metrics.collator(base)(records)
 model = torch.nn.Embedding(4, 4)
 with metrics.observe(model, batch) as seen:
     logits = model(batch["input_ids"]) * 0
