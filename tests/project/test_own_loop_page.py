@@ -144,6 +144,8 @@ def with_accelerate(folder: Path) -> Any:
     os.environ["ACCELERATE_USE_CPU"] = "true"  # as `accelerate launch --cpu` says it
     with patch.object(Accelerator, "log", lambda _, values, step: logged.append(values)):
         run("accelerate", folder, checkpoint=folder / "checkpoint")
+    if dist.is_initialized():
+        dist.barrier()  # rank 0 has saved
     resumed = ChannelMetrics()
     resumed.resume(folder / "checkpoint")
     channels = sorted({record["channel"] for record in TRAIN})

@@ -34,6 +34,8 @@ __all__ = [
     "own_table",
     "plain_oracle",
     "run_loop",
+    "shifted_hits",
+    "shifted_nll",
     "state_of",
 ]
 
@@ -183,3 +185,13 @@ def no_trace(run: Callable[[bool], tuple[Any, torch.nn.Module]]) -> Any:
     logs, with_metrics = run(True)
     assert state_of(with_metrics) == wanted
     return logs
+
+
+def shifted_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """[B, S - 1]: the loss of each target that a causal model predicts."""
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+
+
+def shifted_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """[B, S - 1]: whether each target was predicted."""
+    return logits[:, :-1].argmax(-1) == labels[:, 1:]

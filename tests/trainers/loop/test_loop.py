@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_tools import PaddingCollator, Record, tiny_model, token_table
+from hf_tools import CHANNELS, PaddingCollator, tiny_model, token_table
 from loop_tools import (
     RECORDS,
     OwnModel,
@@ -20,22 +20,21 @@ from loop_tools import (
     own_table,
     plain_oracle,
     run_loop,
+    shifted_hits,
+    shifted_nll,
 )
+from no_sync import NoSync
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DataCollatorWithFlattening,
+    masking_utils,
+)
 
-from channel_metrics import ChannelMetrics, evaluate
+from channel_metrics import ChannelMetrics, MetricsConfig, evaluate
 
 BATCHES = [RECORDS[:5], RECORDS[5:12]]
-
-
-def shifted_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """[B, S - 1]"""
-    return F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
-
-
-def shifted_hits(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits[:, :-1].argmax(-1) == labels[:, 1:]
 
 
 def with_junk(losses: Tensor) -> Tensor:
@@ -104,65 +103,6 @@ def test_without_correct_there_is_no_accuracy() -> None:
     assert {key for key in logs if key.endswith("_loss")}
     assert not {key for key in logs if key.endswith("_token_acc")}
     assert all(logs[key] == 1.0 for key in logs if key.endswith("_loss"))
-
-
-# ---- packs --------------------------------------------------------------------------------------
-
-
-def packed(records: list[Record], kind: str) -> dict[str, Any]:
-    """One flat row whose sequences are given in one of three forms."""
-    ids = torch.tensor([[i for record in records for i in record["input_ids"]]])
-    # The first target of a sequence is left as it is: its own channel has it.
-    labels = torch.tensor([[i for record in records for i in record["labels"]]])
-    lengths = torch.tensor([len(record["input_ids"]) for record in records])
-    positions = torch.cat([torch.arange(int(n)) for n in lengths])[None]
-    batch: dict[str, Any] = {"input_ids": ids, "labels": labels, "position_ids": positions}
-    if kind == "cu_seq_lens_q":
-        ends = F.pad(lengths.cumsum(0), (1, 0)).int()
-        longest = int(lengths.max())
-        batch |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
-        batch |= {"max_length_q": longest, "max_length_k": longest}
-        del batch["position_ids"]
-    if kind == "4-D mask":
-        owner = torch.repeat_interleave(torch.arange(len(records)), lengths)
-        batch["attention_mask"] = ((owner[:, None] == owner) & (positions.mT >= positions))[
-            None, None
-        ]
-        del batch["position_ids"]
-    return batch
-
-
-def pack_oracle(logits: Tensor, records: list[Record]) -> dict[str, float]:
-    """By tokens, from the logits [1, T, V] of the pack."""
-    table, start = {}, 0
-    for record in records:
-        tokens = []
-        for offset, target in enumerate(record["labels"]):
-            if target != -100 and start + offset:
-                row = logits[0, start + offset - 1].double().log_softmax(-1)
-                tokens.append((-row[target].item(), int(row.argmax()) == target))
-        table[tuple(record["input_ids"])] = (record["channel"], tokens)
-        start += len(record["input_ids"])
-    return oracle(table, records)
-
-
-@pytest.mark.parametrize("kind", ["position_ids", "cu_seq_lens_q", "4-D mask"])
-@pytest.mark.parametrize("way", ["model", "logits", "losses"])
-def test_packs(kind: str, way: str) -> None:
-    records = [dict(record) for record in RECORDS[:6]]
-    # A target at the start of a sequence, predicted from the one before: for its own channel.
-    records[3]["labels"] = records[3]["input_ids"]
-    model, metrics = tiny_model(attention_dropout=0.0).eval(), ChannelMetrics()
-    batch = metrics.collator(lambda _: packed(records, kind))(records)
-    with metrics.observe(model, batch) as seen:
-        logits = model(**batch).logits
-        if way == "logits":
-            seen.logits(logits)
-        if way == "losses":
-            seen.token_losses(
-                shifted_nll(logits, batch["labels"]), correct=shifted_hits(logits, batch["labels"])
-            )
-    check(metrics.close(1).logs, pack_oracle(logits.detach(), records))
 
 
 # ---- models and losses ---------------------------------------------------------------------------
@@ -277,3 +217,21 @@ def test_an_evaluation_that_fails_leaves_the_training_as_it_was() -> None:
         evaluate(metrics, model, loader(), step=1)
     assert model.training and torch.is_grad_enabled()
     check(metrics.close(1).logs, plain_oracle(RECORDS[:4]))
+
+
+# ---- cost ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forward", [model_loss, logits_loss])
+@pytest.mark.parametrize("flat", [False, True])
+def test_no_wait_for_the_device(forward: Any, flat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(attn_implementation="eager")
+    metrics = ChannelMetrics(MetricsConfig(channels=CHANNELS))
+    collate = metrics.collator(DataCollatorWithFlattening() if flat else PaddingCollator())
+    # transformers' own sync: it looks whether the position ids restart.
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
+    forward(metrics, model, collate(RECORDS[:4]))  # at the first batch, the labels are compared
+    model.to("meta")
+    batch = {key: value.to("meta") for key, value in collate(RECORDS[4:8]).items()}
+    with NoSync():
+        forward(metrics, model, batch).backward()
