@@ -12,11 +12,12 @@ Letters: B rows, S row length, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -39,6 +40,10 @@ from channel_metrics.losses.cross_entropy import token_losses_of_logits
 
 __all__ = ["Seen", "observe"]
 
+logger = logging.getLogger("channel_metrics")
+
+# The sessions that were told of repetitions.
+_told: WeakSet[Counting] = WeakSet()
 # {session: {model: its reader}}. A reader keeps what it learned about the model at the first batch.
 _readers: WeakKeyDictionary[Counting, WeakKeyDictionary[torch.nn.Module, Any]] = WeakKeyDictionary()
 
@@ -165,8 +170,10 @@ def observe(
         values, reported = seen.values, None
         if values is None:
             values, reported = _captured(reader, observation, model, labels, taken)
-        if accelerator is not None and metrics.evaluating:
+        if metrics.evaluating and accelerator is not None:
             taken, values, reported = _without_repeats(accelerator, taken, values, reported)
+        elif metrics.evaluating and "accelerate" in sys.modules:
+            _tell_of_repeats(metrics)
         metrics.count(MicroBatch.of_values(values, taken.channels, taken.cu_seqlens, reported))
 
 
@@ -214,3 +221,18 @@ def _without_repeats(
             "Evaluate with one record per row, or with even_batches=False."
         )
     return *kept, None
+
+
+def _tell_of_repeats(metrics: Counting) -> None:
+    """Warn once if accelerate has repeated records, and `accelerator` was not given."""
+    from accelerate.state import GradientState, PartialState
+
+    state = GradientState()
+    if metrics in _told or not state.end_of_dataloader or state.remainder <= 0:
+        return
+    if PartialState().num_processes > 1:
+        _told.add(metrics)
+        logger.warning(
+            "accelerate may have repeated records to fill the last evaluation batch of all ranks; "
+            "then they are counted twice. Pass `accelerator=` to `evaluate` or `observe`."
+        )

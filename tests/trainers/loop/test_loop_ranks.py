@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
+from contract.harness_loop import kept_warnings
+from contract.script import Ran
 from hf_case_tools import HF, Stream, fixed_records, weights_hash
 from hf_tools import CHANNELS, PaddingCollator, tiny_model
 from loop_tools import (
@@ -207,6 +209,28 @@ def test_streams_that_one_process_reads(ranks_of: RanksOf) -> None:
     for rank in ranks_of(accelerate_streams):
         check(rank["train"], plain_oracle(STREAM))
         check(rank["eval"], plain_oracle(STREAM[:10], prefix="eval_"))
+
+
+@two
+def accelerate_forgotten(folder: Path) -> Any:
+    accelerator = Accelerator(cpu=True)
+    model, metrics = accelerator.prepare(tiny_model(attention_dropout=0.0)), ChannelMetrics()
+    collate: Any = metrics.collator(PaddingCollator())
+    records: Any = RECORDS[:5]
+    loader = accelerator.prepare(DataLoader(records, batch_size=2, collate_fn=collate))
+    ran = Ran()
+    with kept_warnings(ran):
+        found = [evaluate(metrics, model, loader, step=1) for _ in range(2)]
+    return {"logs": found, "warned": ran.warnings}
+
+
+def test_an_accelerator_that_was_not_given(ranks_of: RanksOf) -> None:
+    for rank in ranks_of(accelerate_forgotten):
+        (warning,) = rank["warned"]
+        assert "Pass `accelerator=` to `evaluate` or `observe`" in warning
+        for logs in rank["logs"]:
+            # accelerate starts again with the first records.
+            check(logs, plain_oracle([*RECORDS[:5], *RECORDS[:3]], prefix="eval_"))
 
 
 @two
