@@ -23,6 +23,7 @@ from loop_tools import (
     run_loop,
 )
 from rank_cases import Case, RanksOf, case
+from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -76,9 +77,21 @@ def ddp_values(folder: Path) -> Any:
 
 @two
 def ddp_compiled(folder: Path) -> Any:
-    model = tiny_model(attention_dropout=0.0)
-    called: Any = torch.compile(DistributedDataParallel(model), backend="eager")
-    return of_this_rank(model_loss, model, called, on=True, learning_rate=0.0, steps=2)
+    """{how it is compiled: [windows, graphs] without and with metrics}"""
+    found: dict[str, Any] = {}
+    for how in ("torch.compile(model)", "model.compile()"):
+        for on in (False, True):
+            torch._dynamo.reset()
+            counters.clear()
+            model = tiny_model(attention_dropout=0.0)
+            called: Any = DistributedDataParallel(model)
+            if how == "model.compile()":
+                called.compile(backend="eager")
+            else:
+                called = torch.compile(called, backend="eager")
+            logs = of_this_rank(model_loss, model, called, on=on, learning_rate=0.0, steps=2)
+            found.setdefault(how, []).append([logs, dict(counters["stats"])])
+    return found
 
 
 def sharded(on: bool, dropout: float = 0.1, rate: float = 1e-2, forward: Any = model_loss) -> Any:
@@ -121,7 +134,10 @@ def test_two_ranks_equal_a_plain_computation(ranks_of: RanksOf, case: Case, way:
 
 def test_a_compiled_ddp(ranks_of: RanksOf) -> None:
     for rank in ranks_of(ddp_compiled):
-        check(rank[0], plain_oracle(RECORDS[:16]))
+        for (_, off), (logs, on) in rank.values():
+            assert on["unique_graphs"] == off["unique_graphs"] > 0
+            assert on == off
+            check(logs[0], plain_oracle(RECORDS[:16]))
 
 
 # ---- accelerate ---------------------------------------------------------------------------------
