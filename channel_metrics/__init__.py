@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from channel_metrics.ranks.ranks import Ranks
     from channel_metrics.ranks.sync import sync
     from channel_metrics.session import ChannelMetrics
+    from channel_metrics.trainers.loop import evaluate
     from channel_metrics.windows import Window
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "UnsupportedVersionError",
     "Window",
     "boundaries_from_batch",
+    "evaluate",
     "sync",
 ]
 
@@ -80,6 +82,7 @@ _MODULES = {
     "UnsupportedVersionError": "errors",
     "Window": "windows",
     "boundaries_from_batch": "core.boundaries",
+    "evaluate": "trainers.loop",
     "sync": "ranks.sync",
 }
 

@@ -1,26 +1,141 @@
-"""One forward of a transformers model, observed and counted: `ChannelMetrics.observe`."""
+"""One forward of a model, observed and counted: `ChannelMetrics.observe`.
+
+If the model computes its loss itself, as transformers' models do, the token losses are read from
+that. A loop that computes its own loss hands over the logits, or the token losses:
+
+    with metrics.observe(model, batch) as seen:
+        logits = model(batch["input_ids"])
+        seen.logits(logits)
+
+Letters: B rows, S row length, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
 
-from channel_metrics.capture.reader import TokenLossReader
-from channel_metrics.capture.transformers import is_causal
+from channel_metrics.capture.logits import shifted_labels
+from channel_metrics.capture.placing import Place, beside_labels
+from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.core.micro_batch import MicroBatch
+from channel_metrics.core.sums import TokenValues
 from channel_metrics.counting import Counting
-from channel_metrics.data.collator import BOUNDS_KEY, CollatorFault
-from channel_metrics.errors import ChannelError
+from channel_metrics.data.batch_channels import (
+    BatchChannels,
+    first_records,
+    real_records,
+    take_channels,
+)
+from channel_metrics.data.collator import CollatorFault
+from channel_metrics.errors import ChannelError, ChannelMetricsError, UnsupportedVersionError
+from channel_metrics.losses.cross_entropy import token_losses_of_logits
 
-__all__ = ["observe"]
+__all__ = ["Seen", "observe"]
 
-# The reader of each session. It keeps what it learned about the model at the first batch.
-_readers: WeakKeyDictionary[Counting, TokenLossReader] = WeakKeyDictionary()
+logger = logging.getLogger("channel_metrics")
+
+# The sessions that were told of repetitions.
+_told: WeakSet[Counting] = WeakSet()
+# {session: {model: its reader}}. A reader keeps what it learned about the model at the first batch.
+_readers: WeakKeyDictionary[Counting, WeakKeyDictionary[torch.nn.Module, Any]] = WeakKeyDictionary()
+
+
+class Seen:
+    """What `observe` gives its block: takes the logits or token losses of a loop's own loss.
+
+    Call one of the two methods, once. What is handed over is read at once and not kept.
+    """
+
+    def __init__(self, metrics: Counting, labels: Any, *, with_correct: bool) -> None:
+        self._metrics, self._labels, self._with_correct = metrics, labels, with_correct
+        self.values: TokenValues | None = None
+
+    def logits(self, logits: Tensor, *, labels: Tensor | None = None, causal: bool = True) -> None:
+        """Measure the token losses on logits, with a softmax of our own.
+
+        Args:
+            logits: [B, S, V], or [B, S - 1, V] without the last position; rows may be flattened.
+            labels: int64 [B, S], -100 where not supervised; by default those of the batch.
+            causal: whether the logits at position t predict the label at t + 1. If False, they
+                predict the label at t, and `logits` must have all S positions.
+        """
+        with self._metrics.guard.guarded():
+            if not self._metrics.measuring:
+                return
+            targets, place = self._targets(logits.shape[:-1], labels, causal)
+            found = token_losses_of_logits(
+                logits.detach().reshape(-1, logits.shape[-1]),
+                targets.reshape(-1).to(logits.device),
+                with_correct=self._with_correct,
+            )
+            self._keep(targets, place, found.nll, found.correct)
+
+    def token_losses(
+        self,
+        losses: Tensor,
+        *,
+        correct: Tensor | None = None,
+        labels: Tensor | None = None,
+        causal: bool = True,
+    ) -> None:
+        """Take token losses that the loop has computed itself.
+
+        Args:
+            losses: [B, S] in nats, or [B, S - 1] without the last position; may be flattened.
+            correct: bool of the same shape, whether the target was predicted; for `token_acc`.
+            labels, causal: as for `logits`.
+        """
+        with self._metrics.guard.guarded():
+            if not self._metrics.measuring:
+                return
+            targets, place = self._targets(losses.shape, labels, causal)
+            if correct is not None and correct.shape != losses.shape:
+                raise ChannelMetricsError(
+                    f"`correct` must have the shape of the losses, {list(losses.shape)}, but has "
+                    f"{list(correct.shape)}."
+                )
+            self._keep(targets, place, losses.detach(), correct)
+
+    def _targets(
+        self, shape: torch.Size, labels: Tensor | None, causal: bool
+    ) -> tuple[Tensor, Place]:
+        """The target [B, S] or [B, S - 1] of each position, and where the labels are."""
+        labels = self._labels if labels is None else labels
+        if not isinstance(labels, Tensor):
+            raise ChannelError(
+                "logits and token losses need `labels`: keep them in the batch, or pass `labels=`."
+            )
+        width = labels.shape[-1]
+        rows = labels.numel() // max(width, 1)
+        for lead in (0, -1) if causal else (0,):
+            # Flat, or rows of this length: not the layout [S, B].
+            if shape.numel() == rows * (width + lead) and shape[-1] in (width + lead, *shape[:1]):
+                targets = shifted_labels(labels) if causal else labels
+                return targets[..., : width + lead], Place(causal, lead)
+        wanted = f"{[rows, width]} or {[rows, width - 1]}" if causal else f"{[rows, width]}"
+        raise ChannelMetricsError(
+            f"logits or token losses over labels {list(labels.shape)} must have {wanted} "
+            f"positions{'' if causal else ' with causal=False'}, but have {list(shape)}; pass the "
+            "`labels` that they belong to, and causal=False if these are already shifted."
+        )
+
+    def _keep(self, targets: Tensor, place: Place, nll: Tensor, correct: Tensor | None) -> None:
+        if self.values is not None:
+            raise ChannelMetricsError(
+                "logits or token losses were handed over twice in one block; open one block of "
+                "`observe` per forward."
+            )
+        mask = (targets != IGNORE_INDEX).to(nll.device)
+        values = TokenValues(nll, mask, correct).map(lambda v: v.reshape(targets.shape))
+        self.values = beside_labels(values, place, by_rows=False)
 
 
 @contextmanager
@@ -30,25 +145,94 @@ def observe(
     batch: MutableMapping[str, Any],
     *,
     with_correct: bool,
-) -> Iterator[None]:
+    accelerator: Any = None,
+) -> Iterator[Seen]:
     """See `ChannelMetrics.observe`."""
-    channels, bounds = batch.pop("channels", None), batch.pop(BOUNDS_KEY, None)
+    taken, labels = take_channels(batch), batch.get("labels")
+    seen = Seen(metrics, labels, with_correct=with_correct)
     if not metrics.measuring:
-        yield
+        yield seen
         return
-    new = TokenLossReader(with_correct=with_correct, guard=metrics.guard)
-    reader = _readers.setdefault(metrics, new)
-    with reader.observe(model) as observation:
-        yield
+    reader = _reader_of(metrics, model, with_correct)
+    watching: AbstractContextManager[Any] = reader.observe(model) if reader else nullcontext()
+    with watching as observation:
+        yield seen
     with metrics.guard.guarded():
-        if isinstance(channels, CollatorFault):
-            raise channels.error
-        if channels is None or not isinstance(batch.get("labels"), Tensor):
+        if isinstance(taken, CollatorFault):
+            raise taken.error
+        # The loop may have taken the labels out of the batch for its own loss.
+        labels = batch.get("labels", labels)
+        if taken is None or (seen.values is None and not isinstance(labels, Tensor)):
             raise ChannelError(
                 "a batch must hold `channels` and `labels` to be observed, but holds "
                 f"{', '.join(batch)}; make it with `ChannelMetrics.collator`."
             )
-        values, reported_sum = reader.read(
-            observation, batch["labels"], causal=is_causal(model), by_rows=bounds is None
+        values, reported = seen.values, None
+        if values is None:
+            values, reported = _captured(reader, observation, model, labels, taken)
+        if metrics.evaluating and accelerator is not None:
+            taken, values, reported = _without_repeats(accelerator, taken, values, reported)
+        elif metrics.evaluating and "accelerate" in sys.modules:
+            _tell_of_repeats(metrics)
+        metrics.count(MicroBatch.of_values(values, taken.channels, taken.cu_seqlens, reported))
+
+
+def _reader_of(metrics: Counting, model: torch.nn.Module, with_correct: bool) -> Any:
+    """The `TokenLossReader` of a model; None if no model of transformers can exist yet."""
+    if "transformers" not in sys.modules:
+        return None
+    from channel_metrics.capture.reader import TokenLossReader
+
+    of_session = _readers.setdefault(metrics, WeakKeyDictionary())
+    new = TokenLossReader(with_correct=with_correct, guard=metrics.guard)
+    return of_session.setdefault(model, new)
+
+
+def _captured(
+    reader: Any, observation: Any, model: torch.nn.Module, labels: Any, taken: BatchChannels
+) -> tuple[TokenValues, Tensor | None]:
+    """What the model's own loss was made of, and its sum."""
+    remedy = "hand over what the loss was computed from: `seen.logits(...)` in the block."
+    if reader is None:
+        raise UnsupportedVersionError(f"the model is none of transformers; {remedy}")
+    from channel_metrics.capture.transformers import is_causal
+
+    try:
+        found: tuple[TokenValues, Tensor | None] = reader.read(
+            observation, labels, causal=is_causal(model), by_rows=taken.cu_seqlens is None
         )
-        metrics.count(MicroBatch.of_values(values, channels, bounds, reported_sum))
+    except UnsupportedVersionError as error:
+        raise UnsupportedVersionError(f"{error} In a loop of your own, {remedy}") from error
+    return found
+
+
+def _without_repeats(
+    accelerator: Any, taken: BatchChannels, values: TokenValues, reported: Tensor | None
+) -> tuple[BatchChannels, TokenValues, Tensor | None]:
+    """The batch without the records that accelerate repeats at the end of an evaluation."""
+    real = real_records(accelerator, accelerator.process_index, accelerator.num_processes)
+    if real is None or real[0] == real[1]:
+        return taken, values, reported
+    kept = first_records(taken, values, *real)
+    if kept is None:
+        raise ChannelMetricsError(
+            f"the last evaluation batch repeats {real[1] - real[0]} of its {real[1]} records, but "
+            f"holds {taken.num_sequences} sequences: which of them are repeated cannot be told. "
+            "Evaluate with one record per row, or with even_batches=False."
+        )
+    return *kept, None
+
+
+def _tell_of_repeats(metrics: Counting) -> None:
+    """Warn once if accelerate has repeated records, and `accelerator` was not given."""
+    from accelerate.state import GradientState, PartialState
+
+    state = GradientState()
+    if metrics in _told or not state.end_of_dataloader or state.remainder <= 0:
+        return
+    if PartialState().num_processes > 1:
+        _told.add(metrics)
+        logger.warning(
+            "accelerate may have repeated records to fill the last evaluation batch of all ranks; "
+            "then they are counted twice. Pass `accelerator=` to `evaluate` or `observe`."
+        )

@@ -1,11 +1,9 @@
 """`ChannelMetrics`: everything that a run knows of its channels; the same class for all trainers.
 
-    metrics = ChannelMetrics(MetricsConfig(channels=("bbu", "rru")))
-    for step, batch in enumerate(loader, start=1):
-        losses = token_losses(model, batch)              # [B, S], nll of each target
-        metrics.count(MicroBatch(token_losses=losses, channels=batch["channels"]))
-        if step % 10 == 0:
-            print(metrics.close(step).logs)              # {"bbu_loss": ..., ...}
+    collate = metrics.collator(base)                 # batches carry their channels
+    with metrics.observe(model, batch):              # counts the tokens of one forward
+        loss = model(**batch).loss
+    print(metrics.close(step).logs)                  # {"bbu_loss": ..., ...}
 
 It owns the windows of training and evaluation, the totals of the run, the names, the log keys and
 the observers, and it decides what an error does. An adapter only says where a trainer's tokens,
@@ -18,7 +16,7 @@ Every rank makes the same calls in the same order. `close`, `peek`, the end of a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +30,10 @@ from channel_metrics.core.schema import TOKENS, Schema
 from channel_metrics.core.table import SumTable
 from channel_metrics.core.totals import TOTALS_FILE, RunTotals, totals_path
 from channel_metrics.counting import Counting
-from channel_metrics.data.collator import BOUNDS_KEY, ChannelCollator
+from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
 from channel_metrics.data.scan import class_names, scan_channels
 from channel_metrics.errors import ChannelMetricsError
+from channel_metrics.observing import Seen, observe
 from channel_metrics.ranks.agreed_names import Agreement
 from channel_metrics.ranks.exchange import GlobalSums
 from channel_metrics.ranks.ranks import Ranks
@@ -73,8 +72,7 @@ class ChannelMetrics(Counting):
         on_window: Iterable[Callable[[Window], Any]] = (),
     ) -> None:
         self.config = config = config or MetricsConfig()
-        # A copy: columns and metrics are fixed from here on.
-        schema = schema.extended()
+        schema = schema.extended()  # a copy: columns and metrics are fixed from here on
         labels = LabelTable(config.channels, unknown=config.unknown)
         super().__init__(labels, schema, FaultGuard(config.on_error))
         self.keys = KeyBook(config.key_format, reserved=reserved, schema=schema, rewrite=rewrite)
@@ -83,8 +81,7 @@ class ChannelMetrics(Counting):
         self.on_window = list(on_window)
         self.totals = RunTotals(schema)
         self._agreement = Agreement()
-        # {field: names} of class labels in the declared datasets
-        self.classes: dict[str, tuple[str, ...]] = {}
+        self.classes: dict[str, tuple[str, ...]] = {}  # {field: names} in the declared datasets
         self._maker.declare(labels.names)
         if config.unknown != "add":
             self.check_eval_channels()
@@ -148,27 +145,30 @@ class ChannelMetrics(Counting):
             row_bounds=False,
             carry_faults=True,
             classes=self.classes,
+            records_key=RECORDS_KEY,
         )
 
-    @contextmanager
-    def observe(self, model: torch.nn.Module, batch: MutableMapping[str, Any]) -> Iterator[None]:
-        """One forward of a transformers model over exactly the labels of `batch`.
+    def observe(
+        self, model: torch.nn.Module, batch: MutableMapping[str, Any], *, accelerator: Any = None
+    ) -> AbstractContextManager[Seen]:
+        """One forward over exactly the labels of `batch`, counted if the block does not raise.
 
             with metrics.observe(model, batch):
                 loss = model(**batch).loss
 
-        Our keys are removed from the batch. The token losses come from the model's own loss. They
-        are counted when the block ends without an exception.
+        Our keys are removed from the batch. The token losses come from the model's own loss. If
+        the loop computes the loss itself, it hands over the logits or token losses, see `Seen`.
+
+        Args:
+            accelerator: an `Accelerator` of accelerate. In an evaluation, the records that it
+                repeats to fill the last batch of all ranks are not counted.
 
         Raises:
             ChannelError: if the batch has no channels, see `collator`.
             UnsupportedVersionError: if the losses of single tokens cannot be read.
         """
-        # Not at the top, because `count` needs no transformers.
-        from channel_metrics.observing import observe
-
-        with observe(self, model, batch, with_correct="token_acc" in self.config.metrics):
-            yield
+        correct = "token_acc" in self.config.metrics
+        return observe(self, model, batch, with_correct=correct, accelerator=accelerator)
 
     # ---- names -----------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from session_tools import Seen, batch, new, tokens
 
-from channel_metrics import MetricsConfig
+from channel_metrics import ChannelMetricsError, MetricsConfig
 from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.schema import Column, Metric, Schema, ratio
 from channel_metrics.session import ChannelMetrics

@@ -78,8 +78,10 @@ def observe_loss(
 def _as_called(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The model, and the model inside a parallel wrapper: a script may call either."""
     parallel = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
-    inner = getattr(model, "module", None) if isinstance(model, parallel) else None
-    return [model] if inner is None else [model, inner]
+    # If the wrapper is compiled, hooks on the model inside would be compiled, too.
+    if not isinstance(model, parallel) or model._compiled_call_impl is not None:
+        return [model]
+    return [model, model.module]
 
 
 @contextmanager
@@ -196,8 +198,11 @@ def is_causal(model: Any) -> bool | None:
     """Whether a model of this class predicts the next token; None for an unknown class.
 
     Args:
-        model: a model without a parallel wrapper. In an adapter of PEFT, the base model counts.
+        model: a model. In a wrapper (DDP, torch.compile, DeepSpeed) or an adapter of PEFT, the
+            model inside counts.
     """
+    for name in ("_orig_mod", "module", "_fsdp_wrapped_module", "_orig_mod"):
+        model = getattr(model, name) if name in getattr(model, "_modules", ()) else model
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     kinds = {parent.__name__ for parent in type(model).__mro__}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):

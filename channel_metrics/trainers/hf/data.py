@@ -6,15 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from channel_metrics.core.labels import LabelTable, field_roots
+from channel_metrics.data.batch_channels import COLUMNS_KEY, BatchChannels
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
 from channel_metrics.errors import ChannelError
 from channel_metrics.session import ChannelMetrics
-from channel_metrics.trainers.hf.batch import (
-    COLUMNS_KEY,
-    BatchChannels,
-    Scratch,
-    has_token_labels,
-)
+from channel_metrics.trainers.hf.batch import Scratch, has_token_labels
 
 __all__ = ["TokenBatchCollator", "check_columns", "wrap_collator"]
 

@@ -16,20 +16,18 @@ from channel_metrics.capture.transformers import check_loss_hook, is_causal
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.sums import TokenValues
+from channel_metrics.data.batch_channels import (
+    BatchChannels,
+    first_records,
+    real_records,
+    take_channels,
+)
 from channel_metrics.data.collator import CollatorFault
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.observers.live_table import LiveTable, wants_live_table
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.session import ChannelMetrics
-from channel_metrics.trainers.hf.batch import (
-    BatchChannels,
-    Scratch,
-    first_records,
-    has_token_labels,
-    labels_of,
-    real_records,
-    take_channels,
-)
+from channel_metrics.trainers.hf.batch import Scratch, has_token_labels, labels_of
 from channel_metrics.trainers.hf.data import check_columns
 from channel_metrics.trainers.hf.own_loss import warn_of_own_loss
 from channel_metrics.trainers.hf.parallel import shard_with_labels

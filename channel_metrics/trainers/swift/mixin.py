@@ -12,11 +12,12 @@ from swift.trainers import Seq2SeqTrainer
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.schema import TOKENS
+from channel_metrics.data.batch_channels import BatchChannels
 from channel_metrics.data.collator import BOUNDS_KEY
 from channel_metrics.data.scan import class_names, count_channels
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
-from channel_metrics.trainers.hf.batch import BatchChannels, Scratch
+from channel_metrics.trainers.hf.batch import Scratch
 from channel_metrics.trainers.hf.mixin import RESERVED_KEYS, ChannelMetricsMixin
 from channel_metrics.trainers.swift.collator import GROUP_KEY, SEGMENTS_KEY, SwiftCollator
 from channel_metrics.trainers.swift.cut import ids_of_this_part, kept_bounds

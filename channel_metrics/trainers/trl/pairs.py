@@ -10,11 +10,11 @@ from torch import Tensor
 
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.schema import Schema
+from channel_metrics.data.batch_channels import BatchChannels
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.errors import ConfigError
 from channel_metrics.ranks.exchange import MISMATCH_TOLERANCE
 from channel_metrics.session import ChannelMetrics
-from channel_metrics.trainers.hf.batch import BatchChannels
 from channel_metrics.trainers.hf.mixin import RESERVED_KEYS, ChannelMetricsMixin
 from channel_metrics.trainers.trl.collator import RecordCollator
 

@@ -15,11 +15,12 @@ from channel_metrics.capture.reader import TokenLossReader
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.labels import field_roots
 from channel_metrics.core.sums import TokenValues
+from channel_metrics.data.batch_channels import BatchChannels
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.errors import ChannelError, ConfigError, UnsupportedVersionError
 from channel_metrics.losses.cross_entropy import TokenLosses
 from channel_metrics.session import ChannelMetrics
-from channel_metrics.trainers.hf.batch import BatchChannels, Scratch
+from channel_metrics.trainers.hf.batch import Scratch
 from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
 from channel_metrics.trainers.trl.collator import PACK_BOUNDS_KEY, TOKEN_FIELD, PackCollator
 from channel_metrics.trainers.trl.columns import column_names, prepare_for_liger
