@@ -232,10 +232,16 @@ class ChannelMetrics(Counting):
         if self.guard.off:
             return
         with self.guard.guarded():
-            names, sums, *_ = self._sum(self._train)
-            totals = self.totals.copy().add(names, sums)
+            totals = self._totals_now()
             if is_writer:
                 totals.save(folder / TOTALS_FILE)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `save` writes, for `load_state_dict`. A collective. Empty if metrics have ended."""
+        if not self.guard.off:
+            with self.guard.guarded():
+                return {"totals": self._totals_now().state_dict()}
+        return {}
 
     def resume(self, folder: Path) -> None:
         """Go on from the totals of a checkpoint. If it has none, warn and start at zero."""
@@ -261,12 +267,19 @@ class ChannelMetrics(Counting):
         return {"totals": self.totals.state_dict(), "train": self._train.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`."""
+        """Go on from `state_dict()` or `snapshot()`."""
         totals = RunTotals(self.schema).load_state_dict(state["totals"])
-        self._train.load_state_dict(state["train"])
+        if "train" in state:
+            self._train.load_state_dict(state["train"])
+        else:
+            self._train.reset()
         self._step, self.totals = None, totals
 
     # ---- behind the scenes -----------------------------------------------------------------
+
+    def _totals_now(self) -> RunTotals:
+        names, sums, *_ = self._sum(self._train)
+        return self.totals.copy().add(names, sums)
 
     def _sum(self, table: SumTable) -> GlobalSums:
         return sum_over_ranks(table, self._agreement, self.ranks, self.guard)
