@@ -27,6 +27,8 @@ _SAYS = (
     "ignore:.*your dataloader is not resumable:UserWarning",
     "ignore:The dirpath has changed from:UserWarning",
     "ignore:You defined a .validation_step. but have no:UserWarning",
+    "ignore:.training_step. returned .None.:UserWarning",
+    "ignore:Be aware that when using .ckpt_path:UserWarning",
     "ignore:.*no logger configured:UserWarning",
     "ignore:Found .* module.s. in eval mode at the start of training:UserWarning",
     "ignore:.*It is recommended to use a single device.*:UserWarning",
