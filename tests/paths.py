@@ -9,7 +9,8 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 PATCHES = ROOT / "patches"
 # Helper modules of the tests go by their bare names; pyproject.toml lists the same folders.
-IMPORTS = (ROOT, TESTS, *(TESTS / "trainers" / n for n in ("hf", "trl", "swift", "swift_megatron")))
+_TRAINERS = ("hf", "lightning", "trl", "swift", "swift_megatron")
+IMPORTS = (ROOT, TESTS, *(TESTS / "trainers" / name for name in _TRAINERS))
 
 
 def python_path(*first: Path | str) -> str:

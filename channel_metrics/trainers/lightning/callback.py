@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
@@ -70,7 +71,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
         # The keys that we have logged.
         self._own: set[str] = set()
         # The evaluation that is open: its windows, the number of the data loader, what was closed.
-        self._windows: Iterator[None] = iter(())
+        self._windows = self._each([], None)
         self._loader = -1
         self._closed: list[Window] = []
 
@@ -108,11 +109,13 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
         self._raised = True
         self._undo.close()
         # The window of an evaluation that failed is dropped, without a collective.
-        getattr(self._windows, "close", lambda: None)()
+        self._windows.close()
 
     # ---- training --------------------------------------------------------------------------
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._steps.take(batch)
 
     def on_train_batch_end(
@@ -155,8 +158,23 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
         names = [f"{stage}_{i}" for i in range(len(loaders))] if len(loaders) > 1 else [stage]
         self._windows = self._each([] if trainer.sanity_checking else names, trainer)
         self._loader, self._closed = -1, []
+        with self.metrics.guard.guarded():
+            self._warn_of_repetitions(trainer)
 
-    def _each(self, names: list[str], trainer: Any) -> Iterator[None]:
+    def _warn_of_repetitions(self, trainer: Any) -> None:
+        found = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        for loader in found if isinstance(found, (list, tuple)) else [found]:
+            sampler = getattr(loader, "sampler", None)
+            if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
+                repeated = sampler.total_size - len(sampler.dataset)  # type: ignore[arg-type]
+                if repeated:
+                    self.metrics.warn_once(
+                        f"Lightning repeats {repeated} records of an evaluation set so that all "
+                        f"{trainer.world_size} ranks get as many; they are counted twice. For "
+                        "exact values, evaluate on one device, or with as many records as fit."
+                    )
+
+    def _each(self, names: list[str], trainer: Any) -> Generator[None]:
         """Open the window of one data loader after the other."""
         for name in names:
             with self.metrics.evaluation(name, trainer.global_step, f"{name}_") as found:

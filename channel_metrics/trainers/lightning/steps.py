@@ -82,7 +82,9 @@ class StepCounter:
         compiled = self.module._compiler_ctx is not None
         model = trained_model(self.module, self._name)
         observed = None if compiled else model
-        seen = nullcontext(Observation(False)) if observed is None else self._reader.observe(observed)
+        seen = (
+            nullcontext(Observation(False)) if observed is None else self._reader.observe(observed)
+        )
         with seen as observation:
             output = step(*args, **kwargs)
         # Lightning skips the backward of a training step that returns None.

@@ -80,7 +80,10 @@ def test_training_is_the_same_bit_for_bit(workers: int) -> None:
     assert torch.equal(weights(with_them.module), weights(without.module))
     assert with_them.module.losses == without.module.losses
     assert len(with_them.windows) == 4 + 2
-    assert with_them.trainer.callback_metrics["val_loss"] == without.trainer.callback_metrics["val_loss"]
+    assert (
+        with_them.trainer.callback_metrics["val_loss"]
+        == without.trainer.callback_metrics["val_loss"]
+    )
 
 
 def test_the_sanity_check_of_the_validation_does_not_count() -> None:
@@ -209,12 +212,10 @@ def test_pytorch_lightning_takes_it_too() -> None:
     class Same(pytorch_lightning.LightningModule):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self.model = still_model()
+            self.model, self.losses, self.learning_rate = still_model(), [], 0.0
 
         training_step = Module.training_step
         configure_optimizers = Module.configure_optimizers
-        losses: list[float] = []
-        learning_rate = 0.0
 
     callback = ChannelMetricsCallback()
     windows: list[Any] = []

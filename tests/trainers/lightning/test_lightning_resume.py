@@ -65,7 +65,9 @@ def test_a_checkpoint_holds_all_that_was_trained_on(folder: Path, step: int) -> 
     path = folder / name / f"step={step}.ckpt"
     stored = torch.load(path, weights_only=True)["callbacks"]["ChannelMetricsCallback"]
     channels = stored["totals"]["channels"]
-    assert {name: of["tokens_total"] for name, of in channels.items()} == tokens(RECORDS[: 4 * step])
+    assert {name: of["tokens_total"] for name, of in channels.items()} == tokens(
+        RECORDS[: 4 * step]
+    )
 
     resumed = run(RECORDS, config=TOTALS, max_epochs=2, log_every_n_steps=4, ckpt_path=path)
     assert resumed.trainer.global_step == 12
@@ -74,9 +76,9 @@ def test_a_checkpoint_holds_all_that_was_trained_on(folder: Path, step: int) -> 
     wanted = [tokens(part) for part in (RECORDS[: 4 * step], rest)]
     assert totals(resumed) == {n: sum(part.get(n, 0) for part in wanted) for n in tokens(RECORDS)}
     # Windows show what was trained since the resume.
-    assert sum(v for w in resumed.windows for k, v in w.logs.items() if k.endswith("_tokens")) == sum(
-        tokens(rest).values()
-    )
+    assert sum(
+        v for w in resumed.windows for k, v in w.logs.items() if k.endswith("_tokens")
+    ) == sum(tokens(rest).values())
 
 
 def test_a_checkpoint_without_metrics_starts_at_zero_with_a_warning(

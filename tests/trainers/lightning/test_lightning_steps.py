@@ -1,4 +1,4 @@
-"""What a LightningModule may do in its steps: other losses, several models, its own optimization."""
+"""What a LightningModule may do in its steps: other losses, two models, manual optimization."""
 
 from __future__ import annotations
 
@@ -134,7 +134,9 @@ class Distils(Module):
         with torch.no_grad():
             wanted = self.teacher(**batch).logits.log_softmax(-1)
         outputs = self.model(**batch)
-        towards = kl_div(outputs.logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+        towards = kl_div(
+            outputs.logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True
+        )
         return outputs.loss + towards
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
@@ -277,5 +279,5 @@ def test_a_compiled_module_that_returns_its_loss_only_is_refused() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return self.model(**batch).loss
 
-    with pytest.raises(ChannelMetricsError, match='Return {"loss": loss, "logits": logits}'):
+    with pytest.raises(ChannelMetricsError, match='"logits": logits'):
         run(RECORDS, module=torch.compile(Plain(), backend="eager"))
