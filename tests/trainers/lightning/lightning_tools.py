@@ -11,7 +11,8 @@ import pytest
 import torch
 from hf_tools import PaddingCollator, Record, expected_metrics, tiny_model, token_table
 from lightning.pytorch.loggers.logger import Logger
-from torch.utils.data import DataLoader
+from torch import distributed as dist
+from torch.utils.data import DataLoader, DistributedSampler
 
 from channel_metrics import MetricsConfig, Window
 from channel_metrics.trainers.lightning import ChannelMetricsCallback
@@ -132,10 +133,14 @@ def run(
     callbacks: Sequence[Any] = (),
     collate: Any = None,
     workers: int = 0,
+    in_order: bool = True,
     ckpt_path: Any = None,
     **options: Any,
 ) -> Run:
-    """Train on `records`, with a validation set for each entry of `held_out`."""
+    """Train on `records`, with a validation set for each entry of `held_out`.
+
+    in_order: whether several ranks take the records in turn. Lightning's own sampler shuffles them.
+    """
     windows: list[Window] = []
     if on:
         callback = callback or ChannelMetricsCallback(config)
@@ -149,7 +154,9 @@ def run(
     module = Module() if module is None else module
     base = collate or PaddingCollator()
     collate = callback.collator(base) if callback else base
-    sets = [loader(records, collate, num_workers=workers)]
+    ordered = dist.is_initialized() and in_order
+    sampler = DistributedSampler(list(records), shuffle=False) if ordered else None  # type: ignore[arg-type,var-annotated]
+    sets = [loader(records, collate, num_workers=workers, sampler=sampler)]
     sets += [loader(one, collate) for one in held_out]
     trainer.fit(module, sets[0], sets[1:] or None, ckpt_path=ckpt_path, weights_only=True)
     return Run(trainer, module, callback, windows, logger.entries)

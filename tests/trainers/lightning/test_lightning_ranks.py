@@ -35,12 +35,6 @@ def on_ranks(records: Any = RECORDS, **options: Any) -> Run:
     return run(records, **(given | options))
 
 
-def of_rank(records: Any, rank: int) -> list[Any]:
-    """The batches of a rank: Lightning deals the records in turn."""
-    mine = list(records)[rank::2]
-    return [mine[i : i + 4] for i in range(0, len(mine), 4)]
-
-
 @two
 def windows(folder: Path) -> Any:
     """Every rank knows other channels: records in turn, one kind for each rank."""
@@ -65,7 +59,6 @@ def windows(folder: Path) -> Any:
             held_out=[HELD_OUT],
             callback=callback,
             max_epochs=2,
-            use_distributed_sampler=True,
         )
     return {
         "windows": [(window.split, window.step, window.logs) for window in found.windows],
@@ -104,6 +97,7 @@ def bits(folder: Path) -> Any:
             on=on,
             accumulate_grad_batches=2,
             max_epochs=2,
+            in_order=False,
         )
         for on in (True, False)
     ]
@@ -153,9 +147,13 @@ def a_fault_on_one_rank(folder: Path) -> Any:
     def when(call: int, *_: Any) -> bool:
         return dist.get_rank() == 1 and call == 3
 
-    plain = on_ranks(module=Module(tiny_model(), 1e-2), on=False, max_epochs=2)
+    def trained(on: bool) -> Run:
+        module = Module(tiny_model(), 1e-2)
+        return on_ranks(module=module, held_out=[HELD_OUT], max_epochs=2, on=on)
+
+    plain = trained(False)
     with faults.inject("record a micro-batch", when):
-        found = on_ranks(module=Module(tiny_model(), 1e-2), held_out=[HELD_OUT], max_epochs=2)
+        found = trained(True)
     assert found.callback is not None
     return {
         "same": torch.equal(weights(found.module), weights(plain.module)),
