@@ -73,8 +73,7 @@ class ChannelMetrics(Counting):
         on_window: Iterable[Callable[[Window], Any]] = (),
     ) -> None:
         self.config = config = config or MetricsConfig()
-        # A copy: columns and metrics are fixed from here on.
-        schema = schema.extended()
+        schema = schema.extended()  # a copy: columns and metrics are fixed from here on
         labels = LabelTable(config.channels, unknown=config.unknown)
         super().__init__(labels, schema, FaultGuard(config.on_error))
         self.keys = KeyBook(config.key_format, reserved=reserved, schema=schema, rewrite=rewrite)
@@ -83,8 +82,7 @@ class ChannelMetrics(Counting):
         self.on_window = list(on_window)
         self.totals = RunTotals(schema)
         self._agreement = Agreement()
-        # {field: names} of class labels in the declared datasets
-        self.classes: dict[str, tuple[str, ...]] = {}
+        self.classes: dict[str, tuple[str, ...]] = {}  # {field: names} of class labels
         self._maker.declare(labels.names)
         if config.unknown != "add":
             self.check_eval_channels()
@@ -164,8 +162,7 @@ class ChannelMetrics(Counting):
             ChannelError: if the batch has no channels, see `collator`.
             UnsupportedVersionError: if the losses of single tokens cannot be read.
         """
-        # Not at the top, because `count` needs no transformers.
-        from channel_metrics.observing import observe
+        from channel_metrics.observing import observe  # here, because `count` needs no transformers
 
         with observe(self, model, batch, with_correct="token_acc" in self.config.metrics):
             yield
@@ -224,24 +221,20 @@ class ChannelMetrics(Counting):
             self.resume(folder)
 
     def save(self, folder: Path, *, is_writer: bool) -> None:
-        """Write the totals of all ranks into the folder of a checkpoint. A collective.
-
-        They include the open window, but not an open step: it may be taken again. Only the rank
-        with `is_writer` writes.
-        """
-        if self.guard.off:
-            return
+        """Write `totals_now()` into the folder of a checkpoint, by the rank with `is_writer`."""
         with self.guard.guarded():
-            totals = self._totals_now()
-            if is_writer:
+            totals = self.totals_now()
+            if totals is not None and is_writer:
                 totals.save(folder / TOTALS_FILE)
 
-    def snapshot(self) -> dict[str, Any]:
-        """What `save` writes, for `load_state_dict`. A collective. Empty if metrics have ended."""
-        if not self.guard.off:
-            with self.guard.guarded():
-                return {"totals": self._totals_now().state_dict()}
-        return {}
+    def totals_now(self) -> RunTotals | None:
+        """The totals of all ranks, the open window included; None if metrics ended. A collective."""
+        with self.guard.guarded():
+            if not self.guard.off:
+                # Without the open step, which may be taken again.
+                names, sums, *_ = self._sum(self._train)
+                return self.totals.copy().add(names, sums)
+        return None
 
     def resume(self, folder: Path) -> None:
         """Go on from the totals of a checkpoint. If it has none, warn and start at zero."""
@@ -267,19 +260,12 @@ class ChannelMetrics(Counting):
         return {"totals": self.totals.state_dict(), "train": self._train.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()` or `snapshot()`."""
+        """Go on from `state_dict()`. Without `train`, the window is empty."""
         totals = RunTotals(self.schema).load_state_dict(state["totals"])
-        if "train" in state:
-            self._train.load_state_dict(state["train"])
-        else:
-            self._train.reset()
+        self._train.load_state_dict(state.get("train", self._new_table().state_dict()))
         self._step, self.totals = None, totals
 
     # ---- behind the scenes -----------------------------------------------------------------
-
-    def _totals_now(self) -> RunTotals:
-        names, sums, *_ = self._sum(self._train)
-        return self.totals.copy().add(names, sums)
 
     def _sum(self, table: SumTable) -> GlobalSums:
         return sum_over_ranks(table, self._agreement, self.ranks, self.guard)

@@ -71,7 +71,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
         # The keys that we have logged.
         self._own: set[str] = set()
         # The evaluation that is open: its windows, the number of the data loader, what was closed.
-        self._windows = self._each([], None)
+        self._windows: Generator[None] | None = None
         self._loader = -1
         self._closed: list[Window] = []
 
@@ -109,7 +109,8 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
         self._raised = True
         self._undo.close()
         # The window of an evaluation that failed is dropped, without a collective.
-        self._windows.close()
+        if self._windows is not None:
+            self._windows.close()
 
     # ---- training --------------------------------------------------------------------------
 
@@ -188,12 +189,13 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
         counted = not (trainer.sanity_checking or trainer.predicting)
         self._steps.take(batch, counted=counted)
         while counted and self._loader < dataloader_idx:
+            assert self._windows is not None
             next(self._windows)
             self._loader += 1
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         # Every rank closes all windows in the same order, also those of loaders without a batch.
-        for _ in self._windows:
+        for _ in self._windows or ():
             pass
         for window in self._closed:
             values = self._values(trainer, window)
@@ -217,7 +219,8 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
         session = self.metrics
         if self._raised and not session.ranks.is_one:
             return {"totals": session.totals.state_dict()}
-        return session.snapshot()
+        totals = session.totals_now()
+        return {} if totals is None else {"totals": totals.state_dict()}
 
     def on_load_checkpoint(
         self, trainer: Any, pl_module: Any, checkpoint: Mapping[str, Any]

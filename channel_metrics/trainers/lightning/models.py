@@ -29,7 +29,7 @@ def trained_model(module: torch.nn.Module, name: str | None) -> torch.nn.Module 
         ConfigError: the module has no model of that name, or holds several that may be meant.
     """
     if name is not None:
-        known = dict(module.named_modules())
+        known: dict[str, torch.nn.Module] = dict(module.named_modules())
         if name not in known:
             children = [child for child, _ in module.named_children()]
             raise ConfigError(
