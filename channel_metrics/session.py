@@ -228,7 +228,7 @@ class ChannelMetrics(Counting):
                 totals.save(folder / TOTALS_FILE)
 
     def totals_now(self) -> RunTotals | None:
-        """The totals of all ranks, the open window included; None if metrics ended. A collective."""
+        """The totals of all ranks, with the open window; None if metrics ended. A collective."""
         with self.guard.guarded():
             if not self.guard.off:
                 # Without the open step, which may be taken again.
