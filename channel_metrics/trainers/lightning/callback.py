@@ -164,6 +164,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
 
     def _warn_of_repetitions(self, trainer: Any) -> None:
         found = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        found = list(found.values()) if isinstance(found, Mapping) else found
         for loader in found if isinstance(found, (list, tuple)) else [found]:
             sampler = getattr(loader, "sampler", None)
             if isinstance(sampler, DistributedSampler) and not sampler.drop_last:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -80,8 +81,7 @@ class StepCounter:
             return step(*args, **kwargs)
         # Hooks in a compiled step would be a part of its graph.
         compiled = self.module._compiler_ctx is not None
-        model = trained_model(self.module, self._name)
-        observed = None if compiled else model
+        observed = None if compiled else self._model
         seen = (
             nullcontext(Observation(False)) if observed is None else self._reader.observe(observed)
         )
@@ -94,15 +94,16 @@ class StepCounter:
             if "token_losses" in given:
                 self.metrics.count(_by_hand(batch, given))
             else:
-                self.metrics.count(self._of_model(batch, given, observation, model))
+                self.metrics.count(self._of_model(batch, given, observation))
         return output
 
+    @cached_property
+    def _model(self) -> torch.nn.Module | None:
+        # Looked for at the first step: `configure_model` and the strategy may make it anew.
+        return trained_model(self.module, self._name)
+
     def _of_model(
-        self,
-        batch: _Batch,
-        given: Mapping[str, Any],
-        observation: Observation,
-        model: torch.nn.Module | None,
+        self, batch: _Batch, given: Mapping[str, Any], observation: Observation
     ) -> MicroBatch:
         """The losses of the observed model, or those of the logits that the step returned."""
         if not isinstance(batch.labels, Tensor):
@@ -111,6 +112,7 @@ class StepCounter:
             observation = Observation(False, forwards=[Forward(outputs=given)])
         elif not observation.forwards and not observation.others:
             raise UnsupportedVersionError(_nothing_seen(self.module))
+        model = self._model
         values, reported_sum = self._reader.read(
             observation,
             batch.labels,

@@ -17,7 +17,18 @@ from torch.utils.data import DataLoader, DistributedSampler
 from channel_metrics import MetricsConfig, Window
 from channel_metrics.trainers.lightning import ChannelMetricsCallback
 
-__all__ = ["Kept", "Module", "Run", "check", "loader", "quiet", "run", "still_model", "weights"]
+__all__ = [
+    "Kept",
+    "Module",
+    "Run",
+    "check",
+    "flattened",
+    "loader",
+    "quiet",
+    "run",
+    "still_model",
+    "weights",
+]
 
 # What Lightning says of small runs on a CPU, and of its own imports.
 _SAYS = (
@@ -30,6 +41,7 @@ _SAYS = (
     "ignore:You defined a .validation_step. but have no:UserWarning",
     "ignore:.training_step. returned .None.:UserWarning",
     "ignore:Be aware that when using .ckpt_path:UserWarning",
+    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning",
     "ignore:.*no logger configured:UserWarning",
     "ignore:Found .* module.s. in eval mode at the start of training:UserWarning",
     "ignore:.*It is recommended to use a single device.*:UserWarning",
@@ -114,6 +126,15 @@ class Run:
 def still_model(**overrides: Any) -> Any:
     """The tiny model without dropout: what it computes can be computed again."""
     return tiny_model(attention_dropout=0.0, **overrides)
+
+
+def flattened(records: list[Record]) -> dict[str, torch.Tensor]:
+    """A collator that packs all records into one row."""
+    ids = [i for record in records for i in record["input_ids"]]
+    labels = [i for r in records for i in (-100, *r["labels"][1:])]
+    positions = [p for r in records for p in range(len(r["input_ids"]))]
+    keys = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    return {key: torch.tensor([values]) for key, values in keys.items()}
 
 
 def loader(records: Sequence[Record], collate: Any = None, **options: Any) -> Any:

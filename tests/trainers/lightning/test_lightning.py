@@ -11,7 +11,7 @@ import torch
 from hf_tools import PaddingCollator, make_records, tiny_model
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning_tools import Module, check, loader, quiet, run, still_model, weights
+from lightning_tools import Module, check, flattened, loader, quiet, run, still_model, weights
 
 from channel_metrics import MetricsConfig
 from channel_metrics.capture import reader
@@ -169,18 +169,8 @@ def test_a_channel_with_a_key_of_lightnings_habit_is_refused() -> None:
 
 
 def test_flattened_batches_have_their_boundaries() -> None:
-    def flatten(records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids = [i for record in records for i in record["input_ids"]]
-        labels = [i for r in records for i in (-100, *r["labels"][1:])]
-        positions = [p for r in records for p in range(len(r["input_ids"]))]
-        return {
-            "input_ids": torch.tensor([ids]),
-            "labels": torch.tensor([labels]),
-            "position_ids": torch.tensor([positions]),
-        }
-
     counts = MetricsConfig(metrics=("tokens", "samples"))
-    found = run(RECORDS[:8], collate=flatten, config=counts)
+    found = run(RECORDS[:8], collate=flattened, config=counts)
     assert sum(v for k, v in found.windows[0].logs.items() if k.endswith("_samples")) == 8
     for channel in {record["channel"] for record in RECORDS[:8]}:
         of_it = [r for r in RECORDS[:8] if r["channel"] == channel]

@@ -8,7 +8,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from hf_tools import VOCABULARY, make_records, tiny_model
-from lightning_tools import Module, check, quiet, run, still_model, weights
+from lightning_tools import Module, check, flattened, quiet, run, still_model, weights
 from torch.nn.functional import cross_entropy, kl_div
 
 from channel_metrics import (
@@ -107,6 +107,19 @@ def bigram_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
 def test_a_network_of_its_own_returns_logits_or_token_losses(returned: str) -> None:
     (window,) = run(RECORDS, module=OwnNetwork(returned)).windows
     assert window.logs == pytest.approx(bigram_metrics(RECORDS), rel=1e-5)
+
+
+def test_token_losses_of_a_packed_batch_are_at_their_labels() -> None:
+    class Packed(OwnNetwork):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            given = super().training_step(batch, batch_idx)
+            losses = torch.nn.functional.pad(given["token_losses"], (1, 0))
+            return {"loss": given["loss"], "token_losses": losses, "labels": batch["labels"]}
+
+    counts = MetricsConfig(metrics=("loss", "tokens", "share"))
+    found = run(RECORDS, module=Packed("by hand"), collate=flattened, config=counts)
+    wanted = {k: v for k, v in bigram_metrics(RECORDS).items() if not k.endswith("_acc")}
+    assert found.windows[0].logs == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize(
