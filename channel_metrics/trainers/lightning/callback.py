@@ -17,7 +17,7 @@ from torch.utils.data import DistributedSampler
 from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
 from channel_metrics.data.collator import ChannelCollator
-from channel_metrics.errors import ConfigError
+from channel_metrics.errors import ChannelMetricsError, ConfigError
 from channel_metrics.extras import need
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.lightning.steps import StepCounter
@@ -236,5 +236,10 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
         """Go on from the totals of a checkpoint."""
         # Lightning also calls this for the checkpoint that it tests.
         if self._fits:
-            with self.metrics.guard.guarded():
+            try:
                 self.metrics.load_state_dict(state)
+            except ChannelMetricsError as error:
+                # The counts from here on are right.
+                if self.metrics.guard.raises:
+                    raise
+                self.metrics.warn_once(f"{error} The totals of the run start at zero.")

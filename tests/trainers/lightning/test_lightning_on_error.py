@@ -18,14 +18,7 @@ pytestmark = quiet
 
 RECORDS, HELD_OUT = make_records(24), make_records(6, seed=1)
 
-# Where it goes wrong, and how many windows are closed nevertheless: training and evaluation.
-FAULTS = {
-    "start": 0,
-    "collate": 0,
-    "see the model's loss": 0,
-    "record a micro-batch": 0,
-    "log": 0,
-}
+FAULTS = ("start", "collate", "see the model's loss", "record a micro-batch", "log")
 
 
 def trained(folder: Path, on_error: Any = None, records: Any = RECORDS, **options: Any) -> Run:
@@ -54,7 +47,7 @@ def test_warn_leaves_the_training_as_it_was(
         found = trained(tmp_path, "warn")
     assert torch.equal(weights(found.module), weights(plain.module))
     assert found.module.losses == plain.module.losses
-    assert len(found.windows) == FAULTS[place]
+    assert not found.windows
     said = [r.getMessage() for r in caplog.records if r.name == "channel_metrics"]
     assert len(said) == 1 and "training goes on: ZeroDivisionError: a fault of ours" in said[0]
 

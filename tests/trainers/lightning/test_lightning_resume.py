@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,10 @@ def test_a_damaged_state_is_named(folder: Path, tmp_path: Path, caplog: Any) -> 
     torch.save(checkpoint, path)
     with pytest.raises(ChannelMetricsError, match="must have version 1, but have 99"):
         run(RECORDS, config=TOTALS, max_epochs=2, ckpt_path=path)
+    warning = replace(TOTALS, on_error="warn")
+    warned = run(RECORDS, config=warning, max_epochs=2, ckpt_path=path)
+    assert sum("start at zero" in record.getMessage() for record in caplog.records) == 1
+    assert totals(warned) == tokens([*RECORDS[:8], *RECORDS])
 
 
 def test_testing_a_checkpoint_leaves_the_totals(folder: Path) -> None:
