@@ -9,8 +9,8 @@ It owns the windows of training and evaluation, the totals of the run, the names
 the observers, and it decides what an error does. An adapter only says where a trainer's tokens,
 names, log points and checkpoints are.
 
-Every rank makes the same calls in the same order. `close`, `peek`, the end of an `evaluation` and
-`save` are collectives.
+All ranks make the same calls in one order. `close`, `peek`, `save` and the end of an `evaluation`
+are collectives.
 """
 
 from __future__ import annotations
@@ -224,18 +224,19 @@ class ChannelMetrics(Counting):
             self.resume(folder)
 
     def save(self, folder: Path, *, is_writer: bool) -> None:
-        """Write the totals of all ranks into the folder of a checkpoint. A collective.
-
-        They include the open window, but not an open step: it may be taken again. Only the rank
-        with `is_writer` writes.
-        """
-        if self.guard.off:
-            return
+        """Write `totals_now()` into the folder of a checkpoint, by the rank with `is_writer`."""
         with self.guard.guarded():
-            names, sums, *_ = self._sum(self._train.table)
-            totals = self.totals.copy().add(names, sums)
-            if is_writer:
+            totals = self.totals_now()
+            if totals is not None and is_writer:
                 totals.save(folder / TOTALS_FILE)
+
+    def totals_now(self) -> RunTotals | None:
+        """The totals of all ranks, with the open window; None if metrics ended. A collective."""
+        with self.guard.guarded():  # without the open step, which may be taken again
+            if not self.guard.off:
+                names, sums, *_ = self._sum(self._train.table)
+                return self.totals.copy().add(names, sums)
+        return None
 
     def resume(self, folder: Path) -> None:
         """Go on from the totals of a checkpoint. If it has none, warn and start at zero."""
@@ -261,9 +262,9 @@ class ChannelMetrics(Counting):
         return {"totals": self.totals.state_dict(), "train": self._train.table.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`."""
+        """Go on from `state_dict()`. Without `train`, the window is empty."""
         totals = RunTotals(self.schema).load_state_dict(state["totals"])
-        self._train.table.load_state_dict(state["train"])
+        self._train.table.load_state_dict(state.get("train") or self._new_table().state_dict())
         self._train.step, self.totals = None, totals
 
     # ---- behind the scenes -----------------------------------------------------------------
@@ -287,9 +288,8 @@ class ChannelMetrics(Counting):
         return Window(split=split, step=step, prefix=prefix, final=final)
 
     def _tell(self, window: Window) -> None:
-        # A trainer may log twice at one step. Observers do not get a window that holds nothing.
         if not self.measuring or not window.table.any():
-            return
+            return  # A trainer may log twice at one step: a window that holds nothing.
         for observer in list(self.on_window):
             try:
                 observer(window)

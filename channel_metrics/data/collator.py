@@ -14,7 +14,6 @@ import logging
 import pickle
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,11 +55,12 @@ _FIRST_BATCHES, _ONE_OF = 8, 100
 Record = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
 class CollatorFault:
     """An error of ours in a collator. It travels to the main process in place of `channels`."""
 
-    error: Exception
+    # Not a frozen dataclass: Lightning refuses these in a batch.
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
     @classmethod
     def of(cls, error: Exception) -> CollatorFault:

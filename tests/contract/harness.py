@@ -18,7 +18,7 @@ class Forking:
     """Runs scripts in forked ranks; with one rank and `is_here`, in this process."""
 
     # One server for all that import no swift and no Megatron.
-    preload = Preload(("contract.harness_trl",))
+    preload = Preload(("contract.harness_trl", "contract.harness_lightning"))
     is_here = True
     ranks_of: RanksOf
     """The tests give it."""

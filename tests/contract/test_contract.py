@@ -5,18 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from lightning_tools import quiet
 from rank_cases import RanksOf
 
 from contract.cases import CASES, NEEDS
 from contract.harness import Forking
 from contract.harness_hf import HFHarness
+from contract.harness_lightning import LightningHarness
 from contract.harness_loop import LoopHarness
 from contract.harness_trl import DPOHarness, SFTHarness
 
 # trl 1.16 reads a property that transformers 5.23 has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated"),
+    *quiet,
+]
 
-HARNESSES = [LoopHarness(), HFHarness(), SFTHarness(), DPOHarness()]
+HARNESSES: list[Forking] = [
+    LoopHarness(),
+    HFHarness(),
+    LightningHarness(),
+    SFTHarness(),
+    DPOHarness(),
+]
 RUNS = [
     pytest.param(harness, name, id=f"{harness.name}-{name}")
     for harness in HARNESSES

@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
-from contract.harness_loop import kept_warnings
-from contract.script import Ran
 from hf_case_tools import HF, Stream, fixed_records, weights_hash
 from hf_tools import CHANNELS, PaddingCollator, tiny_model
 from loop_tools import (
@@ -23,6 +21,7 @@ from loop_tools import (
     run_loop,
 )
 from rank_cases import Case, RanksOf, case
+from said import warnings_of_ours
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -234,10 +233,9 @@ def accelerate_forgotten(folder: Path) -> Any:
     collate: Any = metrics.collator(PaddingCollator())
     records: Any = RECORDS[:5]
     loader = accelerator.prepare(DataLoader(records, batch_size=2, collate_fn=collate))
-    ran = Ran()
-    with kept_warnings(ran):
+    with warnings_of_ours() as warned:
         found = [evaluate(metrics, model, loader, step=1) for _ in range(2)]
-    return {"logs": found, "warned": ran.warnings}
+    return {"logs": found, "warned": warned}
 
 
 def test_an_accelerator_that_was_not_given(ranks_of: RanksOf) -> None:

@@ -1,0 +1,69 @@
+"""Finds the model that a LightningModule trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+
+from channel_metrics.errors import ConfigError, hint
+
+__all__ = ["language_model_in", "trained_model"]
+
+# The classes of modules that call the forward of the module inside them.
+_WRAPPERS = frozenset({"OptimizedModule", "PeftModel", "FullyShardedDataParallel"})
+
+
+def trained_model(module: torch.nn.Module, name: str | None) -> torch.nn.Module | None:
+    """The model whose losses are counted.
+
+    Args:
+        module: the LightningModule.
+        name: the name of the model in it, such as `student`; None looks for a transformers model.
+
+    Returns:
+        The model as the module calls it; None if it holds no transformers model.
+
+    Raises:
+        ConfigError: the module has no model of that name, or holds several that may be meant.
+    """
+    if name is not None:
+        known: dict[str, torch.nn.Module] = dict(module.named_modules())
+        if name not in known:
+            children = [child for child, _ in module.named_children()]
+            raise ConfigError(
+                f"{type(module).__name__} has no module {name!r}; {hint(name, children)}"
+            )
+        return known[name]
+    found = list(_models_in(module))
+    if len(found) > 1:
+        # A teacher is usually frozen.
+        trained = [one for one in found if any(p.requires_grad for p in one.parameters())]
+        found = trained if len(trained) == 1 else found
+    if len(found) > 1:
+        names = [name for name, inner in module.named_modules() if inner in found]
+        raise ConfigError(
+            f"{type(module).__name__} holds {len(found)} models ({', '.join(names)}), and it is "
+            "not clear whose losses to count; name one: "
+            f"ChannelMetricsCallback(model={names[0]!r})."
+        )
+    return found[0] if found else None
+
+
+def language_model_in(model: torch.nn.Module) -> torch.nn.Module:
+    """The transformers model inside wrappers; `model` itself if it has none."""
+    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
+
+
+def _models_in(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    for child in module.children():
+        if isinstance(child, PreTrainedModel) or _is_wrapper(child):
+            yield child
+        else:
+            yield from _models_in(child)
+
+
+def _is_wrapper(module: torch.nn.Module) -> bool:
+    kinds = {parent.__name__ for parent in type(module).__mro__}
+    return bool(kinds & _WRAPPERS) and isinstance(language_model_in(module), PreTrainedModel)
