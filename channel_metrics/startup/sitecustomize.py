@@ -113,7 +113,10 @@ def _apply_patch(name: str) -> None:
         if not (error.name or "").startswith("channel_metrics"):
             raise
         if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"channel metrics: {sys.executable} does not have {error.name}.\n")
+            sys.stderr.write(
+                f"channel metrics: {sys.executable} does not have {error.name}, so this process "
+                "has no metrics.\n"
+            )
         return
     from channel_metrics.run_marks import mark
 
