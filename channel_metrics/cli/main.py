@@ -1,7 +1,8 @@
-"""The command `channel-metrics`: train, check, run, and those of `analysis.commands`."""
+"""The command `channel-metrics`: train, check, doctor, run, and those of `analysis.commands`."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import traceback
@@ -106,6 +107,35 @@ def check_command(
         result = check_data(data or [], fields=field or [], config_path=config)
         _show_check(result)
     if result.problems or not result.has_channel:
+        raise typer.Exit(1)
+
+
+@app.command("doctor")
+def doctor_command(
+    patch: Annotated[
+        list[str] | None,
+        typer.Option(help="Try only this patch (repeatable). Default: all that are installed."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML of the metrics, as for run --config.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="JSONL file to look for channels (repeatable).")
+    ] = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a bug report needs: versions, patches that apply, config, channels of a file.
+
+    Exit code 0 if what was asked for would work, 1 if not; 2 for an unknown patch.
+    """
+    from channel_metrics.cli.doctor import diagnose, has_problem, lines
+
+    with _reported_errors():
+        report = diagnose(patch or (), config, data or ())
+    text = json.dumps(report, indent=2, ensure_ascii=False) if as_json else "\n".join(lines(report))
+    typer.echo(text)
+    if has_problem(report, patch or ()):
         raise typer.Exit(1)
 
 
