@@ -39,7 +39,7 @@ def invoke(*args: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("name", ["train", "check", "run"])
+@pytest.mark.parametrize("name", ["train", "check", "doctor", "run"])
 def test_help(name: str) -> None:
     code, out, _ = invoke(name, "--help")
     assert code == 0

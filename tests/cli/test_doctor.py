@@ -1,4 +1,4 @@
-"""`channel-metrics doctor`: what stands in it, and that it waits for no framework it does not need."""
+"""`channel-metrics doctor`: what it prints, and that it imports no framework without need."""
 
 from __future__ import annotations
 
