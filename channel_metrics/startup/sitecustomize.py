@@ -39,14 +39,18 @@ class PatchFinder:
     """Finds modules as the other finders do, and applies patches after some of them.
 
     While a package imports its own modules, some of them are not complete. So a patch is applied
-    when the outermost import of the package has ended.
+    when the outermost import has ended, of all packages that are waited for and of our own.
     """
 
     def __init__(self) -> None:
         # {module that is waited for: module to apply}
         self.waiting = {}  # type: dict[str, str]
-        # {(thread, package): modules that are being imported now, one inside the other}
-        self.depth = {}  # type: dict[tuple[int, str], int]
+        # The packages of these modules. Threads may import at the same time, so it is replaced.
+        self.packages = frozenset()  # type: frozenset[str]
+        # Modules to apply.
+        self.ready = []  # type: list[str]
+        # {thread: its imports that have begun, one inside the other}
+        self.depth = {}  # type: dict[int, int]
 
     def watch(self, names: "Any") -> None:
         """Apply these patches as soon as their modules are imported, or now if they are."""
@@ -54,56 +58,62 @@ class PatchFinder:
             self.waiting.update(PATCHES.get(name, {}))
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
-        for package in self._packages():
-            self._apply(package)
+        for module in [name for name in self.waiting if name in sys.modules]:
+            self.ready.append(self.waiting.pop(module))
+        self._update_packages()
+        self._apply()
 
     def find_spec(self, name: str, path: "Any" = None, target: "Any" = None) -> "Any":
-        package = name.partition(".")[0]
-        if package not in self._packages() or self not in sys.meta_path:
+        if name.partition(".")[0] not in self.packages or self not in sys.meta_path:
             return None
         for other in sys.meta_path[sys.meta_path.index(self) + 1 :]:
             find = getattr(other, "find_spec", None)
             spec = find(name, path, target) if find is not None else None
             if spec is not None:
                 if hasattr(spec.loader, "exec_module"):
-                    spec.loader = _Loader(spec, self, package)
+                    spec.loader = _Loader(spec, self)
                 return spec
         return None
 
-    def execute(self, loader: "Any", module: "Any", package: str) -> None:
-        """Execute a module of `package`; after the outermost one, apply its patches."""
-        place = get_ident(), package
-        self.depth[place] = self.depth.get(place, 0) + 1
+    def execute(self, loader: "Any", module: "Any") -> None:
+        """Execute a module; after the outermost one, apply what is ready."""
+        thread = get_ident()
+        self.depth[thread] = self.depth.get(thread, 0) + 1
         try:
             loader.exec_module(module)
         finally:
-            self.depth[place] -= 1
-        if not self.depth[place]:
-            self._apply(package)
+            self.depth[thread] -= 1
+        name = module.__name__
+        if name in self.waiting:
+            self.ready.append(self.waiting.pop(name))
+            self._update_packages()
+            # The import system does this afterwards; the patch may need it now.
+            parent, _, last = name.rpartition(".")
+            setattr(sys.modules[parent], last, sys.modules[name])
+        if not self.depth[thread]:
+            self._apply()
 
-    def _packages(self) -> "Any":
-        return {name.partition(".")[0] for name in self.waiting}
+    def _update_packages(self) -> None:
+        names = [*self.waiting, "channel_metrics"] if self.waiting else []
+        self.packages = frozenset(name.partition(".")[0] for name in names)
 
-    def _apply(self, package: str) -> None:
-        for name in list(self.waiting):
-            if name.partition(".")[0] == package and name in sys.modules:
-                patch = self.waiting.pop(name, None)
-                if patch is not None:
-                    _apply_patch(patch)
+    def _apply(self) -> None:
+        while self.ready:
+            _apply_patch(self.ready.pop(0))
 
 
 class _Loader:
     """The loader of a module, until it executes the module."""
 
-    def __init__(self, spec: "Any", finder: PatchFinder, package: str) -> None:
-        self._spec, self._loader, self._finder, self._package = spec, spec.loader, finder, package
+    def __init__(self, spec: "Any", finder: PatchFinder) -> None:
+        self._spec, self._loader, self._finder = spec, spec.loader, finder
 
     def __getattr__(self, name: str) -> "Any":
         return getattr(self._loader, name)
 
     def exec_module(self, module: "Any") -> None:
         self._spec.loader = module.__loader__ = self._loader
-        self._finder.execute(self._loader, module, self._package)
+        self._finder.execute(self._loader, module)
 
 
 def _apply_patch(name: str) -> None:

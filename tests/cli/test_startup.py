@@ -7,7 +7,11 @@ import subprocess
 import sys
 import venv
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,50 +132,47 @@ def test_a_session_marks_that_there_is_one_and_that_it_logs_a_channel(
 
 @pytest.fixture
 def finder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PatchFinder]:
-    """One that applies `their_patch` once `theirs.trainer` is there; both are in `tmp_path`."""
-    package = tmp_path / "theirs"
-    package.mkdir()
-    (package / "__init__.py").write_text("from theirs import outer\n")
-    (package / "outer.py").write_text("from theirs import trainer\nREADY = True\n")
+    """One that applies `their_patch` after `theirs.part.trainer`; both are in `tmp_path`."""
+    package = tmp_path / "theirs" / "part"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("from theirs.part import trainer\nREADY = True\n")
     (package / "trainer.py").touch()
     (tmp_path / "their_patch.py").write_text(
-        "applied = []\n"
-        "def apply():\n    from theirs import outer\n    applied.append(outer.READY)\n"
+        "import theirs\napplied = []\ndef apply(): applied.append(theirs.part.READY)\n"
     )
-    monkeypatch.setitem(PATCHES, "theirs", {"theirs.trainer": "their_patch"})
+    monkeypatch.setitem(PATCHES, "theirs", {"theirs.part.trainer": "their_patch"})
     monkeypatch.syspath_prepend(tmp_path)
     found = PatchFinder()
     yield found
     sys.meta_path.remove(found)
-    for name in ("theirs", "theirs.outer", "theirs.trainer", "their_patch"):
+    for name in ("theirs", "theirs.part", "theirs.part.trainer", "their_patch"):
         sys.modules.pop(name, None)
 
 
 def test_a_patch_is_applied_when_its_package_is_complete(finder: PatchFinder) -> None:
     finder.watch(["theirs"])
-    import theirs
     from their_patch import applied
+    from theirs.part import trainer
 
     assert applied == [True]
-    assert type(theirs.trainer.__loader__).__name__ == "SourceFileLoader"
-    assert theirs.trainer.__spec__.loader is theirs.trainer.__loader__
+    assert type(trainer.__loader__).__name__ == "SourceFileLoader"
+    assert trainer.__spec__.loader is trainer.__loader__
 
 
 def test_a_patch_is_applied_at_once_if_its_module_is_there(finder: PatchFinder) -> None:
-    import theirs  # noqa: F401
-
+    import_module("theirs.part")
     finder.watch(["theirs"])
     assert sys.modules["their_patch"].applied == [True]
 
 
 def test_a_search_for_a_module_applies_nothing(finder: PatchFinder) -> None:
-    from importlib.util import find_spec
-
     finder.watch(["theirs"])
-    spec = find_spec("theirs")
-    assert spec is not None and spec.loader is not None and spec.loader.get_filename()  # type: ignore[attr-defined]
+    spec = find_spec("theirs.part")
+    assert isinstance(spec, ModuleSpec) and spec.origin is not None
+    loader: Any = spec.loader
+    assert loader.get_filename() == spec.origin, "the loader answers as without us"
     assert find_spec("theirs.none") is None
-    assert "their_patch" in sys.modules, "the second search has imported the package"
+    assert "their_patch" not in sys.modules
 
 
 # ---- any Python ---------------------------------------------------------------------------
