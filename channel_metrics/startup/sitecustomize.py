@@ -87,10 +87,11 @@ class PatchFinder:
         if name in self.waiting:
             self.ready.append(self.waiting.pop(name))
             self._update_packages()
-            # The import system does this afterwards; the patch may need it now.
+        if self.ready and not self.depth[thread]:
             parent, _, last = name.rpartition(".")
-            setattr(sys.modules[parent], last, sys.modules[name])
-        if not self.depth[thread]:
+            if parent:
+                # The import system does this afterwards; the patch may need it now.
+                setattr(sys.modules[parent], last, sys.modules[name])
             self._apply()
 
     def _update_packages(self) -> None:
