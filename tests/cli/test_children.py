@@ -28,6 +28,9 @@ if __name__ == "__main__":
     main(sys.argv[-1])
 """
 
+# Uses the library itself. Its import begins before that of the trainer, and ends after it.
+OURS = f"import channel_metrics.trainers.hf\n{TRAIN}"
+
 # Starts processes by itself, with the standard library and with accelerate.
 STARTS = """
 import multiprocessing, sys
@@ -82,7 +85,7 @@ COMMANDS = {
     "torchrun": "{cli} -m torch.distributed.run --standalone --nproc-per-node 2 {train} torchrun",
     "fails": "{cli} -m torch.distributed.run --standalone --nproc-per-node 1 {none}",
     "accelerate": "-m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 "
-    "--mixed_precision no --dynamo_backend no {train} accelerate",
+    "--mixed_precision no --dynamo_backend no {ours} accelerate",
     "deepspeed": "-m deepspeed.launcher.runner --num_gpus 1 --master_port 0 {train} deepspeed",
     "starts": "{starts}",
 }
@@ -107,7 +110,8 @@ class Ran:
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = tmp_path_factory.mktemp("children")
-    scripts = {"train": TRAIN, "starts": STARTS, "cli": CLI, "main": MAIN, "none": "1 / 0"}
+    scripts = {"train": TRAIN, "ours": OURS, "starts": STARTS, "cli": CLI, "main": MAIN}
+    scripts["none"] = "1 / 0"
     for name, code in scripts.items():
         (folder / f"{name}.py").write_text(code)
     (folder / "metrics.yaml").write_text('metrics: [tokens]\nkey_format: "{metric}_of_{channel}"\n')
