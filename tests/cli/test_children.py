@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,8 @@ COMMANDS = {
     "deepspeed": "-m deepspeed.launcher.runner --num_gpus 1 --master_port 0 {train} deepspeed",
     "starts": "{starts}",
 }
+if find_spec("deepspeed") is None:
+    del COMMANDS["deepspeed"]
 
 
 @dataclass
@@ -138,6 +141,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     "name", ["torchrun0", "torchrun1", "accelerate0", "deepspeed0", "spawn0", "fork0", "fork1"]
 )
 def test_every_process_has_the_patch_and_the_config(ran: Ran, name: str) -> None:
+    if name == "deepspeed0" and "deepspeed" not in COMMANDS:
+        pytest.skip("deepspeed is not in this environment; `make test` runs this")
     first = ran.log(name)[0]
     assert first["tokens_of_bbu"] > 0
     assert not any("share" in key for key in first), "they found the config"

@@ -51,7 +51,7 @@ def test_json_has_versions_config_and_the_fields_of_the_data(tmp_path: Path, dat
     versions = report["versions"]
     assert versions["channel_metrics"] == __version__
     assert versions["torch"] == importlib.metadata.version("torch")
-    assert versions["axolotl"] is None
+    assert versions["flash-attn"] is None
     assert report["config"]["from"] == str(config)
     assert report["config"]["values"]["metrics"] == ["loss"]
     assert report["config"]["values"]["key_format"] == "{channel}_{metric}", "the defaults, too"
