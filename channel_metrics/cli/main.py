@@ -172,13 +172,15 @@ def _run_script(
     script: str, args: list[str], patches: list[str], config: Path | None, as_module: bool
 ) -> None:
     from channel_metrics.cli.run_script import run_script
+    from channel_metrics.startup import sitecustomize
 
     try:
         run_script(script, args, patches, config, as_module=as_module)
     except ChannelMetricsError as error:
         frames = traceback.walk_tb(error.__traceback__)
-        if any(frame.f_globals.get("__name__") == "runpy" for frame, _ in frames):
-            raise  # The script raised it, so its traceback is shown.
+        modules = {frame.f_globals.get("__name__") for frame, _ in frames}
+        if "runpy" in modules and sitecustomize.__name__ not in modules:
+            raise  # The script raised it, and not a patch, so its traceback is shown.
         _fail(error)
 
 
