@@ -82,8 +82,8 @@ def missed(patches: Sequence[str], marks: set[str]) -> str | None:
     modules = sorted({module for name in patches for module in PATCHES.get(name, {})})
     return (
         f"no channel was logged, because no process of this run imported {' or '.join(modules)}, "
-        f"which --patch {' '.join(patches)} waits for. Processes of `python -I`, `-E` or `-S` and "
-        "those on other machines are not reached."
+        f"which --patch {' '.join(patches)} waits for. Processes with `python -I`, `-E` or `-S`, "
+        "with another PYTHONPATH or on other machines are not reached."
     )
 
 
