@@ -17,6 +17,7 @@ from channel_metrics.core.table import SumTable, values_by_channel
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.errors import ConfigError, hint
 from channel_metrics.ranks.exchange import MISMATCH_TOLERANCE, GlobalSums
+from channel_metrics.run_marks import mark
 
 __all__ = ["Evaluation", "OpenWindow", "Window", "WindowMaker"]
 
@@ -109,6 +110,7 @@ class WindowMaker:
         self.config, self.schema, self.keys = config, schema, keys
         self._metrics = schema.chosen(config.metrics)
         self.warned: set[str] = set()
+        mark("session")
 
     def make(
         self,
@@ -129,6 +131,8 @@ class WindowMaker:
         """
         self.learn(found.names, prefix)
         values = values_by_channel(self.schema, found.names, found.sums, self._metrics)
+        if set(values) - {UNLABELED}:
+            mark("channel")
         if final:
             self._warn_of(split, found.mismatch, values)
         else:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from channel_metrics.config import MetricsConfig
-from channel_metrics.core.labels import UNLABELED, channels_of
+from channel_metrics.core.labels import UNLABELED, channels_of, winning_field
 from channel_metrics.data.jsonl import read_jsonl, text_of
 from channel_metrics.data.yaml import is_run, load_metrics_config, load_yaml
 from channel_metrics.demo.config import TrainConfig, load_config
@@ -118,7 +118,7 @@ def check_records(
     for where, record in records:
         try:
             names = channels_of(record, metrics.fields)
-            result.found_in[_winning_field(record, metrics.fields)] += 1
+            result.found_in[winning_field(record, metrics.fields)] += 1
         except ChannelError as error:
             raise ChannelError(f"{where}: {error}") from None
         tokens = count_tokens(record)
@@ -189,10 +189,6 @@ def render(result: CheckResult) -> Table:
             f"{size / tokens:.1%}" if tokens else "-",
         )
     return table
-
-
-def _winning_field(record: Mapping[str, Any], fields: Sequence[str]) -> str | None:
-    return next((name for name in fields if channels_of(record, [name]) != [None]), None)
 
 
 def _token_counter(run: TrainConfig | None) -> tuple[CountTokens, str]:

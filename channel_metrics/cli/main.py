@@ -1,7 +1,8 @@
-"""The command `channel-metrics`: train, check, run, and those of `analysis.commands`."""
+"""The command `channel-metrics`: train, check, doctor, run, and those of `analysis.commands`."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import traceback
@@ -109,6 +110,35 @@ def check_command(
         raise typer.Exit(1)
 
 
+@app.command("doctor")
+def doctor_command(
+    patch: Annotated[
+        list[str] | None,
+        typer.Option(help="Try only this patch (repeatable). Default: all that are installed."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML of the metrics, as for run --config.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="JSONL file to look for channels (repeatable).")
+    ] = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a bug report needs: versions, patches that apply, config, channels of a file.
+
+    Exit code 0 if what was asked for would work, 1 if not; 2 for an unknown patch.
+    """
+    from channel_metrics.cli.doctor import diagnose, has_problem, lines
+
+    with _reported_errors():
+        report = diagnose(patch or (), config, data or ())
+    text = json.dumps(report, indent=2, ensure_ascii=False) if as_json else "\n".join(lines(report))
+    typer.echo(text)
+    if has_problem(report, patch or ()):
+        raise typer.Exit(1)
+
+
 @app.command("run", context_settings={"allow_interspersed_args": False})
 def run_command(
     context: typer.Context,
@@ -142,13 +172,15 @@ def _run_script(
     script: str, args: list[str], patches: list[str], config: Path | None, as_module: bool
 ) -> None:
     from channel_metrics.cli.run_script import run_script
+    from channel_metrics.startup import sitecustomize
 
     try:
         run_script(script, args, patches, config, as_module=as_module)
     except ChannelMetricsError as error:
         frames = traceback.walk_tb(error.__traceback__)
-        if any(frame.f_globals.get("__name__") == "runpy" for frame, _ in frames):
-            raise  # The script raised it, so its traceback is shown.
+        modules = {frame.f_globals.get("__name__") for frame, _ in frames}
+        if "runpy" in modules and sitecustomize.__name__ not in modules:
+            raise  # The script raised it, and not a patch, so its traceback is shown.
         _fail(error)
 
 

@@ -2,12 +2,12 @@
 
 What the script sees is what it would see from `python SCRIPT ARGS...` (or `python -m SCRIPT`): its
 `sys.argv`, its folder (with -m the current one) first on `sys.path`, `__name__ == "__main__"`;
-its exit code, its traceback and the signals it gets are its own.
+its exit code, its traceback and the signals it gets are its own. A patch is applied
+when the script, or a process below it, imports a trainer.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import runpy
@@ -15,19 +15,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from channel_metrics.cli.children import Run
 from channel_metrics.data.yaml import CONFIG_VARIABLE, load_metrics_config
 from channel_metrics.errors import ConfigError
+from channel_metrics.startup.sitecustomize import PATCHES
 
 __all__ = ["PATCH_MODULES", "run_script"]
 
 
-# {name that `--patch` takes: the module whose `apply` is called}
-PATCH_MODULES = {
-    "hf_trainer": "channel_metrics.trainers.hf.patch",
-    "megatron": "channel_metrics.trainers.megatron.patch",
-    "ms_swift": "channel_metrics.trainers.swift.patch",
-    "trl": "channel_metrics.trainers.trl.patch",
-}
+# {name that `--patch` takes: the module that is named after it}
+PATCH_MODULES = {name: list(modules.values())[-1] for name, modules in PATCHES.items()}
 
 
 def run_script(
@@ -38,22 +35,22 @@ def run_script(
     *,
     as_module: bool = False,
 ) -> None:
-    """Apply patches, then run a script as the main program.
+    """Run a script as the main program, with patches in all its processes.
 
     Args:
         script: the path of the script, or the name of a module.
         args: its arguments.
-        patches: names from `PATCH_MODULES`, in this order.
-        config: a YAML file with a `MetricsConfig`. Processes that the script starts get it, too,
+        patches: names from `PATCHES`. They reach the processes that the script starts, too,
             through the environment.
+        config: a YAML file with a `MetricsConfig`, which reaches the same processes.
         as_module: whether `script` is the name of a module, as after `python -m`.
 
     Raises:
         ConfigError: for an unknown patch or a missing script, before anything runs.
     """
     for name in patches:
-        if name not in PATCH_MODULES:
-            raise ConfigError(f"unknown patch {name!r}; there are {', '.join(PATCH_MODULES)}.")
+        if name not in PATCHES:
+            raise ConfigError(f"unknown patch {name!r}; there are {', '.join(PATCHES)}.")
     if not as_module and not os.path.exists(script):
         raise ConfigError(
             f"the script {script!r} does not exist; options of ours come before it, its own "
@@ -61,10 +58,21 @@ def run_script(
         )
     if config is not None:
         load_metrics_config(config)
-        os.environ[CONFIG_VARIABLE] = str(config.resolve())
-    for name in patches:
-        importlib.import_module(PATCH_MODULES[name]).apply()
+        os.environ[CONFIG_VARIABLE] = str(config)
+    if CONFIG_VARIABLE in os.environ:
+        # Processes of the script may have another current folder.
+        os.environ[CONFIG_VARIABLE] = os.path.abspath(os.environ[CONFIG_VARIABLE])
+    run = Run(patches) if patches else None
     sys.argv = [script, *args]
+    try:
+        _run_main(script, as_module)
+    except BaseException as error:
+        if run is not None:
+            run.has_failed = not (isinstance(error, SystemExit) and error.code in (None, 0))
+        raise
+
+
+def _run_main(script: str, as_module: bool) -> None:
     if as_module:
         sys.path[0] = os.getcwd()
         _check_module(script)

@@ -25,6 +25,7 @@ __all__ = [
     "channels_of",
     "field_roots",
     "look_up",
+    "winning_field",
 ]
 
 logger = logging.getLogger("channel_metrics")
@@ -76,6 +77,11 @@ def channels_of(
         if name is not None:
             return [name]
     return [None]
+
+
+def winning_field(record: Mapping[str, Any], fields: Sequence[str] = DEFAULT_FIELDS) -> str | None:
+    """The field that gives the channel of a record, see `channels_of`; None if none does."""
+    return next((name for name in fields if channels_of(record, [name]) != [None]), None)
 
 
 def channel_of(

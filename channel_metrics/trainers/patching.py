@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 
 from channel_metrics.config import MetricsConfig
 from channel_metrics.data.yaml import CONFIG_VARIABLE, load_metrics_config
+from channel_metrics.run_marks import mark
 
 __all__ = ["announce", "config_of_environment"]
 
 
 def announce(message: str) -> None:
-    """Report what was patched, on rank 0 only.
+    """Report what was patched, on rank 0 only, and once per `channel-metrics run`.
 
     Args:
         message: one line. It goes to the log, or to stderr if the log does not show it.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" or not mark(re.sub(r"\W+", "_", message)[:200]):
         return
     logger = logging.getLogger("channel_metrics")
     if logger.isEnabledFor(logging.INFO):

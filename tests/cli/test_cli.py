@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -39,7 +40,7 @@ def invoke(*args: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("name", ["train", "check", "run"])
+@pytest.mark.parametrize("name", ["train", "check", "doctor", "run"])
 def test_help(name: str) -> None:
     code, out, _ = invoke(name, "--help")
     assert code == 0
@@ -198,6 +199,21 @@ def test_run_refuses_what_it_does_not_know(script: Path, installed: Path) -> Non
     done = command("run", "--patch", "hf_trainr", script, root=installed)
     assert done.returncode == 2
     assert "unknown patch 'hf_trainr'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("megatron.core") is None
+    or importlib.util.find_spec("megatron.training") is not None,
+    reason="needs a megatron-core that the patch does not fit, as in `make test`",
+)
+def test_a_patch_that_does_not_fit_ends_the_run_with_its_message(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("print('begun', flush=True)\nimport megatron.core\nprint('imported')")
+    done = command("run", "--patch", "megatron", script)
+    assert (done.returncode, done.stdout) == (2, "begun\n")
+    *_, last = done.stderr.splitlines()
+    assert last.startswith("error: --channels needs Megatron-LM core")
     assert "Traceback" not in done.stderr
 
 

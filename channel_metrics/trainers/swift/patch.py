@@ -6,7 +6,6 @@ Patched are
   config, because ms-swift drops all columns that it does not know;
 - `SwiftSft._prepare_dataset`: runs whose loss is not one of tokens, `swift rlhf` among them, say
   that they have no channel metrics;
-- `swift.cli.main.parse_yaml_args`: processes that the command line starts are patched too;
 - `MegatronTrainer.__init__`, in runs that use it.
 """
 
@@ -17,11 +16,9 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import swift
-from swift.cli import main as swift_cli
 from swift.dataset import RowPreprocessor
 from swift.pipelines import SwiftSft
 from swift.trainers import Seq2SeqTrainer
@@ -38,8 +35,6 @@ from channel_metrics.trainers.swift.loss import check_loss_functions
 __all__ = ["KEY", "apply", "is_applied", "revert"]
 
 KEY = "ms_swift"
-_PLUGINS_OPTION = "--external_plugins"
-_COMMANDS = ("sft", "pt", "rlhf")
 # ms-swift imports its Megatron side only in runs that use it, and so do we.
 _MEGATRON = "swift.megatron.trainers.trainer"
 _MEGATRON_PATCH = "channel_metrics.trainers.swift_megatron.patch"
@@ -66,7 +61,6 @@ def apply(config: MetricsConfig | None = None) -> None:
         (Seq2SeqTrainer, "__init__", attaching(chosen)),
         (SwiftSft, "_prepare_dataset", _preparing(chosen)),
         (RowPreprocessor, "__call__", _filling(chosen)),
-        (swift_cli, "parse_yaml_args", _with_plugin),
     ):
         swap.wrap(owner, name, body, key=KEY)
     announce(f"channel metrics: patched ms-swift {swift.__version__} (Seq2SeqTrainer)")
@@ -124,28 +118,3 @@ def _filling(config: MetricsConfig) -> Callable[..., Any]:
         return original(preprocessor, dataset, *args, **kw)
 
     return preprocess
-
-
-def _with_plugin(original: Any, argv: list[str]) -> None:
-    """Add our plugin for the processes that the command line starts."""
-    original(argv)
-    # Other commands may not have the option. `argv` is without the command here.
-    if sys.argv[1:2] and sys.argv[1] in _COMMANDS:
-        _add_plugin(argv, _plugin_file())
-
-
-def _plugin_file() -> str:
-    """The file that patches a process of ms-swift when it is imported."""
-    package = Path(__file__).parents[2]
-    # The folder is inside an installed package, and beside the package in a checkout.
-    installed, checkout = (f / "patches" / "ms_swift.py" for f in (package, package.parent))
-    return str(installed if installed.exists() else checkout)
-
-
-def _add_plugin(argv: list[str], plugin: str) -> None:
-    for index, argument in enumerate(argv):
-        option, _, value = argument.partition("=")
-        if option == _PLUGINS_OPTION:
-            argv[index : index + 1] = [option, plugin, *([value] if value else [])]
-            return
-    argv += [_PLUGINS_OPTION, plugin]

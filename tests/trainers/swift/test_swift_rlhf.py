@@ -79,33 +79,3 @@ def test_rlhf_says_that_it_has_no_channel_metrics(ranks_of: RanksOf, kind: str) 
     (told,) = on["told"]
     assert told.startswith("no channel metrics in this run")
     assert f"this is rlhf_type {kind}; --enable_channel_loss has no effect." in told
-
-
-@alone
-def command(folder: Path) -> Any:
-    """What `channel-metrics run --patch ms_swift swift rlhf ...` starts."""
-    import sys
-
-    import channel_metrics.patches.ms_swift as patch
-    from swift.cli import main as swift_cli
-
-    found = {}
-    before = sys.argv
-    patch.revert()
-    patch.apply(MetricsConfig())
-    try:
-        for name in ("rlhf", "infer"):
-            sys.argv = ["swift", name, "--model", "m"]
-            found[name] = sys.argv[2:]
-            swift_cli.parse_yaml_args(found[name])
-    finally:
-        sys.argv = before
-        patch.revert()
-    return found
-
-
-def test_the_process_that_rlhf_starts_is_patched(ranks_of: RanksOf) -> None:
-    (found,) = ranks_of(command)
-    assert found["rlhf"][:3] == ["--model", "m", "--external_plugins"]
-    assert found["rlhf"][3].endswith("ms_swift.py")
-    assert found["infer"] == ["--model", "m"]

@@ -1,0 +1,1 @@
+"""What `channel-metrics run` puts on PYTHONPATH for the processes below it."""
