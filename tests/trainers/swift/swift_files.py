@@ -17,10 +17,10 @@ from channel_metrics.demo.tiny import byte_tokenizer
 CHANNELS = ("bbu", "rru", "lvis", "lang_chat")
 
 
-def make_model(folder: Path, **sizes: Any) -> Path:
+def make_model(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
     """A Qwen2 with random weights and the byte tokenizer."""
     tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     given: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 16,
