@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from swift.trainers import Seq2SeqTrainer
 
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.schema import TOKENS

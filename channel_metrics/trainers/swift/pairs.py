@@ -127,9 +127,7 @@ class _PairMixin(SwiftRLHFMixin):
             values = self._values(batch)
             ours = self._batch_loss(values, kwargs.get("pair_loss_scale"))
         scratch.losses, scratch.forwards = [], []
-        self._count_records(
-            session, taken.channels, values, ours=ours, theirs=result[0].detach()
-        )
+        self._count_records(session, taken.channels, values, ours=ours, theirs=result[0].detach())
         return result
 
     def _values(self, batch: Any) -> dict[str, Tensor]:

@@ -16,8 +16,12 @@ import torch.distributed as dist
 from hf_case_tools import weights_hash
 from swift_files import arguments, make_model, said
 from swift_tools import timeless
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers import Qwen2Config, Qwen2ForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
 
 from channel_metrics import MetricsConfig
 
@@ -39,7 +43,9 @@ def write_records(folder: Path) -> None:
         metadata = {"metadata": {"_fusion_source": channel}}
         pair = {"messages": [*messages, said(good)], "rejected_response": f"{bad} no"}
         pairs.append(pair | {"margin": 0.25 * (index % 3)} | metadata)
-        answers.append({"messages": [*messages, said(f"{good} {index}")], "label": index % 3 > 0} | metadata)
+        answers.append(
+            {"messages": [*messages, said(f"{good} {index}")], "label": index % 3 > 0} | metadata
+        )
     for name, records in (("pairs", pairs), ("answers", answers)):
         text = "".join(json.dumps(record) + "\n" for record in records)
         (folder / f"{name}.jsonl").write_text(text)

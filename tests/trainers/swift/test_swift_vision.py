@@ -78,19 +78,20 @@ def write_data(base: Path) -> None:
 
 
 def by_bounds(
-    module: Any, query: Any, key: Any, value: Any, mask: Any, cu_seq_lens_q: Any = None, **kw: Any
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
 ) -> Any:
     """Attention inside the sequences of a pack, as flash attention computes it on a GPU.
 
     The sdpa of transformers does not do this for these models: it finds packs by position ids, and
     theirs are those of images.
     """
-    if cu_seq_lens_q is not None:
+    bounds = kwargs.pop("cu_seq_lens_q", None)
+    if bounds is not None:
         count = query.shape[2]
-        sequences = torch.searchsorted(cu_seq_lens_q[1:], torch.arange(count), right=True)
-        mask = (sequences[:, None] == sequences) & torch.ones(count, count).tril().bool()
-        mask = mask[None, None]
-    return sdpa_attention_forward(module, query, key, value, mask, **kw)
+        sequences = torch.searchsorted(bounds[1:], torch.arange(count), right=True)
+        allowed = (sequences[:, None] == sequences) & torch.ones(count, count).tril().bool()
+        attention_mask = allowed[None, None]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def channel_of(record: dict[str, Any]) -> str:
