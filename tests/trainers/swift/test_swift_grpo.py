@@ -40,7 +40,8 @@ def reward_functions(seen: Seen) -> list[str]:
             self, completions: list[str], messages: list[Any], **kwargs: Any
         ) -> list[float | None]:
             # A prompt begins with the name of its channel.
-            channels = [said[0]["content"].split()[0] for said in messages]
+            asked = [next(m for m in said if m["role"] == "user") for said in messages]
+            channels = [message["content"].split()[0] for message in asked]
             found = [float(sum(char in "aeiou" for char in text)) for text in completions]
             scores = [None if n == "rru" else v for n, v in zip(channels, found, strict=True)]
             seen.extend(zip(channels, lengths, scores, strict=True))
