@@ -89,7 +89,12 @@ def tiny_vision_model(kind: str, *, seed: int = 0, **text: Any) -> PreTrainedMod
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    vision = {"depth": 1, "hidden_size": _WIDTH, "num_heads": 2, "intermediate_size": 2 * _WIDTH}
+    vision: dict[str, Any] = {
+        "depth": 1,
+        "hidden_size": _WIDTH,
+        "num_heads": 2,
+        "intermediate_size": 2 * _WIDTH,
+    }
     vision |= {"out_hidden_size": _WIDTH, "initializer_range": 0.3}
     if kind == "qwen3_vl":
         vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}

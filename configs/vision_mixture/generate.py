@@ -1,7 +1,7 @@
 """Writes a small mixture of images and text, and a tiny Qwen2.5-VL with random weights to train.
 
     python configs/vision_mixture/generate.py
-    swift sft --config configs/vision_mixture/swift.yaml --external_plugins patches/ms_swift.py
+    swift sft configs/vision_mixture/swift.yaml --external_plugins patches/ms_swift.py
 
 Three sources: `bbu` counts the squares in a picture, `lvis` names their colour, `lang_chat` has no
 picture. `metadata._fusion_source` names the source of each record.

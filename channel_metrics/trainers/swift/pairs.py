@@ -10,64 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from channel_metrics.core.checks import IGNORE_INDEX
-from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio
+from channel_metrics.core.schema import Schema
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import Scratch
+from channel_metrics.trainers.swift.pair_schema import pair_schema
 from channel_metrics.trainers.swift.rlhf import SwiftRLHFMixin
-from channel_metrics.trainers.trl.samples import mean, sample_schema
 
 __all__ = ["SwiftDPOMixin", "SwiftORPOMixin", "SwiftRewardMixin"]
 
-_REWARDS = ("chosen", "rejected", "accuracies", "margins")
-# Losses of DPO that are sums over pairs.
+# Losses of DPO that are not one per pair.
 _NO_PAIR_LOSSES = {"aot": "sorts the pairs", "aot_unpaired": "sorts the answers"}
-
-
-def pair_schema(nll_weight: float = 0.0) -> Schema:
-    """The means that ms-swift logs, and the loss.
-
-    Args:
-        nll_weight: the factor of the nll of the chosen answers in the loss. If it is 0, there is
-            no `nll_loss`.
-    """
-    schema = sample_schema(
-        "pairs",
-        *(Column(name, "rewards", f"what ms-swift logs as rewards/{name}") for name in _REWARDS),
-        *(mean(f"rewards/{name}", name) for name in _REWARDS),
-        Column("loss", "loss", "losses of the pairs whose loss is known, without nll"),
-        Column("loss_samples", "pairs", "pairs whose loss is known"),
-    )
-    needs = ["loss", "loss_samples", "samples"]
-    if nll_weight:
-        needs += ["nll", "nll_tokens"]
-        schema.register(
-            Column("nll", "nats", "nll of the chosen answers"),
-            Column("nll_tokens", "tokens", "tokens of the chosen answers"),
-            Metric("nll_loss", ("nll", "nll_tokens"), _nll, doc="nll / nll_tokens", always=True),
-        )
-    formula = partial(_loss, nll_weight)
-    schema.register(Metric("loss", tuple(needs), formula, doc="loss / samples, and nll_loss"))
-    return schema
-
-
-def _nll(sums: Sums) -> float | None:
-    return ratio(sums["nll"], sums["nll_tokens"])
-
-
-def _loss(nll_weight: float, sums: Sums) -> float | None:
-    """The mean, if the loss of every pair is known."""
-    of_pairs = ratio(sums["loss"], sums["samples"])
-    nll = _nll(sums) if nll_weight else 0.0
-    if of_pairs is None or nll is None or sums["loss_samples"] != sums["samples"]:
-        return None
-    return of_pairs + nll_weight * nll
 
 
 @dataclass
@@ -247,8 +205,10 @@ class SwiftRewardMixin(_PairMixin):
         taken, margin = self._taken_channels(inputs), inputs.get("margin")
         loss, outputs = compute(model, inputs, True, *args, **kwargs)
         with torch.no_grad():
-            rewards = (outputs[f"rewards_{side}"].squeeze(-1) for side in ("chosen", "rejected"))
-            values = self._reward_values(*rewards, margin)
+            chosen, rejected = (
+                outputs[f"rewards_{side}"].squeeze(-1) for side in ("chosen", "rejected")
+            )
+            values = self._reward_values(chosen, rejected, margin)
         self._count_records(
             session,
             taken.channels,

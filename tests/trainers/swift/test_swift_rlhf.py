@@ -141,6 +141,13 @@ def dpo_padding_free(folder: Path) -> Any:
 
 
 @alone
+def dpo_lora(folder: Path) -> Any:
+    """The reference is the model without its adapter, so the first step has no rewards."""
+    options = {"tuner_type": "lora", "lora_rank": 2, "target_modules": ["all-linear"]}
+    return both(given(folder, "dpo", beta=BETA, ref_model=None, **options))
+
+
+@alone
 def orpo(folder: Path) -> Any:
     return both(given(folder, "orpo", beta=BETA))
 
@@ -216,7 +223,20 @@ def test_evaluation(ranks_of: RanksOf, of: Case) -> None:
     check(first, found["records"][:5], ORACLES[of], "eval_")
 
 
-@pytest.mark.parametrize("of", [dpo, kto])
+@pytest.mark.parametrize("of", [dpo, dpo_lora, orpo, rm])
+def test_rewards_add_up_to_those_of_ms_swift(ranks_of: RanksOf, of: Case) -> None:
+    """Weighted by their shares. Batches have one size, so ms-swift's means are those of pairs."""
+    (found,) = ranks_of(of)
+    check_training(found["off"], found["on"])
+    entries = [entry for entry in found["on"]["log"] if "loss" in entry]
+    assert entries[-1]["rewards/margins"] != 0
+    for entry in entries:
+        for key in ("chosen", "rejected", "margins", "accuracies"):
+            ours = [entry[f"{n}_rewards/{key}"] * entry[f"{n}_share"] for n in CHANNELS]
+            assert sum(ours) == pytest.approx(entry[f"rewards/{key}"], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("of", [dpo, dpo_lora, kto])
 def test_the_losses_add_up(ranks_of: RanksOf, of: Case) -> None:
     """Weighted by their samples, they are the loss of the step."""
     (found,) = ranks_of(of)

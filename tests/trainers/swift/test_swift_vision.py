@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from swift_tools import SWIFT, needs_swift, run
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from vision_tools import needs_vision
+
+from channel_metrics import MetricsConfig
 
 pytestmark = [needs_swift, needs_vision]
 VISION = Preload(("vision_tools:load_torchvision", *SWIFT.names))
@@ -205,6 +208,40 @@ def check(found: dict[str, Any], *, flag: bool) -> None:
 def test_against_a_loop_over_the_records(ranks_of: RanksOf, of: Case) -> None:
     (found,) = ranks_of(of)
     check(found, flag=of in WITH_THE_FLAG)
+
+
+@alone
+def example(folder: Path) -> Any:
+    """The commands of the example: generate.py, then `swift sft swift.yaml`, in this folder."""
+    import channel_metrics.patches.ms_swift as patch
+    from swift import sft_main
+    from swift.cli import main as swift_cli
+
+    folder.mkdir()
+    script, command = generate(), [str(CONFIGS / "swift.yaml"), "--use_cpu", "true"]
+    patch.revert()
+    swift_cli.parse_yaml_args(command)
+    patch.apply(MetricsConfig(metrics=("loss", "samples")))
+    try:
+        with chdir(folder):
+            script.main(script.FOLDER)
+            sft_main(command)
+    finally:
+        patch.revert()
+    lines = (folder / "runs/vision_mixture/run/logging.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_the_example(ranks_of: RanksOf) -> None:
+    """Each source has its curve, and the evaluation has every record once."""
+    (log,) = ranks_of(example)
+    script = generate()
+    evaluated = [entry for entry in log if "eval_loss" in entry]
+    trained = [entry for entry in log if "loss" in entry]
+    assert len(evaluated) == 2 and len(trained) == 6
+    assert all(any(f"{name}_loss" in entry for entry in trained) for name in SOURCES)
+    for entry in evaluated:
+        assert sum(entry[f"eval_{name}_samples"] for name in SOURCES) == script.NUM_VAL
 
 
 @in_parts
