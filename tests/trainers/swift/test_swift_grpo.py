@@ -162,39 +162,3 @@ def test_two_ranks(ranks_of: RanksOf) -> None:
             seen = [one for rank in both for one in rank["on"]["seen"][number * size :][:size]]
             of_window = expected(seen, found["on"]["names"])
             assert ours(entry) == pytest.approx(of_window, rel=1e-6, abs=1e-7)
-
-
-@alone
-def without(folder: Path) -> Any:
-    """Runs that have no metrics, and what they say."""
-    sequences = given(folder / "dpo", "dpo", eval_strategy="no", max_steps=1)
-    options = given(folder / "cpo", "cpo", eval_strategy="no", max_steps=1)
-    from swift import RLHFArguments
-
-    from channel_metrics.trainers.swift.tasks import why_without_metrics
-
-    found = {"cpo": [run(options, None), run(options)]}
-    for of_run in found["cpo"]:
-        del of_run["trainer"]
-    reasons = {}
-    args = RLHFArguments(**sequences)
-    reasons["dpo"] = why_without_metrics(args)
-    args.sequence_parallel_size = 2
-    reasons["parallel"] = why_without_metrics(args)
-    args.sequence_parallel_size, args.rlhf_type, args.multi_turn_scheduler = 1, "grpo", "math_tip"
-    reasons["turns"] = why_without_metrics(args)
-    return found | {"reasons": reasons}
-
-
-def test_runs_without_metrics_say_so(ranks_of: RanksOf) -> None:
-    (found,) = ranks_of(without)
-    off, on = found["cpo"]
-    assert (on["log"], on["weights"]) == (off["log"], off["weights"])
-    (told,) = on["told"]
-    assert told.startswith("no channel metrics in this run")
-    assert "dpo, orpo, rm, kto, grpo, and this is rlhf_type cpo." in told
-    assert found["reasons"] == {
-        "dpo": None,
-        "parallel": "rlhf_type dpo has them only with sequence_parallel_size 1",
-        "turns": "rlhf_type grpo has them only without multi_turn_scheduler",
-    }

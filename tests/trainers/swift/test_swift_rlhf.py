@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rank_cases import Case, RanksOf, case
 from swift_checks import check_training
-from swift_rlhf_files import CHANNELS, NUM_RECORDS, ON, both, given
+from swift_rlhf_files import CHANNELS, NUM_RECORDS, both, given
 from swift_tools import SWIFT, needs_swift
 
 pytestmark = needs_swift
@@ -255,33 +255,3 @@ def test_two_ranks(ranks_of: RanksOf) -> None:
         check(first, found["records"], of_dpo)
         (first, *_) = [entry for entry in found["on"]["log"] if "eval_loss" in entry]
         check(first, found["records"][:5], of_dpo, "eval_")
-
-
-@alone
-def command(folder: Path) -> Any:
-    """What `channel-metrics run --patch ms_swift swift rlhf ...` starts."""
-    import sys
-
-    import channel_metrics.patches.ms_swift as patch
-    from swift.cli import main as swift_cli
-
-    found = {}
-    before = sys.argv
-    patch.revert()
-    patch.apply(ON)
-    try:
-        for name in ("rlhf", "infer"):
-            sys.argv = ["swift", name, "--model", "m"]
-            found[name] = sys.argv[2:]
-            swift_cli.parse_yaml_args(found[name])
-    finally:
-        sys.argv = before
-        patch.revert()
-    return found
-
-
-def test_the_process_that_rlhf_starts_is_patched(ranks_of: RanksOf) -> None:
-    (found,) = ranks_of(command)
-    assert found["rlhf"][:3] == ["--model", "m", "--external_plugins"]
-    assert found["rlhf"][3].endswith("ms_swift.py")
-    assert found["infer"] == ["--model", "m"]
