@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import swift
 from swift.rlhf_trainers import grpo_trainer
 from torch import Tensor
 
 from channel_metrics.core.labels import channel_of
-from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.swap import wrapped
 from channel_metrics.trainers.swift.data import CHANNEL_COLUMN, declare
+from channel_metrics.trainers.swift.rlhf import not_called
 from channel_metrics.trainers.trl.grpo import GRPOChannelMetricsMixin, GRPOScratch
 
 __all__ = ["SwiftGRPOMixin"]
@@ -70,11 +69,7 @@ class SwiftGRPOMixin(GRPOChannelMetricsMixin):
         with wrapped(grpo_trainer, "compute_reward_metrics", keep):
             output = generate(inputs)
         if scratch.scored is None:
-            raise UnsupportedVersionError(
-                "GRPOTrainer must make statistics of its rewards with compute_reward_metrics, but "
-                f"ms-swift {swift.__version__} did not; use a tested version (see "
-                "docs/ms_swift.md)."
-            )
+            raise not_called(self, "compute_reward_metrics")
         channels = [channel_of(sample.extra, (CHANNEL_COLUMN,)) for sample in scratch.samples]
         session.add(channels, self._values(scratch.scored, len(channels)))
         return output

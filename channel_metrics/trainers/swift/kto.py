@@ -12,7 +12,7 @@ from torch import Tensor
 from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import Scratch
-from channel_metrics.trainers.swift.rlhf import SwiftRLHFMixin
+from channel_metrics.trainers.swift.rlhf import SwiftRLHFMixin, not_called
 from channel_metrics.trainers.trl.samples import mean, sample_schema
 
 __all__ = ["SwiftKTOMixin"]
@@ -78,8 +78,7 @@ class SwiftKTOMixin(SwiftRLHFMixin):
 
     def kto_loss(self, *args: Any, **kwargs: Any) -> Any:
         result = super().kto_loss(*args, **kwargs)  # type: ignore[misc]
-        if self.channel_metrics is not None:
-            self.channel_scratch.kept = result[:3]
+        self.channel_scratch.kept = tuple(part.detach() for part in result[:3])
         return result
 
     def _observed_batch(
@@ -89,20 +88,22 @@ class SwiftKTOMixin(SwiftRLHFMixin):
         assert session is not None
         taken = self._taken_channels(batch)
         result = compute(model, batch, *args, **kwargs)
+        if not scratch.kept:
+            raise not_called(self, "kto_loss")
         (losses, chosen, rejected), scratch.kept = scratch.kept, ()
         # From TRL's order to that of the batch, in which the repeated records are the last.
         label = torch.tensor(batch["label"])
         order = torch.cat([label.nonzero().flatten(), (~label).nonzero().flatten()])
         places = order.argsort().to(losses.device)
         with torch.no_grad():
-            values = self._values(losses.detach(), chosen, rejected)
+            values = self._values(losses, chosen, rejected)
             values = {name: value[places] for name, value in values.items()}
         self._count_records(
             session,
             taken.channels,
             values,
             # The auxiliary loss of experts belongs to no answer.
-            ours=None if self.aux_loss_enabled else losses.detach().nanmean(),
+            ours=None if self.aux_loss_enabled else losses.nanmean(),
             theirs=result[0].detach(),
         )
         return result

@@ -20,7 +20,7 @@ from channel_metrics.core.schema import Schema
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import Scratch
 from channel_metrics.trainers.swift.pair_schema import pair_schema
-from channel_metrics.trainers.swift.rlhf import SwiftRLHFMixin
+from channel_metrics.trainers.swift.rlhf import SwiftRLHFMixin, not_called
 
 __all__ = ["SwiftDPOMixin", "SwiftORPOMixin", "SwiftRewardMixin"]
 
@@ -29,8 +29,8 @@ _NO_PAIR_LOSSES = {"aot": "sorts the pairs", "aot_unpaired": "sorts the answers"
 
 
 @dataclass
-class _PairScratch(Scratch):
-    """What the trainer has computed for the current batch.
+class _Computed:
+    """What the trainer has computed for a batch.
 
     losses: for each loss type: (losses, rewards of the chosen, of the rejected answers), [N].
     forwards: the results of `concatenated_forward`; the first is that of the trained model.
@@ -40,7 +40,16 @@ class _PairScratch(Scratch):
     forwards: list[Any] = field(default_factory=list)
 
 
+@dataclass
+class _PairScratch(Scratch):
+    """computed: only while a batch is observed, because it holds the graph of the batch."""
+
+    computed: _Computed | None = None
+
+
 class _PairMixin(SwiftRLHFMixin):
+    # The method that gives the losses of the pairs.
+    _loss_name = ""
     channel_scratch: _PairScratch
     accelerator: Any
     aux_loss_enabled: bool
@@ -63,14 +72,16 @@ class _PairMixin(SwiftRLHFMixin):
 
     def concatenated_forward(self, *args: Any, **kwargs: Any) -> Any:
         result = super().concatenated_forward(*args, **kwargs)  # type: ignore[misc]
-        if self.channel_metrics is not None:
-            self.channel_scratch.forwards.append(result)
+        computed = self.channel_scratch.computed
+        if computed is not None:
+            computed.forwards.append(result)
         return result
 
     def _kept(self, result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The same losses and rewards, which are kept for this batch."""
-        if self.channel_metrics is not None:
-            self.channel_scratch.losses.append(result[:3])
+        """The same losses and rewards, which are kept if the batch is observed."""
+        computed = self.channel_scratch.computed
+        if computed is not None:
+            computed.losses.append(tuple(part.detach() for part in result[:3]))
         return result
 
     def _observed_batch(
@@ -79,16 +90,20 @@ class _PairMixin(SwiftRLHFMixin):
         session, scratch = self.channel_metrics, self.channel_scratch
         assert session is not None
         taken = self._taken_channels(batch)
-        scratch.losses, scratch.forwards = [], []
-        result = compute(model, batch, *args, **kwargs)
+        scratch.computed = computed = _Computed()
+        try:
+            result = compute(model, batch, *args, **kwargs)
+        finally:
+            scratch.computed = None
+        if not computed.losses:
+            raise not_called(self, self._loss_name)
         with torch.no_grad():
-            values = self._values(batch)
+            values = self._values(computed, batch)
             ours = self._batch_loss(values, kwargs.get("pair_loss_scale"))
-        scratch.losses, scratch.forwards = [], []
         self._count_records(session, taken.channels, values, ours=ours, theirs=result[0].detach())
         return result
 
-    def _values(self, batch: Any) -> dict[str, Tensor]:
+    def _values(self, computed: _Computed, batch: Any) -> dict[str, Tensor]:
         """{column: values [N]}"""
         raise NotImplementedError
 
@@ -102,7 +117,7 @@ class _PairMixin(SwiftRLHFMixin):
         loss = values["loss"].mean() if scale is None else values["loss"].sum() * scale
         if "nll" in values:
             loss = loss + self._nll_weight() * values["nll"].sum() / values["nll_tokens"].sum()
-        return loss.detach()
+        return loss
 
     def _pairs(self, chosen: Tensor, rejected: Tensor, loss: Tensor) -> dict[str, Tensor]:
         values = {
@@ -125,6 +140,7 @@ class _PairMixin(SwiftRLHFMixin):
 class SwiftDPOMixin(_PairMixin):
     """For `swift rlhf --rlhf_type dpo`."""
 
+    _loss_name = "dpo_loss"
     loss_type: Any
     loss_weights: list[float] | None
 
@@ -149,9 +165,9 @@ class SwiftDPOMixin(_PairMixin):
             return "with ld_alpha, the nll of a chosen answer is not known"
         return super()._why_no_loss()
 
-    def _values(self, batch: Any) -> dict[str, Tensor]:
-        kept, policy = self.channel_scratch.losses, self.channel_scratch.forwards[0]
-        weighted = list(zip(self._types(), kept, strict=True))
+    def _values(self, computed: _Computed, batch: Any) -> dict[str, Tensor]:
+        policy = computed.forwards[0]
+        weighted = list(zip(self._types(), computed.losses, strict=True))
         chosen, rejected = (
             torch.stack([weight * losses[at] for (_, weight), losses in weighted]).sum(0)
             for at in (1, 2)
@@ -168,17 +184,16 @@ class SwiftDPOMixin(_PairMixin):
 class SwiftORPOMixin(_PairMixin):
     """For `swift rlhf --rlhf_type orpo`."""
 
+    _loss_name = "odds_ratio_loss"
+
     def odds_ratio_loss(self, *args: Any, **kwargs: Any) -> Any:
         return self._kept(super().odds_ratio_loss(*args, **kwargs))  # type: ignore[misc]
 
     def _nll_weight(self) -> float:
         return 1.0
 
-    def _values(self, batch: Any) -> dict[str, Tensor]:
-        (odds, chosen, rejected), mean_logps = (
-            self.channel_scratch.losses[0],
-            self.channel_scratch.forwards[0][0],
-        )
+    def _values(self, computed: _Computed, batch: Any) -> dict[str, Tensor]:
+        (odds, chosen, rejected), mean_logps = computed.losses[0], computed.forwards[0][0]
         # TRL subtracts the mean of what it calls losses.
         values = self._pairs(chosen, rejected, -odds)
         targets = batch["labels"][: chosen.shape[0], 1:]

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import swift
 from torch import Tensor
 
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.labels import channel_of
 from channel_metrics.core.schema import Schema
 from channel_metrics.data.collator import ChannelCollator
+from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import take_channels
 from channel_metrics.trainers.hf.mixin import RESERVED_KEYS, ChannelMetricsMixin
 from channel_metrics.trainers.swift.data import CHANNEL_COLUMN, declare
 
-__all__ = ["SwiftRLHFMixin"]
+__all__ = ["SwiftRLHFMixin", "not_called"]
 
 
 class _RecordCollator(ChannelCollator):
@@ -105,3 +107,12 @@ class SwiftRLHFMixin(ChannelMetricsMixin):
             ours=ours,
             theirs=theirs,
         )
+
+
+def not_called(trainer: Any, function: str) -> UnsupportedVersionError:
+    """The error for a trainer that did not call the function that we read its values from."""
+    return UnsupportedVersionError(
+        f"channel metrics read what {function} returns or is given, but {type(trainer).__name__} "
+        f"of ms-swift {swift.__version__} did not call it; use a tested version (see "
+        "docs/ms_swift.md), or leave the metrics out."
+    )
