@@ -19,7 +19,7 @@ help: ## This list
 env: .venv/.stamp ## Create .venv (Python 3.11), at exact versions
 env-latest: .venv-latest/.stamp ## Create .venv-latest (newest releases), at exact versions
 
-SOURCES := pyproject.toml scripts/make_env constraints/sources.txt
+SOURCES := pyproject.toml scripts/make_env constraints/sources.txt constraints/vision.txt
 
 .venv/.stamp: $(SOURCES) constraints/main.in constraints/main.txt
 	@scripts/make_env main

@@ -39,6 +39,10 @@ PLACES: dict[str, tuple[str, str]] = {
         "channel_metrics.trainers.swift.collator",
         "SwiftCollator._with_channels",
     ),
+    "count the records of rlhf": (
+        "channel_metrics.trainers.swift.rlhf",
+        "SwiftRLHFMixin._count_records",
+    ),
     "find Megatron's loss mask": ("channel_metrics.trainers.megatron.step", "loss_mask_of"),
     "read ms-swift's Megatron batch": (
         "channel_metrics.trainers.swift_megatron.mixin",

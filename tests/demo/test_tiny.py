@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from channel_metrics.demo.tiny import TinyModel, byte_tokenizer, load_tokenizer, tiny_model
+from channel_metrics.demo.tiny_vision import tiny_vision_model, vision_tokenizer
 from channel_metrics.errors import ConfigError
 
 TOKENIZER = byte_tokenizer()
@@ -56,3 +57,14 @@ def test_the_model_depends_on_the_seed_alone_and_leaves_the_random_numbers() -> 
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.shape == (260, 16)
+
+
+def test_a_vision_model_of_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must be one of qwen2_5_vl, qwen3_vl, but is 'llava'"):
+        tiny_vision_model("llava")
+
+
+def test_the_vision_tokenizer_has_the_ids_of_qwen() -> None:
+    tokenizer = vision_tokenizer()
+    assert tokenizer("a<|image_pad|>b")["input_ids"] == [97, 151655, 98]
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == 259

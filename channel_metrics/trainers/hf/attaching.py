@@ -19,7 +19,7 @@ TrainerT = TypeVar("TrainerT", bound=transformers.Trainer)
 
 # Frameworks whose trainers extend the Trainer and need their own mixin: {package: module}.
 _MIXINS = {
-    "swift": "channel_metrics.trainers.swift.mixin",
+    "swift": "channel_metrics.trainers.swift.tasks",
     "trl": "channel_metrics.trainers.trl.mixins",
 }
 

@@ -1,4 +1,4 @@
-"""Channel metrics in ms-swift: `swift sft` and `swift pt`. Keys and limits: docs/ms_swift.md.
+"""Channel metrics in ms-swift: `swift sft`, `pt` and `rlhf`. Keys and limits: docs/ms_swift.md.
 
     swift sft ... --external_plugins patches/ms_swift.py
 

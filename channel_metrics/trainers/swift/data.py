@@ -9,8 +9,10 @@ from datasets import Dataset, IterableDataset, Value
 
 from channel_metrics.core.labels import channel_of, field_roots
 from channel_metrics.data.scan import class_names
+from channel_metrics.errors import ChannelError
+from channel_metrics.session import ChannelMetrics
 
-__all__ = ["CHANNEL_COLUMN", "records_of", "with_channel_column"]
+__all__ = ["CHANNEL_COLUMN", "declare", "records_of", "with_channel_column"]
 
 CHANNEL_COLUMN = "channel"
 _SCAN_ROWS = 65_536
@@ -61,6 +63,24 @@ def records_of(dataset: Any) -> Any:
     while type(dataset).__module__.split(".")[0] == "swift" and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
     return dataset
+
+
+def declare(session: ChannelMetrics, dataset: Any, split: str) -> bool:
+    """Scan the records of a dataset for channels; False if they cannot be scanned.
+
+    Raises `ChannelError` if no record of a training set has a channel.
+    """
+    records = records_of(dataset)
+    try:
+        return session.declare(records, split, fields=(CHANNEL_COLUMN,))
+    except ChannelError as error:
+        columns = getattr(records, "column_names", None)
+        if columns is None or CHANNEL_COLUMN in columns:
+            raise
+        raise ChannelError(
+            f"{error} ms-swift keeps the column {CHANNEL_COLUMN!r} of a dataset and drops "
+            f"others; the patch ms_swift fills it from {', '.join(session.config.fields)}."
+        ) from None
 
 
 def _features(dataset: Any, column: str) -> Any:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from swift.trainers import Seq2SeqTrainer
 
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.labels import UNLABELED
@@ -15,13 +14,12 @@ from channel_metrics.core.schema import TOKENS
 from channel_metrics.data.batch_channels import BatchChannels
 from channel_metrics.data.collator import BOUNDS_KEY
 from channel_metrics.data.scan import class_names, count_channels
-from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import Scratch
 from channel_metrics.trainers.hf.mixin import RESERVED_KEYS, ChannelMetricsMixin
 from channel_metrics.trainers.swift.collator import GROUP_KEY, SEGMENTS_KEY, SwiftCollator
 from channel_metrics.trainers.swift.cut import ids_of_this_part, kept_bounds
-from channel_metrics.trainers.swift.data import CHANNEL_COLUMN, records_of
+from channel_metrics.trainers.swift.data import CHANNEL_COLUMN, declare, records_of
 from channel_metrics.trainers.swift.loss import (
     check_loss_functions,
     observe_token_losses,
@@ -30,7 +28,7 @@ from channel_metrics.trainers.swift.loss import (
 from channel_metrics.trainers.swift.reader import SwiftReader
 from channel_metrics.trainers.swift.schema import schema_with_own_loss
 
-__all__ = ["OWN_RESERVED_KEYS", "SwiftChannelMetricsMixin", "mixin_for"]
+__all__ = ["OWN_RESERVED_KEYS", "SwiftChannelMetricsMixin"]
 
 # Keys that ms-swift's trainers log themselves.
 OWN_RESERVED_KEYS = RESERVED_KEYS | {
@@ -76,17 +74,7 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
     # ---- data -----------------------------------------------------------------------------
 
     def _declare(self, session: ChannelMetrics, dataset: Any, split: str) -> bool:
-        records = records_of(dataset)
-        try:
-            return session.declare(records, split, fields=(CHANNEL_COLUMN,))
-        except ChannelError as error:
-            columns = getattr(records, "column_names", None)
-            if columns is None or CHANNEL_COLUMN in columns:
-                raise
-            raise ChannelError(
-                f"{error} ms-swift keeps the column {CHANNEL_COLUMN!r} of a dataset and drops "
-                f"others; the patch ms_swift fills it from {', '.join(session.config.fields)}."
-            ) from None
+        return declare(session, dataset, split)
 
     def channel_names(self, session: ChannelMetrics, dataset: Any) -> set[str] | None:
         """The channels of a dataset, in the column that ms-swift keeps."""
@@ -158,13 +146,3 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
 
     def _is_causal(self) -> bool | None:
         return not self.template.is_encoder_decoder
-
-
-def mixin_for(trainer_class: type) -> type[SwiftChannelMetricsMixin]:
-    """The mixin for a trainer of ms-swift; `UnsupportedVersionError` for other tasks."""
-    if not issubclass(trainer_class, Seq2SeqTrainer):
-        raise UnsupportedVersionError(
-            f"channel metrics are for ms-swift's Seq2SeqTrainer (swift sft, swift pt), but this is "
-            f"a {trainer_class.__name__}; leave the metrics out for this task."
-        )
-    return SwiftChannelMetricsMixin

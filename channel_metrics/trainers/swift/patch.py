@@ -4,8 +4,8 @@ Patched are
 - `Seq2SeqTrainer.__init__`: each trainer that is made afterwards gets `attach(self, config)`;
 - `RowPreprocessor.__call__`: fills the column `channel` of a dataset from the fields of the
   config, because ms-swift drops all columns that it does not know;
-- `SwiftSft._prepare_dataset`: runs whose loss is not one of tokens, `swift rlhf` among them, say
-  that they have no channel metrics;
+- `SwiftSft._prepare_dataset`: it patches `__init__` of the trainer of `swift rlhf`, which few runs
+  import, and runs without channel metrics say so;
 - `MegatronTrainer.__init__`, in runs that use it.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import swift
 from swift.dataset import RowPreprocessor
 from swift.pipelines import SwiftSft
-from swift.trainers import Seq2SeqTrainer
+from swift.trainers import Seq2SeqTrainer, TrainerFactory
 
 from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
@@ -31,6 +31,7 @@ from channel_metrics.trainers.hf.patch import attaching
 from channel_metrics.trainers.patching import announce, config_of_environment
 from channel_metrics.trainers.swift.data import CHANNEL_COLUMN, with_channel_column
 from channel_metrics.trainers.swift.loss import check_loss_functions
+from channel_metrics.trainers.swift.tasks import RLHF_TASKS, why_without_metrics
 
 __all__ = ["KEY", "apply", "is_applied", "revert"]
 
@@ -85,23 +86,33 @@ def _preparing(config: MetricsConfig) -> Callable[..., Any]:
     def prepare_dataset(original: Any, pipeline: Any, *args: Any, **kwargs: Any) -> Any:
         # `megatron sft` prepares its data as `swift sft` does; by then its trainer is imported.
         _reach_megatron(config)
-        _say_if_without_metrics(pipeline.args)
+        reason = why_without_metrics(pipeline.args)
+        if reason is not None:
+            _say(pipeline.args, reason)
+        elif hasattr(pipeline.args, "rlhf_type"):
+            _reach_rlhf(pipeline.args, config)
         return original(pipeline, *args, **kwargs)
 
     return prepare_dataset
 
 
-def _say_if_without_metrics(args: Any) -> None:
-    """Warn, on one rank, if the run trains on another loss than that of tokens."""
-    rlhf_type = getattr(args, "rlhf_type", None)
-    if os.environ.get("RANK", "0") != "0" or (rlhf_type is None and args.task_type == "causal_lm"):
+def _reach_rlhf(args: Any, config: MetricsConfig) -> None:
+    trainer = TrainerFactory.get_trainer_cls(args)
+    if not swap.is_wrapped(trainer, "__init__", key=KEY):
+        check_trainer(trainer)
+        swap.wrap(trainer, "__init__", attaching(config), key=KEY)
+
+
+def _say(args: Any, reason: str) -> None:
+    """Warn, on one rank, that a run has no channel metrics."""
+    if os.environ.get("RANK", "0") != "0":
         return
-    task = f"task_type {args.task_type}" if rlhf_type is None else f"rlhf_type {rlhf_type}"
     no_effect = "; --enable_channel_loss has no effect" if args.enable_channel_loss else ""
     logger.warning(
-        "no channel metrics in this run: they are for the loss of tokens that `sft` and `pt` "
-        "train on (task_type causal_lm), and this is %s%s.",
-        task,
+        "no channel metrics in this run: they are for sft and pt (task_type causal_lm), and for "
+        "rlhf with rlhf_type %s, and %s%s.",
+        ", ".join(RLHF_TASKS),
+        reason,
         no_effect,
     )
 

@@ -21,7 +21,7 @@ from channel_metrics.trainers.hf.batch import Scratch
 from channel_metrics.trainers.hf.mixin import RESERVED_KEYS, ChannelMetricsMixin
 from channel_metrics.trainers.trl.samples import sample_schema
 
-__all__ = ["GRPOChannelMetricsMixin"]
+__all__ = ["GRPOChannelMetricsMixin", "GRPOScratch"]
 
 _TOTAL = "reward"
 # The columns of each series of rewards.
@@ -69,7 +69,7 @@ def _std(name: str, sums: Sums) -> float | None:
 
 
 @dataclass
-class _GRPOScratch(Scratch):
+class GRPOScratch(Scratch):
     """scored: the rewards of the current completions.
 
     formulas: how the rewards of a completion may be added up, as far as TRL's own values allow it.
@@ -82,7 +82,7 @@ class _GRPOScratch(Scratch):
 class GRPOChannelMetricsMixin(ChannelMetricsMixin):
     """Put before GRPOTrainer: `class MyGRPO(GRPOChannelMetricsMixin, GRPOTrainer)`."""
 
-    channel_scratch: _GRPOScratch
+    channel_scratch: GRPOScratch
     # What GRPOTrainer has.
     args: Any
     reward_func_names: list[str]
@@ -93,8 +93,8 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
         schema = _schema(self.reward_func_names)
         return ChannelMetrics(config, reserved=RESERVED_KEYS, ranks=self._ranks(), schema=schema)
 
-    def _new_scratch(self, session: ChannelMetrics) -> _GRPOScratch:
-        return _GRPOScratch(super()._new_scratch(session).reader)
+    def _new_scratch(self, session: ChannelMetrics) -> GRPOScratch:
+        return GRPOScratch(super()._new_scratch(session).reader)
 
     def _observed_loss(self, compute: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's own loss. The rewards were counted when the completions were generated."""

@@ -17,10 +17,10 @@ from channel_metrics.demo.tiny import byte_tokenizer
 CHANNELS = ("bbu", "rru", "lvis", "lang_chat")
 
 
-def make_model(folder: Path, **sizes: Any) -> Path:
+def make_model(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
     """A Qwen2 with random weights and the byte tokenizer."""
     tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     given: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 16,
@@ -40,8 +40,8 @@ def make_model(folder: Path, **sizes: Any) -> Path:
 
 
 def make_data(folder: Path) -> dict[str, Path]:
-    """The same conversations with the channel in a column, in `metadata`, and as texts alone; and
-    others with words that `--loss_scale react` weights."""
+    """The same conversations with the channel in a column, in `metadata`, beside a worse answer,
+    and as texts alone; and others with words that `--loss_scale react` weights."""
     rng = random.Random(0)
     plain, fused, react = [], [], []
     for index in range(96):
@@ -58,6 +58,9 @@ def make_data(folder: Path) -> dict[str, Path]:
     for name, records in (("plain", plain), ("fused", fused), ("react", react)):
         paths[name] = folder / f"{name}.jsonl"
         paths[name].write_text("".join(json.dumps(record) + "\n" for record in records))
+    pairs = [record | {"rejected_response": "no"} for record in plain]
+    paths["pairs"] = folder / "pairs.jsonl"
+    paths["pairs"].write_text("".join(json.dumps(record) + "\n" for record in pairs))
     texts = [{"messages": [r["messages"][1]], "channel": r["channel"]} for r in plain]
     paths["texts"] = folder / "texts.jsonl"
     paths["texts"].write_text("".join(json.dumps(record) + "\n" for record in texts))

@@ -28,7 +28,7 @@ needs_swift = pytest.mark.skipif(
     reason="ms-swift is only in the main environment (Python 3.11): `make test` runs this",
 )
 ON = MetricsConfig()
-TIMES = ("runtime", "per_second", "elapsed", "remaining", "speed")
+TIMES = ("runtime", "per_second", "elapsed", "remaining", "speed", "step_time")
 
 
 def use_cpu() -> None:

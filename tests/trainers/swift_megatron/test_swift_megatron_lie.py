@@ -1,4 +1,5 @@
-"""One run of ms-swift's Megatron trainer whose loss function reports too much, with evaluations."""
+"""ms-swift's Megatron trainer with a loss function that reports too much, with evaluations; and
+`megatron rlhf`, which has no metrics."""
 
 from __future__ import annotations
 
@@ -13,6 +14,9 @@ pytestmark = needs_swift
 
 EVALUATION = {"val_dataset": "FILES[plain]", "eval_steps": 2, "eval_iters": 2, "train_iters": 4}
 CASE = Case("gaps", "dp1", PADDED | EVALUATION, ON | {"eval_channels": ["bbu"]}, observe=("lie",))
+# ms-swift moves the reference model to a GPU, unless models are initialised on the CPU.
+PAIRS = {"rlhf_type": "dpo", "use_cpu_initialization": True, "enable_channel_loss": False}
+RLHF = Case("rlhf", "dp1", PADDED | PAIRS, ON, data="pairs")
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +42,12 @@ def test_evaluations_log_the_channels_of_eval_channels(runs: Runs) -> None:
         assert ours == {f"eval_bbu_{m}" for m in ON["metrics"] if m != "tokens_total"}
         assert {f"eval_loss_{name}" for name in CHANNELS} <= log.keys()
     assert all(any(key.startswith(f"{name}_") for log in logs for key in log) for name in CHANNELS)
+
+
+def test_megatron_rlhf_says_that_it_has_no_channel_metrics(runs: Runs) -> None:
+    logs = [log for log in runs.logs(RLHF) if "rewards/margins" in log]
+    assert logs
+    assert not any(key.startswith(CHANNELS) for log in logs for key in log)
+    told = runs.printed(RLHF, "err")[0]
+    assert told.count("no channel metrics in this run") == 1
+    assert "this is megatron rlhf (rlhf_type dpo)" in told

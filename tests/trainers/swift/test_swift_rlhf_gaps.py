@@ -1,0 +1,108 @@
+"""`swift rlhf`: a fault of ours, runs without metrics, and the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import faults
+from rank_cases import RanksOf, case
+from swift_rlhf_files import CHANNELS, NUM_RECORDS, ON, given, run
+from swift_tools import SWIFT, needs_swift
+
+pytestmark = needs_swift
+alone = case(SWIFT, ranks=1)
+
+
+@alone
+def fault(folder: Path) -> Any:
+    """In the second step, after a first evaluation and window; then an evaluation by TRL's code."""
+    options = given(folder, "orpo", eval_steps=2)
+    # Three batches of five records, and all pairs of the first step.
+    before = 3 + NUM_RECORDS // 2
+    found = {"off": run(options, None)}
+    with faults.inject("count the records of rlhf", lambda call, *_: call > before):
+        found["on"] = run(options)
+    for of_run in found.values():
+        del of_run["trainer"]
+    return found
+
+
+def test_a_fault_ends_the_metrics_only(ranks_of: RanksOf) -> None:
+    (found,) = ranks_of(fault)
+    off, on = found["off"], found["on"]
+    assert (on["weights"], on["random"]) == (off["weights"], off["random"])
+    (told,) = on["told"]
+    assert "a fault of ours" in told
+    with_ours = [any(key.startswith(CHANNELS) for key in entry) for entry in on["log"]]
+    kinds = [next(k for k in ("eval_loss", "loss", "train_loss") if k in e) for e in on["log"]]
+    assert kinds == ["eval_loss", "loss", "loss", "eval_loss", "train_loss"]
+    # The keys of evaluations begin with `eval_`.
+    assert with_ours == [False, True, False, False, False]
+    assert [f"eval_{CHANNELS[0]}_samples" in entry for entry in on["log"]] == [True, *[False] * 4]
+
+
+@alone
+def without(folder: Path) -> Any:
+    """Runs that have no metrics, and what they say."""
+    sequences = given(folder / "dpo", "dpo", eval_strategy="no", max_steps=1)
+    options = given(folder / "cpo", "cpo", eval_strategy="no", max_steps=1)
+    from swift import RLHFArguments
+
+    from channel_metrics.trainers.swift.tasks import why_without_metrics
+
+    found = {"cpo": [run(options, None), run(options)]}
+    for of_run in found["cpo"]:
+        del of_run["trainer"]
+    reasons = {}
+    args = RLHFArguments(**sequences)
+    reasons["dpo"] = why_without_metrics(args)
+    args.sequence_parallel_size = 2
+    reasons["parallel"] = why_without_metrics(args)
+    args.sequence_parallel_size, args.rlhf_type, args.multi_turn_scheduler = 1, "grpo", "math_tip"
+    reasons["turns"] = why_without_metrics(args)
+    return found | {"reasons": reasons}
+
+
+def test_runs_without_metrics_say_so(ranks_of: RanksOf) -> None:
+    (found,) = ranks_of(without)
+    off, on = found["cpo"]
+    assert (on["log"], on["weights"]) == (off["log"], off["weights"])
+    (told,) = on["told"]
+    assert told.startswith("no channel metrics in this run")
+    assert "dpo, orpo, rm, kto, grpo, and this is rlhf_type cpo." in told
+    assert found["reasons"] == {
+        "dpo": None,
+        "parallel": "rlhf_type dpo has them only with sequence_parallel_size 1",
+        "turns": "rlhf_type grpo has them only without multi_turn_scheduler",
+    }
+
+
+@alone
+def command(folder: Path) -> Any:
+    """What `channel-metrics run --patch ms_swift swift rlhf ...` starts."""
+    import sys
+
+    import channel_metrics.patches.ms_swift as patch
+    from swift.cli import main as swift_cli
+
+    found = {}
+    before = sys.argv
+    patch.revert()
+    patch.apply(ON)
+    try:
+        for name in ("rlhf", "infer"):
+            sys.argv = ["swift", name, "--model", "m"]
+            found[name] = sys.argv[2:]
+            swift_cli.parse_yaml_args(found[name])
+    finally:
+        sys.argv = before
+        patch.revert()
+    return found
+
+
+def test_the_process_that_rlhf_starts_is_patched(ranks_of: RanksOf) -> None:
+    (found,) = ranks_of(command)
+    assert found["rlhf"][:3] == ["--model", "m", "--external_plugins"]
+    assert found["rlhf"][3].endswith("ms_swift.py")
+    assert found["infer"] == ["--model", "m"]
