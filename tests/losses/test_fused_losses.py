@@ -121,7 +121,8 @@ def _whole_head() -> list[Tensor]:
 
 # Megatron rounds the gradient of the logits to bfloat16: eight bits.
 @pytest.mark.parametrize(
-    ("of", "within"), [(megatron, 3e-3), pytest.param(te, 1e-5, marks=needs_te)]
+    ("of", "within"),
+    [pytest.param(megatron, 3e-3, id="megatron"), pytest.param(te, 1e-5, marks=needs_te, id="te")],
 )
 def test_a_vocabulary_split_over_two_ranks(ranks_of: RanksOf, of: Case, within: float) -> None:
     """The fused kernels of Megatron and of transformer-engine, on two processes."""
