@@ -78,10 +78,8 @@ def observe_loss(
 def _as_called(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The model, and the model inside a parallel wrapper: a script may call either."""
     parallel = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
-    # If the wrapper is compiled, hooks on the model inside would be compiled, too.
-    if not isinstance(model, parallel) or model._compiled_call_impl is not None:
-        return [model]
-    return [model, model.module]
+    inner = getattr(model, "module", None) if isinstance(model, parallel) else None
+    return [model] if inner is None else [model, inner]
 
 
 @contextmanager

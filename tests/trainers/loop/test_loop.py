@@ -123,6 +123,18 @@ def test_a_teacher_in_the_block_is_not_counted() -> None:
         check(metrics.close(1).logs, plain_oracle(RECORDS[:8]))
 
 
+@pytest.mark.parametrize(
+    "wrap", [torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")]
+)
+def test_a_wrapped_model_without_a_loss(wrap: Any) -> None:
+    model, metrics = wrap(tiny_model(attention_dropout=0.0)), ChannelMetrics()
+    batch = metrics.collator(PaddingCollator())(RECORDS[:8])
+    with metrics.observe(model, batch):
+        batch.pop("labels")
+        model(**batch)  # that its logits predict the next token is known by its class
+    check(metrics.close(1).logs, plain_oracle(RECORDS[:8]))
+
+
 def test_each_model_of_a_session_is_read_in_its_own_way() -> None:
     torch.manual_seed(0)
     masked = BertForMaskedLM(
