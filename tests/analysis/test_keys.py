@@ -14,7 +14,7 @@ NAMES = ("bbu", "lang_chat", "a/b", "loss", "token", "eval_x", "v1.5-mix")
 
 
 @pytest.mark.parametrize("key_format", ["{channel}_{metric}", "{metric}_{channel}"])
-@pytest.mark.parametrize("prefix", ["", "eval_", "train/", "eval/"])
+@pytest.mark.parametrize("prefix", ["", "eval_", "val_", "train/", "eval/"])
 def test_every_metric_of_declared_channels(key_format: str, prefix: str) -> None:
     expected = {
         prefix + metric_key(key_format, name, metric): (name, metric)
@@ -22,7 +22,7 @@ def test_every_metric_of_declared_channels(key_format: str, prefix: str) -> None
         for metric in TOKENS.metric_names
     }
     decoded = decode_keys([*expected, *(prefix + key for key in OWN)], NAMES)
-    split = "eval" if prefix.startswith("eval") else "train"
+    split = "eval" if "val" in prefix else "train"
     for key, (name, metric) in expected.items():
         assert decoded[key] == Key(split, name, metric)
     for key in OWN:

@@ -52,6 +52,7 @@ _SPLITS = (
     ("train/", "train"),
     ("eval/", "eval"),
     ("eval_", "eval"),
+    ("val_", "eval"),
     ("test/", "test"),
     ("test_", "test"),
 )
@@ -115,7 +116,7 @@ def _split(key: str, probed: Container[str], declared: Container[str]) -> tuple[
             break
     # A channel may be named `eval_x`. This is assumed only if `x` is not a known channel.
     is_name = not _has_known(rest, declared) and _has_known(key, declared)
-    if is_name and key.startswith(("eval_", "test_")):
+    if is_name and key.startswith(("eval_", "val_", "test_")):
         split, rest = "train", key
     inner = rest.removeprefix(_PROBE)
     if inner != rest and _has_known(inner, probed):
