@@ -11,7 +11,9 @@ import yaml
 from channel_metrics.demo.config import ProbeSection, load_config
 from channel_metrics.errors import ConfigError
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+# `swift.yaml` is a file of ms-swift, and has a test beside its trainer.
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(path for path in FOLDER.rglob("*.yaml") if path.name != "swift.yaml")
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -21,7 +23,7 @@ def write(folder: Path, **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_loads_and_its_files_exist(path: Path) -> None:
     config = load_config(path)
     assert len(config.sources) >= 4
