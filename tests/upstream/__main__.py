@@ -42,8 +42,12 @@ def run(
     report = where / f"{patch or 'plain'}.xml"
     plugin = [] if patch is None else ["-p", "patched"]
     env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT), str(checkout)]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(HERE), str(ROOT), str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "HF_HUB_OFFLINE": "1",
+        # Else the data of an earlier run are taken from the cache.
+        "HF_DATASETS_CACHE": str(where / "cache"),
         "CHANNEL_METRICS_PATCH": patch or "",
     }
     subprocess.run(
