@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ class Scratch:
         cut: whether context parallelism cuts the rows of the next loss.
         logs_next: whether the training loop itself makes the next log.
         own_keys: the keys that we have added to the results of evaluations.
+        no_totals: the checkpoint of this run, if it has no totals and nobody was warned of it yet.
     """
 
     reader: TokenLossReader
@@ -71,6 +73,7 @@ class Scratch:
     cut: bool = False
     logs_next: bool = False
     own_keys: set[str] = field(default_factory=set)
+    no_totals: Path | None = None
 
 
 def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorFault | None:
