@@ -85,7 +85,7 @@ TOOLS = json.dumps([{"type": "function", "function": {"name": "look_up"}}])
 
 
 def text(rng: random.Random) -> str:
-    return " ".join(rng.choices(WORDS, k=rng.randint(3, 7)))
+    return " ".join(rng.choices(WORDS, k=rng.randint(3, 6)))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
