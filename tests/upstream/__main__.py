@@ -5,7 +5,8 @@
 
 The checkout should be of the release that is installed. It fails if a test passes only without the
 patch. What they load from the hub is replaced, see `stand_ins`; tests that need more than
-that fail in both runs. `--channels` before all other options gives the data a column `channel`.
+that fail in both runs. `--channels` before all other options gives the data a column `channel`, and
+an error of the metrics then ends the test.
 """
 
 from __future__ import annotations
@@ -42,8 +43,12 @@ def run(
     report = where / f"{patch or 'plain'}.xml"
     plugin = [] if patch is None else ["-p", "patched"]
     env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT), str(checkout)]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(HERE), str(ROOT), str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "HF_HUB_OFFLINE": "1",
+        # Else the data of an earlier run are taken from the cache.
+        "HF_DATASETS_CACHE": str(where / "cache"),
         "CHANNEL_METRICS_PATCH": patch or "",
     }
     subprocess.run(
@@ -79,6 +84,10 @@ def main(options: list[str]) -> int:
         check=True,
     )
     options = options[int(channels) :]
+    if channels:
+        # Else an error of ours would only end the metrics, and the test would pass.
+        (where / "metrics.yaml").write_text("on_error: raise\n")
+        os.environ["CHANNEL_METRICS_CONFIG"] = str(where / "metrics.yaml")
     plain, patched = (run(checkout, tests, name, where, options) for name in (None, patch))
     if not plain or not patched:
         print(f"no results; what pytest said is in {where}")

@@ -38,6 +38,18 @@ CAUSAL = {
     "tiny-LlamaForCausalLM-3.2": "llama",
     "tiny-MistralForCausalLM-0.2": "mistral",
     "tiny-GPTNeoXForCausalLM": "gpt_neox",
+    "tiny-Cohere2ForCausalLM": "cohere2",
+    "tiny-Gemma2ForCausalLM": "gemma2",
+    "tiny-Glm4MoeForCausalLM": "glm4_moe",
+    "tiny-GptOssForCausalLM": "gpt_oss",
+    "tiny-Qwen3MoeForCausalLM": "qwen3_moe",
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 2}
+EXTRA = {
+    "gemma2": {"head_dim": 2},
+    "glm4_moe": {"n_routed_experts": 4, "first_k_dense_replace": 1, **EXPERTS},
+    "gpt_oss": {"num_local_experts": 4, **EXPERTS},
+    "qwen3_moe": {"num_experts": 4, **EXPERTS},
 }
 CLASSIFIERS = {
     "tiny-Qwen2ForSequenceClassification-2.5": "qwen2",
@@ -45,23 +57,45 @@ CLASSIFIERS = {
     "tiny-LlamaForSequenceClassification-3.2": "llama",
 }
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+KINDS = (
+    "language_modeling",
+    "prompt_only",
+    "prompt_completion",
+    "preference",
+    "implicit_prompt_preference",
+)
+# {dataset: {config: (kind of record, conversational)}}
+DATASETS = {
+    "zen": {
+        f"{name}_{kind}": (kind, name == "conversational")
+        for name in ("standard", "conversational")
+        for kind in KINDS
+    },
+    "toolcall": {kind: (kind, True) for kind in ("language_modeling", "preference")},
+    "harmony": {kind: (kind, True) for kind in ("language_modeling", "prompt_completion")},
+}
+# Text, as in the dataset itself.
+TOOLS = json.dumps([{"type": "function", "function": {"name": "look_up"}}])
 
 
 def text(rng: random.Random) -> str:
-    return " ".join(rng.choices(WORDS, k=rng.randint(3, 9)))
+    return " ".join(rng.choices(WORDS, k=rng.randint(3, 6)))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level one, so that any text has tokens."""
+    """A byte-level one, so that any text has tokens. Each of the words is one token."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     made.train_from_iterator(
-        [" ".join(WORDS)] * 8,
+        [*WORDS, *(f" {word}" for word in WORDS)],
         trainers.BpeTrainer(
             vocab_size=512,
             special_tokens=special,
@@ -91,6 +125,7 @@ def write_models(folder: Path) -> None:
                 eos_token_id=words.eos_token_id,
                 pad_token_id=words.pad_token_id,
                 **SMALL,
+                **EXTRA.get(kind, {}),
                 **({"num_labels": 1} if factory is AutoModelForSequenceClassification else {}),
             )
             model = factory.from_config(config)
@@ -122,31 +157,25 @@ def record(kind: str, conversational: bool, rng: random.Random) -> dict[str, Any
 
 
 def write_data(folder: Path, channels: bool) -> None:
-    """`zen`: 17 records for training and 2 for tests, of each type; with a column `channel` if
-    they are to be measured."""
-    zen = folder / OWNER / "zen"
-    configs = []
-    for conversational in (False, True):
-        for kind in (
-            "language_modeling",
-            "prompt_only",
-            "prompt_completion",
-            "preference",
-            "implicit_prompt_preference",
-        ):
-            name = f"{'conversational' if conversational else 'standard'}_{kind}"
-            rng = random.Random(name)
-            (zen / name).mkdir(parents=True, exist_ok=True)
-            files = []
+    """Datasets with 17 records for training and 2 for tests, of each type; with a column `channel`
+    if they are to be measured."""
+    for name, made in DATASETS.items():
+        front = ["---", "configs:"]
+        for config, (kind, conversational) in made.items():
+            front += [f"- config_name: {config}", "  data_files:"]
+            rng = random.Random(name + config)
+            (folder / OWNER / name / config).mkdir(parents=True, exist_ok=True)
             for split, count in (("train", 17), ("test", 2)):
                 lines = []
                 for index in range(count):
-                    channel = {"channel": ("aa", "bb")[index % 2]} if channels else {}
-                    lines.append(json.dumps(record(kind, conversational, rng) | channel))
-                (zen / name / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-                files += [f"  - split: {split}", f"    path: {name}/{split}.jsonl"]
-            configs += [f"- config_name: {name}", "  data_files:", *files]
-    (zen / "README.md").write_text("\n".join(["---", "configs:", *configs, "---", ""]))
+                    one = record(kind, conversational, rng)
+                    one |= {"tools": TOOLS} if name == "toolcall" else {}
+                    one |= {"channel": ("aa", "bb")[index % 2]} if channels else {}
+                    lines.append(json.dumps(one))
+                path = f"{config}/{split}.jsonl"
+                (folder / OWNER / name / path).write_text("\n".join(lines) + "\n")
+                front += [f"  - split: {split}", f"    path: {path}"]
+        (folder / OWNER / name / "README.md").write_text("\n".join([*front, "---", ""]))
 
 
 if __name__ == "__main__":

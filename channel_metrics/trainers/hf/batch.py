@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +29,7 @@ class Scratch:
         own_keys: the keys that we have added to the results of evaluations.
         has_columns: whether a training batch had a column that may hold a channel.
         compared: whether a loss that could not be captured was compared with what is counted.
+        no_totals: the checkpoint of this run, if it has no totals and nobody was warned of it yet.
     """
 
     reader: TokenLossReader
@@ -37,6 +39,7 @@ class Scratch:
     own_keys: set[str] = field(default_factory=set)
     has_columns: bool = False
     compared: bool = False
+    no_totals: Path | None = None
 
 
 def has_token_labels(inputs: Mapping[str, Any]) -> bool:

@@ -17,9 +17,10 @@ from channel_metrics.trainers.hf.attaching import attach, detach
 from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin, check_trainer
 from channel_metrics.trainers.patching import announce, config_of_environment
 
-__all__ = ["apply", "attaching", "is_applied", "revert"]
+__all__ = ["apply", "attaching", "give_up", "is_applied", "is_given_up", "revert"]
 
 _KEY = "hf_trainer"
+_GIVEN_UP = "_channel_metrics_given_up"
 
 
 def apply(config: MetricsConfig | None = None) -> None:
@@ -53,6 +54,16 @@ def is_applied() -> bool:
     return swap.is_wrapped(transformers.Trainer, "__init__", key=_KEY)
 
 
+def give_up(trainer: Any) -> None:
+    """Leave a trainer alone whose constructor still runs: an error was reported already."""
+    setattr(trainer, _GIVEN_UP, True)
+
+
+def is_given_up(trainer: Any) -> bool:
+    """Whether `give_up` was called for this trainer."""
+    return hasattr(trainer, _GIVEN_UP)
+
+
 def attaching(config: MetricsConfig, *, whole_script: bool = False) -> Callable[..., None]:
     """Make a replacement for the constructor of a trainer, which also attaches the metrics.
 
@@ -68,7 +79,7 @@ def attaching(config: MetricsConfig, *, whole_script: bool = False) -> Callable[
     def init_with_metrics(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
         original(trainer, *args, **kwargs)
         # A class with the mixin already has its metrics.
-        if isinstance(trainer, ChannelMetricsMixin):
+        if isinstance(trainer, ChannelMetricsMixin) or is_given_up(trainer):
             return
         guard = FaultGuard(on_error)
         with guard.guarded():

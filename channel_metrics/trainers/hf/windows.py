@@ -9,6 +9,7 @@ from typing import Any
 import transformers
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, default_compute_objective
 
+from channel_metrics.core.totals import totals_path
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.callbacks import tell_callbacks
 from channel_metrics.trainers.hf.eval_keys import (
@@ -33,11 +34,20 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
             with session.guard.guarded():
                 called = inspect.signature(loop).bind(*args, **kwargs).arguments
                 checkpoint = called.get("resume_from_checkpoint") or None
-                session.start(None if checkpoint is None else Path(checkpoint))
+                self._start(session, None if checkpoint is None else Path(checkpoint))
                 declare_evaluations(self, session)
                 self._check_eval_channels(session)
                 check_best_metric(self, session)
         return loop(*args, **kwargs)
+
+    def _start(self, session: ChannelMetrics, checkpoint: Path | None) -> None:
+        """Begin a run, and load the totals of its checkpoint."""
+        missing = None
+        if checkpoint is not None and self.channel_whole_script and not totals_path(checkpoint):
+            # A trainer that is left alone writes no totals. Who has channels is warned later.
+            checkpoint, missing = None, checkpoint
+        session.start(checkpoint)
+        self.channel_scratch.no_totals = missing
 
     def _check_eval_channels(self, session: ChannelMetrics) -> None:
         """Check `eval_channels` before training, if all datasets can be scanned."""
@@ -129,6 +139,9 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
             if window.split == "train" and window.values:
                 session.guard.off = True
         else:
+            folder, self.channel_scratch.no_totals = self.channel_scratch.no_totals, None
+            if folder is not None:
+                session.resume(folder)  # warns that the totals start at zero
             session.write(window, logs)
         return set(logs) - before
 

@@ -64,10 +64,12 @@ def _keeping_channels(config: MetricsConfig) -> Callable[..., Any]:
     def prepare_with_channels(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         prepare = functools.partial(original, trainer)
         # A class with the mixin has packed the channels already. It calls this without packing.
-        if isinstance(trainer, SFTChannelMetricsMixin):
+        if isinstance(trainer, SFTChannelMetricsMixin) or hf_patch.is_given_up(trainer):
             return prepare(*args, **kwargs)
         with FaultGuard(config.on_error or "warn").guarded():
             return prepare_dataset(trainer, prepare, config, *args, **kwargs)
+        # Without this, `attach` would fail later, and its advice is not for a patch.
+        hf_patch.give_up(trainer)
         return prepare(*args, **kwargs)
 
     return prepare_with_channels

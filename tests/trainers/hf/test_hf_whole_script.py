@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partialmethod
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,21 @@ def test_a_stream_with_channels_in_some_records_is_measured(patched: Any, tmp_pa
         key = f"{record['channel'] or 'unlabeled'}_tokens"
         expected[key] = expected.get(key, 0) + sum(x != -100 for x in record["labels"][1:])
     assert {key: entry[key] for key in entry if key.endswith("_tokens")} == expected
+
+
+@pytest.mark.parametrize("kind", ["classes", "language model"])
+def test_only_a_measured_trainer_misses_its_totals(
+    kind: str, patched: Any, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = CASES[kind][0] if kind == "classes" else {}
+    checkpoint = tmp_path / "checkpoint-2"
+    train(tmp_path, model=model_of(kind), save_strategy="steps", save_steps=2, **arguments)
+    monkeypatch.setattr(
+        Trainer, "train", partialmethod(Trainer.train, resume_from_checkpoint=str(checkpoint))
+    )
+    patched(tmp_path, model=model_of(kind), **arguments)
+    missed = [r for r in caplog.records if "count from here" in r.getMessage()]
+    assert len(missed) == (kind != "classes")
 
 
 def test_a_language_model_beside_them_is_measured(patched: Any, tmp_path: Path) -> None:

@@ -166,3 +166,24 @@ def test_the_patch_packs_the_channels_of_unmodified_scripts(tmp_path: Path, capf
     finally:
         patch.revert()
     assert "patched trl.SFTTrainer._prepare_dataset" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["padded", "padding_free", "bfd"])
+def test_the_patch_leaves_data_without_channels_alone(
+    layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import channel_metrics.patches.trl as patch
+
+    records = [{"text": record["text"]} for record in text_records(48)]
+    try:
+        patch.apply()
+        caplog.clear()
+        trainer = sft(tmp_path, records=records, **LAYOUTS[layout])
+    finally:
+        patch.revert()
+    # One warning, whose advice is for this case.
+    (warning,) = [r.getMessage() for r in caplog.records if r.name == "channel_metrics"]
+    assert "set `fields` to the one that names the source" in warning
+    plain = sft(tmp_path, records=records, **LAYOUTS[layout])
+    assert not logs(trainer)
+    torch.testing.assert_close(weights(trainer), weights(plain), rtol=0, atol=0)
