@@ -19,7 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".venv-matrix"
 # Of the extras, those whose tests a row runs.
 _EXTRAS = "hf,trl"
-_TOOLS = ("setuptools>=77", "hypothesis", "ipython", "pytest", "pytest-timeout", "tensorboard")
+# What the tests need beside the packages of a row, and what is large and the same for all rows.
+_TOOLS = (
+    *("setuptools>=77", "hypothesis", "ipython", "pytest", "pytest-timeout", "tensorboard"),
+    *("pydantic", "pyyaml", "rich", "typer"),
+    *("pandas", "pyarrow"),
+)
 
 
 def install(row: Row) -> Path:

@@ -31,7 +31,7 @@ class MixedTrainer(ChannelMetricsMixin, Trainer):
 
 
 def flattening() -> DataCollatorWithFlattening:
-    return DataCollatorWithFlattening(return_flash_attn_kwargs=False)
+    return DataCollatorWithFlattening()
 
 
 def trained_state(trainer: Trainer) -> list[torch.Tensor]:
