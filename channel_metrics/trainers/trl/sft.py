@@ -208,7 +208,7 @@ def prepare_dataset(
 
 
 def _check_position_ids(collator: Any) -> None:
-    """Refuse padding-free rows of trl below 0.22 without position ids."""
+    """Refuse padding-free rows of older trl (0.19, 0.21) that have no position ids."""
     if getattr(collator, "padding_free", False) and not getattr(
         collator, "return_position_ids", True
     ):

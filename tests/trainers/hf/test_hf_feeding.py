@@ -19,11 +19,12 @@ from hf_case_tools import (
     told,
     weights_hash,
 )
-from hf_tools import PaddingCollator, Record, make_records
+from hf_tools import PaddingCollator, Record, make_records, train
 from rank_cases import Case, RanksOf
 from transformers import DataCollatorWithFlattening, TrainingArguments
 
 from channel_metrics import ConfigError, MetricsConfig
+from channel_metrics.trainers.hf import attach
 
 
 def counted(records: list[Record]) -> dict[str, int]:
@@ -138,18 +139,15 @@ def test_a_stream_on_one_process(tmp_path: Path, collator: Any, config: MetricsC
     """accelerate would cut boundaries as if they were rows, and older ones refuse names."""
     records = make_records(64)
     runs = [
-        run(
+        train(
             tmp_path,
-            config=config,
-            metrics_on=metrics_on,
+            prepare=prepare,
             records=Stream(records),
-            collator=collator(),
             max_steps=16,
             logging_steps=16,
-            learning_rate=1e-2,
-            dropout=0.1,
+            trainer_arguments={"data_collator": collator()},
         )
-        for metrics_on in (False, True)
+        for prepare in (None, lambda trainer: attach(trainer, config))
     ]
     assert logged(runs[1].state.log_history) == counted(records)
     assert weights_hash(runs[0].model) == weights_hash(runs[1].model)
