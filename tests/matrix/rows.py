@@ -8,7 +8,13 @@ __all__ = ["CORE", "HF", "ROWS", "TRL", "Row"]
 
 # A row takes one to three minutes, so these are chosen: exact numbers in each layout, bit-identical
 # training, streams, two ranks, the patches. The core is run where the torch is another one.
-CORE = ("tests/core", "tests/losses/test_losses.py", "tests/test_session.py")
+CORE = (
+    "tests/core/test_accumulator.py",
+    "tests/core/test_boundaries.py",
+    "tests/core/test_sums.py",
+    "tests/losses/test_losses.py",
+    "tests/test_session.py",
+)
 HF = (
     "tests/data/test_collator.py",
     "tests/trainers/hf/test_hf.py",
