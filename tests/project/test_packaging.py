@@ -171,7 +171,8 @@ def test_the_extras_move_nobodys_trainer(
         info = purelib / f"{name}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    (purelib / "rest.pth").write_text(sysconfig.get_path("purelib") + os.linesep)
+    rest = [path for path in sys.path if path.endswith("site-packages")]
+    (purelib / "rest.pth").write_text(os.linesep.join(rest))
     options = ("--dry-run", "--quiet", "--report", "-", "--no-index", "--no-cache-dir")
     pip = (sys.executable, "-m", "pip", "--python", str(python), "install", *options)
     report = run(*pip, f"{built[0]}[hf,trl,peft]", cwd=tmp_path)
