@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CORE", "HF", "ROWS", "TRL", "Row"]
+__all__ = ["HF", "ROWS", "TRL", "Row"]
 
 # A row takes one to three minutes, so these are chosen: exact numbers in each layout, bit-identical
-# training, streams, two ranks, the patches. The core is run where the torch is another one.
-CORE = (
-    "tests/core/test_table.py",
-    "tests/core/test_sums.py",
-    "tests/losses/test_losses.py",
-    "tests/test_session.py",
-)
+# training, streams, two ranks, the patches.
 HF = (
     "tests/data/test_collator.py",
     "tests/trainers/hf/test_hf.py",
@@ -38,7 +32,6 @@ class Row:
     accelerate: str = ""
     trl: str = ""
     datasets: str = ""
-    core: bool = False
 
     @property
     def base(self) -> str:
@@ -55,7 +48,7 @@ class Row:
     @property
     def tests(self) -> tuple[str, ...]:
         """The files and folders that pytest runs."""
-        return (*(CORE if self.core else ()), *HF, *TRL)
+        return (*HF, *TRL)
 
 
 # Versions that were newest together, but for those that somebody holds back on purpose.
@@ -68,5 +61,5 @@ ROWS = (
     Row("5.6", "3.11", "2.13.0", "5.6.2", "1.13.0", "0.29.1"),
     Row("5.9", "3.11", "2.13.0", "5.9.0", "1.13.0", "1.5.1"),
     Row("5.15", "3.11", "2.13.0", "5.15.1", "1.14.0", "1.9.2"),
-    Row("newest", "3.13", "2.14.1", core=True),
+    Row("newest", "3.13", "2.14.1"),
 )
