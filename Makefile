@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env env-latest demo demo-megatron test test-latest test-upstream lint check docs bench clean
+.PHONY: help env env-latest demo demo-megatron test test-latest test-upstream matrix lint check docs bench clean
 
 BIN := .venv/bin
 BIN_LATEST := .venv-latest/bin
@@ -12,6 +12,8 @@ PYTEST := -m pytest -n 2 --dist loadfile --durations=15 --durations-min=5
 TEST_ENV := DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 # Options for pytest: make test ARGS="-k boundaries"
 ARGS ?=
+# Rows of tests/matrix/rows.py; all of them by default.
+ROWS ?=
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 15
@@ -43,6 +45,9 @@ test-upstream: env ## Run TRL's or transformers' tests with and without our patc
 	$(TEST_ENV) TRL_PATH=$(TRL_PATH) TRANSFORMERS_PATH=$(TRANSFORMERS_PATH) \
 		$(BIN)/python tests/upstream $(ARGS)
 
+matrix: env ## Test older releases, installed for real; writes docs/compatibility.md (ROWS="5.6 floor")
+	$(TEST_ENV) PYTHONPATH=tests $(BIN)/python -m matrix $(ROWS)
+
 lint: env ## ruff, mypy, import-linter
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -59,6 +64,6 @@ bench: env ## Measure what it costs, beside others; writes benchmarks/results/ a
 	$(BIN)/python -m benchmarks
 
 clean: ## Remove environments, caches and build products
-	rm -rf .venv .venv-latest build dist site *.egg-info .hypothesis .import_linter_cache
+	rm -rf .venv .venv-latest .venv-matrix build dist site *.egg-info .hypothesis .import_linter_cache
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -178,6 +178,7 @@ def torchrun_environ(rank: int, size: int, port: int) -> dict[str, Any]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RESTART_COUNT": 0,
         "GLOO_SOCKET_IFNAME": "lo",
     }
 

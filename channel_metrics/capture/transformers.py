@@ -17,6 +17,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers.loss import loss_utils
 from transformers.models.auto.modeling_auto import (
@@ -34,20 +36,25 @@ __all__ = ["check_loss_hook", "is_causal", "observe_loss"]
 
 logger = logging.getLogger("channel_metrics")
 
+# Earlier releases cut the last label off before the loss.
+_OLDEST = "4.51"
 _NAME = "fixed_cross_entropy"
 _PARAMETERS = ("source", "target", "num_items_in_batch", "ignore_index")
 
 
 def check_loss_hook() -> None:
-    """Raise `UnsupportedVersionError` if `fixed_cross_entropy` has unexpected parameters."""
+    """Raise `UnsupportedVersionError` if transformers is too old, or its loss an unknown one."""
+    if Version(transformers.__version__) < Version(_OLDEST):
+        raise UnsupportedVersionError(
+            f"channel metrics need transformers {_OLDEST} or later, but {transformers.__version__} "
+            "is installed, whose losses get other labels than the batch holds; update transformers."
+        )
     function = getattr(loss_utils, _NAME)
     if not _is_own(function):
         # transformers calls a replacement with the same arguments.
         return
     parameters = tuple(inspect.signature(function).parameters)
     if parameters[: len(_PARAMETERS)] != _PARAMETERS:
-        import transformers
-
         raise UnsupportedVersionError(
             f"transformers {transformers.__version__} has a fixed_cross_entropy with parameters "
             f"{parameters}, but {_PARAMETERS} were expected; use a tested version (see README)."

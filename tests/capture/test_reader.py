@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.loss import loss_utils
 
 from channel_metrics import UnsupportedVersionError
+from channel_metrics.capture import transformers as capture
 from channel_metrics.capture.logits import shifted_labels
 from channel_metrics.capture.reader import TokenLossReader
 from channel_metrics.losses.cross_entropy import TokenLosses
@@ -163,3 +164,11 @@ def test_observing_a_compiled_model_compiles_nothing_again(
         assert found == pytest.approx(expected, rel=1e-5)
     assert len(graphs) == alone > 0
     torch._dynamo.reset()
+
+
+def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its version is read: the losses of 4.46 get labels that are one shorter."""
+    monkeypatch.setattr(capture.transformers, "__version__", "4.46.3")
+    message = r"need transformers 4\.51 or later, but 4\.46\.3 is installed"
+    with pytest.raises(UnsupportedVersionError, match=message):
+        capture.check_loss_hook()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,6 +65,24 @@ MIXED = records("abcd", "e", "fgh")
 LABELED = records("abcd", "e", "fgh", labels=True)
 PADDED, PACKED = [0, 4, 8, 12], [0, 4, 5, 8]
 LEFT = tokenizer("left")
+_KNOWN = inspect.signature(DataCollatorWithFlattening.__init__).parameters
+# Older releases lack some of the options.
+FLATTENING = [
+    options
+    for options in (
+        {},
+        {"position_ids_start": 2},
+        {"return_flash_attn_kwargs": True},
+        {"return_seq_idx": True},
+        {
+            "return_position_ids": False,
+            "return_flash_attn_kwargs": True,
+            "return_seq_idx": True,
+        },
+        {"return_position_ids": False, "return_seq_idx": True},
+    )
+    if options.keys() <= _KNOWN.keys()
+]
 
 
 @pytest.mark.filterwarnings("ignore:You're using a PreTrainedTokenizerFast:UserWarning")
@@ -78,23 +97,8 @@ LEFT = tokenizer("left")
         (DataCollatorForLanguageModeling(tokenizer(), mlm=False), MIXED, PADDED),
         (DataCollatorForLanguageModeling(LEFT, mlm=False), MIXED, PADDED),
         (DataCollatorForLanguageModeling(tokenizer(), mlm=True), MIXED, PADDED),
-        (DataCollatorWithFlattening(), MIXED, PACKED),
         (DataCollatorWithFlattening(), LABELED, PACKED),
-        (DataCollatorWithFlattening(position_ids_start=2), MIXED, PACKED),
-        (DataCollatorWithFlattening(return_flash_attn_kwargs=True), MIXED, PACKED),
-        (DataCollatorWithFlattening(return_seq_idx=True), MIXED, PACKED),
-        (
-            DataCollatorWithFlattening(
-                return_position_ids=False, return_flash_attn_kwargs=True, return_seq_idx=True
-            ),
-            MIXED,
-            PACKED,
-        ),
-        (
-            DataCollatorWithFlattening(return_position_ids=False, return_seq_idx=True),
-            MIXED,
-            PACKED,
-        ),
+        *((DataCollatorWithFlattening(**options), MIXED, PACKED) for options in FLATTENING),
         (TrlCollator(pad_token_id=0), MIXED, PADDED),
         (TrlCollator(pad_token_id=0, pad_to_multiple_of=8), LABELED, [0, 8, 16, 24]),
         (TrlCollator(pad_token_id=0, padding_free=True), MIXED, PACKED),

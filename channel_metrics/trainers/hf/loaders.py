@@ -135,13 +135,19 @@ class ChannelLoadersMixin(_TrainerBase):
     def _channel_collator(self, dataset: Any, description: str) -> Iterator[None]:
         """Inside this context, `data_collator` also adds the channels to a batch of `dataset`."""
         session, before = self.channel_metrics, self.data_collator
+        loading = self.accelerator.dataloader_config
+        dispatch = loading.dispatch_batches
         if session is not None and session.measuring:
             with session.guard.guarded():
                 self.data_collator = self._with_channels(session, dataset, description)
+                if self.accelerator.num_processes == 1:
+                    # There is nobody to send batches to. But accelerate would cut the boundaries
+                    # as if they were rows, and below 1.13 it raises TypeError on names.
+                    loading.dispatch_batches = False
         try:
             yield
         finally:
-            self.data_collator = before
+            self.data_collator, loading.dispatch_batches = before, dispatch
 
     def _declare(self, session: ChannelMetrics, dataset: Any, split: str) -> bool:
         """Scan a dataset for channels; False if it cannot be scanned."""

@@ -104,12 +104,14 @@ def pack_with_channels(
         map_kwargs["desc"] = f"Packing {arguments['dataset_name']} dataset"
         map_kwargs["num_proc"] = args.dataset_num_proc
     kept = columns_left(prepare, arguments, column_names(tokens))
+    # trl has this option since 0.25.
+    shuffles = getattr(args, "shuffle_dataset", False)
     with PartialState().main_process_first():
         rows = _with_token_channels(tokens, kept, config.fields, table)
-        if args.shuffle_dataset:
+        if shuffles:
             rows = rows.shuffle(seed=args.seed)
         packed = pack(rows, args.max_length, args.packing_strategy, map_kwargs)
-    return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed, table.names
+    return packed.shuffle(seed=args.seed) if shuffles else packed, table.names
 
 
 def _pack_dataset_of(trainer_class: type) -> Any:

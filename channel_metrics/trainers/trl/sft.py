@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import trl
 from torch import Tensor
 
 from channel_metrics.capture.logits import shifted_labels
@@ -176,6 +177,7 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
     def _with_channels(self, session: ChannelMetrics, dataset: Any, description: str) -> Any:
         names = self._names_of_packs(dataset)
         if not names:
+            _check_position_ids(self.data_collator)
             return super()._with_channels(session, dataset, description)
         self._declare(session, dataset, description)
         if self._collator_kind(dataset, description, True) is not ChannelCollator:
@@ -208,6 +210,19 @@ def prepare_dataset(
         return prepare(*args, **kwargs)
     setattr(trainer, _NAMES_ATTRIBUTE, names)
     return prepared
+
+
+def _check_position_ids(collator: Any) -> None:
+    """Refuse padding-free rows of older trl (0.19, 0.21) that have no position ids."""
+    if getattr(collator, "padding_free", False) and not getattr(
+        collator, "return_position_ids", True
+    ):
+        raise UnsupportedVersionError(
+            f"trl {trl.__version__} puts no position ids into padding-free rows unless the model "
+            "has attn_implementation='flash_attention_2', so nobody can tell where a sequence "
+            "begins, and sequences attend to each other; use that attention, padding_free=False, "
+            "or a newer trl."
+        )
 
 
 def _check_channels_left(

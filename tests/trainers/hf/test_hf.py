@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from hf_tools import (
     PaddingCollator,
@@ -17,12 +18,14 @@ from hf_tools import (
     token_table,
     train,
 )
+from packaging.version import Version
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import DataCollatorWithFlattening, Trainer
 
 from channel_metrics import MetricsConfig
 from channel_metrics.trainers.hf import ChannelMetricsMixin, attach, detach
 
+OLD = Version(transformers.__version__) < Version("5")
 TRAINER_KEYS = ("loss", "grad_norm", "learning_rate", "eval_loss", "train_loss", "step")
 
 
@@ -31,7 +34,7 @@ class MixedTrainer(ChannelMetricsMixin, Trainer):
 
 
 def flattening() -> DataCollatorWithFlattening:
-    return DataCollatorWithFlattening(return_flash_attn_kwargs=False)
+    return DataCollatorWithFlattening()
 
 
 def trained_state(trainer: Trainer) -> list[torch.Tensor]:
@@ -108,6 +111,7 @@ def test_windows_equal_the_oracle(tmp_path: Path, left: bool, accumulation: int)
     )
 
 
+@pytest.mark.skipif(OLD, reason="before transformers 5, a CPU does not separate the sequences")
 def test_flattened_windows_equal_the_oracle(tmp_path: Path) -> None:
     """One sequence of 64 tokens per batch, no padding: boundaries come from position ids."""
     records = make_records(16)
@@ -160,14 +164,20 @@ def test_channels_add_up_to_the_trainers_loss(tmp_path: Path) -> None:
         names = {key.removesuffix("_tokens") for key in channels if key.endswith("_tokens")}
         tokens = sum(channels[f"{name}_tokens"] for name in names)
         total = sum(channels[f"{name}_loss"] * channels[f"{name}_tokens"] for name in names)
-        assert total / tokens == pytest.approx(entry["loss"], rel=1e-6)
+        rounding = 5e-5 if OLD else 0.0
+        assert total / tokens == pytest.approx(entry["loss"], rel=1e-6, abs=rounding)
     assert not trainer.channel_metrics.warned and not trainer.channel_scratch.reader.warned
 
 
 def test_trackers_and_state_file_have_the_values(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     trainer = train(
-        tmp_path, prepare=attach, report_to=["tensorboard"], save_strategy="steps", save_steps=4
+        tmp_path,
+        prepare=attach,
+        report_to=["tensorboard"],
+        save_strategy="steps",
+        save_steps=4,
+        **({"logging_dir": str(tmp_path / "board")} if OLD else {}),
     )
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]

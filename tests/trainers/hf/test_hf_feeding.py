@@ -17,12 +17,14 @@ from hf_case_tools import (
     fixed_records,
     run,
     told,
+    weights_hash,
 )
-from hf_tools import Record, make_records
+from hf_tools import PaddingCollator, Record, make_records, train
 from rank_cases import Case, RanksOf
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, TrainingArguments
 
 from channel_metrics import ConfigError, MetricsConfig
+from channel_metrics.trainers.hf import attach
 
 
 def counted(records: list[Record]) -> dict[str, int]:
@@ -94,7 +96,10 @@ def feed_arrow_stream(folder: Path) -> Any:
 
 @ddp
 def feed_by_length(folder: Path) -> Any:
-    return _fed(folder, Dataset.from_list, train_sampling_strategy="group_by_length")
+    by_length: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
+    if not hasattr(TrainingArguments, "train_sampling_strategy"):
+        by_length = {"group_by_length": True}
+    return _fed(folder, Dataset.from_list, **by_length)
 
 
 @ddp
@@ -128,6 +133,27 @@ def test_no_record_is_lost_on_the_way_to_two_ranks(
         assert samples == 32 * epochs
 
 
+@pytest.mark.parametrize("collator", [PaddingCollator, DataCollatorWithFlattening])
+@pytest.mark.parametrize("config", [MetricsConfig(), COUNTS])
+def test_a_stream_on_one_process(tmp_path: Path, collator: Any, config: MetricsConfig) -> None:
+    """accelerate would cut boundaries as if they were rows, and older ones refuse names."""
+    records = make_records(64)
+    runs = [
+        train(
+            tmp_path,
+            prepare=prepare,
+            records=Stream(records),
+            max_steps=16,
+            logging_steps=16,
+            trainer_arguments={"data_collator": collator()},
+        )
+        for prepare in (None, lambda trainer: attach(trainer, config))
+    ]
+    assert logged(runs[1].state.log_history) == counted(records)
+    assert weights_hash(runs[0].model) == weights_hash(runs[1].model)
+    assert runs[1].accelerator.dispatch_batches is runs[0].accelerator.dispatch_batches
+
+
 def _refused(folder: Path, **arguments: Any) -> str:
     try:
         run(folder, **arguments)
@@ -154,7 +180,7 @@ def test_open_tables_cannot_be_sent(ranks_of: RanksOf) -> None:
 
 @ddp
 def refuse_flattened(folder: Path) -> Any:
-    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=False)
+    collator = DataCollatorWithFlattening()
     return _refused(
         folder, records=make_records(16), accelerator_config=DISPATCH, collator=collator
     )

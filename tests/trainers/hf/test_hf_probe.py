@@ -63,11 +63,7 @@ def test_values_are_those_of_a_naive_loop(tmp_path: Path) -> None:
         {"remove_unused_columns": False, "metrics_on": True},
         {"bf16": False, "label_smoothing_factor": 0.1},
         {"trainer_arguments": {"data_collator": PaddingCollator(left=True)}},
-        {
-            "trainer_arguments": {
-                "data_collator": DataCollatorWithFlattening(return_flash_attn_kwargs=False)
-            }
-        },
+        {"trainer_arguments": {"data_collator": DataCollatorWithFlattening()}},
     ],
     ids=["all columns", "label smoothing", "left", "flattened"],
 )

@@ -94,7 +94,7 @@ def eval_stream(folder: Path) -> Any:
 @ddp
 def eval_flattened(folder: Path) -> Any:
     """Without padding, the rows of a rank are one, and its records are sequences."""
-    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=False)
+    collator = DataCollatorWithFlattening()
     return _evaluated(folder, Dataset.from_list, collator=collator)
 
 
@@ -115,7 +115,7 @@ def eval_sorted(folder: Path) -> Any:
 
 @ddp
 def eval_sorted_flattened(folder: Path) -> Any:
-    collator = Sorting(DataCollatorWithFlattening(return_flash_attn_kwargs=False))
+    collator = Sorting(DataCollatorWithFlattening())
     return _evaluated(folder, Dataset.from_list, collator=collator)
 
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 from trl_tools import CHANNELS, arguments, logs, pair_records, run, sizes, weights, windows
@@ -18,6 +21,11 @@ from channel_metrics import ChannelError, MetricsConfig
 from channel_metrics.trainers.hf import attach
 
 CENTER = 0.05
+pytestmark = pytest.mark.skipif(
+    Version(trl.__version__) < Version("0.24"), reason="refused, see test_trl_old"
+)
+# Older transformers rounds the loss that it logs.
+ROUNDING = 5e-5 if Version(transformers.__version__) < Version("5") else 1e-6
 EVERYTHING = MetricsConfig(metrics=("loss", "tokens", "share"))
 
 
@@ -124,7 +132,7 @@ def test_windows_are_means_over_the_pairs_of_a_channel(tmp_path: Path) -> None:
                 for name in CHANNELS
                 if f"{name}_share" in entry
             )
-            assert together == pytest.approx(float(whole[key]), rel=1e-5, abs=1e-6)
+            assert together == pytest.approx(float(whole[key]), rel=1e-5, abs=ROUNDING)
     (evaluated,) = logs(trainer, "eval_")
     assert evaluated == pytest.approx(
         expected(table, batches.seen[False], "eval_"), rel=1e-4, abs=1e-6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import trl
 from packaging.version import Version
 from transformers import Qwen2ForCausalLM
 from trl import SFTConfig, SFTTrainer
+from trl.data_utils import pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TrlCollator
 from trl_tools import (
     ALPHABETS,
     EOS,
@@ -21,7 +24,13 @@ from trl_tools import (
 from channel_metrics.trainers.trl import SFTChannelMetricsMixin
 
 OLD = Version(trl.__version__) < Version("1")
+_PACKER = inspect.getsource(pack_dataset)
+BFD = "bfd" if not OLD or '"bfd"' in _PACKER else "ffd"
 SPLIT = "bfd-requeue" if OLD else "bfd_split"
+HAS_SPLIT = not OLD or f'"{SPLIT}"' in _PACKER
+SHUFFLES = "shuffle_dataset" in SFTConfig.__dataclass_fields__
+# Older trl gives padding-free rows position ids only with flash attention.
+HAS_BOUNDS = "return_position_ids" not in TrlCollator.__dataclass_fields__
 OF_LETTER = {ord(letter): name for name, letters in ALPHABETS.items() for letter in letters}
 
 
