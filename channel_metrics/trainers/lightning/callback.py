@@ -38,7 +38,7 @@ else:
     )
 
 # Keys that Lightning or most modules log.
-RESERVED_KEYS = frozenset({"loss", "train_loss", "val_loss", "test_loss", "epoch", "step"})
+_RESERVED_KEYS = frozenset({"loss", "train_loss", "val_loss", "test_loss", "epoch", "step"})
 _STEPS = ("training_step", "validation_step", "test_step")
 
 
@@ -62,7 +62,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
         model: str | None = None,
         on_window: Iterable[Callable[[Window], Any]] = (),
     ) -> None:
-        self.metrics = ChannelMetrics(config, reserved=RESERVED_KEYS, on_window=on_window)
+        self.metrics = ChannelMetrics(config, reserved=_RESERVED_KEYS, on_window=on_window)
         self._model = model
         self._steps: StepCounter
         self._undo = ExitStack()
