@@ -23,7 +23,10 @@ TRL = (
 
 @dataclass(frozen=True)
 class Row:
-    """One set of versions. An empty version means the newest that pip finds."""
+    """One set of versions.
+
+    An empty version means the newest that pip finds. What it found is kept until `make clean`.
+    """
 
     name: str
     python: str

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import trl
+from packaging.version import Version
 from torch import Tensor
 
 from channel_metrics.capture.logits import shifted_labels
@@ -214,9 +215,10 @@ def prepare_dataset(
 
 def _check_position_ids(collator: Any) -> None:
     """Refuse padding-free rows of older trl (0.19, 0.21) that have no position ids."""
-    if getattr(collator, "padding_free", False) and not getattr(
-        collator, "return_position_ids", True
-    ):
+    # Newer trl always returns them in such rows; the option has another meaning there.
+    if Version(trl.__version__) >= Version("0.24") or not getattr(collator, "padding_free", False):
+        return
+    if not getattr(collator, "return_position_ids", True):
         raise UnsupportedVersionError(
             f"trl {trl.__version__} puts no position ids into padding-free rows unless the model "
             "has attn_implementation='flash_attention_2', so nobody can tell where a sequence "

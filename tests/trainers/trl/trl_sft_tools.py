@@ -12,7 +12,6 @@ from packaging.version import Version
 from transformers import Qwen2ForCausalLM
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import pack_dataset
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TrlCollator
 from trl_tools import (
     ALPHABETS,
     EOS,
@@ -30,7 +29,7 @@ SPLIT = "bfd-requeue" if OLD else "bfd_split"
 HAS_SPLIT = not OLD or f'"{SPLIT}"' in _PACKER
 SHUFFLES = "shuffle_dataset" in SFTConfig.__dataclass_fields__
 # Older trl gives padding-free rows position ids only with flash attention.
-HAS_BOUNDS = "return_position_ids" not in TrlCollator.__dataclass_fields__
+HAS_BOUNDS = Version(trl.__version__) >= Version("0.24")
 OF_LETTER = {ord(letter): name for name, letters in ALPHABETS.items() for letter in letters}
 
 
