@@ -89,7 +89,7 @@ def _preparing(config: MetricsConfig) -> Callable[..., Any]:
         reason = why_without_metrics(pipeline.args)
         if reason is not None:
             _say(pipeline.args, reason)
-        elif hasattr(pipeline.args, "rlhf_type"):
+        elif getattr(pipeline.args, "rlhf_type", None) is not None:
             _reach_rlhf(pipeline.args, config)
         return original(pipeline, *args, **kwargs)
 
