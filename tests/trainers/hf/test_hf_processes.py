@@ -99,7 +99,7 @@ def test_four_ranks_equal_one_process(ranks_of: RanksOf, table: Any) -> None:
         held_out = [[r["input_ids"] for r in make_records(size, seed=size)]]
         expected = expected_metrics(table, held_out, prefix="eval_")
         for rank in ranks:
-            found = channel_values(rank["evaluated"][str(size)], "eval_")
+            found = channel_values(rank["evaluated"][size], "eval_")
             assert found == pytest.approx(expected, rel=1e-5)
 
 

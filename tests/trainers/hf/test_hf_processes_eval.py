@@ -144,7 +144,7 @@ def test_evaluation_counts_each_record_once(ranks_of: RanksOf, case: Case, size:
     table = token_table(tiny_model(attention_dropout=0.0), records)
     expected = expected_metrics(table, [[r["input_ids"] for r in records]], prefix="eval_")
     for rank in ranks_of(case):
-        found = channel_values(rank["evaluated"][str(size)], "eval_")
+        found = channel_values(rank["evaluated"][size], "eval_")
         samples = {key: found.pop(key) for key in list(found) if key.endswith("_samples")}
         assert sum(samples.values()) == size
         assert found == pytest.approx({key: expected[key] for key in found}, rel=1e-5)
@@ -195,7 +195,7 @@ def test_packed_rows_are_told_by_rows(ranks_of: RanksOf, size: int) -> None:
             if supervised:
                 counted[name] = counted.get(name, 0) + supervised
     for rank in ranks_of(eval_packed):
-        entry = rank["evaluated"][str(size)]
+        entry = rank["evaluated"][size]
         found = {
             key.removeprefix("eval_").removesuffix("_tokens"): value
             for key, value in channel_values(entry, "eval_").items()
@@ -214,7 +214,7 @@ def test_a_stream_read_by_all_ranks_says_that_it_counts_repetitions(ranks_of: Ra
     for rank in ranks_of(eval_stream_by_all):
         assert any("counted twice" in warning for warning in rank["warned"])
         for size, rows in ((3, 8), (8, 8), (9, 16), (10, 16), (13, 16)):
-            entry = rank["evaluated"][str(size)]
+            entry = rank["evaluated"][size]
             assert sum(v for k, v in entry.items() if k.endswith("_samples")) == rows
 
 
