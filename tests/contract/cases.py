@@ -285,9 +285,8 @@ def a_loss_that_lies_is_told_once(harness: Harness, folder: Path) -> None:
 @case("ranks")
 def ranks_agree_with_one_all_reduce(harness: Harness, folder: Path) -> None:
     """A channel that one rank alone has seen, and one that is new in the last window."""
-    script = Script(
-        config=config(), steps=steps("aabb", "aaab", "abab", "aacc", "abab", "abab"), every=2
-    )
+    letters = ("aabb", "aaab", "abab", "aacc", "abab", "abab")
+    script = Script(config=config(), steps=steps(*letters), every=2)
     per_rank = harness.run(script, folder, ranks=2)
     assert len(per_rank) == 2
     for found in per_rank:
