@@ -42,7 +42,7 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
 
     def _start(self, session: ChannelMetrics, checkpoint: Path | None) -> None:
         """Begin a run, and load the totals of its checkpoint."""
-        missing = None
+        missing: Path | None = None
         if checkpoint is not None and self.channel_whole_script and not totals_path(checkpoint):
             # A trainer that is left alone writes no totals. Who has channels is warned later.
             checkpoint, missing = None, checkpoint
