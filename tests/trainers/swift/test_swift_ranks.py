@@ -180,7 +180,7 @@ def test_two_ranks(ranks_of: RanksOf, case: Case) -> None:
 
 def test_the_layouts_are_what_they_are_called(ranks_of: RanksOf) -> None:
     """(Ulysses ranks, ring ranks)"""
-    for of, layout in ((ulysses, [2, 1]), (ulysses_padding_free, [2, 1]), (ring, [1, 2])):
+    for of, layout in ((ulysses, (2, 1)), (ulysses_padding_free, (2, 1)), (ring, (1, 2))):
         assert all(found["ranks"] == layout for found in ranks_of(of))
 
 
