@@ -26,6 +26,10 @@ _HF = {"transformers.trainer": "channel_metrics.trainers.hf.patch"}
 # {name that `--patch` takes: {a module: the module to `apply` once that one is imported}}
 PATCHES = {
     "hf_trainer": _HF,
+    "llamafactory": {
+        **_HF,
+        "llamafactory.data.loader": "channel_metrics.trainers.llamafactory.patch",
+    },
     "megatron": {"megatron.core": "channel_metrics.trainers.megatron.patch"},
     "ms_swift": dict.fromkeys(
         ("swift.dataset", "swift.pipelines", "swift.trainers"),

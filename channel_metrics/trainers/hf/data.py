@@ -14,6 +14,9 @@ from channel_metrics.trainers.hf.batch import Scratch, has_token_labels
 
 __all__ = ["TokenBatchCollator", "check_columns", "wrap_collator"]
 
+# Packages whose collators raise errors on columns of strings.
+_NO_STRINGS = ("transformers", "trl", "llamafactory")
+
 
 class TokenBatchCollator(ChannelCollator):
     """Adds channels only to batches that have one label per token.
@@ -71,7 +74,7 @@ def wrap_collator(
 
     `base` gets the same dataset columns as without the metrics. With `remove_unused_columns`, the
     trainer would drop the column of the channel, so the wrapper drops it. It also drops it for
-    the collators of transformers and TRL, which raise errors on strings. Any other collator gets
+    the collators of transformers, TRL and LLaMA-Factory, which raise errors on strings. Any other collator gets
     all columns.
 
     Args:
@@ -83,9 +86,8 @@ def wrap_collator(
         kind: the class of the wrapper.
         classes: {field: class names} of the dataset columns of type `ClassLabel`.
     """
-    theirs = type(base).__module__.split(".")[0] in ("transformers", "trl") or (
-        getattr(base, "__module__", "").split(".")[0] in ("transformers", "trl")
-    )
+    modules = (type(base).__module__, getattr(base, "__module__", ""))
+    theirs = any(module.split(".")[0] in _NO_STRINGS for module in modules)
     drop = remove_unused_columns or theirs
     strip = [root for root in field_roots(fields) if drop and root not in signature_columns]
     return kind(

@@ -1,0 +1,91 @@
+"""Gives LLaMA-Factory's trainers channel metrics.
+
+The patch of transformers' Trainer attaches the metrics to every trainer. Here, LLaMA-Factory's data
+loader is patched so that datasets keep the column `channel`:
+- `get_dataset_list` remembers the name of each dataset;
+- `align_dataset` reads the channel of each record: one of the `fields` of the config, or that name;
+- `_get_dataset_processor` makes processors whose rows keep the channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import llamafactory
+from llamafactory.data import converter, loader
+
+from channel_metrics import swap
+from channel_metrics.config import MetricsConfig
+from channel_metrics.data.scan import class_names
+from channel_metrics.errors import UnsupportedVersionError
+from channel_metrics.trainers.hf import patch as hf_patch
+from channel_metrics.trainers.llamafactory.data import ChannelProcessor, NamedConverter
+from channel_metrics.trainers.patching import announce, config_of_environment
+
+__all__ = ["apply", "is_applied", "revert"]
+
+_KEY = "llamafactory"
+_FUNCTIONS = ("get_dataset_list", "align_dataset", "_get_dataset_processor")
+
+
+def apply(config: MetricsConfig | None = None) -> None:
+    """Patch the Trainer and LLaMA-Factory's data loader; a second call does nothing.
+
+    Args:
+        config: None means the file that CHANNEL_METRICS_CONFIG names, or else the default config.
+
+    Raises:
+        UnsupportedVersionError: this version lacks a function that is needed; nothing is patched.
+    """
+    if is_applied():
+        return
+    missing = [name for name in _FUNCTIONS if not hasattr(loader, name)]
+    if missing or not hasattr(converter, "get_dataset_converter"):
+        raise UnsupportedVersionError(
+            f"channel metrics patch {', '.join(_FUNCTIONS)} of llamafactory.data.loader, but "
+            f"llamafactory {llamafactory.__version__} lacks {', '.join(missing) or 'a converter'}; "
+            "use 0.9.5."
+        )
+    chosen = config or config_of_environment()
+    if config is not None:
+        revert()
+    hf_patch.apply(config)
+    for name, body in zip(_FUNCTIONS, (_name, _aligning(chosen), _process), strict=True):
+        swap.wrap(loader, name, body, key=_KEY)
+    announce(f"channel metrics: patched llamafactory.data.loader {llamafactory.__version__}")
+
+
+def revert() -> None:
+    """Put the originals back; trainers made before keep their metrics."""
+    swap.unwrap(_KEY)
+    hf_patch.revert()
+
+
+def is_applied() -> bool:
+    """Whether LLaMA-Factory and the Trainer are patched now."""
+    return swap.is_wrapped(loader, _FUNCTIONS[0], key=_KEY) and hf_patch.is_applied()
+
+
+def _name(original: Callable[..., Any], names: list[str] | None, *args: Any, **kwargs: Any) -> Any:
+    found = original(names, *args, **kwargs)
+    for attributes, name in zip(found, names or (), strict=True):
+        attributes.channel = name
+    return found
+
+
+def _aligning(config: MetricsConfig) -> Callable[..., Any]:
+    def align(original: Callable[..., Any], dataset: Any, attributes: Any, *args: Any) -> Any:
+        classes = class_names(dataset, config.fields)
+
+        def named(make: Callable[..., Any], *given: Any) -> NamedConverter:
+            return NamedConverter(make(*given), attributes.channel, config.fields, classes)
+
+        with swap.wrapped(converter, "get_dataset_converter", named):
+            return original(dataset, attributes, *args)
+
+    return align
+
+
+def _process(original: Callable[..., Any], *args: Any, **kwargs: Any) -> ChannelProcessor:
+    return ChannelProcessor(original(*args, **kwargs))
