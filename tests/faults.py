@@ -40,8 +40,8 @@ PLACES: dict[str, tuple[str, str]] = {
         "SwiftCollator._with_channels",
     ),
     "count the records of rlhf": (
-        "channel_metrics.trainers.swift.rlhf",
-        "SwiftRLHFMixin._count_records",
+        "channel_metrics.trainers.trl.records",
+        "RecordsMixin._count_records",
     ),
     "find Megatron's loss mask": ("channel_metrics.trainers.megatron.step", "loss_mask_of"),
     "read ms-swift's Megatron batch": (

@@ -48,7 +48,9 @@ class LlamaFactoryMixin(ChannelMetricsMixin):
     def start_channel_metrics(self, config: MetricsConfig) -> None:
         super().start_channel_metrics(replace(config, fields=(CHANNEL,)))
 
-    def _collator_kind(self, dataset: object, description: str, known: bool) -> type[ChannelCollator]:
+    def _collator_kind(
+        self, dataset: object, description: str, known: bool
+    ) -> type[ChannelCollator]:
         if super()._collator_kind(dataset, description, known) is not ChannelCollator:
             raise ConfigError(
                 "one process sends its batches to the others (dispatch_batches), or rows are cut "

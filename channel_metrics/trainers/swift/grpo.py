@@ -17,8 +17,8 @@ from channel_metrics.core.labels import channel_of
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.swap import wrapped
 from channel_metrics.trainers.swift.data import CHANNEL_COLUMN, declare
-from channel_metrics.trainers.swift.rlhf import not_called
 from channel_metrics.trainers.trl.grpo import GRPOChannelMetricsMixin, GRPOScratch
+from channel_metrics.trainers.trl.records import not_called
 
 __all__ = ["SwiftGRPOMixin"]
 

@@ -20,7 +20,8 @@ from channel_metrics.core.schema import Schema
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import Scratch
 from channel_metrics.trainers.swift.pair_schema import pair_schema
-from channel_metrics.trainers.swift.rlhf import SwiftRLHFMixin, not_called
+from channel_metrics.trainers.swift.rlhf import SwiftRLHFMixin
+from channel_metrics.trainers.trl.records import not_called
 
 __all__ = ["SwiftDPOMixin", "SwiftORPOMixin", "SwiftRewardMixin"]
 
