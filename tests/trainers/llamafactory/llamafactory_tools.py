@@ -7,56 +7,66 @@ import os
 import random
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 from paths import python_path
 from swift_files import make_model
 
-__all__ = ["NAMES", "Command", "make_files"]
+__all__ = ["NAMES", "ONLY_HERE", "Command", "make_files"]
 
+ONLY_HERE = pytest.mark.skipif(
+    find_spec("llamafactory") is None,
+    reason="LLaMA-Factory has an environment of its own: `make test-llamafactory` runs this",
+)
 STUBS = Path(__file__).parent / "stubs"
 CLI = Path(sys.executable).with_name("llamafactory-cli")
-NAMES = ("code", "chat")
 OURS = ("-m", "channel_metrics", "run", "--patch", "llamafactory")
+NAMES = ("code", "chat")
+# A learning rate of 0, no dropout, all records once, one log: the sums of a whole dataset.
+WHOLE = {"learning_rate": 0.0, "max_steps": -1, "num_train_epochs": 1, "logging_steps": 1000}
 
 
 def make_files(folder: Path) -> Path:
-    """A model, and datasets of all stages. Returns the folder."""
-    make_model(folder / "model")
+    """Models with dropout and without, and datasets of all stages. Returns the folder."""
+    make_model(folder / "dropout")
+    make_model(folder / "model", attention_dropout=0.0)
+    make_model(folder / "other", attention_dropout=0.0, seed=1)
     rng = random.Random(0)
     info: dict[str, Any] = {}
     for name in NAMES:
-        records = []
-        for index in range(24):
-            words = [" ".join(rng.choices(["see", "go", name], k=rng.randint(1, 6))) for _ in "abc"]
-            turn = {"from": "human", "value": f"{words[0]} {index}"}
-            records.append(
-                {
-                    "instruction": turn["value"],
-                    "output": words[1],
-                    "text": f"{words[0]} {words[1]}",
-                    "source": rng.choice(["north", "south"]),
-                    "conversations": [turn],
-                    "chosen": {"from": "gpt", "value": words[1]},
-                    "rejected": {"from": "gpt", "value": words[2]},
-                    "turns": [turn, {"from": "gpt", "value": words[1]}],
-                    "good": rng.random() < 0.5,
-                }
-            )
-        # LLaMA-Factory drops this one, because nobody answers.
-        records[3]["turns"] = records[3]["conversations"] = []
         path = folder / f"{name}.json"
-        path.write_text(json.dumps(records))
+        path.write_text(json.dumps([_record(name, index, rng) for index in range(24)]))
         of_file = {"file_name": path.name}
         shared = {**of_file, "formatting": "sharegpt"}
-        pair = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
+        pair = {"messages": "asked", "chosen": "chosen", "rejected": "rejected"}
         info[name] = {**shared, "columns": {"messages": "turns"}}
         info[f"{name}_text"] = {**of_file, "columns": {"prompt": "text"}}
         info[f"{name}_pairs"] = {**shared, "ranking": True, "columns": pair}
-        info[f"{name}_kto"] = {**shared, "columns": {"messages": "turns", "kto_tag": "good"}}
+        info[f"{name}_kto"] = {**shared, "columns": {"messages": "answered", "kto_tag": "good"}}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return folder
+
+
+def _record(name: str, index: int, rng: random.Random) -> dict[str, Any]:
+    asked, *answers = (
+        " ".join(rng.choices(["see", "go", name], k=rng.randint(1, 6))) for _ in "abc"
+    )
+    turn = {"from": "human", "value": f"{asked} {index}"}
+    chosen, rejected = ({"from": "gpt", "value": answer} for answer in answers)
+    return {
+        # LLaMA-Factory drops a record that nobody answers.
+        "turns": [] if index == 3 else [turn, chosen],
+        "answered": [turn, chosen],
+        "asked": [turn],
+        "text": f"{asked} {answers[0]}",
+        "chosen": chosen,
+        "rejected": rejected,
+        "good": index % 3 != 0,
+        "source": rng.choice(["north", "south"]),
+    }
 
 
 class Command:
@@ -64,9 +74,10 @@ class Command:
 
     Args:
         files: what `make_files` made.
-        folder: of the run; `log` and the weights are read from there.
+        folder: of the run; it must not exist.
+        model: the name of a model in `files`.
         patch: whether to run it with channel metrics.
-        ranks: of more than one are started by LLaMA-Factory itself.
+        ranks: more than one are started by LLaMA-Factory itself.
         config: of the metrics, YAML.
         arguments: of LLaMA-Factory, beside those that all runs have.
     """
@@ -76,23 +87,24 @@ class Command:
         files: Path,
         folder: Path,
         *,
+        model: str = "model",
         patch: bool = True,
         ranks: int = 1,
-        config: str = "",
+        config: str = "metrics: [loss, tokens, samples]",
         **arguments: Any,
     ) -> None:
         folder.mkdir(parents=True)
-        self.folder = folder
+        self.folder, self.output = folder, ""
         given = {
-            "model_name_or_path": str(files / "model"),
+            "model_name_or_path": str(files / model),
             "dataset_dir": str(files),
             "dataset": ",".join(NAMES),
             "output_dir": str(folder / "out"),
             "stage": "sft",
             "do_train": True,
             "finetuning_type": "full",
-            "template": "qwen",
-            "cutoff_len": 64,
+            "template": "empty",
+            "cutoff_len": 96,
             "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 4,
             "gradient_accumulation_steps": 2,
@@ -108,7 +120,7 @@ class Command:
             given["ddp_backend"] = "gloo"
         (folder / "run.yaml").write_text(json.dumps(given | arguments))
         (folder / "metrics.yaml").write_text(f"{config}\n")
-        ours = [*OURS, "--config", str(folder / "metrics.yaml")] if config else [*OURS]
+        ours = [*OURS, "--config", str(folder / "metrics.yaml")] if patch else []
         environ = {
             "PATH": os.pathsep.join([str(CLI.parent), os.environ.get("PATH", "")]),
             "PYTHONPATH": python_path(STUBS),
@@ -117,7 +129,7 @@ class Command:
             **({"FORCE_TORCHRUN": "1"} if ranks > 1 else {}),
         }
         self.process = subprocess.Popen(
-            [sys.executable, *(ours if patch else ()), str(CLI), "train", str(folder / "run.yaml")],
+            [sys.executable, *ours, str(CLI), "train", str(folder / "run.yaml")],
             env=os.environ | environ,
             cwd=folder,
             stdout=subprocess.PIPE,
@@ -137,3 +149,14 @@ class Command:
         state = json.loads((self.folder / "out" / "trainer_state.json").read_text())
         found: list[dict[str, Any]] = state["log_history"]
         return found
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All that was logged in training, by key."""
+        return {k: v for entry in self.log if "eval_runtime" not in entry for k, v in entry.items()}
+
+    @property
+    def weights(self) -> bytes:
+        """The trained weights."""
+        (path,) = (self.folder / "out").glob("*model.safetensors")
+        return path.read_bytes()

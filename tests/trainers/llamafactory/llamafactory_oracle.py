@@ -1,0 +1,92 @@
+"""What runs of LLaMA-Factory must log, by a forward of each sample alone, in float64."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from llamafactory_tools import NAMES
+from transformers import Qwen2ForCausalLM
+
+from channel_metrics.demo.tiny import byte_tokenizer
+
+EOS = byte_tokenizer().eos_token_id
+
+# {channel: (loss, tokens, samples)}
+Expected = dict[str, tuple[float, int, int]]
+
+
+@cache
+def _model(folder: Path) -> Any:
+    return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
+def records(files: Path, name: str) -> list[dict[str, Any]]:
+    """The records of a dataset."""
+    found: list[dict[str, Any]] = json.loads((files / f"{name}.json").read_text())
+    return found
+
+
+def log_probs(folder: Path, ids: list[int]) -> torch.Tensor:
+    """The log probability of each token but the first."""
+    with torch.no_grad():
+        logits = _model(folder)(input_ids=torch.tensor([ids])).logits[0, :-1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def answer(folder: Path, asked: str, said: str) -> torch.Tensor:
+    """The log probabilities of an answer. The template `empty` ends it with no token."""
+    prompt = list(asked.encode())
+    return log_probs(folder, [*prompt, *said.encode()])[len(prompt) - 1 :]
+
+
+def of_sft(files: Path, field: str | None = None) -> Expected:
+    """Stage sft. field: a column of the records that names the channel."""
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0])
+    for name in NAMES:
+        for record in records(files, name):
+            if record["turns"]:
+                asked, said = (turn["value"] for turn in record["turns"])
+                found = answer(files / "model", asked, said)
+                add(sums[record[field] if field else name], -float(found.sum()), len(found))
+    return _means(sums)
+
+
+def of_blocks(files: Path, size: int) -> Expected:
+    """Stage pt with packing: all texts one after the other, cut into blocks."""
+    texts = [(f"{n}_text", [*r["text"].encode(), EOS]) for n in NAMES for r in records(files, n)]
+    ids = [token for _, tokens in texts for token in tokens]
+    owner = [name for name, tokens in texts for _ in tokens]
+    of_text = [number for number, (_, tokens) in enumerate(texts) for _ in tokens]
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0])
+    for start in range(0, len(ids) - size + 1, size):
+        block = slice(start, start + size)
+        found = log_probs(files / "model", ids[block])
+        for name, value in zip(owner[block][1:], found.tolist(), strict=True):
+            add(sums[name], -value, 1, samples=0)
+        for number in set(of_text[block]):
+            sums[texts[number][0]][2] += 1
+    return _means(sums)
+
+
+def add(sums: list[float], nll: float, tokens: int, samples: int = 1) -> None:
+    """Add the nll of some tokens."""
+    for index, value in enumerate((nll, tokens, samples)):
+        sums[index] += value
+
+
+def rewards(files: Path, record: dict[str, Any], beta: float = 0.1) -> Iterator[float]:
+    """Of the chosen and of the rejected answer, against the model `other`."""
+    for kind in ("chosen", "rejected"):
+        asked, said = record["asked"][0]["value"], record[kind]["value"]
+        policy, other = (answer(files / name, asked, said).sum() for name in ("model", "other"))
+        yield beta * float(policy - other)
+
+
+def _means(sums: dict[str, list[float]]) -> Expected:
+    return {name: (nll / n, int(n), int(samples)) for name, (nll, n, samples) in sums.items()}

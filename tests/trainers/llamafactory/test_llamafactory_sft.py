@@ -1,0 +1,127 @@
+"""`llamafactory-cli train`, stages sft and pt, against a loop over the samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llamafactory_tools import NAMES, ONLY_HERE, WHOLE, Command, make_files
+
+pytestmark = [ONLY_HERE, pytest.mark.timeout(900)]
+
+EACH = {"eval_dataset": "code,chat", "eval_on_each_dataset": True}
+LORA = {"model": "dropout", "neat_packing": True, "finetuning_type": "lora"}
+SPLIT = {"model": "dropout", "val_size": 0.25, "eval_strategy": "steps", "eval_steps": 2}
+# All records fit into one step, so that none is repeated.
+RANKS = {"ranks": 2, "per_device_train_batch_size": 23, "gradient_accumulation_steps": 1}
+STREAM = {"streaming": True, "buffer_size": 8, "max_steps": 6, "dataloader_num_workers": 1}
+TEXTS = {"stage": "pt", "dataset": "code_text,chat_text", "cutoff_len": 32}
+COLUMN = {"config": "fields: [source]\nmetrics: [loss, tokens, samples]"}
+# {run: its arguments}
+RUNS: dict[str, dict[str, Any]] = {
+    "padded": {**WHOLE, **EACH, "eval_strategy": "epoch"},
+    "packing": {**WHOLE, "packing": True},
+    "neat_packing": {**WHOLE, "neat_packing": True},
+    "column": {**WHOLE, **COLUMN, "finetuning_type": "lora"},
+    "ranks": {**WHOLE, **RANKS},
+    "streaming": {**WHOLE, **STREAM},
+    "pt": {**WHOLE, **TEXTS},
+    "on": SPLIT,
+    "off": {**SPLIT, "patch": False},
+    "on, packed": LORA,
+    "off, packed": {**LORA, "patch": False},
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory, files: Path) -> dict[str, Command]:
+    """All runs, two at a time."""
+    folder, names = tmp_path_factory.mktemp("runs"), list(RUNS)
+    ended = {}
+    for start in range(0, len(names), 2):
+        pair = names[start : start + 2]
+        started = {n: Command(files, folder / n.replace(", ", "_"), **RUNS[n]) for n in pair}
+        ended |= {name: command.end() for name, command in started.items()}
+    return ended
+
+
+def check(found: dict[str, Any], wanted: Any, prefix: str = "") -> None:
+    """The same channels, and their values."""
+    ours = {k.removesuffix("_tokens") for k in found if k.endswith("_tokens")}
+    assert ours == {prefix + name for name in wanted}
+    for name, (loss, tokens, samples) in wanted.items():
+        assert found[f"{prefix}{name}_tokens"] == tokens, name
+        assert found[f"{prefix}{name}_samples"] == samples, name
+        assert found[f"{prefix}{name}_loss"] == pytest.approx(loss, rel=1e-6), name
+
+
+@pytest.mark.parametrize("name", ["padded", "packing", "neat_packing"])
+def test_the_name_of_a_dataset_is_a_channel(
+    ran: dict[str, Command], files: Path, name: str
+) -> None:
+    from llamafactory_oracle import of_sft
+
+    check(ran[name].values, of_sft(files))
+
+
+def test_a_column_of_the_users_own_is_the_channel_with_lora(
+    ran: dict[str, Command], files: Path
+) -> None:
+    from llamafactory_oracle import of_sft
+
+    check(ran["column"].values, of_sft(files, "source"))
+
+
+def test_a_stream_counts_the_same_records(ran: dict[str, Command], files: Path) -> None:
+    from llamafactory_oracle import of_sft
+
+    check(ran["streaming"].values, of_sft(files))
+
+
+def test_blocks_of_texts(ran: dict[str, Command], files: Path) -> None:
+    from llamafactory_oracle import of_blocks
+
+    check(ran["pt"].values, of_blocks(files, 32))
+
+
+def test_each_evaluation_set_has_its_channel(ran: dict[str, Command], files: Path) -> None:
+    from llamafactory_oracle import of_sft
+
+    wanted = of_sft(files)
+    (code,) = (entry for entry in ran["padded"].log if "eval_code_runtime" in entry)
+    (chat,) = (entry for entry in ran["padded"].log if "eval_chat_runtime" in entry)
+    check(code, {"code": wanted["code"]}, "eval_code_")
+    check(chat, {"chat": wanted["chat"]}, "eval_chat_")
+
+
+def test_two_ranks_that_llamafactory_starts(ran: dict[str, Command], files: Path) -> None:
+    from llamafactory_oracle import of_sft
+
+    check(ran["ranks"].values, of_sft(files))
+    assert ran["ranks"].output.count("patched llamafactory.data.loader") == 1, "by one process"
+
+
+@pytest.mark.parametrize("name", ["", ", packed"])
+def test_training_is_the_same_without_the_patch(ran: dict[str, Command], name: str) -> None:
+    on, off = ran[f"on{name}"], ran[f"off{name}"]
+    assert on.weights == off.weights
+    same = ("loss", "grad_norm", "eval_loss", "learning_rate")
+    logged = [
+        [{key: entry[key] for key in same if key in entry} for entry in run.log]
+        for run in (on, off)
+    ]
+    assert logged[0] == logged[1] and len(logged[0]) > 4
+
+
+def test_validation_is_split_from_all_channels(ran: dict[str, Command]) -> None:
+    first = next(entry for entry in ran["on"].log if "eval_loss" in entry)
+    tokens = [first[f"eval_{name}_tokens"] for name in NAMES]
+    losses = [first[f"eval_{name}_loss"] for name in NAMES]
+    assert sum(first[f"eval_{name}_samples"] for name in NAMES) == 12
+    assert min(tokens) > 0 and min(losses) > 0
