@@ -1,10 +1,12 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env env-latest demo demo-megatron test test-latest test-upstream matrix lint check docs bench clean
+.PHONY: help env env-latest env-llamafactory demo demo-megatron test test-latest test-llamafactory \
+	test-upstream matrix lint check docs bench clean
 
 BIN := .venv/bin
 BIN_LATEST := .venv-latest/bin
+BIN_LLAMAFACTORY := .venv-llamafactory/bin
 # Two test processes: the multi-process tests start more of their own. By file, because the runs that
 # a file shares would else be started in both.
 PYTEST := -m pytest -n 2 --dist loadfile --durations=15 --durations-min=5
@@ -29,6 +31,11 @@ SOURCES := pyproject.toml scripts/make_env constraints/sources.txt constraints/v
 .venv-latest/.stamp: $(SOURCES) constraints/latest.in constraints/latest.txt
 	@scripts/make_env latest
 
+env-llamafactory: .venv-llamafactory/.stamp ## Create .venv-llamafactory: a small one over .venv
+
+.venv-llamafactory/.stamp: .venv/.stamp constraints/llamafactory.txt
+	@scripts/make_env llamafactory
+
 demo: env ## Train a tiny model on four channels and show their losses
 	$(BIN)/channel-metrics train configs/fused_data/debug.yaml
 
@@ -40,6 +47,9 @@ test: env ## Run the tests in .venv
 
 test-latest: env-latest ## Run the tests in .venv-latest
 	$(TEST_ENV) $(BIN_LATEST)/python $(PYTEST) $(ARGS)
+
+test-llamafactory: env-llamafactory ## Run the tests of LLaMA-Factory (about 5 minutes)
+	$(TEST_ENV) $(BIN_LLAMAFACTORY)/python -m pytest tests/trainers/llamafactory $(ARGS)
 
 test-upstream: env ## Run TRL's or transformers' tests with and without our patch (TRL_PATH=...)
 	$(TEST_ENV) TRL_PATH=$(TRL_PATH) TRANSFORMERS_PATH=$(TRANSFORMERS_PATH) \
@@ -64,6 +74,6 @@ bench: env ## Measure what it costs, beside others; writes benchmarks/results/ a
 	$(BIN)/python -m benchmarks
 
 clean: ## Remove environments, caches and build products
-	rm -rf .venv .venv-latest .venv-matrix build dist site *.egg-info .hypothesis .import_linter_cache
+	rm -rf .venv .venv-latest .venv-llamafactory .venv-matrix build dist site *.egg-info .hypothesis .import_linter_cache
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
