@@ -48,8 +48,9 @@ test: env ## Run the tests in .venv
 test-latest: env-latest ## Run the tests in .venv-latest
 	$(TEST_ENV) $(BIN_LATEST)/python $(PYTEST) $(ARGS)
 
-test-llamafactory: env-llamafactory ## Run the tests of LLaMA-Factory (about 5 minutes)
-	$(TEST_ENV) $(BIN_LLAMAFACTORY)/python -m pytest tests/trainers/llamafactory $(ARGS)
+test-llamafactory: env-llamafactory ## Run the tests of LLaMA-Factory in it
+	$(TEST_ENV) $(BIN_LLAMAFACTORY)/python -m pytest \
+		tests/trainers/llamafactory tests/contract/test_contract_llamafactory.py $(ARGS)
 
 test-upstream: env ## Run TRL's or transformers' tests with and without our patch (TRL_PATH=...)
 	$(TEST_ENV) TRL_PATH=$(TRL_PATH) TRANSFORMERS_PATH=$(TRANSFORMERS_PATH) \
