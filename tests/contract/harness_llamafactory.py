@@ -19,7 +19,9 @@ class LlamaFactoryHarness(HFHarness):
     """Its runs are forked from a process that finds the stub of torchaudio."""
 
     name = "llamafactory"
-    preload = Preload(("llamafactory.train.sft.trainer", "contract.harness_hf"), first=(str(STUBS),))
+    preload = Preload(
+        ("llamafactory.train.sft.trainer", "contract.harness_hf"), first=(str(STUBS),)
+    )
     is_here = False
 
     def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:

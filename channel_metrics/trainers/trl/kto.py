@@ -30,7 +30,7 @@ def _margin(sums: Sums) -> float | None:
     return None if chosen is None or rejected is None else chosen - rejected
 
 
-KTO_SCHEMA = sample_schema(
+_SCHEMA = sample_schema(
     "answers",
     *(Column(kind, "rewards", f"rewards of the {kind} answers") for kind in _KINDS),
     *(Column(f"num_{kind}", "answers", f"{kind} answers") for kind in _KINDS),
@@ -75,7 +75,7 @@ class KTORecordsMixin(RecordsMixin):
     channel_label_key = "label"
 
     def _schema(self) -> Schema:
-        return KTO_SCHEMA
+        return _SCHEMA
 
     def _new_scratch(self, session: ChannelMetrics) -> _KTOScratch:
         return _KTOScratch(super()._new_scratch(session).reader)
