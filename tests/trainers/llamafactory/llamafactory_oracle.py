@@ -32,10 +32,16 @@ def records(files: Path, name: str) -> list[dict[str, Any]]:
     return found
 
 
-def log_probs(folder: Path, ids: list[int]) -> torch.Tensor:
-    """The log probability of each token but the first."""
+def log_probs(folder: Path, ids: list[int], places: list[int] | None = None) -> torch.Tensor:
+    """The log probability of each token but the first. places: their position ids."""
+    positions = torch.tensor([places or list(range(len(ids)))])
     with torch.no_grad():
-        logits = _model(folder)(input_ids=torch.tensor([ids])).logits[0, :-1]
+        logits = _model(folder)(
+            input_ids=torch.tensor([ids]),
+            position_ids=positions,
+            # With a mask, the model does not look for sequences in the position ids.
+            attention_mask=torch.ones_like(positions),
+        ).logits[0, :-1]
     return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
@@ -54,6 +60,32 @@ def of_sft(files: Path, field: str | None = None) -> Expected:
                 asked, said = (turn["value"] for turn in record["turns"])
                 found = answer(files / "model", asked, said)
                 add(sums[record[field] if field else name], -float(found.sum()), len(found))
+    return _means(sums)
+
+
+def of_packs(files: Path, size: int) -> Expected:
+    """Stage sft with `packing`: the samples of a pack see those before them."""
+    samples = []
+    for name in NAMES:
+        for record in records(files, name):
+            if record["turns"]:
+                asked, said = (list(turn["value"].encode()) for turn in record["turns"])
+                samples.append((name, asked + said, len(asked)))
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0])
+    while samples:
+        pack: list[Any] = []
+        while fitting := [s for s in samples if sum(len(p[1]) for p in pack) + len(s[1]) <= size]:
+            # The longest that fits; of several, the last.
+            longest = max(enumerate(fitting), key=lambda pair: (len(pair[1][1]), pair[0]))[1]
+            samples.pop(max(i for i, sample in enumerate(samples) if sample is longest))
+            pack.append(longest)
+        ids = [token for _, tokens, _ in pack for token in tokens]
+        places = [place for _, tokens, _ in pack for place in range(len(tokens))]
+        found, start = log_probs(files / "model", ids, places), 0
+        for name, tokens, prompt in pack:
+            answered = found[start + prompt - 1 : start + len(tokens) - 1]
+            add(sums[name], -float(answered.sum()), len(answered))
+            start += len(tokens)
     return _means(sums)
 
 

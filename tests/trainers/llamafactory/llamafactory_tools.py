@@ -153,7 +153,8 @@ class Command:
     @property
     def values(self) -> dict[str, Any]:
         """All that was logged in training, by key."""
-        return {k: v for entry in self.log if "eval_runtime" not in entry for k, v in entry.items()}
+        trained = [e for e in self.log if not any(key.startswith("eval_") for key in e)]
+        return {key: value for entry in trained for key, value in entry.items()}
 
     @property
     def weights(self) -> bytes:
