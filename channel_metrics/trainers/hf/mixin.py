@@ -294,5 +294,5 @@ def check_trainer(trainer_class: type) -> None:
         raise UnsupportedVersionError(
             f"channel metrics extend {len(_HOOKS)} methods of the Trainer, but "
             f"{trainer_class.__name__} of transformers {transformers.__version__} lacks "
-            f"{', '.join(missing)}; use a tested version (see README)."
+            f"{', '.join(missing)}; use a tested version (docs/compatibility.md)."
         )
