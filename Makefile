@@ -58,7 +58,7 @@ check: lint ## The linters, and the tests of the core: under a minute
 	$(TEST_ENV) $(BIN)/python $(PYTEST) -q tests/core tests/data tests/test_session.py tests/test_config.py
 
 docs: env ## Build the docs site into site/; a broken link is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: env ## Measure what it costs, beside others; writes benchmarks/results/ and docs/benchmarks.*
 	$(BIN)/python -m benchmarks

@@ -22,6 +22,7 @@ matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "channel_metrics"
 
 import matplotlib.pyplot as plt  # noqa: E402 - the backend is chosen before
+import torch  # noqa: E402
 
 from channel_metrics.demo.config import load_config  # noqa: E402
 from channel_metrics.demo.train import train  # noqa: E402
@@ -215,6 +216,7 @@ CASES: dict[str, Callable[[Case], None]] = {
 
 def main(names: Sequence[str]) -> None:
     """Run these cases, or all."""
+    torch.set_num_threads(1)  # the same numbers on every machine
     for name in names or CASES:
         print(f"{name}: {CASES[name].__doc__}")
         with TemporaryDirectory() as folder:
