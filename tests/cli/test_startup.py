@@ -89,6 +89,18 @@ def test_a_run_without_a_trainer_says_so_once_and_leaves_nothing(tmp_path: Path,
     assert done.returncode == 0
 
 
+def test_a_run_inside_a_run_is_reached_behind_the_sitecustomize_of_others(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('theirs')")
+    (tmp_path / "child.py").write_text(CHILD)
+    (tmp_path / "inner.py").write_text(
+        "import subprocess, sys; subprocess.run([sys.executable, 'child.py'], check=True)"
+    )
+    # Somebody has put their own folder before ours.
+    path = os.pathsep.join([str(tmp_path), str(STARTUP), str(ROOT)])
+    done = python(*RUN, "inner.py", cwd=tmp_path, PYTHONPATH=path)
+    assert done.stdout.splitlines() == ["theirs", "theirs", "[]", "1", "[]"]
+
+
 def test_a_script_that_fails_has_the_last_word(tmp_path: Path) -> None:
     (tmp_path / "fails.py").write_text("import sys; sys.exit('mine')")
     done = python(*RUN, "fails.py", cwd=tmp_path, PYTHONPATH=str(ROOT))
