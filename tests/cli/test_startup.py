@@ -157,7 +157,7 @@ def finder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PatchFin
     found = PatchFinder()
     yield found
     sys.meta_path.remove(found)
-    for name in ("theirs", "theirs.part", "theirs.part.trainer", "their_patch"):
+    for name in ("theirs", "theirs.other", "theirs.part", "theirs.part.trainer", "their_patch"):
         sys.modules.pop(name, None)
 
 
@@ -174,6 +174,24 @@ def test_a_patch_is_applied_when_its_package_is_complete(finder: PatchFinder) ->
 def test_a_patch_is_applied_at_once_if_its_module_is_there(finder: PatchFinder) -> None:
     import_module("theirs.part")
     finder.watch(["theirs"])
+    assert sys.modules["their_patch"].applied == [True]
+
+
+def test_a_thread_does_not_apply_a_patch_while_another_one_imports(
+    finder: PatchFinder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PATCHES["theirs"], "theirs.later", "their_patch")
+    (tmp_path / "theirs" / "part" / "__init__.py").write_text(
+        "import threading\n"
+        "from theirs.part import trainer\n"
+        "thread = threading.Thread(target=__import__, args=('theirs.other',))\n"
+        "thread.start()\n"
+        "thread.join()\n"
+        "READY = True\n"
+    )
+    (tmp_path / "theirs" / "other.py").touch()
+    finder.watch(["theirs"])
+    import_module("theirs.part")
     assert sys.modules["their_patch"].applied == [True]
 
 
