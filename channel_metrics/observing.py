@@ -30,6 +30,7 @@ from channel_metrics.core.sums import TokenValues
 from channel_metrics.counting import Counting
 from channel_metrics.data.batch_channels import (
     BatchChannels,
+    check_not_cut,
     first_records,
     real_records,
     take_channels,
@@ -167,6 +168,7 @@ def observe(
                 "a batch must hold `channels` and `labels` to be observed, but holds "
                 f"{', '.join(batch)}; make it with `ChannelMetrics.collator`."
             )
+        check_not_cut(taken)
         values, reported = seen.values, None
         if values is None:
             values, reported = _captured(reader, observation, model, labels, taken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,12 @@ from torch import Tensor
 from channel_metrics.core.boundaries import sequence_index
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, CollatorFault
+from channel_metrics.errors import ChannelError
 
 __all__ = [
     "COLUMNS_KEY",
     "BatchChannels",
+    "check_not_cut",
     "first_records",
     "real_records",
     "repeats_unseen",
@@ -69,6 +72,27 @@ def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorF
     if channels is None or isinstance(channels, CollatorFault):
         return channels
     return BatchChannels(channels, cu_seqlens, records, columns)
+
+
+def check_not_cut(batch: BatchChannels) -> None:
+    """Raise `ChannelError` if accelerate has cut the boundaries as if they were rows.
+
+    It does so if one process reads the data for all, which is its default for streams, also if
+    there is no other process.
+    """
+    bounds = batch.cu_seqlens
+    if bounds is None or len(bounds) == batch.num_sequences + 1 or "accelerate" not in sys.modules:
+        return
+    from accelerate.data_loader import DataLoaderDispatcher
+    from accelerate.state import GradientState
+
+    if isinstance(GradientState().active_dataloader, DataLoaderDispatcher):
+        raise ChannelError(
+            f"a batch of {batch.num_sequences} channels has {len(bounds)} boundaries: accelerate "
+            "reads the data on one process and cuts packed or flattened batches as if each "
+            "sequence were a row. Let each process read its own part: "
+            "Accelerator(dataloader_config=DataLoaderConfiguration(dispatch_batches=False))."
+        )
 
 
 def real_records(accelerator: Any, data_rank: int, data_size: int) -> tuple[int, int] | None:

@@ -34,12 +34,13 @@ _SCHEMA = sample_schema(
     "answers",
     *(Column(kind, "rewards", f"rewards of the {kind} answers") for kind in _KINDS),
     *(Column(f"num_{kind}", "answers", f"{kind} answers") for kind in _KINDS),
-    Column("loss", "loss", "losses of the answers, after desirable_weight and undesirable_weight"),
+    Column("loss", "nats", "losses of the answers, after desirable_weight and undesirable_weight"),
     *(
         Metric(
             f"rewards/{kind}",
             (kind, f"num_{kind}"),
             partial(_mean_of, kind),
+            unit="rewards",
             doc=f"{kind} / num_{kind}",
             always=True,
         )
@@ -49,10 +50,11 @@ _SCHEMA = sample_schema(
         "rewards/margins",
         (*_KINDS, *(f"num_{kind}" for kind in _KINDS)),
         _margin,
+        unit="rewards",
         doc="rewards/chosen - rewards/rejected",
         always=True,
     ),
-    replace(mean("loss", "loss"), always=False),
+    replace(mean("loss", "loss", "nats"), always=False),
 )
 
 

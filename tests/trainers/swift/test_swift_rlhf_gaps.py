@@ -106,3 +106,19 @@ def test_the_process_that_rlhf_starts_is_patched(ranks_of: RanksOf) -> None:
     assert found["rlhf"][:3] == ["--model", "m", "--external_plugins"]
     assert found["rlhf"][3].endswith("ms_swift.py")
     assert found["infer"] == ["--model", "m"]
+
+
+@alone
+def units(folder: Path) -> Any:
+    from channel_metrics.trainers.swift.kto import _SCHEMA
+    from channel_metrics.trainers.swift.pair_schema import pair_schema
+
+    schemas = (_SCHEMA, pair_schema(), pair_schema(1.0))
+    return {metric.name: metric.unit for schema in schemas for metric in schema.metrics}
+
+
+def test_only_shares_of_a_whole_have_no_unit(ranks_of: RanksOf) -> None:
+    (found,) = ranks_of(units)
+    assert {name for name, unit in found.items() if not unit} == {"share", "rewards/accuracies"}
+    assert found["nll_loss"] == found["loss"] == "nats"
+    assert found["rewards/margins"] == "rewards"
