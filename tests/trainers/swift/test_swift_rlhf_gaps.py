@@ -7,7 +7,7 @@ from typing import Any
 
 import faults
 from rank_cases import RanksOf, case
-from swift_rlhf_files import CHANNELS, NUM_RECORDS, ON, given, run
+from swift_rlhf_files import CHANNELS, NUM_RECORDS, ON, given, run, shared
 from swift_tools import SWIFT, needs_swift
 
 pytestmark = needs_swift
@@ -46,13 +46,14 @@ def test_a_fault_ends_the_metrics_only(ranks_of: RanksOf) -> None:
 def without(folder: Path) -> Any:
     """Runs that have no metrics, and what they say."""
     sequences = given(folder / "dpo", "dpo", eval_strategy="no", max_steps=1)
-    options = given(folder / "cpo", "cpo", eval_strategy="no", max_steps=1)
+    options = given(folder / "gkd", "gkd", eval_strategy="no", max_steps=1)
+    options["teacher_model"] = str(shared(folder) / "reference")
     from swift import RLHFArguments
 
     from channel_metrics.trainers.swift.tasks import why_without_metrics
 
-    found = {"cpo": [run(options, None), run(options)]}
-    for of_run in found["cpo"]:
+    found = {"gkd": [run(options, None), run(options)]}
+    for of_run in found["gkd"]:
         del of_run["trainer"]
     reasons = {}
     args = RLHFArguments(**sequences)
@@ -66,11 +67,11 @@ def without(folder: Path) -> Any:
 
 def test_runs_without_metrics_say_so(ranks_of: RanksOf) -> None:
     (found,) = ranks_of(without)
-    off, on = found["cpo"]
+    off, on = found["gkd"]
     assert (on["log"], on["weights"]) == (off["log"], off["weights"])
     (told,) = on["told"]
     assert told.startswith("no channel metrics in this run")
-    assert "dpo, orpo, rm, kto, grpo, and this is rlhf_type cpo." in told
+    assert "dpo, orpo, cpo, rm, kto, grpo, and this is rlhf_type gkd." in told
     assert found["reasons"] == {
         "dpo": None,
         "parallel": "rlhf_type dpo has them only with sequence_parallel_size 1",
