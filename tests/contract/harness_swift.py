@@ -95,7 +95,7 @@ class SwiftDPOHarness(SwiftHarness):
         trainer = DPOTrainer(
             model=model,
             ref_model=tiny_qwen2(REFERENCE_SEED),
-            args=DPOConfig(**arguments | OWN, beta=BETA),
+            args=DPOConfig(**arguments | OWN, bf16=False, loss_type="sigmoid", beta=BETA),
             template=template,
             train_dataset=self.records([s for step in script.steps for s in flat(step)]),
         )

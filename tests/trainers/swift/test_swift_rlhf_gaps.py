@@ -1,4 +1,4 @@
-"""`swift rlhf`: a fault of ours, runs without metrics, and the command line."""
+"""`swift rlhf`: a fault of ours, and runs without metrics."""
 
 from __future__ import annotations
 
@@ -46,8 +46,11 @@ def test_a_fault_ends_the_metrics_only(ranks_of: RanksOf) -> None:
 def without(folder: Path) -> Any:
     """Runs that have no metrics, and what they say."""
     sequences = given(folder / "dpo", "dpo", eval_strategy="no", max_steps=1)
-    options = given(folder / "gkd", "gkd", eval_strategy="no", max_steps=1)
-    options["teacher_model"] = str(shared(folder) / "reference")
+    teacher = {
+        "teacher_model": str(shared(folder) / "reference"),
+        "teacher_model_type": "qwen2",
+    }
+    options = given(folder / "gkd", "gkd", eval_strategy="no", max_steps=1, **teacher)
     from swift import RLHFArguments
 
     from channel_metrics.trainers.swift.tasks import why_without_metrics
@@ -77,33 +80,3 @@ def test_runs_without_metrics_say_so(ranks_of: RanksOf) -> None:
         "parallel": "rlhf_type dpo has them only with sequence_parallel_size 1",
         "turns": "rlhf_type grpo has them only without multi_turn_scheduler",
     }
-
-
-@alone
-def command(folder: Path) -> Any:
-    """What `channel-metrics run --patch ms_swift swift rlhf ...` starts."""
-    import sys
-
-    import channel_metrics.patches.ms_swift as patch
-    from swift.cli import main as swift_cli
-
-    found = {}
-    before = sys.argv
-    patch.revert()
-    patch.apply(ON)
-    try:
-        for name in ("rlhf", "infer"):
-            sys.argv = ["swift", name, "--model", "m"]
-            found[name] = sys.argv[2:]
-            swift_cli.parse_yaml_args(found[name])
-    finally:
-        sys.argv = before
-        patch.revert()
-    return found
-
-
-def test_the_process_that_rlhf_starts_is_patched(ranks_of: RanksOf) -> None:
-    (found,) = ranks_of(command)
-    assert found["rlhf"][:3] == ["--model", "m", "--external_plugins"]
-    assert found["rlhf"][3].endswith("ms_swift.py")
-    assert found["infer"] == ["--model", "m"]
