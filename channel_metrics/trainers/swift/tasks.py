@@ -21,7 +21,7 @@ RLHF_TASKS = {
     "kto": ("KTOTrainer", "kto"),
     "grpo": ("GRPOTrainer", "grpo"),
 }
-"""{rlhf_type: (the class of ms-swift's trainer, the module of its mixin)}. simpo is a kind of cpo."""
+"""{rlhf_type: (the class of ms-swift's trainer, the module of its mixin)}; simpo is a cpo."""
 
 
 def why_without_metrics(args: Any) -> str | None:

@@ -107,6 +107,7 @@ class KTOChannelMetricsMixin(KTOLossMixin, PairChannelMetricsMixin):
     beta: float
     desirable_weight: float
     undesirable_weight: float
+    calculate_KL: bool
     ref_model: Any
     _metrics: dict[str, dict[str, list[float]]]
 
@@ -127,22 +128,23 @@ class KTOChannelMetricsMixin(KTOLossMixin, PairChannelMetricsMixin):
     ) -> tuple[Any, dict[str, Tensor]]:
         """The rewards and losses of the answers."""
         reference = self.model if self.ref_model is None else self.ref_model
-        label, ids = inputs["label"], inputs.get("input_ids")
-        with _kept_log_probs((model, reference), ids) as (ours, theirs):
+        with _kept_log_probs(model, reference) as (ours, theirs):
             result = compute(model, inputs, *rest, **kw)
-        found = self._kept_answers(label)
+        found = self._kept_answers(inputs["label"])
         if found is not None:
             return result, found
         if "ref_logps" in inputs:
             theirs = [inputs["ref_logps"]]
-        if not ours or not theirs:
+        # The first forward is for the KL. The reference comes last, also if it is the model
+        # without its adapter.
+        answers = ours[int(self.calculate_KL) :]
+        if not answers or not theirs or len(answers[0]) != num_pairs:
             raise UnsupportedVersionError(
                 f"channel metrics need the log probabilities of each answer, but KTOTrainer of trl "
                 f"{trl.__version__} gives only sums over a batch here; set use_liger_kernel=False "
                 "or use a tested version (see docs/trl.md), or detach the metrics."
             )
-        # A model that is its own reference, without its adapter, is called for that afterwards.
-        return result, self._computed(label.bool(), ours[0], theirs[-1])
+        return result, self._computed(inputs["label"].bool(), answers[0], theirs[-1])
 
     def _computed(self, label: Tensor, log_probs: Tensor, reference: Tensor) -> dict[str, Tensor]:
         """{column: values} by TRL's formula, from the log probabilities of the answers."""
@@ -163,7 +165,7 @@ class KTOChannelMetricsMixin(KTOLossMixin, PairChannelMetricsMixin):
         self, session: ChannelMetrics, batch: BatchChannels, values: Any, loss: Tensor
     ) -> None:
         if self.aux_loss_enabled:
-            # The auxiliary loss of the experts belongs to no answer, so there is nothing to compare.
+            # The auxiliary loss of the experts belongs to no answer: nothing to compare.
             loss = values["loss"].mean()
         super()._count_pairs(session, batch, values, loss)
 
@@ -180,15 +182,15 @@ def _values(label: Tensor, rewards: Tensor, losses: Tensor) -> dict[str, Tensor]
 
 
 @contextmanager
-def _kept_log_probs(models: tuple[Any, Any], ids: Any) -> Iterator[tuple[list[Tensor], ...]]:
-    """For each model, what its forwards on `ids` give: the log probability of each answer."""
-    kept: tuple[list[Tensor], ...] = ([], [])
+def _kept_log_probs(*models: Any) -> Iterator[tuple[list[Tensor], ...]]:
+    """For each model and each of its forwards, the log probabilities of the answers."""
+    kept: tuple[list[Tensor], ...] = tuple([] for _ in models)
 
     def keep(into: list[Tensor], _model: Any, _args: Any, given: Any, outputs: Any) -> None:
         log_probs = getattr(outputs, "log_probs", None)
-        if log_probs is not None and given.get("input_ids") is ids:
+        if log_probs is not None:
             # Prompt tuning puts positions before those of the tokens.
-            into.append(log_probs.detach()[:, 1 - ids.shape[1] :].sum(-1))
+            into.append(log_probs.detach()[:, 1 - given["input_ids"].shape[1] :].sum(-1))
 
     with ExitStack() as stack:
         for model, into in zip(models, kept, strict=True):

@@ -24,7 +24,12 @@ _MIXINS: dict[str, type[ChannelMetricsMixin]] = {
     "SFTTrainer": SFTChannelMetricsMixin,
 }
 # Trainers that compute their loss or rewards in another way before this trl.
-_OLDEST = {"DPOTrainer": "0.29", "GRPOTrainer": "0.29", "KTOTrainer": "0.29", "RewardTrainer": "0.24"}
+_OLDEST = {
+    "DPOTrainer": "0.29",
+    "GRPOTrainer": "0.29",
+    "KTOTrainer": "0.29",
+    "RewardTrainer": "0.24",
+}
 
 
 def mixin_for(trainer_class: type) -> type[ChannelMetricsMixin]:

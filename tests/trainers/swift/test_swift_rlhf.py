@@ -1,4 +1,4 @@
-"""`swift rlhf` dpo, orpo, cpo, simpo, rm and kto: metrics per channel, against a loop over the records.
+"""`swift rlhf` but grpo: metrics per channel, against a loop over the records.
 
 The first step is a whole epoch, so its window holds every record, under the weights that the run
 began with. The same training with and without the metrics must agree bit for bit.

@@ -7,7 +7,7 @@ from typing import Any
 
 import faults
 from rank_cases import RanksOf, case
-from swift_rlhf_files import CHANNELS, NUM_RECORDS, ON, given, run, shared
+from swift_rlhf_files import CHANNELS, NUM_RECORDS, given, run, shared
 from swift_tools import SWIFT, needs_swift
 
 pytestmark = needs_swift

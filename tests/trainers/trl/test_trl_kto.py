@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import trl
+from contract.pairs import log_prob
 from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig
@@ -31,7 +32,6 @@ from trl_tools import (
 
 from channel_metrics import MetricsConfig, UnsupportedVersionError
 from channel_metrics.trainers.hf import attach, detach
-from contract.pairs import log_prob
 
 OLD = Version(trl.__version__) < Version("1")
 BETA, DESIRABLE, UNDESIRABLE = 0.3, 1.5, 0.5

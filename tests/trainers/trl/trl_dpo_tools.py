@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import trl
+from contract.pairs import log_prob
 from packaging.version import Version
 from trl import DPOConfig, DPOTrainer
 from trl_tools import (
@@ -21,7 +22,6 @@ from trl_tools import (
 )
 
 from channel_metrics import MetricsConfig
-from contract.pairs import log_prob
 
 BETA = 0.3
 EVERYTHING = MetricsConfig(metrics=("loss", "samples", "share", "samples_total"))
