@@ -51,6 +51,7 @@ KTO_SCHEMA = sample_schema(
             f"rewards/{kind}",
             (kind, f"num_{kind}"),
             partial(_mean_of, kind),
+            unit="rewards",
             doc=f"{kind} / num_{kind}",
             always=True,
         )
@@ -60,10 +61,11 @@ KTO_SCHEMA = sample_schema(
         "rewards/margins",
         (*_KINDS, *(f"num_{kind}" for kind in _KINDS)),
         _margin,
+        unit="rewards",
         doc="rewards/chosen - rewards/rejected",
         always=True,
     ),
-    replace(mean("loss", "loss"), always=False),
+    replace(mean("loss", "loss", "loss"), always=False),
 )
 
 
