@@ -1,4 +1,4 @@
-"""ms-swift's Seq2SeqTrainer, on records that are encoded already.
+"""ms-swift's Seq2SeqTrainer and DPOTrainer, on records that are encoded already.
 
 Its runs are forked from a process that has imported ms-swift. Here it is never imported: it
 changes transformers for everybody.
@@ -15,9 +15,18 @@ from swift_tools import SWIFT
 from channel_metrics.demo.tiny import byte_tokenizer
 from channel_metrics.trainers.hf import attach
 from contract.harness_hf import HFHarness, Records, tiny_qwen2
-from contract.script import Script, flat
+from contract.pairs import BETA, REFERENCE_SEED, loss_of_pair, pair_of
+from contract.script import OneSequence, Script, flat
 
-__all__ = ["SwiftHarness"]
+__all__ = ["SwiftDPOHarness", "SwiftHarness"]
+
+OWN = {
+    "check_model": False,
+    "dataloader_num_workers": 0,
+    "gradient_checkpointing": False,
+    "logging_first_step": False,
+    "train_dataloader_shuffle": False,
+}
 
 
 class SwiftHarness(HFHarness):
@@ -38,10 +47,9 @@ class SwiftHarness(HFHarness):
         tokenizer.save_pretrained(self.folder)
         tiny_qwen2().save_pretrained(self.folder)
 
-    def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
+    def model_and_template(self, mode: str) -> tuple[Any, Any]:
         from swift.model import get_model_processor
         from swift.template import get_template
-        from swift.trainers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
         model, processor = get_model_processor(
             str(self.folder),
@@ -52,18 +60,55 @@ class SwiftHarness(HFHarness):
             use_hf=True,
         )
         template = get_template(processor, template_type="qwen2_5")
-        template.set_mode("train")
-        own = {
-            "check_model": False,
-            "dataloader_num_workers": 0,
-            "gradient_checkpointing": False,
-            "logging_first_step": False,
-            "train_dataloader_shuffle": False,
-        }
+        template.set_mode(mode)
+        return model, template
+
+    def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
+        from swift.trainers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+        model, template = self.model_and_template("train")
         trainer = Seq2SeqTrainer(
             model=model,
-            args=Seq2SeqTrainingArguments(**arguments | own),
+            args=Seq2SeqTrainingArguments(**arguments | OWN),
             template=template,
-            train_dataset=Records([s for step in script.steps for s in flat(step)]),
+            train_dataset=self.records([s for step in script.steps for s in flat(step)]),
         )
         return attach(trainer, script.config)
+
+
+class SwiftDPOHarness(SwiftHarness):
+    """A sequence of the script is a pair, as in `DPOHarness`."""
+
+    name = "swift_dpo"
+    can = SwiftHarness.can | {"pairs"}
+
+    def nll(self, sequence: OneSequence) -> float:
+        return loss_of_pair(sequence)
+
+    def records(self, sequences: list[OneSequence], fails_at: int | None = None) -> Records:
+        return Pairs(sequences, fails_at)
+
+    def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
+        from swift.rlhf_trainers import DPOConfig, DPOTrainer
+
+        model, template = self.model_and_template("rlhf")
+        trainer = DPOTrainer(
+            model=model,
+            ref_model=tiny_qwen2(REFERENCE_SEED),
+            args=DPOConfig(**arguments | OWN, bf16=False, loss_type="sigmoid", beta=BETA),
+            template=template,
+            train_dataset=self.records([s for step in script.steps for s in flat(step)]),
+        )
+        return attach(trainer, script.config)
+
+
+class Pairs(Records):
+    """Pairs as ms-swift's template encodes them."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record: dict[str, Any] = {"channel": super().__getitem__(index)["channel"]}
+        prompt, *answers = pair_of(self.sequences[index])
+        for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+            record[f"{side}_input_ids"] = [*prompt, *answer]
+            record[f"{side}_labels"] = [-100] * len(prompt) + answer
+        return record

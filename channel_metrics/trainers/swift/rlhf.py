@@ -16,7 +16,7 @@ from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.mixin import RESERVED_KEYS, ChannelMetricsMixin
-from channel_metrics.trainers.swift.data import CHANNEL_COLUMN, declare
+from channel_metrics.trainers.swift.data import declare, wrapped_collator
 
 __all__ = ["SwiftRLHFMixin", "not_called"]
 
@@ -56,15 +56,8 @@ class SwiftRLHFMixin(ChannelMetricsMixin):
         return declare(session, dataset, split)
 
     def _with_channels(self, session: ChannelMetrics, dataset: Any, description: str) -> Any:
-        known = self._declare(session, dataset, description) or bool(session.config.channels)
-        return _RecordCollator(
-            self.data_collator,
-            fields=(CHANNEL_COLUMN,),
-            table=session.labels if known else None,
-            strip=(),
-            carry_faults=True,
-            classes=session.classes,
-        )
+        self._declare(session, dataset, description)
+        return wrapped_collator(session, self.data_collator, _RecordCollator)
 
     def _observed_loss(self, compute: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loss; see `get_batch_loss_metrics`."""
