@@ -138,10 +138,10 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
         theirs = trainer.logged_metrics.keys() - self._own
         logs: dict[str, float] = dict.fromkeys(theirs, 0.0)
         self.metrics.write(window, logs)
-        ours = logs.keys() - theirs
-        self._own |= ours
+        ours = {key: value for key, value in logs.items() if key not in theirs}
+        self._own |= ours.keys()
         # Lightning would round a float to float32.
-        return {key: torch.tensor(logs[key], dtype=torch.float64, device="cpu") for key in ours}
+        return {k: torch.tensor(v, dtype=torch.float64, device="cpu") for k, v in ours.items()}
 
     # ---- evaluation ------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from said import warnings_of_ours
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from channel_metrics import ChannelMetrics, ChannelMetricsError, MetricsConfig, evaluate
 
@@ -74,23 +74,53 @@ def ddp_values(folder: Path) -> Any:
     return {"model": frozen(model_loss), "logits": frozen(logits_loss)}
 
 
+def compiled(how: str, on: bool, dropout: float = 0.1, rate: float = 1e-2) -> Any:
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny_model(attention_dropout=dropout)
+    called: Any = DistributedDataParallel(model)
+    if how == "model.compile()":
+        called.compile(backend="eager")
+    else:
+        called = torch.compile(called, backend="eager")
+    return of_this_rank(model_loss, model, called, on=on, learning_rate=rate), model
+
+
 @two
 def ddp_compiled(folder: Path) -> Any:
-    """{how it is compiled: [windows, graphs] without and with metrics}"""
+    """{how it is compiled: what came}"""
     found: dict[str, Any] = {}
     for how in ("torch.compile(model)", "model.compile()"):
-        for on in (False, True):
-            torch._dynamo.reset()
-            counters.clear()
-            model = tiny_model(attention_dropout=0.0)
-            called: Any = DistributedDataParallel(model)
-            if how == "model.compile()":
-                called.compile(backend="eager")
-            else:
-                called = torch.compile(called, backend="eager")
-            logs = of_this_rank(model_loss, model, called, on=on, learning_rate=0.0, steps=2)
-            found.setdefault(how, []).append([logs, dict(counters["stats"])])
+        graphs = {}
+
+        def run(on: bool, how: str = how, graphs: Any = graphs) -> Any:
+            result = compiled(how, on)
+            graphs[on] = dict(counters["stats"])
+            return result
+
+        bits, frozen = on_and_off(run), compiled(how, True, dropout=0.0, rate=0.0)[0]
+        found[how] = {**bits, "graphs": graphs, "frozen": frozen}
     return found
+
+
+@two
+def sampler_repeats(folder: Path) -> Any:
+    """An evaluation set that torch's sampler fills up for the ranks."""
+    model, metrics = tiny_model(attention_dropout=0.0), ChannelMetrics()
+    collate: Any = metrics.collator(PaddingCollator())
+    found = {}
+    for count in (1, 5, 7, 8):
+        records: Any = RECORDS[:count]
+        sampler: Any = DistributedSampler(records, shuffle=False)
+        loader = DataLoader(records, batch_size=3, collate_fn=collate, sampler=sampler)
+        found[count] = evaluate(metrics, model, loader, step=1)
+    return found
+
+
+def test_records_that_a_sampler_repeats_count_once(ranks_of: RanksOf) -> None:
+    for rank in ranks_of(sampler_repeats):
+        for count, logs in rank.items():
+            check(logs, plain_oracle(RECORDS[:count], prefix="eval_"))
 
 
 def sharded(on: bool, dropout: float = 0.1, rate: float = 1e-2, forward: Any = model_loss) -> Any:
@@ -133,10 +163,11 @@ def test_two_ranks_equal_a_plain_computation(ranks_of: RanksOf, case: Case, way:
 
 def test_a_compiled_ddp(ranks_of: RanksOf) -> None:
     for rank in ranks_of(ddp_compiled):
-        for (_, off), (logs, on) in rank.values():
-            assert on["unique_graphs"] == off["unique_graphs"] > 0
-            assert on == off
-            check(logs[0], plain_oracle(RECORDS[:16]))
+        for found in rank.values():
+            assert found["graphs"][True] == found["graphs"][False]
+            assert found["graphs"][True]["unique_graphs"] > 0
+            assert found["on"] == found["off"]
+            check(found["frozen"][0], plain_oracle(RECORDS[:16]))
 
 
 # ---- accelerate ---------------------------------------------------------------------------------
