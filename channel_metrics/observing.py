@@ -57,6 +57,11 @@ class Seen:
     """What `observe` gives its block: takes the logits or token losses of a loop's own loss.
 
     Call one of the two methods, once. What is handed over is read at once and not kept.
+
+    Attributes:
+        labels: those of the batch.
+        values: the values of the tokens that were handed over; None if none were.
+        observation: what was seen of the model, an `Observation`; None if it is not observed.
     """
 
     def __init__(self, metrics: Counting, labels: Any) -> None:
@@ -157,9 +162,9 @@ def observe(
     """See `ChannelMetrics.observe`.
 
     Args:
-        real: in an evaluation, (records without repetitions, all records) of the batch; None if
-            nothing is repeated, or if `accelerator` knows it.
-        remedy: what to do if the losses cannot be seen, for an error.
+        real: (records without repetitions, all records) of an evaluation batch; None if nothing
+            is repeated, or if `accelerator` knows it.
+        remedy: the end of the error that is raised if the token losses cannot be read.
     """
     taken = take_channels(batch)
     seen = Seen(metrics, batch.get("labels"))
@@ -174,19 +179,15 @@ def observe(
     with watching as seen.observation:
         yield seen
     with metrics.guard.guarded():
+        # The loop may have taken the labels out of the batch for its own loss.
+        labels = batch.get("labels", seen.labels)
         values, reported = seen.values, None
         if values is None:
-            # The loop may have taken the labels out of the batch for its own loss.
-            labels = batch.get("labels", seen.labels)
             try:
                 values, reported = _captured(reader, seen.observation, model, labels, taken)
             except UnsupportedVersionError as error:
                 raise UnsupportedVersionError(f"{error} {remedy}") from error
-        if metrics.evaluating and accelerator is not None:
-            ranks = accelerator.process_index, accelerator.num_processes
-            real = real_records(accelerator, *ranks)
-        elif metrics.evaluating and real is None and "accelerate" in sys.modules:
-            _tell_of_repeats(metrics)
+        real = _real_records(metrics, accelerator, real)
         if real is not None and real[0] < real[1]:
             taken, values, reported = *_without_repeats(taken, values, *real), None
         metrics.count(MicroBatch.of_values(values, taken.channels, taken.cu_seqlens, reported))
@@ -230,6 +231,19 @@ def _captured(
         observation, labels, causal=is_causal(model), by_rows=taken.cu_seqlens is None
     )
     return found
+
+
+def _real_records(
+    metrics: Counting, accelerator: Any, real: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """`real`, or what the accelerator says instead; None in training, where repetitions count."""
+    if not metrics.evaluating:
+        return None
+    if accelerator is not None:
+        return real_records(accelerator, accelerator.process_index, accelerator.num_processes)
+    if real is None and "accelerate" in sys.modules:
+        _tell_of_repeats(metrics)
+    return real
 
 
 def _without_repeats(

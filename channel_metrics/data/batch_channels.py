@@ -108,7 +108,8 @@ def real_records(accelerator: Any, data_rank: int, data_size: int) -> tuple[int,
 def real_records_of_sampler(loader: Any, batch_idx: int) -> tuple[int, int] | None:
     """Count the records of a batch that torch's `DistributedSampler` has not repeated.
 
-    It repeats the first records at the end, so that all ranks have as many.
+    It repeats the first records at the end, so that all ranks have as many. Rank r gets the
+    records r, r + num_replicas, and so on; a subclass must keep this order.
 
     Args:
         loader: the data loader.
@@ -121,7 +122,6 @@ def real_records_of_sampler(loader: Any, batch_idx: int) -> tuple[int, int] | No
     if not isinstance(sampler, DistributedSampler) or not size:
         return None
     before = batch_idx * size
-    # Rank r gets the records r, r + num_replicas, ...
     mine = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
     size = min(size, sampler.num_samples - before)
     return min(max(mine - before, 0), size), size

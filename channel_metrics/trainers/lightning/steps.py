@@ -89,5 +89,6 @@ def _hand_over(output: Mapping[str, Any], seen: Seen) -> None:
             labels=labels,
             causal=labels is None,
         )
-    elif "logits" in output and not seen.observation.losses:
+    elif "logits" in output and seen.observation and not seen.observation.losses:
+        # Read instead of what the model returned: whether they are shifted follows from the loss.
         seen.observation.forwards = [Forward(outputs=output)]
