@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from channel_metrics.core.boundaries import sequence_index
 from channel_metrics.core.sums import TokenValues
@@ -21,6 +22,7 @@ __all__ = [
     "check_not_cut",
     "first_records",
     "real_records",
+    "real_records_of_sampler",
     "repeats_unseen",
     "take_channels",
 ]
@@ -125,6 +127,28 @@ def real_records(accelerator: Any, data_rank: int, data_size: int) -> tuple[int,
     else:
         return None
     return min(max(remainder - data_rank * per_rank, 0), per_rank), per_rank
+
+
+def real_records_of_sampler(loader: Any, batch_idx: int) -> tuple[int, int] | None:
+    """Count the records of a batch that torch's `DistributedSampler` has not repeated.
+
+    It repeats the first records at the end, so that all ranks have as many. Rank r gets the
+    records r, r + num_replicas, and so on; a subclass must keep this order.
+
+    Args:
+        loader: the data loader.
+        batch_idx: the number of the batch, from 0.
+
+    Returns:
+        As `real_records`; None if the loader has no such sampler, or makes its batches otherwise.
+    """
+    sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
+    if not isinstance(sampler, DistributedSampler) or not size:
+        return None
+    before = batch_idx * size
+    mine = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+    size = min(size, sampler.num_samples - before)
+    return min(max(mine - before, 0), size), size
 
 
 def repeats_unseen(loader: Any, accelerator: Any) -> bool:
