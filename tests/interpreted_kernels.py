@@ -27,7 +27,7 @@ from channel_metrics.losses.linear import Backend, linear_cross_entropy
 
 
 @triton.jit
-def logaddexp(a, b):
+def logaddexp(a: Any, b: Any) -> Any:
     largest = tl.maximum(a, b)
     return tl.log(1.0 + tl.exp(tl.minimum(a, b) - largest)) + largest
 

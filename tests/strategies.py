@@ -45,9 +45,9 @@ class Case:
 
     def values(self, dtype: torch.dtype = torch.float64) -> TokenValues:
         """The same, without channels and bounds."""
-        given = self.tensors(dtype)
+        given: dict[str, Any] = self.tensors(dtype)
         names = ("token_losses", "labels", "loss_mask", "correct", "weights")
-        return token_values(*(given.get(name) for name in names))
+        return token_values(*[given.get(name) for name in names])
 
 
 def _optional(values: Any, dtype: torch.dtype) -> torch.Tensor | None:
@@ -85,7 +85,7 @@ def cases(draw: st.DrawFn, finite: bool = False) -> Case:
         "correct": st.booleans(),
         "weights": st.floats(0, 4, width=16) | st.just(4.0 if finite else float("nan")),
     }
-    drawn = {
+    drawn: dict[str, Any] = {
         key: draw(st.none() | st.lists(values, min_size=num_tokens, max_size=num_tokens))
         for key, values in optional.items()
     }

@@ -21,7 +21,7 @@ __all__ = ["DPOHarness", "SFTHarness"]
 
 BETA = 0.3
 REFERENCE_SEED = 1
-OPTIONS = {CHECKPOINTING: False, "bf16": False}
+OPTIONS: dict[str, Any] = {CHECKPOINTING: False, "bf16": False}
 
 
 class SFTHarness(HFHarness):
@@ -32,7 +32,10 @@ class SFTHarness(HFHarness):
 
     def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
         records = self.records([s for step in script.steps for s in flat(step)])
-        unprepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+        unprepared: dict[str, Any] = {
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "max_length": None,
+        }
         trainer = SFTInOrder(
             model=tiny_qwen2(),
             args=SFTConfig(**arguments, **OPTIONS, **unprepared),
@@ -67,7 +70,7 @@ class DPOHarness(HFHarness):
 
     def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
         records = self.records([s for step in script.steps for s in flat(step)])
-        trainer = DPOInOrder(
+        trainer: Any = DPOInOrder(
             model=tiny_qwen2(),
             ref_model=tiny_qwen2(REFERENCE_SEED),
             args=DPOConfig(**arguments, **OPTIONS, beta=BETA),
