@@ -26,7 +26,7 @@ from torch import Tensor
 from channel_metrics.losses.linear import Backend, linear_cross_entropy
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
 def logaddexp(a: Any, b: Any) -> Any:
     largest = tl.maximum(a, b)
     return tl.log(1.0 + tl.exp(tl.minimum(a, b) - largest)) + largest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hypothesis import strategies as st
@@ -45,9 +45,9 @@ class Case:
 
     def values(self, dtype: torch.dtype = torch.float64) -> TokenValues:
         """The same, without channels and bounds."""
-        given: dict[str, Any] = self.tensors(dtype)
+        given = self.tensors(dtype)
         names = ("token_losses", "labels", "loss_mask", "correct", "weights")
-        return token_values(*[given.get(name) for name in names])
+        return token_values(*cast(Any, [given.get(name) for name in names]))
 
 
 def _optional(values: Any, dtype: torch.dtype) -> torch.Tensor | None:

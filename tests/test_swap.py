@@ -223,8 +223,8 @@ def test_a_class_with_a_mixin_keeps_its_name_and_its_instances_can_be_pickled() 
     assert made.__mro__[1:3] == (Mixin, Record)
     copies: list[Any] = [record, pickle.loads(pickle.dumps(record)), copy.deepcopy(record)]
     for same in copies:
-        assert type(same) is made
         assert (same.value, same.doubled()) == (3, 6)
+        assert type(same) is made
 
 
 RecordOfOurs: Any = swap.with_mixin(Record, Mixin)

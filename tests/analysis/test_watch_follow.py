@@ -243,7 +243,7 @@ def test_another_process_writes(tmp_path: Path) -> None:
         "    time.sleep(0.002)\n"
     )
     content, follower = lines(HISTORY), following(tmp_path)
-    seen: set[int] = set()
+    seen: set[int | None] = set()
     with subprocess.Popen([sys.executable, "-c", script, str(path)], stdin=subprocess.PIPE) as job:
         pipe = job.stdin
         assert pipe is not None

@@ -40,7 +40,8 @@ def case(*needs: str) -> Callable[..., Callable[[Harness, Path], None]]:
 
 
 def config(**given: Any) -> MetricsConfig:
-    return MetricsConfig(**({"metrics": ALL, "live_table": False} | given))
+    settings: dict[str, Any] = {"metrics": ALL, "live_table": False, **given}
+    return MetricsConfig(**settings)
 
 
 def ran(harness: Harness, script: Script, folder: Path) -> Ran:
