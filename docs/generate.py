@@ -172,8 +172,9 @@ def _type(annotation: Any) -> str:
 
 
 def _default(item: dataclasses.Field[Any]) -> str:
-    if item.default_factory is not dataclasses.MISSING:
-        return f"`{item.default_factory.__name__}()`"
+    factory: Any = item.default_factory
+    if factory is not dataclasses.MISSING:
+        return f"`{factory.__name__}()`"
     if item.default is dataclasses.MISSING:
         return "none: must be given"
     value = list(item.default) if isinstance(item.default, tuple) else item.default

@@ -163,8 +163,8 @@ def finder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PatchFin
 
 def test_a_patch_is_applied_when_its_package_is_complete(finder: PatchFinder) -> None:
     finder.watch(["theirs"])
-    from their_patch import applied
-    from theirs.part import trainer
+    applied = import_module("their_patch").applied
+    trainer = import_module("theirs.part").trainer
 
     assert applied == [True]
     assert type(trainer.__loader__).__name__ == "SourceFileLoader"

@@ -17,7 +17,7 @@ from contract.script import OneSequence, Script, flat
 
 __all__ = ["DPOHarness", "SFTHarness"]
 
-OPTIONS = {CHECKPOINTING: False, "bf16": False}
+OPTIONS: dict[str, Any] = {CHECKPOINTING: False, "bf16": False}
 
 
 class SFTHarness(HFHarness):
@@ -28,7 +28,10 @@ class SFTHarness(HFHarness):
 
     def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
         records = self.records([s for step in script.steps for s in flat(step)])
-        unprepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+        unprepared: dict[str, Any] = {
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "max_length": None,
+        }
         trainer = SFTInOrder(
             model=tiny_qwen2(),
             args=SFTConfig(**arguments, **OPTIONS, **unprepared),
@@ -63,7 +66,7 @@ class DPOHarness(HFHarness):
 
     def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
         records = self.records([s for step in script.steps for s in flat(step)])
-        trainer = DPOInOrder(
+        trainer: Any = DPOInOrder(
             model=tiny_qwen2(),
             ref_model=tiny_qwen2(REFERENCE_SEED),
             args=DPOConfig(**arguments, **OPTIONS, beta=BETA),

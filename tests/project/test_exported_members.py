@@ -55,7 +55,8 @@ def names_bound(tree: ast.Module) -> set[str]:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
     }
     late = [node for node in tree.body if isinstance(node, ast.If)]
-    imported = {name for block in (tree, *late) for name in names_imported(block)}
+    blocks: list[ast.Module | ast.If] = [tree, *late]
+    imported = {name for block in blocks for name in names_imported(block)}
     return assigned | set(names_defined(tree)) | imported
 
 

@@ -31,7 +31,7 @@ TOTALS = MetricsConfig(metrics=("loss", "tokens", "tokens_total"))
 
 
 def on_ranks(records: Any = RECORDS, **options: Any) -> Run:
-    given = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2}
+    given: dict[str, Any] = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2}
     return run(records, **(given | options))
 
 
@@ -76,7 +76,7 @@ def test_two_ranks_give_the_values_of_all(ranks_of: RanksOf) -> None:
     assert first["windows"] == second["windows"] and first["metrics"] == second["metrics"]
     splits = [split for split, _, _ in first["windows"]]
     assert splits == ["train", "train", "val"] * 2
-    for (split, _, logs), start in zip(first["windows"], (0, 16, None) * 2, strict=True):
+    for (split, _, logs), start in zip(first["windows"], (0, 16, 0) * 2, strict=True):
         if split == "val":
             check(logs, HELD_OUT, "val_")
             assert {k: first["metrics"][k] for k in logs} == pytest.approx(logs, rel=1e-6)

@@ -220,7 +220,7 @@ def test_a_step_that_the_optimizer_repeats_counts_once() -> None:
 
 def test_a_batch_without_channels_is_refused() -> None:
     callback = ChannelMetricsCallback()
-    callback.collator = lambda base: base  # type: ignore[method-assign,assignment,return-value]
+    callback.collator = lambda base: base  # type: ignore[assignment,return-value]
     with pytest.raises(ChannelError, match="give its data loader a collate_fn"):
         run(RECORDS, callback=callback)
 

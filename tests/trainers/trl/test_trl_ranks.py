@@ -14,8 +14,9 @@ from test_trl_grpo import COUNTED, Scores, grpo
 from test_trl_grpo import expected as expected_rewards
 from test_trl_kto import Batch, Batches, kto, kto_records
 from test_trl_kto import expected as expected_answers
-from test_trl_sft import LAYOUTS, MySFT, sft
+from test_trl_sft import LAYOUTS
 from trl_dpo_tools import EVERYTHING, dpo, expected, pair_table
+from trl_sft_tools import MySFT, sft
 from trl_tools import logs, pair_records, text_records
 
 from channel_metrics import MetricsConfig

@@ -133,7 +133,7 @@ def test_only_what_is_trained_is_counted(tmp_path: Path, kind: str, packing: boo
     for name in CHANNELS * 12:
         prompt, answer = word(rng, name, 2, 5), word(rng, name, 2, 9)
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        by_kind = {
+        by_kind: dict[str, dict[str, Any]] = {
             "completion": {"prompt": prompt, "completion": answer},
             "assistant": {"messages": turns},
         }
