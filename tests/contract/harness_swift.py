@@ -15,12 +15,7 @@ from swift_tools import SWIFT
 from channel_metrics.demo.tiny import byte_tokenizer
 from channel_metrics.trainers.hf import attach
 from contract.harness_hf import HFHarness, Records, tiny_qwen2
-from contract.pairs import (
-    BETA,
-    REFERENCE_SEED,
-    loss_of_pair,
-    pair_of,
-)
+from contract.pairs import BETA, REFERENCE_SEED, loss_of_pair, pair_of
 from contract.script import OneSequence, Script, flat
 
 __all__ = ["SwiftDPOHarness", "SwiftHarness"]

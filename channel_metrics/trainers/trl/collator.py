@@ -1,4 +1,4 @@
-"""Collators for TRL's preference pairs, which are two rows each, and for its packs.
+"""Collators for records that are not one row each, such as preference pairs, and for TRL's packs.
 
 Letters: B rows, S row length, T = B * S, N sequences.
 """
