@@ -35,6 +35,7 @@ class SwiftHarness(HFHarness):
     name = "swift"
     preload = SWIFT
     is_here = False
+    mode = "train"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -47,7 +48,7 @@ class SwiftHarness(HFHarness):
         tokenizer.save_pretrained(self.folder)
         tiny_qwen2().save_pretrained(self.folder)
 
-    def model_and_template(self, mode: str) -> tuple[Any, Any]:
+    def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
         from swift.model import get_model_processor
         from swift.template import get_template
 
@@ -60,27 +61,23 @@ class SwiftHarness(HFHarness):
             use_hf=True,
         )
         template = get_template(processor, template_type="qwen2_5")
-        template.set_mode(mode)
-        return model, template
+        template.set_mode(self.mode)
+        records = self.records([s for step in script.steps for s in flat(step)])
+        trainer = self.trainer(model, arguments | OWN, template=template, train_dataset=records)
+        return attach(trainer, script.config)
 
-    def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
+    def trainer(self, model: Any, arguments: dict[str, Any], **given: Any) -> Any:
         from swift.trainers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-        model, template = self.model_and_template("train")
-        trainer = Seq2SeqTrainer(
-            model=model,
-            args=Seq2SeqTrainingArguments(**arguments | OWN),
-            template=template,
-            train_dataset=self.records([s for step in script.steps for s in flat(step)]),
-        )
-        return attach(trainer, script.config)
+        return Seq2SeqTrainer(model, args=Seq2SeqTrainingArguments(**arguments), **given)
 
 
 class SwiftDPOHarness(SwiftHarness):
-    """A sequence of the script is a pair, as in `DPOHarness`."""
+    """A sequence of the script is a pair, see pairs.py."""
 
     name = "swift_dpo"
     can = SwiftHarness.can | {"pairs"}
+    mode = "rlhf"
 
     def nll(self, sequence: OneSequence) -> float:
         return loss_of_pair(sequence)
@@ -88,18 +85,11 @@ class SwiftDPOHarness(SwiftHarness):
     def records(self, sequences: list[OneSequence], fails_at: int | None = None) -> Records:
         return Pairs(sequences, fails_at)
 
-    def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
+    def trainer(self, model: Any, arguments: dict[str, Any], **given: Any) -> Any:
         from swift.rlhf_trainers import DPOConfig, DPOTrainer
 
-        model, template = self.model_and_template("rlhf")
-        trainer = DPOTrainer(
-            model=model,
-            ref_model=tiny_qwen2(REFERENCE_SEED),
-            args=DPOConfig(**arguments | OWN, bf16=False, loss_type="sigmoid", beta=BETA),
-            template=template,
-            train_dataset=self.records([s for step in script.steps for s in flat(step)]),
-        )
-        return attach(trainer, script.config)
+        config = DPOConfig(**arguments, bf16=False, loss_type="sigmoid", beta=BETA)
+        return DPOTrainer(model, tiny_qwen2(REFERENCE_SEED), args=config, **given)
 
 
 class Pairs(Records):

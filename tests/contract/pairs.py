@@ -11,7 +11,13 @@ import torch
 from contract.harness_hf import tiny_qwen2, token_ids
 from contract.script import OneSequence
 
-__all__ = ["BETA", "REFERENCE_SEED", "log_prob", "loss_of_pair", "pair_of"]
+__all__ = [
+    "BETA",
+    "REFERENCE_SEED",
+    "log_prob",
+    "loss_of_pair",
+    "pair_of",
+]
 
 BETA = 0.3
 REFERENCE_SEED = 1
@@ -31,18 +37,11 @@ def log_prob(model: Any, prompt: list[int], answer: list[int]) -> float:
 
 
 @cache
-def rewards_of(sequence: OneSequence) -> tuple[float, float]:
-    """The rewards of the chosen and of the rejected answer, alone, in float64."""
+def loss_of_pair(sequence: OneSequence) -> float:
+    """DPO's loss of this pair alone, in float64."""
     model, reference = (tiny_qwen2(seed).double().eval() for seed in (0, REFERENCE_SEED))
     prompt, *answers = pair_of(sequence)
     chosen, rejected = (
-        BETA * (log_prob(model, prompt, answer) - log_prob(reference, prompt, answer))
-        for answer in answers
+        log_prob(model, prompt, answer) - log_prob(reference, prompt, answer) for answer in answers
     )
-    return chosen, rejected
-
-
-def loss_of_pair(sequence: OneSequence) -> float:
-    """DPO's loss of this pair."""
-    chosen, rejected = rewards_of(sequence)
-    return math.log1p(math.exp(rejected - chosen))
+    return math.log1p(math.exp(BETA * (rejected - chosen)))
