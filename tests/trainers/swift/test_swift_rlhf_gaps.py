@@ -114,11 +114,16 @@ def units(folder: Path) -> Any:
     from channel_metrics.trainers.swift.pair_schema import pair_schema
 
     schemas = (_SCHEMA, pair_schema(), pair_schema(1.0))
-    return {metric.name: metric.unit for schema in schemas for metric in schema.metrics}
+    return {
+        kind: {one.name: one.unit for schema in schemas for one in getattr(schema, kind)}
+        for kind in ("metrics", "columns")
+    }
 
 
 def test_only_shares_of_a_whole_have_no_unit(ranks_of: RanksOf) -> None:
-    (found,) = ranks_of(units)
+    (both,) = ranks_of(units)
+    found = both["metrics"]
     assert {name for name, unit in found.items() if not unit} == {"share", "rewards/accuracies"}
     assert found["nll_loss"] == found["loss"] == "nats"
-    assert found["rewards/margins"] == "rewards"
+    assert found["rewards/margins"] == both["columns"]["margins"] == "rewards"
+    assert both["columns"]["accuracies"] == "pairs"
