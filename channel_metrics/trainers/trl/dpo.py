@@ -144,8 +144,8 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
         if not fits:
             raise UnsupportedVersionError(
                 f"DPOTrainer must gather {', '.join(PAIR_REWARDS)} of its {num_pairs} pairs, in "
-                f"this order, but trl {trl.__version__} gathered {len(gathered)} tensors of that size, "
-                "or others; use a tested version (see docs/trl.md)."
+                f"this order, but trl {trl.__version__} gathered {len(gathered)} tensors of that "
+                "size, or others; use a tested version (see docs/trl.md)."
             )
         self.channel_scratch.checked = True
 
