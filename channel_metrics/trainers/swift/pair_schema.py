@@ -5,11 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio
-from channel_metrics.trainers.trl.samples import mean, sample_schema
+from channel_metrics.trainers.trl.samples import pair_rewards, sample_schema
 
 __all__ = ["pair_schema"]
-
-_REWARDS = ("chosen", "rejected", "accuracies", "margins")
 
 
 def pair_schema(nll_weight: float = 0.0) -> Schema:
@@ -21,11 +19,7 @@ def pair_schema(nll_weight: float = 0.0) -> Schema:
     """
     schema = sample_schema(
         "pairs",
-        *(Column(name, "rewards", f"what ms-swift logs as rewards/{name}") for name in _REWARDS),
-        *(
-            mean(f"rewards/{name}", name, "" if name == "accuracies" else "rewards")
-            for name in _REWARDS
-        ),
+        *pair_rewards("ms-swift"),
         Column("loss", "nats", "losses of the pairs whose loss is known, without nll"),
         Column("loss_samples", "pairs", "pairs whose loss is known"),
     )

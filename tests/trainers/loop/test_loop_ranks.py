@@ -77,7 +77,7 @@ def ddp_compiled(folder: Path) -> Any:
     """What came of each way to compile, and the windows of a model that is not compiled."""
     found: list[Any] = []
     for compile in (by_call, in_place):
-        graphs = []
+        graphs: list[Any] = []
 
         def run(on: bool, compile: Any = compile, graphs: Any = graphs) -> Any:
             torch._dynamo.reset()
