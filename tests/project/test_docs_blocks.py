@@ -27,8 +27,6 @@ RUN_BY = {
     "docs/own_loop.md": "tests/project/test_own_loop_page.py",
     "docs/fused_losses.md": "tests/project/test_docs_parts.py",
     "docs/hf_trainer.md": "tests/project/test_docs_parts.py",
-    "docs/lightning.md": "tests/trainers/lightning/test_lightning_docs.py",
-    "docs/own_loop.md": "tests/project/test_own_loop_page.py",
     "docs/probe.md": "tests/project/test_docs_parts.py",
     "docs/report.md": "tests/project/test_docs_parts.py",
 }

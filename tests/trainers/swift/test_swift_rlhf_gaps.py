@@ -83,41 +83,11 @@ def test_runs_without_metrics_say_so(ranks_of: RanksOf) -> None:
 
 
 @alone
-def command(folder: Path) -> Any:
-    """What `channel-metrics run --patch ms_swift swift rlhf ...` starts."""
-    import sys
-
-    import channel_metrics.patches.ms_swift as patch
-    from swift.cli import main as swift_cli
-
-    found = {}
-    before = sys.argv
-    patch.revert()
-    patch.apply(ON)
-    try:
-        for name in ("rlhf", "infer"):
-            sys.argv = ["swift", name, "--model", "m"]
-            found[name] = sys.argv[2:]
-            swift_cli.parse_yaml_args(found[name])
-    finally:
-        sys.argv = before
-        patch.revert()
-    return found
-
-
-def test_the_process_that_rlhf_starts_is_patched(ranks_of: RanksOf) -> None:
-    (found,) = ranks_of(command)
-    assert found["rlhf"][:3] == ["--model", "m", "--external_plugins"]
-    assert found["rlhf"][3].endswith("ms_swift.py")
-    assert found["infer"] == ["--model", "m"]
-
-
-@alone
 def units(folder: Path) -> Any:
-    from channel_metrics.trainers.swift.kto import _SCHEMA
     from channel_metrics.trainers.swift.pair_schema import pair_schema
+    from channel_metrics.trainers.trl.kto import KTO_SCHEMA
 
-    schemas = (_SCHEMA, pair_schema(), pair_schema(1.0))
+    schemas = (KTO_SCHEMA, pair_schema(), pair_schema(1.0))
     return {
         kind: {one.name: one.unit for schema in schemas for one in getattr(schema, kind)}
         for kind in ("metrics", "columns")
