@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["PATCHES", "PATCHES_VARIABLE", "finder"]
+__all__ = ["PATCHES", "PATCHES_VARIABLE", "PatchFinder", "finder"]
 
 PATCHES_VARIABLE = "CHANNEL_METRICS_PATCHES"
 
