@@ -22,7 +22,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from channel_metrics.core.schema import TOKENS, Schema
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/REFERENCE.md", "docs/config.md")
+PAGES = ("docs/REFERENCE.md", "docs/config.md")
 PART = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 
 

@@ -14,7 +14,13 @@ import torch
 from channel_metrics import ChannelError, ChannelTable, ConfigError
 from channel_metrics.core import labels
 from channel_metrics.core.keys import metric_key, sanitize
-from channel_metrics.core.labels import DEFAULT_FIELDS, channel_of, channels_of, field_roots
+from channel_metrics.core.labels import (
+    DEFAULT_FIELDS,
+    channel_of,
+    channels_of,
+    field_roots,
+    winning_field,
+)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +52,24 @@ from channel_metrics.core.labels import DEFAULT_FIELDS, channel_of, channels_of,
 )
 def test_channels_of_a_record(record: dict[str, Any], channels: list[str | None]) -> None:
     assert channels_of(record) == channels
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ({"channel": None, "dataset_source": "second"}, "dataset_source"),
+        ({"channel": [None, "a"], "dataset_source": "second"}, "channel"),
+        ({"channel": [None], "dataset_source": "second"}, None),
+        ({"channel": [None, ""], "dataset_source": "second"}, None),
+        ({}, None),
+    ],
+)
+def test_the_winning_field_is_the_one_that_gives_the_channels(
+    record: dict[str, Any], field: str | None
+) -> None:
+    assert winning_field(record) == field
+    if field is not None:
+        assert channels_of(record, [field]) == channels_of(record)
 
 
 def test_integers_that_number_classes() -> None:

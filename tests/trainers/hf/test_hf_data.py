@@ -36,6 +36,10 @@ def counted(records: list[dict[str, Any]]) -> dict[str, int]:
     return totals
 
 
+def without(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "channel"}
+
+
 def logged(trainer: Trainer) -> dict[str, int]:
     totals: dict[str, int] = {}
     for entry in channel_logs(trainer):
@@ -145,7 +149,7 @@ def test_nested_field_and_unlabeled_records(
 
 
 def test_eval_set_without_channels_is_unlabeled(tmp_path: Path) -> None:
-    held_out = [{k: v for k, v in r.items() if k != "channel"} for r in make_records(8, seed=1)]
+    held_out = [without(r) for r in make_records(8, seed=1)]
     trainer = train(
         tmp_path,
         prepare=attach,
@@ -172,7 +176,7 @@ def test_declared_channels_hold(tmp_path: Path, make: Any) -> None:
 
 
 def test_no_channel_at_all_is_an_error_at_start(tmp_path: Path) -> None:
-    bare = [{k: v for k, v in r.items() if k != "channel"} for r in make_records(8)]
+    bare = [without(r) for r in make_records(8)]
     with pytest.raises(ChannelError) as error:
         train(tmp_path, prepare=attach, records=bare)
     assert str(error.value) == (
@@ -185,15 +189,28 @@ def test_no_channel_at_all_is_an_error_at_start(tmp_path: Path) -> None:
 def test_no_channel_in_a_stream_is_said_at_the_first_window(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bare = [{k: v for k, v in r.items() if k != "channel"} for r in make_records(16)]
+    bare = [without(r) for r in make_records(16)]
     train(tmp_path, prepare=attach, records=Streaming(bare))
     assert caplog.text.count("no record of this train window had a channel") == 1
+
+
+def test_a_nested_field_of_a_stream_is_a_column_with_channels(tmp_path: Path) -> None:
+    """Of a patched script, which says so if no column of the first batch may hold a channel."""
+    records = make_records(16)
+    nested = [without(r) | {"metadata": {"_fusion_source": r["channel"]}} for r in records]
+    config = MetricsConfig(on_error="raise")
+    trainer = train(
+        tmp_path,
+        prepare=lambda trainer: attach(trainer, config, whole_script=True),
+        records=Streaming(nested),
+    )
+    assert logged(trainer) == counted(records)
 
 
 def test_a_loader_without_our_collator_is_an_error(tmp_path: Path) -> None:
     class OwnLoader(Trainer):
         def get_train_dataloader(self) -> Any:
-            records = [{k: v for k, v in r.items() if k != "channel"} for r in make_records(8)]
+            records = [without(r) for r in make_records(8)]
             return torch.utils.data.DataLoader(
                 MapStyle(records), batch_size=4, collate_fn=PaddingCollator()
             )
