@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from hf_tools import PaddingCollator, make_records, tiny_model
 from torch import Tensor
 from transformers.loss import loss_utils
@@ -167,7 +166,7 @@ def test_observing_a_compiled_model_compiles_nothing_again(
 
 def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only its version is read: the losses of 4.46 get labels that are one shorter."""
-    monkeypatch.setattr(transformers, "__version__", "4.46.3")
+    monkeypatch.setattr(f"{capture.__name__}.transformers.__version__", "4.46.3")
     message = r"need transformers 4\.51 or later, but 4\.46\.3 is installed"
     with pytest.raises(UnsupportedVersionError, match=message):
         capture.check_loss_hook()
