@@ -1,8 +1,8 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env env-latest env-llamafactory demo demo-megatron test test-latest test-llamafactory \
-	test-upstream matrix lint check docs bench clean
+.PHONY: help env env-latest env-llamafactory demo demo-megatron test test-core test-latest \
+	test-llamafactory test-upstream matrix lint check docs bench clean
 
 BIN := .venv/bin
 BIN_LATEST := .venv-latest/bin
@@ -65,11 +65,15 @@ lint: env ## ruff, mypy, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint ## The linters, and the tests of the core: under a minute
-	$(TEST_ENV) $(BIN)/python $(PYTEST) -q tests/core tests/data tests/test_session.py tests/test_config.py
+check: env ## Linters, types over the tests too, and the tests of the core: about a minute
+	@$(MAKE) --no-print-directory -j 2 --output-sync lint test-core
+
+test-core: env # One process: the linters have the other core.
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests/core tests/data tests/test_config.py \
+		tests/test_session*.py tests/test_swap.py
 
 docs: env ## Build the docs site into site/; a broken link is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: env ## Measure what it costs, beside others; writes benchmarks/results/ and docs/benchmarks.*
 	$(BIN)/python -m benchmarks

@@ -27,10 +27,14 @@ class Counting:
         labels: the channels.
         schema: what is counted.
         guard: decides what an error does. After the first error, nothing is counted any more.
+        with_correct: whether `observe` measures which tokens are predicted.
     """
 
-    def __init__(self, labels: LabelTable, schema: Schema, guard: FaultGuard) -> None:
+    def __init__(
+        self, labels: LabelTable, schema: Schema, guard: FaultGuard, *, with_correct: bool
+    ) -> None:
         self.labels, self.schema, self.guard = labels, schema, guard
+        self.with_correct = with_correct
         self._train = OpenWindow(self._new_table())
         self._evaluations: list[Evaluation] = []
 

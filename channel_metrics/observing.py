@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -30,6 +30,7 @@ from channel_metrics.core.sums import TokenValues
 from channel_metrics.counting import Counting
 from channel_metrics.data.batch_channels import (
     BatchChannels,
+    check_not_cut,
     first_records,
     real_records,
     take_channels,
@@ -42,6 +43,11 @@ __all__ = ["Seen", "observe"]
 
 logger = logging.getLogger("channel_metrics")
 
+_REMEDY = (
+    "In a loop of your own, hand over what the loss was computed from: `seen.logits(...)` in the "
+    "block."
+)
+
 # The sessions that were told of repetitions.
 _told: WeakSet[Counting] = WeakSet()
 # {session: {model: its reader}}. A reader keeps what it learned about the model at the first batch.
@@ -52,11 +58,17 @@ class Seen:
     """What `observe` gives its block: takes the logits or token losses of a loop's own loss.
 
     Call one of the two methods, once. What is handed over is read at once and not kept.
+
+    Attributes:
+        labels: those of the batch.
+        values: the values of the tokens that were handed over; None if none were.
+        observation: what was seen of the model, an `Observation`; None if it is not observed.
     """
 
-    def __init__(self, metrics: Counting, labels: Any, *, with_correct: bool) -> None:
-        self._metrics, self._labels, self._with_correct = metrics, labels, with_correct
+    def __init__(self, metrics: Counting, labels: Any) -> None:
+        self._metrics, self.labels = metrics, labels
         self.values: TokenValues | None = None
+        self.observation: Any = None
 
     def logits(self, logits: Tensor, *, labels: Tensor | None = None, causal: bool = True) -> None:
         """Measure the token losses on logits, with a softmax of our own.
@@ -74,7 +86,7 @@ class Seen:
             found = token_losses_of_logits(
                 logits.detach().reshape(-1, logits.shape[-1]),
                 targets.reshape(-1).to(logits.device),
-                with_correct=self._with_correct,
+                with_correct=self._metrics.with_correct,
             )
             self._keep(targets, place, found.nll, found.correct)
 
@@ -108,7 +120,7 @@ class Seen:
         self, shape: torch.Size, labels: Tensor | None, causal: bool
     ) -> tuple[Tensor, Place]:
         """The target [B, S] or [B, S - 1] of each position, and where the labels are."""
-        labels = self._labels if labels is None else labels
+        labels = self.labels if labels is None else labels
         if not isinstance(labels, Tensor):
             raise ChannelError(
                 "logits and token losses need `labels`: keep them in the batch, or pass `labels=`."
@@ -144,47 +156,64 @@ def observe(
     model: torch.nn.Module,
     batch: MutableMapping[str, Any],
     *,
-    with_correct: bool,
     accelerator: Any = None,
+    real: tuple[int, int] | None = None,
+    remedy: str = _REMEDY,
 ) -> Iterator[Seen]:
-    """See `ChannelMetrics.observe`."""
-    taken, labels = take_channels(batch), batch.get("labels")
-    seen = Seen(metrics, labels, with_correct=with_correct)
-    if not metrics.measuring:
+    """See `ChannelMetrics.observe`.
+
+    Args:
+        real: (records without repetitions, all records) of an evaluation batch; None if nothing
+            is repeated, or if `accelerator` knows it.
+        remedy: the end of the error that is raised if the token losses cannot be read.
+    """
+    taken = take_channels(batch)
+    seen = Seen(metrics, batch.get("labels"))
+    if metrics.measuring:
+        with metrics.guard.guarded():
+            _check(taken, batch)
+    if not metrics.measuring or not isinstance(taken, BatchChannels):
         yield seen
         return
-    reader = _reader_of(metrics, model, with_correct)
+    reader = _reader_of(metrics, model)
     watching: AbstractContextManager[Any] = reader.observe(model) if reader else nullcontext()
-    with watching as observation:
+    with watching as seen.observation:
         yield seen
     with metrics.guard.guarded():
-        if isinstance(taken, CollatorFault):
-            raise taken.error
         # The loop may have taken the labels out of the batch for its own loss.
-        labels = batch.get("labels", labels)
-        if taken is None or (seen.values is None and not isinstance(labels, Tensor)):
-            raise ChannelError(
-                "a batch must hold `channels` and `labels` to be observed, but holds "
-                f"{', '.join(batch)}; make it with `ChannelMetrics.collator`."
-            )
+        check_not_cut(taken)
+        labels = batch.get("labels", seen.labels)
         values, reported = seen.values, None
         if values is None:
-            values, reported = _captured(reader, observation, model, labels, taken)
-        if metrics.evaluating and accelerator is not None:
-            taken, values, reported = _without_repeats(accelerator, taken, values, reported)
-        elif metrics.evaluating and "accelerate" in sys.modules:
-            _tell_of_repeats(metrics)
+            try:
+                values, reported = _captured(reader, seen.observation, model, labels, taken)
+            except UnsupportedVersionError as error:
+                raise UnsupportedVersionError(f"{error} {remedy}") from error
+        real = _real_records(metrics, accelerator, real)
+        if real is not None and real[0] < real[1]:
+            taken, values, reported = *_without_repeats(taken, values, *real), None
         metrics.count(MicroBatch.of_values(values, taken.channels, taken.cu_seqlens, reported))
 
 
-def _reader_of(metrics: Counting, model: torch.nn.Module, with_correct: bool) -> Any:
+def _check(taken: Any, batch: Mapping[str, Any]) -> None:
+    """Raise if the collator failed, or if the batch does not come from one of ours."""
+    if isinstance(taken, CollatorFault):
+        raise taken.error
+    if taken is None:
+        raise ChannelError(
+            f"a batch must hold `channels`, but holds {', '.join(map(str, batch)) or 'nothing'}; "
+            "give its data loader a collate_fn that `metrics.collator` has made."
+        )
+
+
+def _reader_of(metrics: Counting, model: torch.nn.Module) -> Any:
     """The `TokenLossReader` of a model; None if no model of transformers can exist yet."""
     if "transformers" not in sys.modules:
         return None
     from channel_metrics.capture.reader import TokenLossReader
 
     of_session = _readers.setdefault(metrics, WeakKeyDictionary())
-    new = TokenLossReader(with_correct=with_correct, guard=metrics.guard)
+    new = TokenLossReader(with_correct=metrics.with_correct, guard=metrics.guard)
     return of_session.setdefault(model, new)
 
 
@@ -192,35 +221,46 @@ def _captured(
     reader: Any, observation: Any, model: torch.nn.Module, labels: Any, taken: BatchChannels
 ) -> tuple[TokenValues, Tensor | None]:
     """What the model's own loss was made of, and its sum."""
-    remedy = "hand over what the loss was computed from: `seen.logits(...)` in the block."
+    if not isinstance(labels, Tensor):
+        raise ChannelError("a batch must hold `labels`, one for each token; add them to it.")
     if reader is None:
-        raise UnsupportedVersionError(f"the model is none of transformers; {remedy}")
+        raise UnsupportedVersionError("the model is none of transformers.")
+    if not observation.forwards and not observation.others:
+        raise UnsupportedVersionError("the model has not run, or its forward was not called.")
     from channel_metrics.capture.transformers import is_causal
 
-    try:
-        found: tuple[TokenValues, Tensor | None] = reader.read(
-            observation, labels, causal=is_causal(model), by_rows=taken.cu_seqlens is None
-        )
-    except UnsupportedVersionError as error:
-        raise UnsupportedVersionError(f"{error} In a loop of your own, {remedy}") from error
+    found: tuple[TokenValues, Tensor | None] = reader.read(
+        observation, labels, causal=is_causal(model), by_rows=taken.cu_seqlens is None
+    )
     return found
 
 
+def _real_records(
+    metrics: Counting, accelerator: Any, real: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """`real`, or what the accelerator says instead; None in training, where repetitions count."""
+    if not metrics.evaluating:
+        return None
+    if accelerator is not None:
+        return real_records(accelerator, accelerator.process_index, accelerator.num_processes)
+    if real is None and "accelerate" in sys.modules:
+        _tell_of_repeats(metrics)
+    return real
+
+
 def _without_repeats(
-    accelerator: Any, taken: BatchChannels, values: TokenValues, reported: Tensor | None
-) -> tuple[BatchChannels, TokenValues, Tensor | None]:
-    """The batch without the records that accelerate repeats at the end of an evaluation."""
-    real = real_records(accelerator, accelerator.process_index, accelerator.num_processes)
-    if real is None or real[0] == real[1]:
-        return taken, values, reported
-    kept = first_records(taken, values, *real)
+    taken: BatchChannels, values: TokenValues, count: int, size: int
+) -> tuple[BatchChannels, TokenValues]:
+    """The first `count` of the `size` records of a batch; the others are repeated."""
+    kept = first_records(taken, values, count, size)
     if kept is None:
         raise ChannelMetricsError(
-            f"the last evaluation batch repeats {real[1] - real[0]} of its {real[1]} records, but "
-            f"holds {taken.num_sequences} sequences: which of them are repeated cannot be told. "
-            "Evaluate with one record per row, or with even_batches=False."
+            f"the last evaluation batch repeats {size - count} of its {size} records, but holds "
+            f"{taken.num_sequences} sequences: which of them are repeated cannot be told. "
+            "Evaluate with one record per row, or so that nothing is repeated: on one process, or "
+            "in accelerate with even_batches=False."
         )
-    return *kept, None
+    return kept
 
 
 def _tell_of_repeats(metrics: Counting) -> None:

@@ -74,7 +74,8 @@ class ChannelMetrics(Counting):
         self.config = config = config or MetricsConfig()
         schema = schema.extended()  # a copy: columns and metrics are fixed from here on
         labels = LabelTable(config.channels, unknown=config.unknown)
-        super().__init__(labels, schema, FaultGuard(config.on_error))
+        guard, correct = FaultGuard(config.on_error), "token_acc" in config.metrics
+        super().__init__(labels, schema, guard, with_correct=correct)
         self.keys = KeyBook(config.key_format, reserved=reserved, schema=schema, rewrite=rewrite)
         self._maker = WindowMaker(config, schema, self.keys)
         self.ranks = ranks or Ranks()
@@ -167,8 +168,7 @@ class ChannelMetrics(Counting):
             ChannelError: if the batch has no channels, see `collator`.
             UnsupportedVersionError: if the losses of single tokens cannot be read.
         """
-        correct = "token_acc" in self.config.metrics
-        return observe(self, model, batch, with_correct=correct, accelerator=accelerator)
+        return observe(self, model, batch, accelerator=accelerator)
 
     # ---- names -----------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from channel_metrics.core.schema import TOKENS, Schema
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/REFERENCE.md", "docs/config.md")
+PAGES = ("docs/REFERENCE.md", "docs/config.md")
 PART = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 
 
@@ -172,8 +172,9 @@ def _type(annotation: Any) -> str:
 
 
 def _default(item: dataclasses.Field[Any]) -> str:
-    if item.default_factory is not dataclasses.MISSING:
-        return f"`{item.default_factory.__name__}()`"
+    factory: Any = item.default_factory
+    if factory is not dataclasses.MISSING:
+        return f"`{factory.__name__}()`"
     if item.default is dataclasses.MISSING:
         return "none: must be given"
     value = list(item.default) if isinstance(item.default, tuple) else item.default

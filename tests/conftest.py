@@ -21,8 +21,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module", autouse=True)
 def _imports_are_no_garbage() -> None:
-    """Every training of accelerate collects garbage, which takes as long as all else in it where
-    the million objects of the imports are looked at each time."""
+    """accelerate collects garbage after each training; that must not look at all imports again."""
     gc.collect()
     gc.freeze()
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from channel_metrics.losses.linear import Backend, linear_cross_entropy
 
 
-@triton.jit
-def logaddexp(a, b):
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def logaddexp(a: Any, b: Any) -> Any:
     largest = tl.maximum(a, b)
     return tl.log(1.0 + tl.exp(tl.minimum(a, b) - largest)) + largest
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hypothesis import strategies as st
@@ -47,7 +47,7 @@ class Case:
         """The same, without channels and bounds."""
         given = self.tensors(dtype)
         names = ("token_losses", "labels", "loss_mask", "correct", "weights")
-        return token_values(*(given.get(name) for name in names))
+        return token_values(*cast(Any, [given.get(name) for name in names]))
 
 
 def _optional(values: Any, dtype: torch.dtype) -> torch.Tensor | None:
@@ -85,7 +85,7 @@ def cases(draw: st.DrawFn, finite: bool = False) -> Case:
         "correct": st.booleans(),
         "weights": st.floats(0, 4, width=16) | st.just(4.0 if finite else float("nan")),
     }
-    drawn = {
+    drawn: dict[str, Any] = {
         key: draw(st.none() | st.lists(values, min_size=num_tokens, max_size=num_tokens))
         for key, values in optional.items()
     }

@@ -115,7 +115,7 @@ def test_observers_are_told_once_of_each_window() -> None:
     metrics = new(on_window=[seen])
     metrics.on_window.append(other)
     metrics.count(batch(("a", 1, 1.0)))
-    windows = [metrics.close(1)]
+    windows: list[Window | None] = [metrics.close(1)]
     with metrics.evaluation("test", 1) as evaluation:
         metrics.count(batch(("a", 1, 1.0)))
     metrics.count(batch(("a", 1, 1.0)))

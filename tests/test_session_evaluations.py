@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_an_evaluation_that_raises_is_dropped() -> None:
 def test_a_generator_that_leaves_an_evaluation_open() -> None:
     metrics = new()
 
-    def batches() -> Iterator[int]:
+    def batches() -> Generator[int]:
         with metrics.evaluation("inner", 1):
             yield 1
 

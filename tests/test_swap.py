@@ -32,6 +32,8 @@ class Record:
 
 
 class Mixin:
+    value: int
+
     def doubled(self) -> int:
         return 2 * self.value
 
@@ -186,7 +188,9 @@ def package(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def f() -> list[str]:
         return ["f"]
 
-    modules = {n: ModuleType(n) for n in ("pack", "pack.a", "pack.b", "pack.c", "package")}
+    modules: dict[str, Any] = {
+        n: ModuleType(n) for n in ("pack", "pack.a", "pack.b", "pack.c", "package")
+    }
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     modules["pack.c"].f = lambda: ["another"]
@@ -217,12 +221,16 @@ def test_a_class_with_a_mixin_keeps_its_name_and_its_instances_can_be_pickled() 
     assert (made.__name__, made.__qualname__, made.__module__) == ("Record", "Record", __name__)
     assert made.__doc__ == Record.__doc__
     assert made.__mro__[1:3] == (Mixin, Record)
-    for same in (record, pickle.loads(pickle.dumps(record)), copy.deepcopy(record)):
-        assert type(same) is made
+    copies: list[Any] = [record, pickle.loads(pickle.dumps(record)), copy.deepcopy(record)]
+    for same in copies:
         assert (same.value, same.doubled()) == (3, 6)
+        assert type(same) is made
 
 
-class Derived(swap.with_mixin(Record, Mixin)):
+RecordOfOurs: Any = swap.with_mixin(Record, Mixin)
+
+
+class Derived(RecordOfOurs):
     """Somebody's class on top of ours, which pickle finds by its name."""
 
 

@@ -57,7 +57,7 @@ def check_loss_hook() -> None:
     if parameters[: len(_PARAMETERS)] != _PARAMETERS:
         raise UnsupportedVersionError(
             f"transformers {transformers.__version__} has a fixed_cross_entropy with parameters "
-            f"{parameters}, but {_PARAMETERS} were expected; use a tested version (see README)."
+            f"{parameters}, but {_PARAMETERS} were expected; take one of docs/compatibility.md."
         )
 
 

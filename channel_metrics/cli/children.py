@@ -89,6 +89,6 @@ def missed(patches: Sequence[str], marks: set[str]) -> str | None:
 
 def _put_on_python_path(folder: Path) -> None:
     given = os.environ.get("PYTHONPATH")
-    entries = given.split(os.pathsep) if given else []
-    if str(folder) not in entries:
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *entries])
+    others = [e for e in given.split(os.pathsep) if e != str(folder)] if given else []
+    # First, even if it is there: a `sitecustomize` before it would be imported in place of ours.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *others])

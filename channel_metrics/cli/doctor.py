@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import channel_metrics
+from channel_metrics.cli.run_script import PATCH_MODULES
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.labels import channels_of, winning_field
 from channel_metrics.data.jsonl import read_jsonl
@@ -150,10 +151,9 @@ def _missing_package(patch: str) -> str | None:
 
 
 def _start(patch: str) -> subprocess.Popen[str]:
-    module = list(PATCHES[patch].values())[-1]
     # The config has a section of its own.
     env = {name: value for name, value in os.environ.items() if name != CONFIG_VARIABLE}
-    command = [sys.executable, "-c", _TRY, module]
+    command = [sys.executable, "-c", _TRY, PATCH_MODULES[patch]]
     return subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

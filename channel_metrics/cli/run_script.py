@@ -78,7 +78,8 @@ def _run_main(script: str, as_module: bool) -> None:
         _check_module(script)
         runpy.run_module(script, run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = os.path.dirname(os.path.abspath(script))
+        # As in Python itself, the folder of a link is that of its target.
+        sys.path[0] = os.path.dirname(os.path.realpath(script))
         runpy.run_path(script, run_name="__main__")
 
 

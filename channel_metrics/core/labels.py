@@ -81,7 +81,9 @@ def channels_of(
 
 def winning_field(record: Mapping[str, Any], fields: Sequence[str] = DEFAULT_FIELDS) -> str | None:
     """The field that gives the channel of a record, see `channels_of`; None if none does."""
-    return next((name for name in fields if channels_of(record, [name]) != [None]), None)
+    if set(channels_of(record, fields)) == {None}:
+        return None  # Also if a field lists only None: the fields after it are not looked at.
+    return next(name for name in fields if channels_of(record, [name]) != [None])
 
 
 def channel_of(

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from channel_metrics.core.boundaries import sequence_index
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, CollatorFault
+from channel_metrics.errors import ChannelError
 
 __all__ = [
     "COLUMNS_KEY",
     "BatchChannels",
+    "check_not_cut",
     "first_records",
     "real_records",
+    "real_records_of_sampler",
     "repeats_unseen",
     "take_channels",
 ]
@@ -71,6 +76,27 @@ def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorF
     return BatchChannels(channels, cu_seqlens, records, columns)
 
 
+def check_not_cut(batch: BatchChannels) -> None:
+    """Raise `ChannelError` if accelerate has cut the boundaries as if they were rows.
+
+    It does so if one process reads the data for all, which is its default for streams, also if
+    there is no other process.
+    """
+    bounds = batch.cu_seqlens
+    if bounds is None or len(bounds) == batch.num_sequences + 1 or "accelerate" not in sys.modules:
+        return
+    from accelerate.data_loader import DataLoaderDispatcher
+    from accelerate.state import GradientState
+
+    if isinstance(GradientState().active_dataloader, DataLoaderDispatcher):
+        raise ChannelError(
+            f"a batch of {batch.num_sequences} channels has {len(bounds)} boundaries: accelerate "
+            "reads the data on one process and cuts packed or flattened batches as if each "
+            "sequence were a row. Let each process read its own part: "
+            "Accelerator(dataloader_config=DataLoaderConfiguration(dispatch_batches=False))."
+        )
+
+
 def real_records(accelerator: Any, data_rank: int, data_size: int) -> tuple[int, int] | None:
     """Count the records of an evaluation batch that accelerate has not repeated.
 
@@ -101,6 +127,28 @@ def real_records(accelerator: Any, data_rank: int, data_size: int) -> tuple[int,
     else:
         return None
     return min(max(remainder - data_rank * per_rank, 0), per_rank), per_rank
+
+
+def real_records_of_sampler(loader: Any, batch_idx: int) -> tuple[int, int] | None:
+    """Count the records of a batch that torch's `DistributedSampler` has not repeated.
+
+    It repeats the first records at the end, so that all ranks have as many. Rank r gets the
+    records r, r + num_replicas, and so on; a subclass must keep this order.
+
+    Args:
+        loader: the data loader.
+        batch_idx: the number of the batch, from 0.
+
+    Returns:
+        As `real_records`; None if the loader has no such sampler, or makes its batches otherwise.
+    """
+    sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
+    if not isinstance(sampler, DistributedSampler) or not size:
+        return None
+    before = batch_idx * size
+    mine = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+    size = min(size, sampler.num_samples - before)
+    return min(max(mine - before, 0), size), size
 
 
 def repeats_unseen(loader: Any, accelerator: Any) -> bool:

@@ -11,13 +11,13 @@ it calls the `sitecustomize` that it hides.
 
 import os
 import sys
-from _thread import get_ident
+from _thread import _local
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["PATCHES", "PATCHES_VARIABLE", "finder"]
+__all__ = ["PATCHES", "PATCHES_VARIABLE", "PatchFinder", "finder"]
 
 PATCHES_VARIABLE = "CHANNEL_METRICS_PATCHES"
 
@@ -39,6 +39,14 @@ PATCHES = {
 }
 
 
+class _Imports(_local):
+    """The imports of one thread. depth: how many have begun. ready: the modules to apply."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.ready = []  # type: list[str]
+
+
 class PatchFinder:
     """Finds modules as the other finders do, and applies patches after some of them.
 
@@ -51,10 +59,8 @@ class PatchFinder:
         self.waiting = {}  # type: dict[str, str]
         # The packages of these modules. Threads may import at the same time, so it is replaced.
         self.packages = frozenset()  # type: frozenset[str]
-        # Modules to apply.
-        self.ready = []  # type: list[str]
-        # {thread: its imports that have begun, one inside the other}
-        self.depth = {}  # type: dict[int, int]
+        # A thread must not apply what another one is still importing.
+        self.imports = _Imports()
 
     def watch(self, names: "Any") -> None:
         """Apply these patches as soon as their modules are imported, or now if they are."""
@@ -63,7 +69,7 @@ class PatchFinder:
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
         for module in [name for name in self.waiting if name in sys.modules]:
-            self.ready.append(self.waiting.pop(module))
+            self.imports.ready.append(self.waiting.pop(module))
         self._update_packages()
         self._apply()
 
@@ -81,17 +87,16 @@ class PatchFinder:
 
     def execute(self, loader: "Any", module: "Any") -> None:
         """Execute a module; after the outermost one, apply what is ready."""
-        thread = get_ident()
-        self.depth[thread] = self.depth.get(thread, 0) + 1
+        imports, name = self.imports, module.__name__
+        imports.depth += 1
         try:
             loader.exec_module(module)
         finally:
-            self.depth[thread] -= 1
-        name = module.__name__
+            imports.depth -= 1
         if name in self.waiting:
-            self.ready.append(self.waiting.pop(name))
+            imports.ready.append(self.waiting.pop(name))
             self._update_packages()
-        if self.ready and not self.depth[thread]:
+        if imports.ready and not imports.depth:
             parent, _, last = name.rpartition(".")
             if parent:
                 # The import system does this afterwards; the patch may need it now.
@@ -103,8 +108,8 @@ class PatchFinder:
         self.packages = frozenset(name.partition(".")[0] for name in names)
 
     def _apply(self) -> None:
-        while self.ready:
-            _apply_patch(self.ready.pop(0))
+        while self.imports.ready:
+            _apply_patch(self.imports.ready.pop(0))
 
 
 class _Loader:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from channel_metrics.data.batch_channels import repeats_unseen
+from channel_metrics.data.batch_channels import real_records_of_sampler, repeats_unseen
+from channel_metrics.observing import observe
 from channel_metrics.session import ChannelMetrics
 
 __all__ = ["evaluate"]
@@ -43,7 +44,8 @@ def evaluate(
     Args:
         metrics: of the run. Its train window is not touched.
         model: as the loop calls it.
-        loader: its batches come from a collator that `metrics.collator` has made.
+        loader: its batches come from a collator that `metrics.collator` has made. The records
+            that a `DistributedSampler` repeats at the end are not counted.
         step: the optimizer step.
         split: the name of the evaluation set; the log keys begin with it.
         accelerator: the `Accelerator` that prepared the loader, if any. The records that it
@@ -59,9 +61,10 @@ def evaluate(
             "which cannot be told from others here, and they are counted twice."
         )
     with _evaluating(model), metrics.evaluation(split, step, prefix=f"{split}_") as found:
-        for batch in loader:
+        for number, batch in enumerate(loader):
             _move(batch, model)
-            with metrics.observe(model, batch, accelerator=accelerator):
+            real = real_records_of_sampler(loader, number)
+            with observe(metrics, model, batch, accelerator=accelerator, real=real):
                 model(**batch)
     return found.logs
 

@@ -38,18 +38,21 @@ def start_browser(profile: Path) -> Any:
     """A driver. Without a browser the test is skipped, but in CI it fails: nothing else runs it."""
     from selenium import webdriver
 
-    paths = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-    for name, path in paths.items():
-        if path is None:
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(MISSING.format(name))
     options = webdriver.ChromeOptions()
-    options.binary_location = paths["chromium"]
+    options.binary_location = _path_of("chromium")
     for flag in (*FLAGS, f"--user-data-dir={profile}"):
         options.add_argument(flag)
     logs = {"browser": "ALL", "performance": "ALL"}
     options.set_capability("goog:loggingPrefs", logs)
-    service = webdriver.ChromeService(executable_path=paths["chromedriver"])
+    service = webdriver.ChromeService(executable_path=_path_of("chromedriver"))
     return webdriver.Chrome(options, service)
+
+
+def _path_of(program: str) -> str:
+    path = shutil.which(program)
+    if path is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(MISSING.format(program))
+    return path
 
 
 class Report:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from analysis_tools import make_history, run_of
-from browser import Report, start_browser
-from report_runs import FOUR, HOSTILE_NAMES, run_with, troubled_run
-from watch_tools import OPEN
 
+from analysis.analysis_tools import make_history, run_of
+from analysis.browser import Report, start_browser
+from analysis.report_runs import FOUR, HOSTILE_NAMES, run_with, troubled_run
+from analysis.watch_tools import OPEN
 from channel_metrics.analysis.report.html import write_report
 from channel_metrics.analysis.watch import follow
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from analysis_tools import (
+
+from analysis.analysis_tools import (
     CHANNELS,
     Entry,
     expected_series,
@@ -14,7 +15,6 @@ from analysis_tools import (
     make_history,
     series_of,
 )
-
 from channel_metrics.analysis.run import Run
 
 HISTORY = make_history()

@@ -6,8 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 
-from analysis_tools import HOSTILE, run_of
-
+from analysis.analysis_tools import HOSTILE, run_of
 from channel_metrics.analysis.run import Run
 
 FOUR = ("bbu", "rru", "lvis", "lang_chat")

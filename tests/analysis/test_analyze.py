@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from analysis_tools import make_history, run_of, series_of, write_jsonl
 from pyarrow import parquet
 from typer.testing import CliRunner
 
+from analysis.analysis_tools import make_history, run_of, series_of, write_jsonl
 from channel_metrics.analysis.run import load_run
 from channel_metrics.cli.main import app
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from analysis_tools import run_of, series_of
 from numpy.typing import NDArray
 
+from analysis.analysis_tools import run_of, series_of
 from benchmarks.estimate import compare, hide
 from channel_metrics import ChannelMetricsError
 from channel_metrics.analysis.estimate.estimator import Estimate, estimate_curves

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from analysis_tools import HOSTILE
 
+from analysis.analysis_tools import HOSTILE
 from channel_metrics.analysis.readers.keys import GLOBAL, Key, decode_keys
 from channel_metrics.core.keys import metric_key
 from channel_metrics.core.schema import TOKENS

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from analysis_tools import run_of, series_of, write_jsonl
 
+from analysis.analysis_tools import run_of, series_of, write_jsonl
 from channel_metrics import ChannelMetricsError
 from channel_metrics.analysis.estimate.mix import load_mix, windows_of, with_estimates, with_mix
 from channel_metrics.analysis.readers.keys import GLOBAL

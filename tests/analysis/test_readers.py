@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from analysis_tools import (
+
+from analysis.analysis_tools import (
     series_of,
     write_jsonl,
 )
-from reader_tools import HISTORY, check
-
+from analysis.reader_tools import HISTORY, check
 from channel_metrics import ChannelMetricsError
 from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.readers.readings import Problems, lines_of
@@ -121,7 +121,8 @@ def test_a_line_without_end_is_passed_over(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("channel_metrics.analysis.readers.readings.MAX_LINE_BYTES", 100)
     path = tmp_path / "a"
     path.write_text("x" * 1050 + "\nnext\n")
-    problems, read = Problems(), []
+    problems = Problems()
+    read: list[int] = []
     assert list(lines_of(path, problems, read.append)) == [(2, "next")]
     assert problems.count == 1
     assert sum(read) == path.stat().st_size

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from analysis_tools import (
+
+from analysis.analysis_tools import (
     CHANNELS,
     Entry,
     make_history,
     series_of,
     write_jsonl,
 )
-
 from channel_metrics.analysis.readers.readings import Problems
 from channel_metrics.analysis.readers.samples import read_sample_order
 from channel_metrics.analysis.run import load_run
@@ -25,7 +25,8 @@ def sample_log(
     history: list[Entry], rng: random.Random
 ) -> tuple[list[Entry], dict[Any, list[Any]]]:
     """Lines of single samples, shuffled within 50 steps, and {(step, channel): its samples}."""
-    lines, groups = [], {}
+    lines: list[Entry] = []
+    groups: dict[Any, list[Any]] = {}
     for entry in (entry for entry in history if "loss" in entry):
         for name in CHANNELS:
             samples = [(rng.random(), rng.randint(1, 50)) for _ in range(rng.randint(0, 3))]
@@ -71,7 +72,7 @@ def test_the_order_of_the_samples(tmp_path: Path, as_list: bool) -> None:
     path.write_text(json.dumps(order) if as_list else "\n".join(order))
     problems = Problems()
     samples = write_jsonl(tmp_path / "data.jsonl", data)
-    readings = list(read_sample_order(path, samples, 4, problems, lambda _: None))
+    readings: list[Any] = list(read_sample_order(path, samples, 4, problems, lambda _: None))
     counts = {(s, k.channel): v for s, k, v in readings if k.metric == "samples"}
     assert counts == {
         (1, "bbu"): 2,

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from analysis_tools import (
+
+from analysis.analysis_tools import (
     make_history,
     series_of,
     write_jsonl,
 )
-from reader_tools import HISTORY, check, tensorboard
-
+from analysis.reader_tools import HISTORY, check, tensorboard
 from channel_metrics import ChannelMetricsError
 from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.run import load_run

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from analysis_tools import Entry, make_history, run_of, write_jsonl
-from browser import END, Report, needs_browser, start_browser
 from schema_tools import EASY, registered
 from typer.testing import CliRunner
 
+from analysis.analysis_tools import Entry, make_history, run_of, write_jsonl
+from analysis.browser import END, Report, needs_browser, start_browser
 from channel_metrics.analysis.readers.keys import GLOBAL, Key, decode_keys
 from channel_metrics.analysis.report.html import write_report
 from channel_metrics.analysis.report.moving import MovingMeans

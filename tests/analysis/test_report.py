@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from analysis_tools import make_history, run_of
 from hypothesis import given
 from hypothesis import strategies as st
-from report_runs import HOSTILE_NAMES, run_with, troubled_run
 
+from analysis.analysis_tools import make_history, run_of
+from analysis.report_runs import HOSTILE_NAMES, run_with, troubled_run
 from channel_metrics.analysis.report import html
 from channel_metrics.analysis.report.html import MAX_BYTES, write_report
 from channel_metrics.analysis.report.page_data import dump_json

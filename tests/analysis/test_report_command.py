@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import xml.etree.ElementTree as ET
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import unescape
 
 import pytest
-from analysis_tools import make_history, run_of, write_jsonl
-from report_runs import HOSTILE_NAMES, run_with
 from typer.testing import CliRunner
 
-from channel_metrics.analysis.report import command as report_command
+from analysis.analysis_tools import make_history, run_of, write_jsonl
+from analysis.report_runs import HOSTILE_NAMES, run_with
 from channel_metrics.analysis.report.command import report_of_training
 from channel_metrics.analysis.report.pictures import write_pictures
 from channel_metrics.analysis.report.views import shown
@@ -87,9 +88,7 @@ def test_without_the_extra_the_training_says_how_to_get_it(
     find_spec = importlib.util.find_spec
     hidden = {"jinja2"}
     monkeypatch.setattr(
-        report_command.importlib.util,
-        "find_spec",
-        lambda name: None if name in hidden else find_spec(name),
+        importlib.util, "find_spec", lambda name: None if name in hidden else find_spec(name)
     )
     line = report_of_training(tmp_path, "trainer_state")
     assert "pip install 'channel_metrics[report]'" in line
@@ -98,7 +97,7 @@ def test_without_the_extra_the_training_says_how_to_get_it(
 
 def comments_of(path: Path) -> list[str]:
     parser = ET.XMLParser(target=ET.TreeBuilder(insert_comments=True))
-    elements = ET.parse(path, parser).iter()
+    elements: Iterable[Any] = ET.parse(path, parser).iter()
     return [unescape(element.text or "") for element in elements if element.tag is ET.Comment]
 
 

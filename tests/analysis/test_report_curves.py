@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from analysis_tools import make_history, run_of, series_of
 from hypothesis import given
 from hypothesis import strategies as st
-from report_runs import run_with, troubled_run
 
+from analysis.analysis_tools import make_history, run_of, series_of
+from analysis.report_runs import run_with, troubled_run
 from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.report.curves import Curve, curves_of, own_tokens, pick_points
 from channel_metrics.analysis.report.moving import MovingMeans

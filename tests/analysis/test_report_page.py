@@ -7,10 +7,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from analysis_tools import make_history, run_of, series_of
-from browser import END, ESCAPE, HOME, RIGHT, Report, needs_browser
-from report_runs import FOUR, HOSTILE_NAMES, run_with
 
+from analysis.analysis_tools import make_history, run_of, series_of
+from analysis.browser import END, ESCAPE, HOME, RIGHT, Report, needs_browser
+from analysis.report_runs import FOUR, HOSTILE_NAMES, run_with
 from channel_metrics.analysis.report.curves import charts
 from channel_metrics.analysis.report.views import rank_channels, shown
 

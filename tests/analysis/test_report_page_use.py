@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from browser import DOWN, ENTER, ESCAPE, TAB, Report, needs_browser
+
+from analysis.browser import DOWN, ENTER, ESCAPE, TAB, Report, needs_browser
 
 pytestmark = needs_browser
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from analysis_tools import HOSTILE, make_history, run_of, write_jsonl
 from typer.testing import CliRunner
-from watch_tools import HISTORY, append, lines
 
+from analysis.analysis_tools import HOSTILE, make_history, run_of, write_jsonl
+from analysis.watch_tools import HISTORY, append, lines
 from channel_metrics.analysis.report.findings import final_rows
 from channel_metrics.analysis.run import RUN_FILE, load_run
 from channel_metrics.cli.main import app
@@ -204,6 +204,6 @@ def test_in_a_terminal_until_ctrl_c(tmp_path: Path) -> None:
     shown = {line.split()[0]: line.split() for line in screen if re.match(r" ?(c\d+|bbu) ", line)}
     assert len(shown) > 5
     for name, cells in shown.items():
-        steps, losses = run_of(history).series(name, "loss")
-        assert cells[1] == f"{losses[-1]:.4f}" and cells[5 - (cells[2] == "-")] == str(steps[-1])
+        at, losses = run_of(history).series(name, "loss")
+        assert cells[1] == f"{losses[-1]:.4f}" and cells[5 - (cells[2] == "-")] == str(at[-1])
     assert any(re.match(r"\s*and \d+ more", line) for line in screen)

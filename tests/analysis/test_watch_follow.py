@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from analysis_tools import make_history, write_jsonl
-from watch_tools import HISTORY, append, check, following, lines, save_state
 
+from analysis.analysis_tools import make_history, write_jsonl
+from analysis.watch_tools import HISTORY, append, check, following, lines, save_state
 from channel_metrics.analysis.run import load_run
 from channel_metrics.analysis.watch import follow
 from channel_metrics.analysis.watch.screen import view_of
@@ -242,10 +242,12 @@ def test_another_process_writes(tmp_path: Path) -> None:
         "    file.write(part)\n"
         "    time.sleep(0.002)\n"
     )
-    content, follower, seen = lines(HISTORY), following(tmp_path), set()
+    content, follower = lines(HISTORY), following(tmp_path)
+    seen: set[int | None] = set()
     with subprocess.Popen([sys.executable, "-c", script, str(path)], stdin=subprocess.PIPE) as job:
-        assert job.stdin is not None
-        feeder = threading.Thread(target=lambda: (job.stdin.write(content), job.stdin.close()))
+        pipe = job.stdin
+        assert pipe is not None
+        feeder = threading.Thread(target=lambda: (pipe.write(content), pipe.close()))
         feeder.start()
         until = time.monotonic() + 120
         while view_of(follower.traces).step != 60 or len(seen) < 2:

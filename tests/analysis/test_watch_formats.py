@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from analysis_tools import Entry
-from watch_tools import HISTORY, check, following, save_state
 
+from analysis.analysis_tools import Entry
+from analysis.watch_tools import HISTORY, check, following, save_state
 from channel_metrics import ChannelMetricsError
 from channel_metrics.analysis.watch.screen import view_of
 from channel_metrics.trainers.megatron.log import log_line

@@ -7,9 +7,9 @@ import random
 import re
 
 import pytest
-from report_runs import HOSTILE_NAMES
-from watch_tools import printed, shares
 
+from analysis.report_runs import HOSTILE_NAMES
+from analysis.watch_tools import printed, shares
 from channel_metrics.analysis.watch.screen import line_of, sparkline, view_of
 from channel_metrics.analysis.watch.traces import Trace
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from analysis_tools import Entry, make_history, run_of
 from rich.console import Console
 
+from analysis.analysis_tools import Entry, make_history, run_of
 from channel_metrics.analysis.readers.keys import Key
 from channel_metrics.analysis.report.findings import final_rows
 from channel_metrics.analysis.watch.follow import Follower

@@ -35,9 +35,7 @@ def naive(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[tuple[int, i
     }
 
 
-def read(
-    reader: TokenLossReader, model: torch.nn.Module, batch: dict[str, Tensor], **how: Any
-) -> Any:
+def read(reader: TokenLossReader, model: torch.nn.Module, batch: dict[str, Any], **how: Any) -> Any:
     with reader.observe(model) as observation:
         output = model(**batch)
     values, reported = reader.read(observation, batch["labels"], **how)
@@ -168,7 +166,7 @@ def test_observing_a_compiled_model_compiles_nothing_again(
 
 def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only its version is read: the losses of 4.46 get labels that are one shorter."""
-    monkeypatch.setattr(capture.transformers, "__version__", "4.46.3")
+    monkeypatch.setattr(f"{capture.__name__}.transformers.__version__", "4.46.3")
     message = r"need transformers 4\.51 or later, but 4\.46\.3 is installed"
     with pytest.raises(UnsupportedVersionError, match=message):
         capture.check_loss_hook()

@@ -20,15 +20,17 @@ pytestmark = pytest.mark.timeout(SECONDS)
 
 # Knows nothing of channel metrics. The argument names the file of its log.
 TRAIN = """
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 def main(name):
+    from gloo_workers import SECONDS_FOR_WORKERS
     from hf_tools import make_records, train
     ranks = {"ddp_backend": "gloo"} if "RANK" in os.environ else {}
     folder = Path(os.environ["FOLDER"])
     trainer = train(folder / name, records=make_records(16), **ranks)
     path = folder / f"{name}{trainer.args.process_index}.json"
     path.write_text(json.dumps(trainer.state.log_history))
+    time.sleep(10 * SECONDS_FOR_WORKERS)  # Here, the other launchers run at the same time.
 if __name__ == "__main__":
     main(sys.argv[-1])
 """

@@ -146,6 +146,19 @@ def test_run_leaves_everything_after_the_script_to_it(script: Path, installed: P
     assert done.returncode == 7
 
 
+def test_run_of_a_link_looks_for_modules_beside_its_target(tmp_path: Path, installed: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "script.py"
+    real.mkdir()
+    (real / "helper.py").write_text("VALUE = 5")
+    (real / "script.py").write_text(
+        "import helper, sys\nprint(helper.VALUE, sys.path[0], __file__)"
+    )
+    link.symlink_to(real / "script.py")
+    theirs = subprocess.run([sys.executable, link], capture_output=True, text=True, check=True)
+    assert theirs.stdout == f"5 {real} {link}\n"
+    assert command("run", link, root=installed).stdout == theirs.stdout
+
+
 MODULE = """
 import sys
 from . import helper

@@ -89,6 +89,18 @@ def test_a_run_without_a_trainer_says_so_once_and_leaves_nothing(tmp_path: Path,
     assert done.returncode == 0
 
 
+def test_a_run_inside_a_run_is_reached_behind_the_sitecustomize_of_others(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('theirs')")
+    (tmp_path / "child.py").write_text(CHILD)
+    (tmp_path / "inner.py").write_text(
+        "import subprocess, sys; subprocess.run([sys.executable, 'child.py'], check=True)"
+    )
+    # Somebody has put their own folder before ours.
+    path = os.pathsep.join([str(tmp_path), str(STARTUP), str(ROOT)])
+    done = python(*RUN, "inner.py", cwd=tmp_path, PYTHONPATH=path)
+    assert done.stdout.splitlines() == ["theirs", "theirs", "[]", "1", "[]"]
+
+
 def test_a_script_that_fails_has_the_last_word(tmp_path: Path) -> None:
     (tmp_path / "fails.py").write_text("import sys; sys.exit('mine')")
     done = python(*RUN, "fails.py", cwd=tmp_path, PYTHONPATH=str(ROOT))
@@ -145,14 +157,14 @@ def finder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PatchFin
     found = PatchFinder()
     yield found
     sys.meta_path.remove(found)
-    for name in ("theirs", "theirs.part", "theirs.part.trainer", "their_patch"):
+    for name in ("theirs", "theirs.other", "theirs.part", "theirs.part.trainer", "their_patch"):
         sys.modules.pop(name, None)
 
 
 def test_a_patch_is_applied_when_its_package_is_complete(finder: PatchFinder) -> None:
     finder.watch(["theirs"])
-    from their_patch import applied
-    from theirs.part import trainer
+    applied = import_module("their_patch").applied
+    trainer = import_module("theirs.part").trainer
 
     assert applied == [True]
     assert type(trainer.__loader__).__name__ == "SourceFileLoader"
@@ -162,6 +174,24 @@ def test_a_patch_is_applied_when_its_package_is_complete(finder: PatchFinder) ->
 def test_a_patch_is_applied_at_once_if_its_module_is_there(finder: PatchFinder) -> None:
     import_module("theirs.part")
     finder.watch(["theirs"])
+    assert sys.modules["their_patch"].applied == [True]
+
+
+def test_a_thread_does_not_apply_a_patch_while_another_one_imports(
+    finder: PatchFinder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PATCHES["theirs"], "theirs.later", "their_patch")
+    (tmp_path / "theirs" / "part" / "__init__.py").write_text(
+        "import threading\n"
+        "from theirs.part import trainer\n"
+        "thread = threading.Thread(target=__import__, args=('theirs.other',))\n"
+        "thread.start()\n"
+        "thread.join()\n"
+        "READY = True\n"
+    )
+    (tmp_path / "theirs" / "other.py").touch()
+    finder.watch(["theirs"])
+    import_module("theirs.part")
     assert sys.modules["their_patch"].applied == [True]
 
 

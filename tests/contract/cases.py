@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,8 +39,9 @@ def case(*needs: str) -> Callable[..., Callable[[Harness, Path], None]]:
     return register
 
 
-def config(**given: object) -> MetricsConfig:
-    return MetricsConfig(**({"metrics": ALL, "live_table": False} | given))
+def config(**given: Any) -> MetricsConfig:
+    settings: dict[str, Any] = {"metrics": ALL, "live_table": False, **given}
+    return MetricsConfig(**settings)
 
 
 def ran(harness: Harness, script: Script, folder: Path) -> Ran:
@@ -117,8 +119,8 @@ def evaluation_has_its_own_window_and_no_totals(harness: Harness, folder: Path) 
     found = ran(harness, script, folder)
     (evaluated,) = found.evaluations
     wanted = expected(harness, flat(script.evaluations[0].batches))
-    for channel, values in wanted.items():
-        for metric, value in values.items():
+    for channel, metrics in wanted.items():
+        for metric, value in metrics.items():
             assert evaluated[f"eval_{channel}_{metric}"] == pytest.approx(value, rel=1e-5)
     assert not any(key.endswith("_total") for key in evaluated)
     for values, window in zip(train_windows(found), window_sequences(script), strict=True):

@@ -9,12 +9,12 @@ from fork_client import Preload
 from rank_cases import RanksOf
 from said import warnings_of_ours
 
-from contract.script import Ran, Script, faulty_count
+from contract.script import Harness, Ran, Script, faulty_count
 
 __all__ = ["Forking"]
 
 
-class Forking:
+class Forking(Harness):
     """Runs scripts in forked ranks; with one rank and `is_here`, in this process."""
 
     # One server for all that import no swift and no Megatron.

@@ -99,7 +99,8 @@ class InOrder(Trainer):
     """Takes the records as they come."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        return SequentialSampler(self.train_dataset)
+        records: Any = self.train_dataset
+        return SequentialSampler(records)
 
 
 class _Following(TrainerCallback):

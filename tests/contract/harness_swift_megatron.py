@@ -116,7 +116,8 @@ def new_trainer(script: Script, folder: Path, ran: Ran) -> Any:
             self.eval_metrics = None
 
         def setup_model_training(self) -> None:
-            self._start_iteration, self._train_metrics = self.state.iteration, {}
+            self._start_iteration = self.state.iteration
+            self._train_metrics: dict[str, Any] = {}
             self._pre_hook_enabled = False
 
         def _prepare_data_iterator(self, *_: Any) -> Any:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from functools import cache
 from typing import Any
 
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl_dpo_tools import log_prob
 from trl_tools import CHECKPOINTING
 
 from channel_metrics.demo.tiny import byte_tokenizer
 from channel_metrics.trainers.hf import attach
-from contract.harness_hf import HFHarness, InOrder, Records, tiny_qwen2, token_ids
+from contract.harness_hf import HFHarness, InOrder, Records, tiny_qwen2
+from contract.pairs import BETA, REFERENCE_SEED, loss_of_pair, pair_of
 from contract.script import OneSequence, Script, flat
 
 __all__ = ["DPOHarness", "SFTHarness"]
 
-BETA = 0.3
-REFERENCE_SEED = 1
-OPTIONS = {CHECKPOINTING: False, "bf16": False}
+OPTIONS: dict[str, Any] = {CHECKPOINTING: False, "bf16": False}
 
 
 class SFTHarness(HFHarness):
@@ -32,7 +28,10 @@ class SFTHarness(HFHarness):
 
     def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
         records = self.records([s for step in script.steps for s in flat(step)])
-        unprepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+        unprepared: dict[str, Any] = {
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "max_length": None,
+        }
         trainer = SFTInOrder(
             model=tiny_qwen2(),
             args=SFTConfig(**arguments, **OPTIONS, **unprepared),
@@ -60,14 +59,14 @@ class DPOHarness(HFHarness):
     can = HFHarness.can - {"ranks"} | {"pairs"}
 
     def nll(self, sequence: OneSequence) -> float:
-        return loss_of(sequence)
+        return loss_of_pair(sequence)
 
     def records(self, sequences: list[OneSequence], fails_at: int | None = None) -> Records:
         return Pairs(sequences, fails_at)
 
     def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
         records = self.records([s for step in script.steps for s in flat(step)])
-        trainer = DPOInOrder(
+        trainer: Any = DPOInOrder(
             model=tiny_qwen2(),
             ref_model=tiny_qwen2(REFERENCE_SEED),
             args=DPOConfig(**arguments, **OPTIONS, beta=BETA),
@@ -99,22 +98,3 @@ class Pairs(Records):
 def stand_in(records: Records) -> Dataset:
     """For the constructors of newer TRL, which take no dataset of torch."""
     return Dataset.from_list([records[0]])
-
-
-def pair_of(sequence: OneSequence) -> tuple[list[int], list[int], list[int]]:
-    """The tokens of prompt, chosen and rejected answer."""
-    first, *chosen = token_ids(sequence)
-    other = OneSequence(sequence.channel, sequence.tokens + 1, sequence.number + 1000)
-    return [first], chosen, token_ids(other)[1:]
-
-
-@cache
-def loss_of(sequence: OneSequence) -> float:
-    """DPO's loss of this pair alone, in float64."""
-    models = [tiny_qwen2(seed).double().eval() for seed in (0, REFERENCE_SEED)]
-    prompt, *answers = pair_of(sequence)
-    chosen, rejected = (
-        log_prob(models[0], prompt, answer) - log_prob(models[1], prompt, answer)
-        for answer in answers
-    )
-    return math.log1p(math.exp(-BETA * (chosen - rejected)))

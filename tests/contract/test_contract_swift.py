@@ -1,4 +1,4 @@
-"""Every case that ms-swift's trainer can do, see script.py."""
+"""Every case that ms-swift's trainers can do, see script.py."""
 
 from __future__ import annotations
 
@@ -10,21 +10,33 @@ from rank_cases import RanksOf
 from swift_tools import needs_swift
 
 from contract.cases import CASES, NEEDS
-from contract.harness_swift import SwiftHarness
+from contract.harness_swift import SwiftDPOHarness, SwiftHarness
 
 pytestmark = needs_swift
 
 
+KINDS = (SwiftHarness, SwiftDPOHarness)
+RUNS = [
+    pytest.param(kind, name, id=f"{kind.name}-{name}")
+    for kind in KINDS
+    for name in CASES
+    if NEEDS[name] <= kind.can
+]
+
+
 @pytest.fixture(scope="module")
-def harness(tmp_path_factory: pytest.TempPathFactory, ranks_of: RanksOf) -> SwiftHarness:
-    made = SwiftHarness(tmp_path_factory.mktemp("model"))
-    made.ranks_of = ranks_of
-    made.save_model()
-    return made
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    SwiftHarness(folder).save_model()
+    return folder
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if NEEDS[name] <= SwiftHarness.can])
-def test_case(harness: SwiftHarness, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "name"), RUNS)
+def test_case(
+    kind: type[SwiftHarness], name: str, model: Path, ranks_of: RanksOf, tmp_path: Path
+) -> None:
+    harness = kind(model)
+    harness.ranks_of = ranks_of
     CASES[name](harness, tmp_path)
 
 

@@ -40,7 +40,9 @@ def fine(original: Any, *args: int) -> int:
 
 
 @pytest.mark.parametrize("observing", [before, after])
-def test_warn_gives_the_result_of_the_original(observing: Any, caplog) -> None:
+def test_warn_gives_the_result_of_the_original(
+    observing: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     guard, trainer = FaultGuard("warn"), Trainer()
     with caplog.at_level(logging.WARNING, logger="channel_metrics"):
         assert guard.shielded(trainer.step, observing, 1, 2) == 3
@@ -71,7 +73,7 @@ def test_raise_raises(observing: Any) -> None:
     assert guard.measuring
 
 
-def test_a_guarded_block_ends_at_the_error(caplog) -> None:
+def test_a_guarded_block_ends_at_the_error(caplog: pytest.LogCaptureFixture) -> None:
     guard = FaultGuard("warn")
     reached = []
     for _ in range(2):
@@ -83,7 +85,7 @@ def test_a_guarded_block_ends_at_the_error(caplog) -> None:
     assert len(caplog.records) == 1
 
 
-def test_all_ranks_know_after_a_sync(caplog) -> None:
+def test_all_ranks_know_after_a_sync(caplog: pytest.LogCaptureFixture) -> None:
     """A rank that was told by others says so once; one that had the error has said it before."""
     told, failed = FaultGuard("warn"), FaultGuard("warn")
     with failed.guarded():
@@ -97,7 +99,7 @@ def test_all_ranks_know_after_a_sync(caplog) -> None:
     assert "ours" in messages[0] and messages[1].endswith("1 of the ranks")
 
 
-def test_a_set_up_that_was_never_seen_to_work_raises(caplog) -> None:
+def test_a_set_up_that_was_never_seen_to_work_raises(caplog: pytest.LogCaptureFixture) -> None:
     """Without `on_error`: until the first window has been summed and shown, then no more."""
     guard, trainer = FaultGuard(None), Trainer()
     with pytest.raises(ZeroDivisionError), guard.guarded():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from channel_metrics import ChannelError, ChannelTable, ConfigError
 from channel_metrics.core.keys import KeyBook, metric_key
+from channel_metrics.core.labels import Unknown
 from channel_metrics.core.schema import TOKENS, Metric
 
 
@@ -222,7 +223,7 @@ def test_100000_channels_in_three_evaluations(key_format: str) -> None:
 
 @pytest.mark.parametrize("unknown", ["add", "error"])
 def test_a_table_travels_to_workers_without_its_metrics(
-    monkeypatch: pytest.MonkeyPatch, unknown: str
+    monkeypatch: pytest.MonkeyPatch, unknown: Unknown
 ) -> None:
     """A metric that somebody registered may be a lambda, which cannot be pickled."""
     monkeypatch.setattr(TOKENS, "metrics", [*TOKENS.metrics, Metric("own", (), lambda s: 0.0)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,13 @@ import torch
 from channel_metrics import ChannelError, ChannelTable, ConfigError
 from channel_metrics.core import labels
 from channel_metrics.core.keys import metric_key, sanitize
-from channel_metrics.core.labels import DEFAULT_FIELDS, channel_of, channels_of, field_roots
+from channel_metrics.core.labels import (
+    DEFAULT_FIELDS,
+    channel_of,
+    channels_of,
+    field_roots,
+    winning_field,
+)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +52,24 @@ from channel_metrics.core.labels import DEFAULT_FIELDS, channel_of, channels_of,
 )
 def test_channels_of_a_record(record: dict[str, Any], channels: list[str | None]) -> None:
     assert channels_of(record) == channels
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ({"channel": None, "dataset_source": "second"}, "dataset_source"),
+        ({"channel": [None, "a"], "dataset_source": "second"}, "channel"),
+        ({"channel": [None], "dataset_source": "second"}, None),
+        ({"channel": [None, ""], "dataset_source": "second"}, None),
+        ({}, None),
+    ],
+)
+def test_the_winning_field_is_the_one_that_gives_the_channels(
+    record: dict[str, Any], field: str | None
+) -> None:
+    assert winning_field(record) == field
+    if field is not None:
+        assert channels_of(record, [field]) == channels_of(record)
 
 
 def test_integers_that_number_classes() -> None:
@@ -95,12 +119,12 @@ def test_own_fields() -> None:
 
 def test_ids_count_in_the_order_of_the_names() -> None:
     table = ChannelTable(["bbu", "rru", "bbu"])
-    assert table.names == ("bbu", "rru")
+    assert list(table.names) == ["bbu", "rru"]
     assert len(table) == 2
     assert "rru" in table
     assert "lvis" not in table
     assert table.ids(["rru", None, "unlabeled", "lvis", "bbu"]) == [1, -1, -1, 2, 0]
-    assert table.names == ("bbu", "rru", "lvis")
+    assert list(table.names) == ["bbu", "rru", "lvis"]
     assert table.add("rru") == 1
     assert repr(table) == "ChannelTable(['bbu', 'rru', 'lvis'], unknown='add')"
 
@@ -127,7 +151,7 @@ def test_unknown_names() -> None:
         (lambda: ChannelTable(["a b", "a_b"]), "'a b' and 'a_b' would both be logged as 'a_b'"),
         (lambda: ChannelTable([""]), "must be a non-empty string, but is ''"),
         (lambda: ChannelTable(["  "]), "must be a non-empty string, but is '  '"),
-        (lambda: ChannelTable().ids([3]), "must be a non-empty string, but is 3"),
+        (lambda: ChannelTable().ids(cast(Any, [3])), "must be a non-empty string, but is 3"),
         (
             lambda: channels_of({"channel": 1.5}),
             "'channel' of a record must be a name or an integer",
@@ -155,7 +179,7 @@ def test_refuses_key_formats(key_format: Any) -> None:
 
 def test_refuses_other_treatments_of_unknown_names() -> None:
     with pytest.raises(ConfigError, match='"add", "unlabeled" or "error", but is \'drop\''):
-        ChannelTable(unknown="drop")
+        ChannelTable(unknown=cast(Any, "drop"))
 
 
 def test_refuses_the_keys_of_the_trainer() -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from channel_metrics import ChannelCollator, ChannelError, ChannelTable
+
+
+def given_batch(batch: dict[str, Any], records: Any) -> dict[str, Any]:
+    return dict(batch)
 
 
 def test_a_collator_that_returns_channels_itself() -> None:
@@ -24,7 +29,7 @@ def test_a_collator_that_returns_channels_itself() -> None:
             {"input_ids": tokens, "channel_bounds": bounds, "channels": given},
         ):
             collate = ChannelCollator(dict, table=table, bounds_key="channel_bounds")
-            batch = collate.around(lambda _, base=base: dict(base))(records)
+            batch = collate.around(partial(given_batch, base))(records)
             assert batch["channels"].tolist() == [1, -1, 0]
             assert batch["channel_bounds"].tolist() == [0, 1, 3, 6]
     rows = {"input_ids": tokens.view(3, 2), "channels": ["new", "a", "b"]}

@@ -24,6 +24,7 @@ from transformers import DataCollatorWithFlattening
 from channel_metrics import ChannelCollator, ChannelError, ChannelLossAccumulator, ChannelTable
 from channel_metrics.data import collator as collator_module
 from channel_metrics.data.collator import RECORDS_KEY
+from channel_metrics.data.record_order import tokens_of_records
 
 BASES: list[Base] = [padded, left, unmasked, unmasked_left, DataCollatorWithFlattening()]
 
@@ -220,7 +221,6 @@ def test_first_batches_and_a_sample_are_looked_at(monkeypatch: pytest.MonkeyPatc
         looks.append(len(records))
         return tokens_of_records(records)
 
-    tokens_of_records = collator_module.tokens_of_records
     monkeypatch.setattr(collator_module, "tokens_of_records", counting)
     records = [record(3, "a", 100), record(4, "b", 200)]
     ordered, sorting = ChannelCollator(padded), ChannelCollator(longest_first)

@@ -207,11 +207,12 @@ def embedding_ranks(pp_ranks: list[int]) -> list[int]:
 
 if __name__ == "__main__":
     # Each rank builds what it needs: no broadcast of the datasets' sizes from rank 0.
-    datasets_provider.is_distributed = True
+    provider: Any = datasets_provider
+    provider.is_distributed = True
     arguments = parse_and_validate_args(args_defaults={"tokenizer_type": "NullTokenizer"})
     pretrain(
         pretrain_cfg_container_from_args(arguments, gpt_config_from_args(arguments)),
-        datasets_provider,
+        provider,
         ModelType.encoder_or_decoder,
         forward_step,
         get_embedding_ranks=embedding_ranks,

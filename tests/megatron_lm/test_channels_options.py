@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -141,14 +142,15 @@ def wandb_history() -> oracle.Result:
     import wandb
 
     seen: list[dict[str, object]] = []
-    log = wandb.Run.log
+    run: Any = wandb.Run
+    log = run.log
 
-    def remembering(self: object, values: dict[str, object], step: int | None = None) -> None:
+    def remembering(self: Any, values: dict[str, Any], step: int | None = None) -> None:
         plain = {key: value for key, value in values.items() if isinstance(value, (int, float))}
         seen.append({**plain, "at": step})
         log(self, values, step)
 
-    wandb.Run.log = remembering
+    run.log = remembering
     return lambda: seen
 
 

@@ -6,6 +6,7 @@ import json
 import random
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def sft_samples() -> oracle.Result:
     seen = []
     get = sft_dataset.SFTDataset.__getitem__
 
-    def remembering(self: object, index: int) -> object:
+    def remembering(self: Any, index: int) -> Any:
         sample = get(self, index)
         line = int(self.indices[index % len(self.indices)])
         record = self.dataset.dataset[line]
@@ -47,7 +48,7 @@ def sft_samples() -> oracle.Result:
     return lambda: seen
 
 
-def naive_counts(samples: list[dict[str, list]]) -> dict[str, dict[str, int]]:
+def naive_counts(samples: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """Tokens and conversations per channel; a token counts for the conversation of its target."""
     found: dict[str, dict[str, int]] = {}
     for sample in samples:

@@ -46,7 +46,12 @@ def test_bad_values_are_refused(values: dict[str, Any], message: str) -> None:
 
 
 def test_config_from_a_mapping() -> None:
-    given_values = {"every": 5, "batches": 2, "max_overhead": None, "resample": True}
+    given_values: dict[str, Any] = {
+        "every": 5,
+        "batches": 2,
+        "max_overhead": None,
+        "resample": True,
+    }
     assert ProbeConfig.from_mapping(given_values) == ProbeConfig(**given_values)
 
 

@@ -23,7 +23,8 @@ PAGES = ("README.md", "CONTRIBUTING.md", *DOCS)
 
 # {page: the test that runs its Python, besides examples with >>>}
 RUN_BY = {
-    "README.md": "tests/project/test_readme_loop.py",
+    "docs/lightning.md": "tests/trainers/lightning/test_lightning_docs.py",
+    "docs/own_loop.md": "tests/project/test_own_loop_page.py",
     "docs/fused_losses.md": "tests/project/test_docs_parts.py",
     "docs/hf_trainer.md": "tests/project/test_docs_parts.py",
     "docs/probe.md": "tests/project/test_docs_parts.py",
@@ -55,7 +56,7 @@ NOT_RUN = {
 
 
 # Pages with >>> in their blocks.
-WITH_EXAMPLES = ("README.md", "docs/REFERENCE.md")
+WITH_EXAMPLES = ("docs/REFERENCE.md",)
 
 
 class Block(NamedTuple):

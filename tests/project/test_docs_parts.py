@@ -88,3 +88,8 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
     run("docs/report.md", "write_report")
     assert "bbu" in Path("report.html").read_text(encoding="utf-8")
+
+
+def test_attach(trainer: Any) -> None:
+    run("docs/hf_trainer.md", "attach(trainer)", trainer=trainer)
+    assert {"bbu_loss", "bbu_tokens"} <= set(trainer.state.log_history[0])

@@ -32,6 +32,13 @@ def fill(window: SumTable, seen: Seen) -> None:
     window.update(losses, channels=seen)
 
 
+def results_of(outcome: Outcome[GlobalSums]) -> list[GlobalSums]:
+    """After a look that no rank has failed."""
+    results = [result for result in outcome.results if isinstance(result, GlobalSums)]
+    assert len(results) == len(outcome.results)
+    return results
+
+
 class Group:
     """Ranks with a window each; what they agreed on stays from one run to the next."""
 
@@ -58,16 +65,15 @@ class Group:
     def sent_bytes(self) -> list[int]:
         """After a look that no rank has failed."""
         outcome = self.run()
-        assert all(isinstance(result, GlobalSums) for result in outcome.results)
+        results_of(outcome)
         return outcome.sent_bytes
 
     def summed(self) -> GlobalSums:
         """What all ranks come to, each on its own."""
-        results = self.run().results
-        for result in results:
-            assert isinstance(result, GlobalSums)
-            assert result.names == results[0].names and torch.equal(result.sums, results[0].sums)
-        return results[0]
+        first, *others = results_of(self.run())
+        for result in others:
+            assert result.names == first.names and torch.equal(result.sums, first.sums)
+        return first
 
 
 def group_of(num_ranks: int, names: Iterable[str] = ()) -> Group:
@@ -181,7 +187,7 @@ def test_riders_are_added_up_beside_the_sums() -> None:
             assert result.sums[:, 0].tolist() == [1, 1, 1]
     group.windows[1].labels.add("late")
     outcome = group.run([[1.0]] * 3)
-    assert [result.riders for result in outcome.results] == [(3.0,)] * 3
+    assert [result.riders for result in results_of(outcome)] == [(3.0,)] * 3
 
 
 @pytest.mark.parametrize("odd", [0, 2])

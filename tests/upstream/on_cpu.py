@@ -6,12 +6,15 @@ there, and they leave Liger's functions in the models, so that all later tests f
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import training_args
 
 if not torch.accelerator.is_available():
-    training_args.is_torch_bf16_gpu_available = lambda: True
+    arguments: Any = training_args
+    arguments.is_torch_bf16_gpu_available = lambda: True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

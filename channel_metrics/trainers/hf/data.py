@@ -33,7 +33,7 @@ class TokenBatchCollator(ChannelCollator):
         given = "channels" in batch
         batch = super()._with_channels(lambda _: batch, records)
         columns = {key for one in records if isinstance(one, Mapping) for key in one}
-        if columns and not given and not columns.intersection(self.fields, self.roots):
+        if columns and not given and columns.isdisjoint({*self.fields, *self.roots}):
             batch[COLUMNS_KEY] = sorted(columns)
         return batch
 

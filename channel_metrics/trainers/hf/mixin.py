@@ -99,8 +99,8 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         return Ranks(alone=self.accelerator.num_processes == 1)
 
     def _new_scratch(self, session: ChannelMetrics) -> Scratch:
-        with_correct = "token_acc" in session.config.metrics
-        return Scratch(TokenLossReader(with_correct=with_correct, guard=session.guard))
+        reader = TokenLossReader(with_correct=session.with_correct, guard=session.guard)
+        return Scratch(reader)
 
     def _shielded(self, original: Any, observing: Any, *args: Any, **kwargs: Any) -> Any:
         """Call `original`, observed if the metrics are on; see `FaultGuard.shielded`."""
@@ -294,5 +294,5 @@ def check_trainer(trainer_class: type) -> None:
         raise UnsupportedVersionError(
             f"channel metrics extend {len(_HOOKS)} methods of the Trainer, but "
             f"{trainer_class.__name__} of transformers {transformers.__version__} lacks "
-            f"{', '.join(missing)}; use a tested version (see README)."
+            f"{', '.join(missing)}; use a tested version (docs/compatibility.md)."
         )

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
 
 from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
+from channel_metrics.data.batch_channels import real_records_of_sampler
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.errors import ChannelMetricsError, ConfigError
 from channel_metrics.extras import need
@@ -31,11 +31,9 @@ if TYPE_CHECKING:
     _BASES = (Callback,)
 else:
     # The same code under two names. Each Trainer takes only callbacks of its own package.
-    _PACKAGES = [name for name in ("lightning", "pytorch_lightning") if find_spec(name)]
-    _BASES = tuple(
-        need("lightning.pytorch" if name == "lightning" else name, extra="lightning").Callback
-        for name in _PACKAGES or ["lightning"]
-    )
+    _NAMES = ("lightning.pytorch", "pytorch_lightning")
+    _FOUND = [name for name in _NAMES if find_spec(name.partition(".")[0])]
+    _BASES = tuple(need(name, extra="lightning").Callback for name in _FOUND or _NAMES[:1])
 
 # Keys that Lightning or most modules log.
 _RESERVED_KEYS = frozenset({"loss", "train_loss", "val_loss", "test_loss", "epoch", "step"})
@@ -70,10 +68,10 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
         self._last_step = 0
         # The keys that we have logged.
         self._own: set[str] = set()
-        # The evaluation that is open: its windows, the number of the data loader, what was closed.
-        self._windows: Generator[None] | None = None
+        # The open evaluation: its data loaders, the number of the current one, and its windows.
+        self._loaders: list[Any] = []
         self._loader = -1
-        self._closed: list[Window] = []
+        self._windows: Generator[int] | None = None
 
     def collator(self, base: Callable[[list[Any]], Any]) -> ChannelCollator:
         """A `collate_fn` like `base` that also adds the channels. `base` must return a dict."""
@@ -91,13 +89,10 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
         self._fits, self._raised = stage == "fit", False
         session = self.metrics
         session.ranks = replace(session.ranks, alone=trainer.world_size == 1)
-        if self._fits:
-            totals = session.totals
+        # With steps behind it, the same trainer trains on.
+        if self._fits and not trainer.global_step:
             with session.guard.guarded():
                 session.start()
-            if trainer.global_step:
-                # The same trainer trains on.
-                session.totals = totals
         self._steps = StepCounter(session, pl_module, self._model)
         for name in _STEPS:
             self._undo.enter_context(swap.wrapped(pl_module, name, self._steps.run))
@@ -140,77 +135,64 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
 
     def _values(self, trainer: Any, window: Window) -> dict[str, Tensor]:
         """The values that are logged. A key that the module logs itself is left to it."""
-        logs = {key: 0.0 for key in trainer.logged_metrics if key not in self._own}
-        theirs = set(logs)
+        theirs = trainer.logged_metrics.keys() - self._own
+        logs: dict[str, float] = dict.fromkeys(theirs, 0.0)
         self.metrics.write(window, logs)
-        self._own |= logs.keys() - theirs
+        ours = {key: value for key, value in logs.items() if key not in theirs}
+        self._own |= ours.keys()
         # Lightning would round a float to float32.
-        return {
-            key: torch.tensor(value, dtype=torch.float64, device="cpu")
-            for key, value in logs.items()
-            if key not in theirs
-        }
+        return {k: torch.tensor(v, dtype=torch.float64, device="cpu") for k, v in ours.items()}
 
     # ---- evaluation ------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        loaders = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
-        stage = trainer.state.stage.dataloader_prefix
-        names = [f"{stage}_{i}" for i in range(len(loaders))] if len(loaders) > 1 else [stage]
-        self._windows = self._each([] if trainer.sanity_checking else names, trainer)
-        self._loader, self._closed = -1, []
-        with self.metrics.guard.guarded():
-            self._warn_of_repetitions(trainer)
+        self._loaders, self._loader = trainer._evaluation_loop._combined_loader.flattened, -1
+        self._windows = None if trainer.sanity_checking else self._evaluate(trainer, pl_module)
 
-    def _warn_of_repetitions(self, trainer: Any) -> None:
-        found = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        found = list(found.values()) if isinstance(found, Mapping) else found
-        for loader in found if isinstance(found, (list, tuple)) else [found]:
-            sampler = getattr(loader, "sampler", None)
-            if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
-                repeated = sampler.total_size - len(sampler.dataset)  # type: ignore[arg-type]
-                if repeated:
-                    self.metrics.warn_once(
-                        f"Lightning repeats {repeated} records of an evaluation set so that all "
-                        f"{trainer.world_size} ranks get as many; they are counted twice. For "
-                        "exact values, evaluate on one device, or with as many records as fit."
-                    )
-
-    def _each(self, names: list[str], trainer: Any) -> Generator[None]:
-        """Open the window of one data loader after the other."""
-        for name in names:
+    def _evaluate(self, trainer: Any, pl_module: Any) -> Generator[int]:
+        """Open the window of one data loader after the other, and log them in the end."""
+        stage, closed = trainer.state.stage.dataloader_prefix, []
+        for number in range(len(self._loaders)):
+            name = stage if len(self._loaders) == 1 else f"{stage}_{number}"
             with self.metrics.evaluation(name, trainer.global_step, f"{name}_") as found:
-                yield
+                yield number
             if found.window is not None:
-                self._closed.append(found.window)
+                closed.append(found.window)
+        for window in closed:
+            self._log_evaluation(trainer, pl_module, window)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        counted = not (trainer.sanity_checking or trainer.predicting)
-        self._steps.take(batch, counted=counted)
-        while counted and self._loader < dataloader_idx:
-            assert self._windows is not None
-            next(self._windows)
-            self._loader += 1
+        if self._windows is None:
+            self._steps.take(batch, counted=False)
+            return
+        while self._loader < dataloader_idx:
+            self._loader = next(self._windows)
+        real = real_records_of_sampler(self._loaders[dataloader_idx], batch_idx)
+        self._steps.take(batch, real=real)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         # Every rank closes all windows in the same order, also those of loaders without a batch.
         for _ in self._windows or ():
             pass
-        for window in self._closed:
-            values = self._values(trainer, window)
-            with warnings.catch_warnings():
-                # The values are those of all ranks already.
-                keys = "|".join(map(re.escape, values))
-                advice = rf"It is recommended to use `self\.log\('({keys})'"
-                warnings.filterwarnings("ignore", advice)
-                pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=1)
-                # Here Lightning computes what was logged, with that warning.
-                _ = trainer.callback_metrics
+
+    def _log_evaluation(self, trainer: Any, pl_module: Any, window: Window) -> None:
+        values = self._values(trainer, window)
+        with warnings.catch_warnings():
+            # The values are those of all ranks already.
+            keys = "|".join(map(re.escape, values))
+            advice = rf"It is recommended to use `self\.log\('({keys})'"
+            warnings.filterwarnings("ignore", advice)
+            pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=1)
+            # Here Lightning computes what was logged, with that warning.
+            _ = trainer.callback_metrics
+
+    def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *args: Any) -> None:
+        self._steps.take(batch, counted=False)
 
     on_test_start = on_validation_start
-    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_start = on_validation_batch_start
     on_test_epoch_end = on_validation_epoch_end
 
     # ---- checkpoints -----------------------------------------------------------------------

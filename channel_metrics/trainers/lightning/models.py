@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 
 from channel_metrics.errors import ConfigError, hint
 
-__all__ = ["language_model_in", "trained_model"]
+__all__ = ["trained_model"]
 
-# The classes of modules that call the forward of the module inside them.
-_WRAPPERS = frozenset({"OptimizedModule", "PeftModel", "FullyShardedDataParallel"})
+# Wrappers that call the forward of the model inside them without its hooks.
+_WRAPPERS = frozenset({"OptimizedModule", "PeftModel"})
 
 
 def trained_model(module: torch.nn.Module, name: str | None) -> torch.nn.Module | None:
@@ -51,19 +51,10 @@ def trained_model(module: torch.nn.Module, name: str | None) -> torch.nn.Module 
     return found[0] if found else None
 
 
-def language_model_in(model: torch.nn.Module) -> torch.nn.Module:
-    """The transformers model inside wrappers; `model` itself if it has none."""
-    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
-
-
 def _models_in(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     for child in module.children():
-        if isinstance(child, PreTrainedModel) or _is_wrapper(child):
+        kinds = {parent.__name__ for parent in type(child).__mro__}
+        if isinstance(child, PreTrainedModel) or kinds & _WRAPPERS:
             yield child
         else:
             yield from _models_in(child)
-
-
-def _is_wrapper(module: torch.nn.Module) -> bool:
-    kinds = {parent.__name__ for parent in type(module).__mro__}
-    return bool(kinds & _WRAPPERS) and isinstance(language_model_in(module), PreTrainedModel)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset, Value
 
 from channel_metrics.core.labels import channel_of, field_roots
+from channel_metrics.data.collator import BOUNDS_KEY, ChannelCollator
 from channel_metrics.data.scan import class_names
 from channel_metrics.errors import ChannelError
 from channel_metrics.session import ChannelMetrics
 
-__all__ = ["CHANNEL_COLUMN", "declare", "records_of", "with_channel_column"]
+__all__ = [
+    "CHANNEL_COLUMN",
+    "declare",
+    "records_of",
+    "with_channel_column",
+    "wrapped_collator",
+]
 
 CHANNEL_COLUMN = "channel"
 _SCAN_ROWS = 65_536
@@ -81,6 +88,22 @@ def declare(session: ChannelMetrics, dataset: Any, split: str) -> bool:
             f"{error} ms-swift keeps the column {CHANNEL_COLUMN!r} of a dataset and drops "
             f"others; the patch ms_swift fills it from {', '.join(session.config.fields)}."
         ) from None
+
+
+def wrapped_collator(
+    session: ChannelMetrics, base: Callable[..., Any], kind: type[ChannelCollator]
+) -> ChannelCollator:
+    """A collator of this kind around that of the trainer, after `declare`."""
+    return kind(
+        base,
+        fields=(CHANNEL_COLUMN,),
+        table=session.labels if session.labels.names else None,
+        strip=(),
+        bounds_key=BOUNDS_KEY,
+        row_bounds=False,
+        carry_faults=True,
+        classes=session.classes,
+    )
 
 
 def _features(dataset: Any, column: str) -> Any:

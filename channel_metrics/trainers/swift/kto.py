@@ -8,10 +8,8 @@ from channel_metrics.trainers.trl.kto import KTORecordsMixin
 __all__ = ["SwiftKTOMixin"]
 
 
-class SwiftKTOMixin(SwiftRLHFMixin, KTORecordsMixin):
+class SwiftKTOMixin(KTORecordsMixin, SwiftRLHFMixin):
     """For `swift rlhf --rlhf_type kto`."""
-
-    aux_loss_enabled: bool
 
     def _loss_is_mean(self) -> bool:
         # The auxiliary loss of experts belongs to no answer.

@@ -12,14 +12,18 @@ from channel_metrics.config import MetricsConfig
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.schema import TOKENS
 from channel_metrics.data.batch_channels import BatchChannels
-from channel_metrics.data.collator import BOUNDS_KEY
-from channel_metrics.data.scan import class_names, count_channels
+from channel_metrics.data.scan import count_channels
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import Scratch
 from channel_metrics.trainers.hf.mixin import RESERVED_KEYS, ChannelMetricsMixin
 from channel_metrics.trainers.swift.collator import GROUP_KEY, SEGMENTS_KEY, SwiftCollator
 from channel_metrics.trainers.swift.cut import ids_of_this_part, kept_bounds
-from channel_metrics.trainers.swift.data import CHANNEL_COLUMN, declare, records_of
+from channel_metrics.trainers.swift.data import (
+    CHANNEL_COLUMN,
+    declare,
+    records_of,
+    wrapped_collator,
+)
 from channel_metrics.trainers.swift.loss import (
     check_loss_functions,
     observe_token_losses,
@@ -82,16 +86,8 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
         return None if counts is None else {name or UNLABELED for name in counts}
 
     def _with_channels(self, session: ChannelMetrics, dataset: Any, description: str) -> Any:
-        known = self._declare(session, dataset, description) or bool(session.config.channels)
-        return SwiftCollator(
-            self.data_collator,
-            table=session.labels if known else None,
-            strip=(),
-            bounds_key=BOUNDS_KEY,
-            row_bounds=False,
-            carry_faults=True,
-            classes=class_names(records_of(dataset), (CHANNEL_COLUMN,)),
-        )
+        self._declare(session, dataset, description)
+        return wrapped_collator(session, self.data_collator, SwiftCollator)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         # ms-swift cuts the labels here: to this rank's part of the rows, or to the supervised

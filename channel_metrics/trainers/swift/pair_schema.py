@@ -5,11 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio
-from channel_metrics.trainers.trl.samples import mean, sample_schema
+from channel_metrics.trainers.trl.samples import pair_rewards, sample_schema
 
 __all__ = ["pair_schema"]
-
-_REWARDS = ("chosen", "rejected", "accuracies", "margins")
 
 
 def pair_schema(nll_weight: float = 0.0) -> Schema:
@@ -21,9 +19,8 @@ def pair_schema(nll_weight: float = 0.0) -> Schema:
     """
     schema = sample_schema(
         "pairs",
-        *(Column(name, "rewards", f"what ms-swift logs as rewards/{name}") for name in _REWARDS),
-        *(mean(f"rewards/{name}", name) for name in _REWARDS),
-        Column("loss", "loss", "losses of the pairs whose loss is known, without nll"),
+        *pair_rewards("ms-swift"),
+        Column("loss", "nats", "losses of the pairs whose loss is known, without nll"),
         Column("loss_samples", "pairs", "pairs whose loss is known"),
     )
     needs = ["loss", "loss_samples", "samples"]
@@ -32,10 +29,19 @@ def pair_schema(nll_weight: float = 0.0) -> Schema:
         schema.register(
             Column("nll", "nats", "nll of the chosen answers"),
             Column("nll_tokens", "tokens", "tokens of the chosen answers"),
-            Metric("nll_loss", ("nll", "nll_tokens"), _nll, doc="nll / nll_tokens", always=True),
+            Metric(
+                "nll_loss",
+                ("nll", "nll_tokens"),
+                _nll,
+                unit="nats",
+                doc="nll / nll_tokens",
+                always=True,
+            ),
         )
     formula = partial(_loss, nll_weight)
-    schema.register(Metric("loss", tuple(needs), formula, doc="loss / samples, and nll_loss"))
+    schema.register(
+        Metric("loss", tuple(needs), formula, unit="nats", doc="loss / samples, and nll_loss")
+    )
     return schema
 
 

@@ -1,4 +1,4 @@
-"""Channel metrics of preference pairs in `swift rlhf`: dpo, orpo and rm.
+"""Channel metrics of preference pairs in `swift rlhf`: dpo, orpo, cpo (simpo) and rm.
 
 The rewards and losses of the pairs are those that ms-swift's trainers compute themselves. Some
 losses also have the nll of the chosen answers, per token. It follows from their log probabilities.
@@ -23,7 +23,7 @@ from channel_metrics.trainers.swift.pair_schema import pair_schema
 from channel_metrics.trainers.swift.rlhf import SwiftRLHFMixin
 from channel_metrics.trainers.trl.records import not_called
 
-__all__ = ["SwiftDPOMixin", "SwiftORPOMixin", "SwiftRewardMixin"]
+__all__ = ["SwiftCPOMixin", "SwiftDPOMixin", "SwiftORPOMixin", "SwiftRewardMixin"]
 
 # Losses of DPO that are not one per pair.
 _NO_PAIR_LOSSES = {"aot": "sorts the pairs", "aot_unpaired": "sorts the answers"}
@@ -196,10 +196,28 @@ class SwiftORPOMixin(_PairMixin):
     def _values(self, computed: _Computed, batch: Any) -> dict[str, Tensor]:
         (odds, chosen, rejected), mean_logps = computed.losses[0], computed.forwards[0][0]
         # TRL subtracts the mean of what it calls losses.
-        values = self._pairs(chosen, rejected, -odds)
-        targets = batch["labels"][: chosen.shape[0], 1:]
-        tokens = (targets != IGNORE_INDEX).sum(1).to(mean_logps)
-        return values | {"nll": -mean_logps * tokens, "nll_tokens": tokens}
+        return self._pairs(chosen, rejected, -odds) | _nll(batch, mean_logps, are_means=True)
+
+
+class SwiftCPOMixin(_PairMixin):
+    """For `swift rlhf --rlhf_type cpo` and `simpo`."""
+
+    _loss_name = "cpo_loss"
+    loss_type: str
+    cpo_alpha: float
+
+    def cpo_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return self._kept(super().cpo_loss(*args, **kwargs))  # type: ignore[misc]
+
+    def _nll_weight(self) -> float:
+        return self.cpo_alpha
+
+    def _values(self, computed: _Computed, batch: Any) -> dict[str, Tensor]:
+        (losses, chosen, rejected), logps = computed.losses[0], computed.forwards[0][0]
+        values = self._pairs(chosen, rejected, losses)
+        if self.cpo_alpha:
+            values |= _nll(batch, logps, are_means=self.loss_type in ("ipo", "simpo"))
+        return values
 
 
 class SwiftRewardMixin(_PairMixin):
@@ -247,3 +265,9 @@ class SwiftRewardMixin(_PairMixin):
         """What ms-swift has divided the loss by."""
         accumulated = num_items_in_batch is not None and self.model_accepts_loss_kwargs
         return int(self.args.gradient_accumulation_steps) if accumulated else 1
+
+
+def _nll(batch: Any, chosen_logps: Tensor, *, are_means: bool) -> dict[str, Tensor]:
+    """The nll of the chosen answers and their tokens, [N]; `are_means`: logps are per token."""
+    tokens = (batch["labels"][: chosen_logps.shape[0], 1:] != IGNORE_INDEX).sum(1).to(chosen_logps)
+    return {"nll": -chosen_logps * (tokens if are_means else 1), "nll_tokens": tokens}

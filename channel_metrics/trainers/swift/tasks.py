@@ -16,11 +16,12 @@ __all__ = ["RLHF_TASKS", "mixin_for", "why_without_metrics"]
 RLHF_TASKS = {
     "dpo": ("DPOTrainer", "pairs"),
     "orpo": ("ORPOTrainer", "pairs"),
+    "cpo": ("CPOTrainer", "pairs"),
     "rm": ("RewardTrainer", "pairs"),
     "kto": ("KTOTrainer", "kto"),
     "grpo": ("GRPOTrainer", "grpo"),
 }
-"""{rlhf_type: (the class of ms-swift's trainer, the module of its mixin)}."""
+"""{rlhf_type: (the class of ms-swift's trainer, the module of its mixin)}; simpo is a cpo."""
 
 
 def why_without_metrics(args: Any) -> str | None:

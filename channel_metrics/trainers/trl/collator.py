@@ -1,4 +1,4 @@
-"""Collators for TRL's preference pairs, which are two rows each, and for its packs.
+"""Collators for records that are not one row each, such as preference pairs, and for TRL's packs.
 
 Letters: B rows, S row length, T = B * S, N sequences.
 """
@@ -28,10 +28,14 @@ PACK_BOUNDS_KEY = "channel_pack_bounds"
 
 
 class RecordCollator(ChannelCollator):
-    """One channel per record, even if the wrapped collator makes several rows of a record."""
+    """One channel per record, even if the wrapped collator makes several rows of a record.
+
+    With packing in ms-swift, each feature is a list of records.
+    """
 
     def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
-        names = [channel_of(record, self.fields, self.classes) for record in features]
+        packs = [feature if isinstance(feature, list) else [feature] for feature in features]
+        names = [channel_of(record, self.fields, self.classes) for pack in packs for record in pack]
         batch = collate(features)
         batch["channels"] = self._ids_or_names(names)
         return batch

@@ -23,12 +23,9 @@ from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import Scratch
 from channel_metrics.trainers.trl.dpo_losses import FORMULAS, Pairs
 from channel_metrics.trainers.trl.pairs import PairChannelMetricsMixin, agree
-from channel_metrics.trainers.trl.samples import mean, sample_schema
+from channel_metrics.trainers.trl.samples import PAIR_REWARDS, pair_rewards, sample_schema
 
 __all__ = ["DPOChannelMetricsMixin"]
-
-# In the order in which TRL gathers them.
-_GATHERED = ("chosen", "rejected", "accuracies", "margins")
 
 
 def _loss(sums: Sums) -> float | None:
@@ -39,13 +36,9 @@ def _loss(sums: Sums) -> float | None:
 
 _SCHEMA = sample_schema(
     "pairs",
-    *(Column(name, "rewards", f"what TRL logs as rewards/{name}") for name in _GATHERED),
+    *pair_rewards("TRL"),
     Column("loss", "nats", "losses of the pairs whose loss is known"),
     Column("loss_samples", "pairs", "pairs whose loss is known"),
-    *(
-        mean(f"rewards/{name}", name, "" if name == "accuracies" else "rewards")
-        for name in _GATHERED
-    ),
     Metric("loss", ("loss", "loss_samples", "samples"), _loss, unit="nats", doc="loss / samples"),
 )
 
@@ -88,7 +81,7 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
         with _kept_gathers(self.accelerator, num_pairs) as gathered:
             result = compute(model, inputs, *rest, **kw)
         self._check_gathered(gathered, num_pairs)
-        values = dict(zip(_GATHERED, gathered, strict=False))
+        values = dict(zip(PAIR_REWARDS, gathered, strict=False))
         reason = self._why_no_loss()
         if reason is None:
             loss = self._pair_losses(values, inputs["completion_mask"])
@@ -142,17 +135,17 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
         """Check once, by their values, that the gathered tensors are those we expect."""
         if self.channel_scratch.checked:
             return
-        fits = len(gathered) >= len(_GATHERED)
+        fits = len(gathered) >= len(PAIR_REWARDS)
         if fits:
-            chosen, rejected, accuracies, margins = gathered[: len(_GATHERED)]
+            chosen, rejected, accuracies, margins = gathered[: len(PAIR_REWARDS)]
             fits = torch.equal(margins, chosen - rejected) and torch.equal(
                 accuracies, (chosen > rejected).to(accuracies.dtype)
             )
         if not fits:
             raise UnsupportedVersionError(
-                f"DPOTrainer must gather {', '.join(_GATHERED)} of its {num_pairs} pairs, in this "
-                f"order, but trl {trl.__version__} gathered {len(gathered)} tensors of that size, "
-                "or others; use a tested version (see docs/trl.md)."
+                f"DPOTrainer must gather {', '.join(PAIR_REWARDS)} of its {num_pairs} pairs, in "
+                f"this order, but trl {trl.__version__} gathered {len(gathered)} tensors of that "
+                "size, or others; use a tested version (see docs/trl.md)."
             )
         self.channel_scratch.checked = True
 

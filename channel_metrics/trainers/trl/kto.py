@@ -1,21 +1,33 @@
-"""Channel metrics of KTO: single answers, desirable (chosen) or not (rejected)."""
+"""Channel metrics in TRL's KTOTrainer: single answers, desirable or not.
+
+trl 0.29 returns the losses and rewards of the answers from `kto_loss`, and ms-swift uses it, too.
+Newer TRL has one number per batch. There, the rewards follow from the log probabilities that both
+models return, and the losses from the rewards and the KL, by TRL's formula.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+import trl
 from torch import Tensor
 
 from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio
+from channel_metrics.data.batch_channels import BatchChannels
+from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import Scratch
+from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
+from channel_metrics.trainers.trl.pairs import PairChannelMetricsMixin
 from channel_metrics.trainers.trl.records import RecordsMixin, not_called
 from channel_metrics.trainers.trl.samples import mean, sample_schema
 
-__all__ = ["KTORecordsMixin"]
+__all__ = ["KTO_SCHEMA", "KTOChannelMetricsMixin", "KTOLossMixin", "KTORecordsMixin"]
 
 _KINDS = ("chosen", "rejected")
 
@@ -30,16 +42,17 @@ def _margin(sums: Sums) -> float | None:
     return None if chosen is None or rejected is None else chosen - rejected
 
 
-_SCHEMA = sample_schema(
+KTO_SCHEMA = sample_schema(
     "answers",
     *(Column(kind, "rewards", f"rewards of the {kind} answers") for kind in _KINDS),
     *(Column(f"num_{kind}", "answers", f"{kind} answers") for kind in _KINDS),
-    Column("loss", "loss", "losses of the answers, after desirable_weight and undesirable_weight"),
+    Column("loss", "nats", "losses of the answers, after desirable_weight and undesirable_weight"),
     *(
         Metric(
             f"rewards/{kind}",
             (kind, f"num_{kind}"),
             partial(_mean_of, kind),
+            unit="rewards",
             doc=f"{kind} / num_{kind}",
             always=True,
         )
@@ -49,33 +62,27 @@ _SCHEMA = sample_schema(
         "rewards/margins",
         (*_KINDS, *(f"num_{kind}" for kind in _KINDS)),
         _margin,
+        unit="rewards",
         doc="rewards/chosen - rewards/rejected",
         always=True,
     ),
-    replace(mean("loss", "loss"), always=False),
+    replace(mean("loss", "loss", "nats"), always=False),
 )
 
 
 @dataclass
 class _KTOScratch(Scratch):
-    """kept: the losses, and the rewards of the chosen and of the rejected answers, as TRL returns
-    them: the chosen come first."""
+    """kept: what `kto_loss` returned: the losses, and the rewards of the chosen and of the
+    rejected answers. In the losses, the chosen answers come first."""
 
     kept: tuple[Tensor, ...] = ()
 
 
-class KTORecordsMixin(RecordsMixin):
-    """For trainers with `kto_loss`, which TRL's KTOTrainer has.
-
-    Attributes:
-        channel_label_key: the batch key of what is desirable, a list or tensor of bool.
-    """
+class KTOLossMixin(ChannelMetricsMixin):
+    """For a trainer with a method `kto_loss`, that of trl 0.29."""
 
     channel_scratch: _KTOScratch
-    channel_label_key = "label"
-
-    def _schema(self) -> Schema:
-        return _SCHEMA
+    aux_loss_enabled: bool
 
     def _new_scratch(self, session: ChannelMetrics) -> _KTOScratch:
         return _KTOScratch(super()._new_scratch(session).reader)
@@ -85,45 +92,140 @@ class KTORecordsMixin(RecordsMixin):
         self.channel_scratch.kept = tuple(part.detach() for part in result[:3])
         return result
 
-    def _observed_batch(
-        self, compute: Any, model: Any, batch: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        session, scratch = self.channel_metrics, self.channel_scratch
+    def _kept_answers(self, label: Any) -> dict[str, Tensor] | None:
+        """{column: values}, in the order of `label`; None if `kto_loss` was not called."""
+        if not self.channel_scratch.kept:
+            return None
+        (losses, chosen, rejected), self.channel_scratch.kept = self.channel_scratch.kept, ()
+        label = torch.as_tensor(label, dtype=torch.bool, device=losses.device)
+        places = torch.cat([label.nonzero().flatten(), (~label).nonzero().flatten()]).argsort()
+        return _values(label, torch.cat([chosen, rejected])[places], losses[places])
+
+
+class KTORecordsMixin(KTOLossMixin, RecordsMixin):
+    """For trainers that are built on trl 0.29's KTOTrainer.
+
+    Attributes:
+        channel_label_key: the batch key of what is desirable, a list or tensor of bool.
+    """
+
+    channel_label_key = "label"
+
+    def _schema(self) -> Schema:
+        return KTO_SCHEMA
+
+    def _observed_batch(self, compute: Any, model: Any, batch: Any, *args: Any, **kw: Any) -> Any:
+        session, taken = self.channel_metrics, self._taken_channels(batch)
         assert session is not None
-        taken = self._taken_channels(batch)
-        result = compute(model, batch, *args, **kwargs)
-        if not scratch.kept:
+        result = compute(model, batch, *args, **kw)
+        values = self._kept_answers(batch[self.channel_label_key])
+        if values is None:
             raise not_called(self, "kto_loss")
-        (losses, chosen, rejected), scratch.kept = scratch.kept, ()
-        # From TRL's order to that of the batch, in which the repeated records are the last.
-        label = torch.as_tensor(batch[self.channel_label_key]).cpu()
-        order = torch.cat([label.nonzero().flatten(), (~label).nonzero().flatten()])
-        places = order.argsort().to(losses.device)
-        with torch.no_grad():
-            values = self._values(losses, chosen, rejected)
-            values = {name: value[places] for name, value in values.items()}
-        self._count_records(
-            session,
-            taken.channels,
-            values,
-            ours=losses.nanmean() if self._loss_is_mean() else None,
-            theirs=result[0].detach(),
-        )
+        ours = values["loss"].nanmean() if self._loss_is_mean() else None
+        theirs = result[0].detach()
+        self._count_records(session, taken.channels, values, ours=ours, theirs=theirs)
         return result
 
     def _loss_is_mean(self) -> bool:
         """Whether the loss of a batch is the mean of those of its answers."""
         raise NotImplementedError
 
-    def _values(self, losses: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-        """{column: values}, the chosen answers first."""
-        ones = torch.ones_like(losses)
-        is_chosen = torch.arange(losses.shape[0], device=losses.device) < chosen.shape[0]
-        return {
-            "samples": ones,
-            "chosen": torch.cat([chosen, torch.zeros_like(rejected)]),
-            "rejected": torch.cat([torch.zeros_like(chosen), rejected]),
-            "num_chosen": ones * is_chosen,
-            "num_rejected": ones * ~is_chosen,
-            "loss": losses,
-        }
+
+class KTOChannelMetricsMixin(KTOLossMixin, PairChannelMetricsMixin):
+    """Put before KTOTrainer: `class MyKTO(KTOChannelMetricsMixin, KTOTrainer)`."""
+
+    _schema = KTO_SCHEMA
+    # What KTOTrainer has.
+    beta: float
+    desirable_weight: float
+    undesirable_weight: float
+    calculate_KL: bool
+    ref_model: Any
+    _metrics: dict[str, dict[str, list[float]]]
+
+    def _observed_step(self, step: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, "get_batch_loss_metrics"):
+            return super()._observed_step(step, model, inputs, *args, **kwargs)
+        # In trl 0.29, an evaluation does not call `compute_loss`.
+        return self._observed_loss(step, model, inputs, *args, **kwargs)
+
+    def observe_pairs(
+        self,
+        compute: Callable[..., Any],
+        num_pairs: int,
+        model: Any,
+        inputs: Any,
+        *rest: Any,
+        **kw: Any,
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The rewards and losses of the answers."""
+        reference = self.model if self.ref_model is None else self.ref_model
+        with _kept_log_probs(model, reference) as (ours, theirs):
+            result = compute(model, inputs, *rest, **kw)
+        found = self._kept_answers(inputs["label"])
+        if found is not None:
+            return result, found
+        if "ref_logps" in inputs:
+            theirs = [inputs["ref_logps"]]
+        # The first forward is for the KL. The reference comes last, also if it is the model
+        # without its adapter.
+        answers = ours[int(self.calculate_KL) :]
+        if not answers or not theirs or len(answers[0]) != num_pairs:
+            raise UnsupportedVersionError(
+                f"channel metrics need the log probabilities of each answer, but KTOTrainer of trl "
+                f"{trl.__version__} gives only sums over a batch here; set use_liger_kernel=False "
+                "or use a tested version (see docs/trl.md), or detach the metrics."
+            )
+        return result, self._computed(inputs["label"].bool(), answers[0], theirs[-1])
+
+    def _computed(self, label: Tensor, log_probs: Tensor, reference: Tensor) -> dict[str, Tensor]:
+        """{column: values} by TRL's formula, from the log probabilities of the answers."""
+        assert self.model is not None
+        kl = self._metrics["train" if self.model.training else "eval"]["kl"][-1]
+        with torch.no_grad():
+            rewards = self.beta * (log_probs - reference)
+            # Without a KL (`apo_zero_unpaired`), it is 0.
+            gain = rewards - self.beta * kl
+            losses = torch.where(
+                label,
+                self.desirable_weight * (1 - torch.sigmoid(gain)),
+                self.undesirable_weight * (1 - torch.sigmoid(-gain)),
+            )
+            return _values(label, rewards, losses)
+
+    def _count_pairs(
+        self, session: ChannelMetrics, batch: BatchChannels, values: Any, loss: Tensor
+    ) -> None:
+        if self.aux_loss_enabled:
+            # The auxiliary loss of the experts belongs to no answer: nothing to compare.
+            loss = values["loss"].mean()
+        super()._count_pairs(session, batch, values, loss)
+
+
+def _values(label: Tensor, rewards: Tensor, losses: Tensor) -> dict[str, Tensor]:
+    return {
+        "samples": torch.ones_like(losses),
+        "chosen": rewards.where(label, 0.0),
+        "rejected": rewards.where(~label, 0.0),
+        "num_chosen": label.to(losses),
+        "num_rejected": (~label).to(losses),
+        "loss": losses,
+    }
+
+
+@contextmanager
+def _kept_log_probs(*models: Any) -> Iterator[tuple[list[Tensor], ...]]:
+    """For each model and each of its forwards, the log probabilities of the answers."""
+    kept: tuple[list[Tensor], ...] = tuple([] for _ in models)
+
+    def keep(into: list[Tensor], _model: Any, _args: Any, given: Any, outputs: Any) -> None:
+        log_probs = getattr(outputs, "log_probs", None)
+        if log_probs is not None:
+            # Prompt tuning puts positions before those of the tokens.
+            into.append(log_probs.detach()[:, 1 - given["input_ids"].shape[1] :].sum(-1))
+
+    with ExitStack() as stack:
+        for model, into in zip(models, kept, strict=True):
+            hook = model.register_forward_hook(partial(keep, into), with_kwargs=True)
+            stack.callback(hook.remove)
+        yield kept

@@ -9,6 +9,7 @@ from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
 from channel_metrics.trainers.trl.dpo import DPOChannelMetricsMixin
 from channel_metrics.trainers.trl.grpo import GRPOChannelMetricsMixin
+from channel_metrics.trainers.trl.kto import KTOChannelMetricsMixin
 from channel_metrics.trainers.trl.other import OtherChannelMetricsMixin
 from channel_metrics.trainers.trl.reward import RewardChannelMetricsMixin
 from channel_metrics.trainers.trl.sft import SFTChannelMetricsMixin
@@ -18,11 +19,17 @@ __all__ = ["mixin_for"]
 _MIXINS: dict[str, type[ChannelMetricsMixin]] = {
     "DPOTrainer": DPOChannelMetricsMixin,
     "GRPOTrainer": GRPOChannelMetricsMixin,
+    "KTOTrainer": KTOChannelMetricsMixin,
     "RewardTrainer": RewardChannelMetricsMixin,
     "SFTTrainer": SFTChannelMetricsMixin,
 }
 # Trainers that compute their loss or rewards in another way before this trl.
-_OLDEST = {"DPOTrainer": "0.29", "GRPOTrainer": "0.29", "RewardTrainer": "0.24"}
+_OLDEST = {
+    "DPOTrainer": "0.29",
+    "GRPOTrainer": "0.29",
+    "KTOTrainer": "0.29",
+    "RewardTrainer": "0.24",
+}
 
 
 def mixin_for(trainer_class: type) -> type[ChannelMetricsMixin]:

@@ -1,4 +1,4 @@
-"""Channel metrics of preference pairs: the common part of DPOTrainer and RewardTrainer."""
+"""Channel metrics of pairs and single answers: the common part for DPO, KTO and reward models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["PairChannelMetricsMixin", "agree"]
 
 
 class PairChannelMetricsMixin(ChannelMetricsMixin):
-    """One channel per pair. In a batch, the rejected rows follow the chosen rows."""
+    """One channel per pair, or per answer in KTO. In a batch of pairs, the rejected rows follow."""
 
     _schema: Schema
     _collator_name = "channel_metrics.trainers.trl.collator.RecordCollator"

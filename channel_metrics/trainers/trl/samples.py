@@ -7,7 +7,10 @@ from operator import itemgetter
 
 from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio
 
-__all__ = ["mean", "sample_schema"]
+__all__ = ["PAIR_REWARDS", "mean", "pair_rewards", "sample_schema"]
+
+# In the order in which TRL's DPO trainer gathers them.
+PAIR_REWARDS = ("chosen", "rejected", "accuracies", "margins")
 
 
 def sample_schema(unit: str, *entries: Column | Metric) -> Schema:
@@ -37,6 +40,16 @@ def sample_schema(unit: str, *entries: Column | Metric) -> Schema:
         *entries,
     )
     return schema
+
+
+def pair_rewards(trainer: str) -> list[Column | Metric]:
+    """What `trainer`, TRL or ms-swift, logs of the rewards of preference pairs."""
+    entries: list[Column | Metric] = []
+    for name in PAIR_REWARDS:
+        units = ("pairs", "") if name == "accuracies" else ("rewards", "rewards")
+        doc = f"what {trainer} logs as rewards/{name}"
+        entries += [Column(name, units[0], doc), mean(f"rewards/{name}", name, units[1])]
+    return entries
 
 
 def mean(name: str, column: str, unit: str = "") -> Metric:

@@ -73,7 +73,7 @@ def fixed_records(count: int, seed: int = 0, width: int = 16, **arguments: Any) 
     return records
 
 
-class MapStyle(torch.utils.data.Dataset):
+class MapStyle(torch.utils.data.Dataset[Any]):
     """A dataset that cannot be scanned: names are met on the way."""
 
     def __init__(self, records: list[Record]) -> None:
@@ -86,7 +86,7 @@ class MapStyle(torch.utils.data.Dataset):
         return self.records[index]
 
 
-class Stream(torch.utils.data.IterableDataset):
+class Stream(torch.utils.data.IterableDataset[Any]):
     """A stream that divides itself over its workers."""
 
     def __init__(self, records: list[Record]) -> None:
@@ -108,7 +108,7 @@ def run(
     trainer_arguments: dict[str, Any] | None = None,
     prepare: Callable[[Trainer], object] | None = None,
     **arguments: Any,
-) -> Trainer:
+) -> Any:
     """A training on these ranks, by default with a learning rate of 0."""
 
     def make_ready(trainer: Trainer) -> None:
@@ -117,17 +117,19 @@ def run(
         if prepare is not None:
             prepare(trainer)
 
+    model = arguments.pop("model", None) or tiny_model(attention_dropout=dropout)
+    given: dict[str, Any] = {"learning_rate": 0.0, "ddp_backend": "gloo", **arguments}
     return train(
         folder,
         prepare=make_ready,
-        model=arguments.pop("model", None) or tiny_model(attention_dropout=dropout),
-        **{"learning_rate": 0.0, "ddp_backend": "gloo"} | arguments,
+        model=model,
+        **given,
         trainer_arguments={"data_collator": collator or PaddingCollator()}
         | (trainer_arguments or {}),
     )
 
 
-def told(trainer: Trainer, **more: Any) -> dict[str, Any]:
+def told(trainer: Any, **more: Any) -> dict[str, Any]:
     """Logs, the batches that this rank's collator saw, warnings, and a hash of the weights."""
     state = getattr(trainer, "channel_metrics", None)
     return {

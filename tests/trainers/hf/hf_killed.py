@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 from fork_server import Job
 from hf_tools import make_records, tiny_model, train
@@ -14,7 +15,12 @@ from channel_metrics.trainers.hf import attach
 
 # Checkpoints at 3 and 6, windows that end at 2, 4, 6: the process dies in step 6, with a window
 # open since step 5 and a checkpoint written in the middle of another.
-STEPS = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 2, "max_steps": 8}
+STEPS: dict[str, Any] = {
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "logging_steps": 2,
+    "max_steps": 8,
+}
 DEADLY_STEP = 6
 
 
@@ -22,7 +28,7 @@ def ending(trainer: Trainer) -> None:
     attach(trainer)
     step = trainer.training_step
 
-    def training_step(*args, **kwargs):
+    def training_step(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
         if trainer.state.global_step == DEADLY_STEP - 1:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -40,7 +40,7 @@ def run(
     *callbacks: TrainerCallback,
     metrics_on: bool = False,
     **arguments: Any,
-) -> Trainer:
+) -> Any:
     def prepare(trainer: Trainer) -> None:
         if metrics_on:
             attach(trainer)
@@ -62,7 +62,7 @@ class Restless(Qwen2ForCausalLM):
     def forward(
         self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any
     ) -> Any:
-        self.calls += 1
+        self.get_buffer("calls").add_(1)
         embedded = self.norm(self.get_input_embeddings()(input_ids).flatten(0, 1))
         noise = torch.rand(()) + np.random.rand() + random.random()
         output = super().forward(input_ids, attention_mask, labels=labels, **kwargs)

@@ -79,8 +79,11 @@ def train(
     trainer_class: type[Trainer] = Trainer,
     trainer_arguments: dict[str, Any] | None = None,
     **arguments: Any,
-) -> Trainer:
-    """Make a trainer, let `prepare` (say `attach`) see it, train, and return it."""
+) -> Any:
+    """Make a trainer, let `prepare` (say `attach`) see it, train, and return it.
+
+    What it returns has no type: transformers says of each part of a `Trainer` that it may be None.
+    """
     given: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": 4,

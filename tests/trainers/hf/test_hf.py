@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,15 +38,15 @@ def flattening() -> DataCollatorWithFlattening:
     return DataCollatorWithFlattening()
 
 
-def trained_state(trainer: Trainer) -> list[torch.Tensor]:
+def trained_state(trainer: Any) -> list[torch.Tensor]:
     """The weights, and the state of the random numbers at this moment."""
     return [p.detach() for p in trainer.model.parameters()] + [torch.get_rng_state()]
 
 
 @pytest.mark.parametrize("collator", [PaddingCollator, flattening])
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_training_is_bit_identical(tmp_path: Path, collator, accumulation: int) -> None:
-    def trained() -> tuple[Trainer, list[torch.Tensor]]:
+def test_training_is_bit_identical(tmp_path: Path, collator: Any, accumulation: int) -> None:
+    def trained() -> tuple[Any, list[torch.Tensor]]:
         trainer = train(
             tmp_path,
             max_steps=20,
@@ -136,7 +137,12 @@ def test_flattened_windows_equal_the_oracle(tmp_path: Path) -> None:
 def test_eval_window_is_apart_and_exact(tmp_path: Path) -> None:
     records, held_out = make_records(64), make_records(10, seed=1)
     model = tiny_model(attention_dropout=0.0)
-    arguments = {"learning_rate": 0.0, "max_steps": 6, "logging_steps": 4, "records": records}
+    arguments: dict[str, Any] = {
+        "learning_rate": 0.0,
+        "max_steps": 6,
+        "logging_steps": 4,
+        "records": records,
+    }
     plain = train(tmp_path, prepare=attach, model=model, **arguments)
     evaluated = train(
         tmp_path,
@@ -169,7 +175,9 @@ def test_channels_add_up_to_the_trainers_loss(tmp_path: Path) -> None:
     assert not trainer.channel_metrics.warned and not trainer.channel_scratch.reader.warned
 
 
-def test_trackers_and_state_file_have_the_values(tmp_path: Path, monkeypatch) -> None:
+def test_trackers_and_state_file_have_the_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     trainer = train(
         tmp_path,
@@ -177,7 +185,7 @@ def test_trackers_and_state_file_have_the_values(tmp_path: Path, monkeypatch) ->
         report_to=["tensorboard"],
         save_strategy="steps",
         save_steps=4,
-        **({"logging_dir": str(tmp_path / "board")} if OLD else {}),
+        **dict[str, Any](logging_dir=str(tmp_path / "board")) if OLD else {},
     )
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -214,12 +222,12 @@ def test_attached_class_keeps_its_name(tmp_path: Path) -> None:
 
 
 def test_second_training_starts_a_new_window(tmp_path: Path) -> None:
-    def break_off(trainer: Trainer) -> None:
+    def break_off(trainer: Any) -> None:
         attach(trainer)
         step = trainer.training_step
         calls = []
 
-        def failing(*args, **kwargs):
+        def failing(*args: Any, **kwargs: Any) -> Any:
             calls.append(1)
             if len(calls) == 2:
                 raise KeyboardInterrupt

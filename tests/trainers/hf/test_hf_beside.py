@@ -21,7 +21,9 @@ class DiesInEvaluation(Qwen2ForCausalLM):
 
     evaluated = 0
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any
+    ) -> Any:
         if not self.training:
             self.evaluated += 1
             if self.evaluated == 2:
@@ -90,7 +92,7 @@ def test_losses_outside_of_a_step_are_not_counted(tmp_path: Path) -> None:
     """Of the user's own batches, and of the trainer's, in evaluation mode."""
     found: list[torch.Tensor] = []
 
-    def measure(trainer: Trainer) -> None:
+    def measure(trainer: Any) -> None:
         model: Any = trainer.model.eval()
         with torch.no_grad():
             found.append(trainer.compute_loss(model, PaddingCollator()(HELD_OUT)))

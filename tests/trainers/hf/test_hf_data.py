@@ -36,6 +36,10 @@ def counted(records: list[dict[str, Any]]) -> dict[str, int]:
     return totals
 
 
+def without(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "channel"}
+
+
 def logged(trainer: Trainer) -> dict[str, int]:
     totals: dict[str, int] = {}
     for entry in channel_logs(trainer):
@@ -46,7 +50,7 @@ def logged(trainer: Trainer) -> dict[str, int]:
     return totals
 
 
-class MapStyle(torch.utils.data.Dataset):
+class MapStyle(torch.utils.data.Dataset[Any]):
     """A dataset that cannot be scanned: names are met on the way."""
 
     def __init__(self, records: list[dict[str, Any]]) -> None:
@@ -59,7 +63,7 @@ class MapStyle(torch.utils.data.Dataset):
         return self.records[index]
 
 
-class Streaming(torch.utils.data.IterableDataset):
+class Streaming(torch.utils.data.IterableDataset[Any]):
     def __init__(self, records: list[dict[str, Any]]) -> None:
         self.records = records
 
@@ -76,7 +80,9 @@ def arrow_stream(records: list[dict[str, Any]]) -> IterableDataset:
 @pytest.mark.parametrize("remove_unused_columns", [True, False])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("make", [Dataset.from_list, MapStyle, Streaming, arrow_stream])
-def test_no_record_is_lost(tmp_path: Path, make, workers: int, remove_unused_columns: bool) -> None:
+def test_no_record_is_lost(
+    tmp_path: Path, make: Any, workers: int, remove_unused_columns: bool
+) -> None:
     records = make_records(32)
     trainer = train(
         tmp_path,
@@ -114,7 +120,7 @@ def test_the_users_collator_sees_what_it_always_saw(
     assert all(("channel" in keys) != remove_unused_columns for keys in seen[1])
 
 
-def test_transformers_collator_does_not_choke_on_the_name(tmp_path: Path, tokenizer) -> None:
+def test_transformers_collator_does_not_choke_on_the_name(tmp_path: Path, tokenizer: Any) -> None:
     records = make_records(32)
     trainer = train(
         tmp_path,
@@ -127,7 +133,9 @@ def test_transformers_collator_does_not_choke_on_the_name(tmp_path: Path, tokeni
     assert logged(trainer) == counted(records)
 
 
-def test_nested_field_and_unlabeled_records(tmp_path: Path, caplog) -> None:
+def test_nested_field_and_unlabeled_records(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     records = make_records(32)
     nested = []
     for index, record in enumerate(records):
@@ -141,7 +149,7 @@ def test_nested_field_and_unlabeled_records(tmp_path: Path, caplog) -> None:
 
 
 def test_eval_set_without_channels_is_unlabeled(tmp_path: Path) -> None:
-    held_out = [{k: v for k, v in r.items() if k != "channel"} for r in make_records(8, seed=1)]
+    held_out = [without(r) for r in make_records(8, seed=1)]
     trainer = train(
         tmp_path,
         prepare=attach,
@@ -153,7 +161,7 @@ def test_eval_set_without_channels_is_unlabeled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [Dataset.from_list, MapStyle])
-def test_declared_channels_hold(tmp_path: Path, make) -> None:
+def test_declared_channels_hold(tmp_path: Path, make: Any) -> None:
     records = make_records(32)
     strict = MetricsConfig(channels=("bbu", "rru"), unknown="error")
     with pytest.raises(ChannelError, match=r"channel 'l\w+' is not in the declared table"):
@@ -168,7 +176,7 @@ def test_declared_channels_hold(tmp_path: Path, make) -> None:
 
 
 def test_no_channel_at_all_is_an_error_at_start(tmp_path: Path) -> None:
-    bare = [{k: v for k, v in r.items() if k != "channel"} for r in make_records(8)]
+    bare = [without(r) for r in make_records(8)]
     with pytest.raises(ChannelError) as error:
         train(tmp_path, prepare=attach, records=bare)
     assert str(error.value) == (
@@ -178,16 +186,31 @@ def test_no_channel_at_all_is_an_error_at_start(tmp_path: Path) -> None:
     )
 
 
-def test_no_channel_in_a_stream_is_said_at_the_first_window(tmp_path: Path, caplog) -> None:
-    bare = [{k: v for k, v in r.items() if k != "channel"} for r in make_records(16)]
+def test_no_channel_in_a_stream_is_said_at_the_first_window(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bare = [without(r) for r in make_records(16)]
     train(tmp_path, prepare=attach, records=Streaming(bare))
     assert caplog.text.count("no record of this train window had a channel") == 1
+
+
+def test_a_nested_field_of_a_stream_is_a_column_with_channels(tmp_path: Path) -> None:
+    """Of a patched script, which says so if no column of the first batch may hold a channel."""
+    records = make_records(16)
+    nested = [without(r) | {"metadata": {"_fusion_source": r["channel"]}} for r in records]
+    config = MetricsConfig(on_error="raise")
+    trainer = train(
+        tmp_path,
+        prepare=lambda trainer: attach(trainer, config, whole_script=True),
+        records=Streaming(nested),
+    )
+    assert logged(trainer) == counted(records)
 
 
 def test_a_loader_without_our_collator_is_an_error(tmp_path: Path) -> None:
     class OwnLoader(Trainer):
         def get_train_dataloader(self) -> Any:
-            records = [{k: v for k, v in r.items() if k != "channel"} for r in make_records(8)]
+            records = [without(r) for r in make_records(8)]
             return torch.utils.data.DataLoader(
                 MapStyle(records), batch_size=4, collate_fn=PaddingCollator()
             )
@@ -210,7 +233,7 @@ def test_names_that_collide_are_an_error_at_start(tmp_path: Path) -> None:
 
 
 def test_classification_is_refused(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = BertForSequenceClassification(BertConfig(vocab_size=61, intermediate_size=32, **sizes))
     records = [{**r, "labels": [1]} for r in make_records(8)]
 
@@ -228,7 +251,9 @@ def test_classification_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_labels_of_padding_are_counted_as_the_trainer_does(tmp_path: Path, caplog) -> None:
+def test_labels_of_padding_are_counted_as_the_trainer_does(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Careless(PaddingCollator):
         def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
             batch = super().__call__(features)
@@ -250,7 +275,7 @@ def test_labels_of_padding_are_counted_as_the_trainer_does(tmp_path: Path, caplo
 
 
 def test_counts_are_read_from_any_column() -> None:
-    records = [
+    records: list[dict[str, Any]] = [
         {"dataset_id": 3, "text": "a"},
         {"dataset_id": None, "text": "b"},
         {"dataset_id": 4, "text": "c"},
@@ -274,7 +299,7 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _show_logs(caplog) -> None:
+def _show_logs(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "channel_metrics")
 
 

@@ -16,7 +16,7 @@ from hf_tools import (
     token_table,
     train,
 )
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback
 
 from channel_metrics import MetricsConfig
 from channel_metrics.trainers.hf import attach
@@ -38,12 +38,9 @@ def only_channels(entry: dict[str, float], prefix: str) -> dict[str, float]:
     return {key: value for key, value in entry.items() if key.startswith(names)}
 
 
-def evaluated(folder: Path, **arguments: Any) -> Trainer:
-    return train(
-        folder,
-        prepare=arguments.pop("prepare", attach),
-        **{"eval_strategy": "steps", "eval_steps": 2} | arguments,
-    )
+def evaluated(folder: Path, **arguments: Any) -> Any:
+    given: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, **arguments}
+    return train(folder, prepare=given.pop("prepare", attach), **given)
 
 
 def test_a_dict_of_sets(tmp_path: Path) -> None:
@@ -94,7 +91,7 @@ def set_losses(values: list[float]) -> Any:
     """Make the evaluation's `eval_bbu_loss` these values, in turn, from our own window."""
     remaining = iter(values)
 
-    def prepare(trainer: Trainer) -> None:
+    def prepare(trainer: Any) -> None:
         attach(trainer)
         session = trainer.channel_metrics
         write = session.write

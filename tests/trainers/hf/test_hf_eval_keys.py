@@ -40,7 +40,7 @@ def best(
     held: Any = None,
     config: MetricsConfig | None = None,
     **given: Any,
-) -> Trainer:
+) -> Any:
     """A run that keeps the checkpoint with the best `metric`."""
     return train(
         folder,
@@ -106,7 +106,7 @@ class WithAKeyOfItsOwn(Trainer):
     """An evaluation of the script's, as libraries have them."""
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().evaluation_loop(*args, **kwargs)
+        output: Any = super().evaluation_loop(*args, **kwargs)
         output.metrics["eval_aux_loss"] = 0.5
         return output
 
@@ -178,7 +178,7 @@ def test_they_are_apart_in_an_evaluation_alone(
     """Without a training before; the sets are given to the trainer, or to `evaluate`."""
     sets = {name: SETS[name] for name in order}
     arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
-    trainer = attach(
+    trainer: Any = attach(
         Trainer(
             tiny_model(),
             arguments,
@@ -188,7 +188,12 @@ def test_they_are_apart_in_an_evaluation_alone(
     )
     seen: list[dict[str, float]] = []
     log = trainer.log
-    trainer.log = lambda logs, *rest: (seen.append(dict(logs)), log(logs, *rest))[1]
+
+    def remembering(logs: dict[str, float], *rest: Any) -> None:
+        seen.append(dict(logs))
+        log(logs, *rest)
+
+    trainer.log = remembering
     metrics = trainer.evaluate(sets) if given else trainer.evaluate()
     assert metrics["eval_val_bbu_loss"] == pytest.approx(metrics["eval_val_bbu_lvis_loss"])
     assert [logs["eval_val_bbu_loss"] for logs in seen if "eval_val_bbu_loss" in logs] == [

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from typing import Any
 
 from hf_tools import train
 from paths import python_path
@@ -78,15 +79,15 @@ def test_redirected_output_is_plain_lines(tmp_path: Path) -> None:
 
 
 def test_a_notebook_gets_columns(tmp_path: Path) -> None:
-    notebook = NotebookProgressCallback()
+    notebook: Any = NotebookProgressCallback()
     tables = []
 
-    def prepare(trainer) -> None:
+    def prepare(trainer: Any) -> None:
         trainer.add_callback(notebook)
         attach(trainer)
         original = notebook.on_train_end
 
-        def keep_table(*args, **kwargs):
+        def keep_table(*args: Any, **kwargs: Any) -> Any:
             tables.append(notebook.training_tracker.inner_table)
             return original(*args, **kwargs)
 
@@ -104,7 +105,7 @@ def test_a_notebook_gets_columns(tmp_path: Path) -> None:
 
 
 def test_the_table_can_be_switched_off(tmp_path: Path) -> None:
-    def prepare(trainer) -> None:
+    def prepare(trainer: Any) -> None:
         trainer.add_callback(NotebookProgressCallback())
         attach(trainer, MetricsConfig(live_table=False))
         assert not any(isinstance(c, LiveTable) for c in trainer.callback_handler.callbacks)

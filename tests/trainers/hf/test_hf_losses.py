@@ -25,7 +25,6 @@ from transformers import (
     Qwen2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
-    Trainer,
 )
 from transformers.loss import loss_utils
 from transformers.modeling_outputs import CausalLMOutput
@@ -35,7 +34,7 @@ from channel_metrics.capture.logits import shifted_labels
 from channel_metrics.trainers.hf import attach
 
 
-def run_with_oracle(folder: Path, model: torch.nn.Module, **arguments: Any) -> Trainer:
+def run_with_oracle(folder: Path, model: torch.nn.Module, **arguments: Any) -> Any:
     """Train with lr 0 on 16 records, one window; assert the metrics equal the oracle."""
     records, collator = make_records(16), PaddingCollator()
     extra = arguments.pop("trainer_arguments", {})
@@ -55,7 +54,9 @@ def run_with_oracle(folder: Path, model: torch.nn.Module, **arguments: Any) -> T
     return trainer
 
 
-def test_label_smoothing_reports_the_plain_loss(tmp_path: Path, caplog) -> None:
+def test_label_smoothing_reports_the_plain_loss(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "channel_metrics")
     trainer = run_with_oracle(
         tmp_path, tiny_model(attention_dropout=0.0), label_smoothing_factor=0.1
@@ -86,10 +87,10 @@ class OwnLoss(Qwen2ForCausalLM):
 
     weight = 1.0
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None):
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None) -> Any:
         output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
         logits = output.logits.float()
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss: Any = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return CausalLMOutput(loss=self.weight * loss, logits=logits)
 
 
@@ -104,33 +105,37 @@ class UnknownKind(torch.nn.Module):
         super().__init__()
         self.inner = tiny_model()
 
-    def forward(self, input_ids, attention_mask=None, labels=None):
+    def forward(self, input_ids: Any, attention_mask: Any = None, labels: Any = None) -> Any:
         logits = self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
         loss = F.multi_margin_loss(logits.flatten(0, 1), labels.flatten().clamp(min=0))
         return {"loss": loss, "logits": logits}
 
 
 class FusedLoss(OwnLoss):
-    def forward(self, input_ids=None, attention_mask=None, labels=None):
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None) -> Any:
         output = super().forward(input_ids, attention_mask, labels)
         return CausalLMOutput(loss=output.loss)
 
 
 class PartialLogits(OwnLoss):
-    def forward(self, input_ids=None, attention_mask=None, labels=None):
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None) -> Any:
         output = super().forward(input_ids, attention_mask, labels)
         return CausalLMOutput(loss=output.loss, logits=output.logits[:, -1:])
 
 
 class TwoHeads(Qwen2ForCausalLM):
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any
+    ) -> Any:
         first = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
         second = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
         return CausalLMOutput(loss=first.loss + second.loss, logits=first.logits)
 
 
 class OtherLabels(Qwen2ForCausalLM):
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any
+    ) -> Any:
         return super().forward(input_ids, attention_mask, labels=labels.clamp(min=0), **kwargs)
 
 
@@ -141,12 +146,16 @@ def of_class(model_class: type[Qwen2ForCausalLM]) -> Qwen2ForCausalLM:
     return model
 
 
-def test_a_loss_of_its_own_is_measured_on_the_logits(tmp_path: Path, caplog) -> None:
+def test_a_loss_of_its_own_is_measured_on_the_logits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run_with_oracle(tmp_path, of_class(OwnLoss))
     assert "adds or weights something" not in caplog.text
 
 
-def test_a_weighted_loss_of_its_own_is_reported(tmp_path: Path, caplog) -> None:
+def test_a_weighted_loss_of_its_own_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run_with_oracle(tmp_path, of_class(WeightedLoss))
     assert "adds or weights something" in caplog.text
 
@@ -194,7 +203,11 @@ def test_unshifted_losses(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
     model: torch.nn.Module
     if kind == "masked_lm":
-        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes: dict[str, Any] = {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
         model = BertForMaskedLM(
             BertConfig(
                 vocab_size=VOCABULARY,
@@ -205,8 +218,9 @@ def test_unshifted_losses(tmp_path: Path, kind: str) -> None:
             )
         )
     else:
+        t5_config: Any = T5Config
         model = T5ForConditionalGeneration(
-            T5Config(
+            t5_config(
                 vocab_size=VOCABULARY,
                 d_model=16,
                 d_ff=32,

@@ -49,7 +49,7 @@ def logged(entries: list[dict[str, float]]) -> dict[str, int]:
 
 def run_with_oracle(
     folder: Path, model: torch.nn.Module, plain: Any = None, rel: float = 1e-5, **arguments: Any
-) -> Trainer:
+) -> Any:
     """Train with lr 0 on 16 records, one window; assert the metrics equal the oracle."""
     records, collator = fixed_records(16), PaddingCollator()
     table = token_table(plain or model, records)
@@ -89,7 +89,7 @@ def test_auto_find_batch_size_starts_a_new_window(tmp_path: Path) -> None:
     """The first try ends in its second step, after a window was logged; nothing of it counts."""
     sizes: list[int] = []
 
-    def out_of_memory(trainer: Trainer) -> None:
+    def out_of_memory(trainer: Any) -> None:
         attach(trainer)
         step = trainer.training_step
 
@@ -174,7 +174,9 @@ def test_torch_compile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
 class PartOfTheLogits(Qwen2ForCausalLM):
     """Computes the logits, and so the loss, of the last tokens only."""
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any
+    ) -> Any:
         output = super().forward(
             input_ids, attention_mask, labels=labels[:, -4:], logits_to_keep=4, **kwargs
         )

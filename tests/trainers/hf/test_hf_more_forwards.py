@@ -92,7 +92,8 @@ class InnerModel(Trainer):
     """Calls the model that the trainer holds, not the one that it is given."""
 
     def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Tensor:
-        return self.model(**inputs).loss
+        held: Any = self.model
+        return held(**inputs).loss
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from channel_metrics.config import MetricsConfig
 from channel_metrics.trainers.hf import attach
 
 
-def trainer_after_one_batch(folder: Path, collator: Any, **arguments: Any) -> tuple[Trainer, Any]:
+def trainer_after_one_batch(folder: Path, collator: Any, **arguments: Any) -> tuple[Any, Any]:
     """A trainer whose first micro-batch was seen, on the host, and a batch for the next.
 
     At the first batch, and only then, the labels of the loss are compared with those of the batch.

@@ -27,9 +27,12 @@ class Liar(Qwen2ForCausalLM):
     steps = 0
     grows = False
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any
+    ) -> Any:
         self.steps += 1
-        factor, honest = float(self.steps) if self.grows else 2.0, F.nll_loss
+        factor = float(self.steps) if self.grows else 2.0
+        honest: Any = F.nll_loss
 
         def lying(*args: Any, reduction: str = "mean", **kwargs: Any) -> torch.Tensor:
             loss = honest(*args, reduction=reduction, **kwargs)

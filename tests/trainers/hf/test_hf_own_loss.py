@@ -64,7 +64,7 @@ def overwriting(
 class Configured:
     """A callable object that cannot be hashed."""
 
-    __hash__ = None
+    __hash__: Any = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Configured)

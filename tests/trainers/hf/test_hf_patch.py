@@ -53,7 +53,9 @@ def run_python(
     )
 
 
-def test_apply_is_idempotent_and_reversible(tmp_path: Path, capfd, monkeypatch) -> None:
+def test_apply_is_idempotent_and_reversible(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = Trainer.__init__
     # Another test of this process may have imported it, and reverted it, before.
     monkeypatch.delitem(sys.modules, "channel_metrics.patches.hf_trainer", raising=False)

@@ -90,7 +90,7 @@ def test_virtual_tokens_are_cut_off(kind: Any, padding_left: bool, tmp_path: Pat
 class Trims(Qwen2ForCausalLM):
     """As transformers up to 4.50: the last position is cut off, not padded."""
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None):
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None) -> Any:
         output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
         logits, targets = output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         output.loss = loss_utils.fixed_cross_entropy(logits, targets)
@@ -106,7 +106,8 @@ def test_a_loss_that_trims_the_last_position(tmp_path: Path) -> None:
 def test_a_head_on_the_supervised_positions_only(tmp_path: Path) -> None:
     def model(sparse: bool) -> ModernBertForMaskedLM:
         torch.manual_seed(0)
-        config = ModernBertConfig(
+        make_config: Any = ModernBertConfig
+        config = make_config(
             vocab_size=61,
             hidden_size=16,
             intermediate_size=32,
@@ -140,7 +141,7 @@ def test_a_head_on_the_supervised_positions_only(tmp_path: Path) -> None:
 class Tuple(Qwen2ForCausalLM):
     """Returns a tuple, and its loss is not seen."""
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None):
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None) -> Any:
         output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
         loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return loss, output.logits
@@ -187,7 +188,8 @@ def test_replicas_in_threads(tmp_path: Path) -> None:
 
     class OnTwoDevices(Trainer):
         def training_step(self, model: Any, inputs: Any, *rest: Any) -> Tensor:
-            loss = self.compute_loss(Replicas(model), self._prepare_inputs(inputs)).mean()
+            losses: Any = self.compute_loss(Replicas(model), self._prepare_inputs(inputs))
+            loss: Tensor = losses.mean()
             loss.backward()
             return loss.detach()
 

@@ -152,7 +152,7 @@ def test_a_run_that_is_stopped_early_and_goes_on(tmp_path: Path) -> None:
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_training_stop |= state.global_step == 3
 
-    saves = {"save_strategy": "steps", "save_steps": 1}
+    saves: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
     trainer = run(tmp_path, probe_of(), Stop(), max_steps=6, **saves)
     assert list(probe_logs(trainer.state.log_history)) == [0, 2, 3]
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
@@ -169,7 +169,7 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def watch(self, trainer: Trainer) -> None:
+    def watch(self, trainer: Any) -> None:
         def passed(model: Any, *_: Any) -> None:
             self.now += 1.0 if model.training else 3.0
 

@@ -27,7 +27,7 @@ from channel_metrics.trainers.hf import attach
 from channel_metrics.trainers.hf.probe import DatasetMetricsCallback
 
 
-class Stream(torch.utils.data.IterableDataset):
+class Stream(torch.utils.data.IterableDataset[Any]):
     """Records without a length."""
 
     def __iter__(self) -> Any:
@@ -95,7 +95,7 @@ def test_a_collator_that_cannot_be_copied(tmp_path: Path) -> None:
         def __deepcopy__(self, memo: Any) -> Any:
             raise TypeError("a lock cannot be copied")
 
-    more = {"trainer_arguments": {"data_collator": Locked()}}
+    more: dict[str, Any] = {"trainer_arguments": {"data_collator": Locked()}}
     with pytest.raises(ConfigError, match=r"Locked.* cannot be copied .a lock.* `collator`"):
         run(tmp_path, probe_of(), **more)
     trainer = run(tmp_path, probe_of(collator=PaddingCollator()), max_steps=1, **more)
@@ -150,7 +150,7 @@ def test_keys_that_a_channel_has(tmp_path: Path) -> None:
 
 
 def test_keys_that_a_later_channel_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class MapStyle(torch.utils.data.Dataset):
+    class MapStyle(torch.utils.data.Dataset[Any]):
         """Its channels are met on the way."""
 
         def __len__(self) -> int:
@@ -191,7 +191,7 @@ def test_an_error_can_end_the_probe_and_not_the_run(
                 if len(forwards) > 8:
                     raise ZeroDivisionError("no forward today")
 
-        def prepare(trainer: Trainer) -> None:
+        def prepare(trainer: Any) -> None:
             trainer.model.register_forward_pre_hook(fail)
             for probe in probes:
                 add(trainer, probe)
@@ -229,7 +229,7 @@ class BigBuffer(torch.nn.Module):
 
     def forward(self) -> None:
         if self.changes:
-            self.table[0] += 1
+            self.get_buffer("table")[0] += 1
 
 
 def test_a_large_buffer_that_cannot_be_put_back() -> None:

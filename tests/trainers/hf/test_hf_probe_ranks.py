@@ -82,20 +82,21 @@ def _probed(
     folder: Path, probe_on: bool, restless: bool = False, prepare: Any = None, **arguments: Any
 ) -> Any:
     """A training with dropout and accumulation; weights, random numbers, logs of this rank."""
-    options = {"every": 2, "batches": 4, "batch_size": 1, "max_overhead": None}
+    options: dict[str, Any] = {"every": 2, "batches": 4, "batch_size": 1, "max_overhead": None}
     probe = _Watched(SOURCES, **options | arguments.pop("options", {}))
+    given: dict[str, Any] = {
+        "learning_rate": 1e-2,
+        "max_steps": 5,
+        "gradient_accumulation_steps": 2,
+        "records": make_records(64),
+        **({"model": restless_model()} if restless else {}),
+        **arguments,
+    }
     trainer = run(
         folder,
         prepare=(lambda trainer: trainer.add_callback(probe)) if probe_on else prepare,
         dropout=0.1,
-        **{
-            "learning_rate": 1e-2,
-            "max_steps": 5,
-            "gradient_accumulation_steps": 2,
-            "records": make_records(64),
-        }
-        | ({"model": restless_model()} if restless else {})
-        | arguments,
+        **given,
     )
     left = [torch.rand(()).item(), float(np.random.rand()), random.random()]
     buffers = {name: buffer.tolist() for name, buffer in trainer.model.named_buffers()}
@@ -252,7 +253,7 @@ def ddp_fault(folder: Path) -> Any:
     """Rank 1 has an error in its second probe, and may not end the run."""
 
     def prepare(trainer: Any) -> None:
-        options = {"every": 2, "max_overhead": None, "on_error": "warn"}
+        options: dict[str, Any] = {"every": 2, "max_overhead": None, "on_error": "warn"}
         trainer.add_callback(DatasetMetricsCallback(SOURCES, **options))
 
     with faults.inject("probe", lambda call, *_: dist.get_rank() == 1 and call == 2):

@@ -102,7 +102,7 @@ def test_windows_of_trl_stay_open(tmp_path: Path, metrics_on: bool) -> None:
 
     records = token_records(9, seed=1)
 
-    def run_one(*probes: DatasetMetricsCallback) -> Trainer:
+    def run_one(*probes: DatasetMetricsCallback) -> Any:
         def prepare(trainer: Trainer) -> None:
             if metrics_on:
                 attach(trainer)

@@ -61,7 +61,10 @@ def average_on(folder: Path) -> Any:
 
 @ddp
 def average_off(folder: Path) -> Any:
-    arguments = {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2}
+    arguments: dict[str, Any] = {
+        "average_tokens_across_devices": False,
+        "gradient_accumulation_steps": 2,
+    }
     return told(run(folder, records=make_records(64), **arguments))
 
 

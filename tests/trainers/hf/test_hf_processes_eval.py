@@ -31,7 +31,7 @@ EVAL_SIZES = (3, 8, 9, 10, 13)
 @ddp
 def uneven_training(folder: Path) -> Any:
     """Ten records in batches of four on two ranks: sixteen are trained."""
-    arguments = {"max_steps": -1, "num_train_epochs": 1, "logging_steps": 1}
+    arguments: dict[str, Any] = {"max_steps": -1, "num_train_epochs": 1, "logging_steps": 1}
     return told(run(folder, config=COUNTS, records=make_records(10), **arguments))
 
 
@@ -57,7 +57,7 @@ def _evaluated(folder: Path, make: Any, accelerator: Any = None, **more: Any) ->
         accelerator_config=accelerator or {},
         **more,
     )
-    results = {}
+    results: dict[int, dict[str, Any]] = {}
     for size in EVAL_SIZES:
         try:
             results[size] = trainer.evaluate(make(fixed_records(size, seed=size)))

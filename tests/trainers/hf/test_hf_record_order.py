@@ -19,7 +19,7 @@ from hf_tools import (
     token_table,
     train,
 )
-from transformers import DataCollatorWithFlattening, Trainer, default_data_collator
+from transformers import DataCollatorWithFlattening, default_data_collator
 
 from channel_metrics import ChannelError, MetricsConfig
 from channel_metrics.data.scan import class_names, count_channels
@@ -38,7 +38,7 @@ class LongestFirst:
         return self.base(sorted(features, key=lambda feature: -len(feature["input_ids"])))
 
 
-def first_step(folder: Path, records: Any, collator: Any, **options: Any) -> Trainer:
+def first_step(folder: Path, records: Any, collator: Any, **options: Any) -> Any:
     """One step in evaluation mode, so that a forward of each record by itself says the same."""
     return train(
         folder,

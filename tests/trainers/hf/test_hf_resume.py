@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,22 @@ CONFIG = MetricsConfig(metrics=("tokens", "samples", "tokens_total", "samples_to
 FILE = "channel_metrics.json"
 
 
-def run(folder: Path, resume: str | None = None, **arguments: Any) -> tuple[Trainer, Any]:
+def run(folder: Path, resume: str | None = None, **arguments: Any) -> tuple[Any, Any]:
     """A training, and the batches that its collator saw."""
     collator = PaddingCollator()
 
     def prepare(trainer: Trainer) -> None:
         attach(trainer, CONFIG)
         original = trainer.train
-        trainer.train = lambda: original(resume_from_checkpoint=resume)
+        trainer.train = partial(original, resume_from_checkpoint=resume)
 
+    given: dict[str, Any] = {"records": make_records(64), **STEPS, **arguments}
     trainer = train(
         folder,
         prepare=prepare,
         model=tiny_model(attention_dropout=0.0),
         trainer_arguments={"data_collator": collator},
-        **{"records": make_records(64)} | STEPS | arguments,
+        **given,
     )
     return trainer, collator.batches
 
@@ -55,7 +57,7 @@ def counted(records: list[Record], batches: list[Any]) -> dict[str, dict[str, in
     return {n: {"tokens_total": tokens[n], "samples_total": samples[n]} for n in samples}
 
 
-def totals(trainer: Trainer) -> dict[str, dict[str, int]]:
+def totals(trainer: Any) -> dict[str, dict[str, int]]:
     return trainer.channel_metrics.totals.state_dict()["channels"]
 
 
@@ -109,7 +111,7 @@ def test_resume_goes_on_exactly(tmp_path: Path, whole: Any) -> None:
 
 
 def test_resume_after_kill_9(tmp_path: Path, whole: Any, ranks_of: RanksOf) -> None:
-    job = {"ranks": 1, "meet": False, "timeout": 120}
+    job: dict[str, Any] = {"ranks": 1, "meet": False, "timeout": 120}
     assert ranks_of.server(HF).ask(tmp_path, "hf_killed:main", **job)["codes"] == [-9]
     folder = tmp_path / "out"
     assert [path.name for path in folder.iterdir()] == ["checkpoint-3"]
@@ -157,7 +159,7 @@ def test_a_new_training_starts_at_zero(tmp_path: Path) -> None:
 @ddp
 def resume_first(folder: Path) -> Any:
     config = MetricsConfig(metrics=("tokens", "tokens_total", "samples_total"))
-    arguments = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
+    arguments: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
     return told(run_ranks(folder, config=config, records=make_records(64), **arguments))
 
 

@@ -7,6 +7,7 @@ import resource
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def in_file(folder: Path, step: int) -> Any:
 
 def test_a_channel_that_is_absent_from_a_window_keeps_its_totals(tmp_path: Path) -> None:
     """Eight windows of one step of two records: most lack some channel, which comes back later."""
-    options = {"max_steps": 8, "logging_steps": 1, "per_device_train_batch_size": 2}
+    options: dict[str, Any] = {"max_steps": 8, "logging_steps": 1, "per_device_train_batch_size": 2}
     runs = []
     for name, resume in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-3"))):
         collator = PaddingCollator()
@@ -60,7 +61,7 @@ def test_a_channel_that_is_absent_from_a_window_keeps_its_totals(tmp_path: Path)
         def prepare(trainer: Trainer, resume: str | None = resume) -> None:
             attach(trainer, TOTALS)
             original = trainer.train
-            trainer.train = lambda: original(resume_from_checkpoint=resume)
+            trainer.train = partial(original, resume_from_checkpoint=resume)
 
         trainer = train(
             tmp_path / name,
@@ -170,7 +171,12 @@ def full_disk(size: int) -> Iterator[None]:
 
 def test_totals_that_cannot_be_written_leave_the_old_ones(tmp_path: Path) -> None:
     """The disk is full in the middle of the file, in a second run in the same folder."""
-    steps = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "logging_steps": 100}
+    steps: dict[str, Any] = {
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "logging_steps": 100,
+    }
     train(tmp_path, prepare=lambda t: attach(t, TOTALS), records=RECORDS, **steps)
     before = (tmp_path / "checkpoint-2" / FILE).read_bytes()
     limit = full_disk(len(before) // 2)

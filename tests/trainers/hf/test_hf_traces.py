@@ -74,11 +74,11 @@ class Strict(Qwen2ForCausalLM):
 
     steps = 0
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None):
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None) -> Any:
         self.steps += self.training
         output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
         logits = output.logits.float()
-        loss = torch.nn.functional.cross_entropy(
+        loss: Any = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         )
         return CausalLMOutput(loss=loss, logits=None if self.steps > 2 else logits)

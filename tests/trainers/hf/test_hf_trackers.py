@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trackers_run
@@ -50,9 +51,11 @@ def check(stored: Curves, logged: Curves) -> None:
 def test_wandb_offline(folder: Path, logged: Curves) -> None:
     from wandb.proto import wandb_internal_pb2
 
+    protocol: Any = wandb_internal_pb2  # made at the import
+
     stored: Curves = {}
     for data in wandb_records(next(folder.rglob("*.wandb"))):
-        record = wandb_internal_pb2.Record()
+        record = protocol.Record()
         record.ParseFromString(data)
         items = record.history.item if record.WhichOneof("record_type") == "history" else ()
         row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}

@@ -91,8 +91,9 @@ def train(folder: Path, processor: Any, *, metrics: bool) -> dict[str, Any]:
         remove_unused_columns=False,
         disable_tqdm=True,
     )
+    model = tiny_vision_model("qwen2_5_vl")
     trainer = Trainer(
-        model=tiny_vision_model("qwen2_5_vl"),
+        model=model,
         args=arguments,
         train_dataset=records(),
         data_collator=ProcessorCollator(processor),
@@ -103,7 +104,7 @@ def train(folder: Path, processor: Any, *, metrics: bool) -> dict[str, Any]:
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "log": log,
-        "weights": weights_hash(trainer.model),
+        "weights": weights_hash(model),
         "random": int(torch.get_rng_state().sum()),
     }
 

@@ -28,7 +28,7 @@ CHANNEL = {"channel": "aa"}
 def patched() -> Callable[..., Trainer]:
     """`train`, with the patch."""
 
-    def run(*args: Any, **kwargs: Any) -> Trainer:
+    def run(*args: Any, **kwargs: Any) -> Any:
         hf_patch.apply(MetricsConfig())
         try:
             return train(*args, **kwargs)
@@ -38,7 +38,7 @@ def patched() -> Callable[..., Trainer]:
     return run
 
 
-def traces(trainer: Trainer) -> Any:
+def traces(trainer: Any) -> Any:
     """The logs without times, and the weights."""
     logs = [
         {key: value for key, value in entry.items() if "runtime" not in key and "second" not in key}
@@ -90,7 +90,7 @@ def classifier(num_labels: int) -> Qwen2ForSequenceClassification:
 class ReadsNothing(Qwen2ForCausalLM):
     """Its loss cannot be read."""
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None):
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None) -> Any:
         output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
         return CausalLMOutput(loss=output.logits.square().mean())
 
@@ -263,12 +263,10 @@ def test_the_default_objective_of_a_search_is_the_one_without_us(
     own_metrics: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from test_hf_totals import TwoTrials
-    from transformers import trainer as trainer_module
+    from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
     from transformers.trainer_utils import HPSearchBackend
 
-    monkeypatch.setitem(
-        trainer_module.ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, TwoTrials
-    )
+    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, TwoTrials)
     held = Dataset.from_list(make_records(10, seed=1))
     arguments: dict[str, Any] = {"eval_dataset": held}
     if own_metrics:

@@ -111,7 +111,7 @@ def test_csv_and_tensorboard_hold_the_values(tmp_path: Path) -> None:
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb")]
+    loggers: list[Any] = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb")]
     found = run(RECORDS, held_out=[HELD_OUT], logger=loggers)
     with (Path(loggers[0].log_dir) / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -199,10 +199,11 @@ def test_the_module_is_as_it_was_after_the_run() -> None:
 def test_pytorch_lightning_takes_it_too() -> None:
     pytorch_lightning = pytest.importorskip("pytorch_lightning")
 
-    class Same(pytorch_lightning.LightningModule):  # type: ignore[misc,name-defined]
+    class Same(pytorch_lightning.LightningModule):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self.model, self.losses, self.learning_rate = still_model(), [], 0.0
+            self.model, self.learning_rate = still_model(), 0.0
+            self.losses: list[Any] = []
 
         training_step = Module.training_step
         configure_optimizers = Module.configure_optimizers

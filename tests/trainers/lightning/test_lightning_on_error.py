@@ -8,9 +8,9 @@ from typing import Any
 import faults
 import pytest
 import torch
-from hf_tools import make_records, tiny_model
+from hf_tools import PaddingCollator, make_records, tiny_model
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_tools import Module, Run, quiet, run, weights
+from lightning_tools import Module, Run, loader, quiet, run, weights
 
 from channel_metrics import MetricsConfig
 
@@ -69,6 +69,12 @@ def test_by_default_an_error_after_the_first_window_ends_the_metrics_only(
     # A checkpoint of metrics that have ended holds no totals.
     (path,) = tmp_path.glob("*.ckpt")
     assert "ChannelMetricsCallback" not in torch.load(path, weights_only=True)["callbacks"]
+    # A second fit of the same trainer runs without them.
+    assert found.callback is not None
+    again = loader(RECORDS, found.callback.collator(PaddingCollator()))
+    found.trainer.fit_loop.max_epochs = 2
+    found.trainer.fit(found.module, again)
+    assert found.trainer.global_step == 12 and len(found.windows) == 1
 
 
 def test_a_fault_in_a_worker_reaches_the_main_process(tmp_path: Path, plain: Run) -> None:

@@ -43,7 +43,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ran(tmp_path_factory: pytest.TempPathFactory, files: Path) -> dict[str, Command]:
     """All runs, two at a time."""
     folder, names = tmp_path_factory.mktemp("runs"), list(RUNS)
-    ended = {}
+    ended: dict[str, Command] = {}
     for start in range(0, len(names), 2):
         pair = names[start : start + 2]
         started = {n: Command(files, folder / n.replace(", ", "_"), **RUNS[n]) for n in pair}

@@ -190,6 +190,7 @@ def test_windows_of_a_training_with_accumulation() -> None:
 def test_evaluate_in_the_middle_of_a_training() -> None:
     held_out = [RECORDS[30:35], RECORDS[35:41]]
     found: list[Any] = []
+    model = tiny_model()
 
     def after(metrics: ChannelMetrics | None, step: int) -> None:
         if metrics is not None and step in (1, 3):
@@ -208,7 +209,6 @@ def test_evaluate_in_the_middle_of_a_training() -> None:
         assert not model.model.layers[0].mlp.training
         return logs, model
 
-    model = tiny_model()
     first, _ = no_trace(run)
     counted = sum(value for key, value in first.items() if key.endswith("_tokens"))
     wanted = plain_oracle(RECORDS[:8])
@@ -237,7 +237,7 @@ def test_an_evaluation_that_fails_leaves_the_training_as_it_was() -> None:
 @pytest.mark.parametrize("forward", [model_loss, logits_loss])
 @pytest.mark.parametrize("flat", [False, True])
 def test_no_wait_for_the_device(forward: Any, flat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model(attn_implementation="eager")
+    model: Any = tiny_model(attn_implementation="eager")
     metrics = ChannelMetrics(MetricsConfig(channels=CHANNELS))
     collate = metrics.collator(DataCollatorWithFlattening() if flat else PaddingCollator())
     # transformers' own sync: it looks whether the position ids restart.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState, GradientState
+from datasets import Dataset
 from hf_tools import Record, tiny_model
-from loop_tools import RECORDS, check, oracle, shifted_hits, shifted_nll
+from loop_tools import RECORDS, check, oracle, plain_oracle, shifted_hits, shifted_nll
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from channel_metrics import ChannelMetrics
+from channel_metrics import ChannelError, ChannelMetrics, evaluate
 
 
 def packed(records: list[Record], kind: str) -> dict[str, Any]:
@@ -68,3 +73,31 @@ def test_packs(kind: str, way: str) -> None:
                 shifted_nll(logits, batch["labels"]), correct=shifted_hits(logits, batch["labels"])
             )
     check(metrics.close(1).logs, pack_oracle(logits.detach(), records))
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("declared", [False, True])
+def test_packs_of_a_stream_that_accelerate_cuts(declared: bool) -> None:
+    """By default it does, even on one process. The advice of the error works."""
+    records, model = RECORDS[:7], tiny_model(attention_dropout=0.0, use_cache=False)
+
+    def run(**config: Any) -> dict[str, float]:
+        accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**config))
+        metrics = ChannelMetrics()
+        if declared:
+            metrics.declare_names(sorted({record["channel"] for record in records}))
+        collate = metrics.collator(lambda rows: packed(rows, "position_ids"))
+        stream: Any = Dataset.from_list(records).to_iterable_dataset()
+        loader = accelerator.prepare(DataLoader(stream, batch_size=3, collate_fn=collate))
+        return evaluate(metrics, model, loader, step=1, accelerator=accelerator)
+
+    with pytest.raises(ChannelError, match=r"on one process .*\(dispatch_batches=False\)"):
+        run()
+    check(run(dispatch_batches=False), plain_oracle(records, "eval_"))

@@ -12,20 +12,13 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from hf_case_tools import HF, Stream, fixed_records, weights_hash
 from hf_tools import CHANNELS, PaddingCollator, tiny_model
-from loop_tools import (
-    RECORDS,
-    check,
-    logits_loss,
-    model_loss,
-    plain_oracle,
-    run_loop,
-)
+from loop_tools import RECORDS, check, logits_loss, model_loss, plain_oracle, run_loop
 from rank_cases import Case, RanksOf, case
 from said import warnings_of_ours
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from channel_metrics import ChannelMetrics, ChannelMetricsError, MetricsConfig, evaluate
 
@@ -51,17 +44,11 @@ def of_this_rank(forward: Any, model: Any, called: Any, **more: Any) -> Any:
 # ---- DDP and FSDP2 ------------------------------------------------------------------------------
 
 
-def ddp(on: bool, forward: Any = model_loss, rate: float = 1e-2) -> Any:
-    model = tiny_model()
-    called = DistributedDataParallel(model)
-    return of_this_rank(forward, model, called, on=on, learning_rate=rate), model
-
-
-def frozen(forward: Any) -> Any:
-    """Without dropout, and with a learning rate of 0."""
-    model = tiny_model(attention_dropout=0.0)
-    called = DistributedDataParallel(model)
-    return of_this_rank(forward, model, called, on=True, learning_rate=0.0)
+def ddp(on: bool, forward: Any = model_loss, compile: Any = None, **options: Any) -> Any:
+    model = tiny_model(attention_dropout=options.pop("dropout", 0.1))
+    called: Any = DistributedDataParallel(model)
+    called = compile(called) if compile else called
+    return of_this_rank(forward, model, called, on=on, **options), model
 
 
 @two
@@ -71,26 +58,57 @@ def ddp_bits(folder: Path) -> Any:
 
 @two
 def ddp_values(folder: Path) -> Any:
-    return {"model": frozen(model_loss), "logits": frozen(logits_loss)}
+    frozen = {"dropout": 0.0, "learning_rate": 0.0}
+    ways = {"model": model_loss, "logits": logits_loss}
+    return {way: ddp(True, forward, **frozen)[0] for way, forward in ways.items()}
+
+
+def by_call(model: torch.nn.Module) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def in_place(model: torch.nn.Module) -> Any:
+    model.compile(backend="eager")
+    return model
 
 
 @two
 def ddp_compiled(folder: Path) -> Any:
-    """{how it is compiled: [windows, graphs] without and with metrics}"""
-    found: dict[str, Any] = {}
-    for how in ("torch.compile(model)", "model.compile()"):
-        for on in (False, True):
+    """What came of each way to compile, and the windows of a model that is not compiled."""
+    found: list[Any] = []
+    for compile in (by_call, in_place):
+        graphs: list[Any] = []
+
+        def run(on: bool, compile: Any = compile, graphs: Any = graphs) -> Any:
             torch._dynamo.reset()
             counters.clear()
-            model = tiny_model(attention_dropout=0.0)
-            called: Any = DistributedDataParallel(model)
-            if how == "model.compile()":
-                called.compile(backend="eager")
-            else:
-                called = torch.compile(called, backend="eager")
-            logs = of_this_rank(model_loss, model, called, on=on, learning_rate=0.0, steps=2)
-            found.setdefault(how, []).append([logs, dict(counters["stats"])])
+            result = ddp(on, compile=compile, steps=2)
+            graphs.append(dict(counters["stats"]))
+            return result
+
+        found.append({**on_and_off(run), "graphs": graphs})
+    torch.manual_seed(7)
+    return found, ddp(True, steps=2)[0]
+
+
+@two
+def sampler_repeats(folder: Path) -> Any:
+    """An evaluation set that torch's sampler fills up for the ranks."""
+    model, metrics = tiny_model(attention_dropout=0.0), ChannelMetrics()
+    collate: Any = metrics.collator(PaddingCollator())
+    found = {}
+    for count in (1, 5, 7, 8):
+        records: Any = RECORDS[:count]
+        sampler: Any = DistributedSampler(records, shuffle=False)
+        loader = DataLoader(records, batch_size=3, collate_fn=collate, sampler=sampler)
+        found[count] = evaluate(metrics, model, loader, step=1)
     return found
+
+
+def test_records_that_a_sampler_repeats_count_once(ranks_of: RanksOf) -> None:
+    for rank in ranks_of(sampler_repeats):
+        for count, logs in rank.items():
+            check(logs, plain_oracle(RECORDS[:count], prefix="eval_"))
 
 
 def sharded(on: bool, dropout: float = 0.1, rate: float = 1e-2, forward: Any = model_loss) -> Any:
@@ -132,11 +150,13 @@ def test_two_ranks_equal_a_plain_computation(ranks_of: RanksOf, case: Case, way:
 
 
 def test_a_compiled_ddp(ranks_of: RanksOf) -> None:
-    for rank in ranks_of(ddp_compiled):
-        for (_, off), (logs, on) in rank.values():
-            assert on["unique_graphs"] == off["unique_graphs"] > 0
-            assert on == off
-            check(logs[0], plain_oracle(RECORDS[:16]))
+    """No more graphs than without metrics, and the same training bit for bit."""
+    for found, (wanted,) in ranks_of(ddp_compiled):
+        for compiled in found:
+            off, on = compiled["graphs"]
+            assert on == off and on["unique_graphs"] > 0
+            assert compiled["on"] == compiled["off"]
+            check(compiled["logs"][0], wanted)
 
 
 # ---- accelerate ---------------------------------------------------------------------------------
@@ -149,8 +169,8 @@ def accelerated(on: bool, dropout: float = 0.1, rate: float = 1e-2) -> Any:
     collate: Any = PaddingCollator() if metrics is None else metrics.collator(PaddingCollator())
     model = tiny_model(attention_dropout=dropout)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    loader = DataLoader(RECORDS[:32], batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
-    held = DataLoader(RECORDS[33:46], batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
+    loader: Any = DataLoader(RECORDS[:32], batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
+    held: Any = DataLoader(RECORDS[33:46], batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
     called, optimizer, loader, held = accelerator.prepare(model, optimizer, loader, held)
     logs, step = [], 0
     for batch in loader:

@@ -80,7 +80,7 @@ def test_a_batch_without_labels() -> None:
 def test_a_batch_without_channels() -> None:
     metrics = ChannelMetrics()
     with (
-        pytest.raises(ChannelError, match=r"make it with `ChannelMetrics\.collator`"),
+        pytest.raises(ChannelError, match=r"collate_fn that `metrics\.collator` has made"),
         metrics.observe(OwnModel(), PaddingCollator()(RECORDS[:4])) as seen,
     ):
         seen.token_losses(torch.ones(4, 14))
@@ -188,4 +188,4 @@ def test_without_transformers() -> None:
     logs = eval(first)
     assert logs["a_loss"] == logs["b_loss"] == pytest.approx(1.3862944)
     assert logs["a_tokens"] == logs["b_tokens"] == 2.0
-    assert second.startswith("the model is none of transformers; hand over")
+    assert second.startswith("the model is none of transformers. In a loop of your own, hand over")

@@ -6,6 +6,7 @@ imported.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -101,7 +102,7 @@ def ratios(everyone: list[dict[int, list[float]]]) -> dict[str, float]:
             before = sums.get(channel, [0.0] * 4)
             sums[channel] = [a + b for a, b in zip(before, values, strict=True)]
     total = sum(values[2] for values in sums.values())
-    logged = {}
+    logged: dict[str, float] = {}
     for channel, (nll, right, tokens, samples) in sums.items():
         name = "unlabeled" if channel < 0 else NAMES[channel]
         logged |= {f"{name}_loss": nll / tokens, f"{name}_token_acc": right / tokens}
@@ -198,7 +199,8 @@ class RoughLoop(Loop):
     def __init__(self) -> None:
         super().__init__()
         self.metrics = new_metrics()
-        self.lie, self.dies_at, self.channels = 1.0, -1, None
+        self.lie, self.dies_at = 1.0, -1
+        self.channels: Callable[[Any], Any] | None = None
 
     def forward_step(self, data_iterator: Any, model: Any) -> Any:
         batch = next(data_iterator)

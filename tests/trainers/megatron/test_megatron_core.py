@@ -151,7 +151,7 @@ def context_parallel() -> dict[str, Any]:
 
     output, loss = counting_forward_step(forward_step, metrics)(iter([whole]), torch.nn.Module())
     loss(output)
-    naive = {}
+    naive: dict[str, float] = {}
     for row, name in ((0, "lvis"), (1, "bbu")):
         kept = [int(label) for label in labels[row] if label % 5]
         naive |= {f"{name}_loss": sum(kept) / len(kept), f"{name}_tokens": len(kept)}

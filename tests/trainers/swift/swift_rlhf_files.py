@@ -145,7 +145,7 @@ def both(given: dict[str, Any], metrics: MetricsConfig = ON) -> dict[str, Any]:
 def warnings_of_ours() -> Iterator[list[str]]:
     found: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: found.append(record.getMessage())
     logger = logging.getLogger("channel_metrics")
     logger.addHandler(handler)
     yield found

@@ -42,7 +42,11 @@ def all_logits(folder: Path) -> Any:
 
 @alone
 def lora(folder: Path) -> Any:
-    options = {"tuner_type": "lora", "lora_rank": 2, "target_modules": ["all-linear"]}
+    options: dict[str, Any] = {
+        "tuner_type": "lora",
+        "lora_rank": 2,
+        "target_modules": ["all-linear"],
+    }
     return both(given(folder, **options))
 
 
@@ -72,7 +76,7 @@ def without_the_flag(folder: Path) -> Any:
 @alone
 def one_row(folder: Path) -> Any:
     """The model keeps the logits of supervised tokens only, a mask; and with ms-swift's own."""
-    one = {"per_device_train_batch_size": 1}
+    one: dict[str, Any] = {"per_device_train_batch_size": 1}
     own = run(given(folder, **one), None)["log"]
     return both(given(folder, enable_channel_loss=False, **one)) | {"own": own}
 
@@ -181,8 +185,13 @@ def test_a_column_that_the_user_names(ranks_of: RanksOf) -> None:
 def resumed(folder: Path) -> Any:
     """Four steps at once; and two, then two more from the checkpoint."""
     config = MetricsConfig(metrics=("tokens", "tokens_total", "samples_total"))
-    steps = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "logging_steps": 1}
-    logs = []
+    steps: dict[str, Any] = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 4,
+        "logging_steps": 1,
+    }
+    logs: list[Any] = []
     for more in ({}, {"resume_from_checkpoint": str(folder / "0" / "checkpoint-2")}):
         options = given(folder / str(len(logs)), **PACKED, **steps, **more)
         logs.append(run(options, config)["log"])

@@ -1,4 +1,4 @@
-"""`swift sft` and `swift pt` as users start them: a plugin, torchrun below it, and our command."""
+"""`swift sft`, `pt` and `rlhf` as users start them: a plugin, torchrun below it, our command."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Path]) -> dict[str, Ended]:
-    """Both commands, at the same time."""
+    """All commands, at the same time."""
     base = tmp_path_factory.mktemp("commands")
     model = make_model(base / "model")
     config = base / "metrics.yaml"
@@ -60,6 +60,8 @@ def commands(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Path]) ->
     given = {"per_device_eval_batch_size": 4, "external_plugins": [str(PLUGIN), str(EXIT)]}
     pt = arguments(model, data["fused"], base / "pt", **WHOLE | {"enable_channel_loss": False})
     packed = {"packing": True, "external_plugins": [str(ATTENTION)], "max_length": 128}
+    reference = {"rlhf_type": "dpo", "ref_model": str(make_model(base / "reference", seed=1))}
+    dpo = arguments(model, data["pairs"], base / "rlhf", **WHOLE | reference)
     ours = [sys.executable, "-m", "channel_metrics", "run", "--patch", "ms_swift"]
     started = {
         "sft": start(
@@ -71,6 +73,10 @@ def commands(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Path]) ->
         ),
         "pt": start(
             [*ours, "--config", str(config), str(SWIFT), "pt", *options(pt | packed)],
+            base,
+        ),
+        "rlhf": start(
+            [*ours, "--config", str(config), str(SWIFT), "rlhf", *options(dpo)],
             base,
         ),
     }
@@ -157,3 +163,18 @@ def test_pt(commands: dict[str, Ended], data: dict[str, Path]) -> None:
     train = [entry for entry in ended.log if "loss" in entry]
     check_counts(train, *records(data["fused"], "_fusion_source", 0))
     assert not any(key.startswith("loss_") for entry in train for key in entry)
+
+
+def test_rlhf(commands: dict[str, Ended], data: dict[str, Path]) -> None:
+    """`channel-metrics run --patch ms_swift swift rlhf ...`: DPO, each pair once."""
+    ended = commands["rlhf"]
+    assert ended.output.count("channel metrics: patched ms-swift") == 1
+    train = [entry for entry in ended.log if "loss" in entry]
+    counts, _ = records(data["pairs"], "channel", 1)
+    assert +sums(train, "samples") == counts
+    for entry in train:
+        names = [name for name in CHANNELS if f"{name}_loss" in entry]
+        for ours, theirs in (("loss", "loss"), ("rewards/margins", "rewards/margins")):
+            total = sum(entry[f"{name}_{ours}"] * entry[f"{name}_share"] for name in names)
+            assert total == pytest.approx(entry[theirs], rel=1e-4, abs=1e-6)
+    assert any(entry["rewards/margins"] for entry in train)

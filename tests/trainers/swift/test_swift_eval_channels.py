@@ -21,7 +21,7 @@ CHOSEN = ("bbu", "lvis")
 @alone
 def chosen_in_evaluation(folder: Path) -> Any:
     """Two steps, each with an evaluation, which logs two of four channels."""
-    options = {
+    options: dict[str, Any] = {
         "val_dataset": [f"{shared_data(folder)['plain']}#29"],
         "eval_strategy": "steps",
         "eval_steps": 1,

@@ -30,12 +30,12 @@ def reward_functions(seen: Seen) -> list[str]:
 
     lengths: list[float] = []
 
-    class Length(ORM):  # type: ignore[misc]
+    class Length(ORM):
         def __call__(self, completions: list[str], **kwargs: Any) -> list[float]:
             lengths[:] = [len(text) / 10 for text in completions]
             return list(lengths)
 
-    class Vowels(ORM):  # type: ignore[misc]
+    class Vowels(ORM):
         def __call__(
             self, completions: list[str], messages: list[Any], **kwargs: Any
         ) -> list[float | None]:
@@ -99,10 +99,10 @@ def grpo_on_two(folder: Path) -> Any:
 def expected(seen: Seen, names: list[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for name in {name for name, *_ in seen}:
-        mine = [scores for channel, *scores in seen if channel == name]
+        mine = [(one, two) for channel, one, two in seen if channel == name]
         found[f"{name}_samples"] = len(mine)
         for at, function in enumerate(names):
-            scores = [of_both[at] for of_both in mine if of_both[at] is not None]
+            scores = [score for of_both in mine if (score := of_both[at]) is not None]
             if scores:
                 found[f"{name}_rewards/{function}/mean"] = statistics.fmean(scores)
             if len(scores) > 1:

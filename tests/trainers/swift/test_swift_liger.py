@@ -132,8 +132,8 @@ def test_channels_are_those_of_ms_swift(ranks_of: RanksOf, kind: Case, run_name:
 @pytest.mark.parametrize("run_name", ["on", "flag"])
 def test_evaluation(ranks_of: RanksOf, run_name: str) -> None:
     (found,) = ranks_of(liger_padded)
-    logs = [windows(found[name], "eval_loss") for name in (run_name, "own")]
-    check_channels(*logs, run_name == "flag", "eval_")
+    ours, theirs = (windows(found[name], "eval_loss") for name in (run_name, "own"))
+    check_channels(ours, theirs, run_name == "flag", "eval_")
 
 
 @pytest.mark.parametrize("kind", KINDS)

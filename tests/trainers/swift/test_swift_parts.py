@@ -88,13 +88,18 @@ def grouped_packs(folder: Path) -> Any:
         """Stands for a GroupedMetricsMixin that nobody removed: it takes its keys if they come."""
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            above: Any = super()
             leftover.extend(k for k in ("packed_group", "packed_segments") if k in inputs)
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            return above.compute_loss(model, inputs, *args, **kwargs)
 
     class OwnTrainer(SwiftChannelMetricsMixin, Leftover, Seq2SeqTrainer):
         """A trainer of a user's, without the patch."""
 
-    given_packs = {"packing": True, "per_device_train_batch_size": 2, "enable_channel_loss": False}
+    given_packs: dict[str, Any] = {
+        "packing": True,
+        "per_device_train_batch_size": 2,
+        "enable_channel_loss": False,
+    }
     own = replaced.object(TrainerFactory, "get_trainer_cls", lambda args: OwnTrainer)
     with with_grouped_packs() as seen, own:
         found = run(given(folder, **given_packs), None)

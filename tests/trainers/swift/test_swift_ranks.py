@@ -20,7 +20,7 @@ in_parts = case(SWIFT, ranks=2)
 
 
 # ms-swift chooses fp16 for float32, which DeepSpeed has not for a CPU.
-EXACT = {"fp16": False, "bf16": False}
+EXACT: dict[str, Any] = {"fp16": False, "bf16": False}
 ZERO_2 = {
     "zero_optimization": {"stage": 2},
     "train_micro_batch_size_per_gpu": "auto",
@@ -52,7 +52,7 @@ def test_one_all_reduce_per_log(ranks_of: RanksOf) -> None:
 
 @alone
 def evaluation(folder: Path) -> Any:
-    options = {
+    options: dict[str, Any] = {
         "val_dataset": [str(shared_data(folder)["plain"]) + "#13"],
         "eval_strategy": "steps",
         "eval_steps": 2,
@@ -95,9 +95,9 @@ def test_evaluation(ranks_of: RanksOf) -> None:
 @on_two
 def uneven_evaluation(folder: Path) -> Any:
     """13 records on two ranks: one is evaluated twice."""
-    given = {"eval_strategy": "steps", "eval_on_start": True, "max_steps": 1}
+    given: dict[str, Any] = {"eval_strategy": "steps", "eval_on_start": True, "max_steps": 1}
     validation = f"{ranks_given(folder)['dataset'][0]}#13"
-    batch = {"per_device_eval_batch_size": 4, "val_dataset": [validation]}
+    batch: dict[str, Any] = {"per_device_eval_batch_size": 4, "val_dataset": [validation]}
     return both(ranks_given(folder, **given, **batch))
 
 
@@ -123,7 +123,7 @@ def zero2(folder: Path) -> Any:
 
 @on_two
 def zero2_lora(folder: Path) -> Any:
-    given = {"tuner_type": "lora", "lora_rank": 2, "target_modules": ["all-linear"]}
+    given: dict[str, Any] = {"tuner_type": "lora", "lora_rank": 2, "target_modules": ["all-linear"]}
     return both(ranks_given(folder, deepspeed=ZERO_2, **EXACT, **given))
 
 
@@ -150,7 +150,11 @@ def _sequence_parallel(folder: Path, *args: Any, **overrides: Any) -> Any:
 @in_parts
 def ulysses(folder: Path) -> Any:
     """Padded rows, weighted tokens, and an evaluation; ms-swift's own attention."""
-    given = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+    given: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "per_device_eval_batch_size": 4,
+    }
     found = {"split_dataset_ratio": 0.1, "loss_scale": "react", **given}
     return _sequence_parallel(folder, "react", **found)
 

@@ -1,4 +1,4 @@
-"""`swift rlhf` dpo, orpo, rm and kto: metrics per channel, against a loop over the records.
+"""`swift rlhf` but grpo: metrics per channel, against a loop over the records.
 
 The first step is a whole epoch, so its window holds every record, under the weights that the run
 began with. The same training with and without the metrics must agree bit for bit.
@@ -22,7 +22,7 @@ alone = case(SWIFT, ranks=1)
 on_two = case(SWIFT, ranks=2)
 
 Record = dict[str, Any]
-BETA, CENTER, RPO = 0.1, 0.05, 0.5
+BETA, CENTER, RPO, GAMMA = 0.1, 0.05, 0.5, 0.3
 
 
 def log_sigmoid(value: float) -> float:
@@ -83,6 +83,25 @@ def of_orpo(records: list[Record]) -> dict[str, float]:
     rewards = of_rewards([BETA * c for c in chosen], [BETA * r for r in rejected])
     nll = nll_of(records)
     return rewards | {"nll_loss": nll, "loss": nll - BETA * mean(odds)}
+
+
+def of_cpo(records: list[Record]) -> dict[str, float]:
+    """The hinge loss on sums of log probabilities, and half the nll."""
+    sides = ([BETA * r[f"policy {side}"] for r in records] for side in ("chosen", "rejected"))
+    chosen, rejected = sides
+    nll = nll_of(records)
+    hinges = [max(0.0, 1 - c + j) for c, j in zip(chosen, rejected, strict=True)]
+    return of_rewards(chosen, rejected) | {"nll_loss": nll, "loss": 0.5 * nll + mean(hinges)}
+
+
+def of_simpo(records: list[Record]) -> dict[str, float]:
+    """On means per token, without nll."""
+    chosen, rejected = (
+        [BETA * r[f"policy {side}"] / r[f"tokens {side}"] for r in records]
+        for side in ("chosen", "rejected")
+    )
+    losses = [-log_sigmoid(c - j - GAMMA) for c, j in zip(chosen, rejected, strict=True)]
+    return of_rewards(chosen, rejected) | {"loss": mean(losses)}
 
 
 def of_rm(records: list[Record]) -> dict[str, float]:
@@ -153,6 +172,16 @@ def orpo(folder: Path) -> Any:
 
 
 @alone
+def cpo(folder: Path) -> Any:
+    return both(given(folder, "cpo", beta=BETA, loss_type="hinge", cpo_alpha=0.5))
+
+
+@alone
+def simpo(folder: Path) -> Any:
+    return both(given(folder, "simpo", beta=BETA, simpo_gamma=GAMMA, cpo_alpha=0.0))
+
+
+@alone
 def rm(folder: Path) -> Any:
     return both(given(folder, "rm", center_rewards_coefficient=CENTER))
 
@@ -180,6 +209,8 @@ ORACLES: dict[Case, Callable[[list[Record]], dict[str, float]]] = {
     dpo_packed: of_dpo,
     dpo_padding_free: of_dpo,
     orpo: of_orpo,
+    cpo: of_cpo,
+    simpo: of_simpo,
     rm: of_rm,
     kto: of_kto,
     kto_without_kl: of_apo_unpaired,

@@ -1,4 +1,4 @@
-"""`swift rlhf`: a fault of ours, runs without metrics, and the command line."""
+"""`swift rlhf`: a fault of ours, and runs without metrics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import faults
 from rank_cases import RanksOf, case
-from swift_rlhf_files import CHANNELS, NUM_RECORDS, ON, given, run
+from swift_rlhf_files import CHANNELS, NUM_RECORDS, given, run, shared
 from swift_tools import SWIFT, needs_swift
 
 pytestmark = needs_swift
@@ -46,13 +46,17 @@ def test_a_fault_ends_the_metrics_only(ranks_of: RanksOf) -> None:
 def without(folder: Path) -> Any:
     """Runs that have no metrics, and what they say."""
     sequences = given(folder / "dpo", "dpo", eval_strategy="no", max_steps=1)
-    options = given(folder / "cpo", "cpo", eval_strategy="no", max_steps=1)
+    teacher = {
+        "teacher_model": str(shared(folder) / "reference"),
+        "teacher_model_type": "qwen2",
+    }
+    options = given(folder / "gkd", "gkd", eval_strategy="no", max_steps=1, **teacher)
     from swift import RLHFArguments
 
     from channel_metrics.trainers.swift.tasks import why_without_metrics
 
-    found = {"cpo": [run(options, None), run(options)]}
-    for of_run in found["cpo"]:
+    found = {"gkd": [run(options, None), run(options)]}
+    for of_run in found["gkd"]:
         del of_run["trainer"]
     reasons = {}
     args = RLHFArguments(**sequences)
@@ -66,11 +70,11 @@ def without(folder: Path) -> Any:
 
 def test_runs_without_metrics_say_so(ranks_of: RanksOf) -> None:
     (found,) = ranks_of(without)
-    off, on = found["cpo"]
+    off, on = found["gkd"]
     assert (on["log"], on["weights"]) == (off["log"], off["weights"])
     (told,) = on["told"]
     assert told.startswith("no channel metrics in this run")
-    assert "dpo, orpo, rm, kto, grpo, and this is rlhf_type cpo." in told
+    assert "dpo, orpo, cpo, rm, kto, grpo, and this is rlhf_type gkd." in told
     assert found["reasons"] == {
         "dpo": None,
         "parallel": "rlhf_type dpo has them only with sequence_parallel_size 1",
@@ -79,30 +83,21 @@ def test_runs_without_metrics_say_so(ranks_of: RanksOf) -> None:
 
 
 @alone
-def command(folder: Path) -> Any:
-    """What `channel-metrics run --patch ms_swift swift rlhf ...` starts."""
-    import sys
+def units(folder: Path) -> Any:
+    from channel_metrics.trainers.swift.pair_schema import pair_schema
+    from channel_metrics.trainers.trl.kto import KTO_SCHEMA
 
-    import channel_metrics.patches.ms_swift as patch
-    from swift.cli import main as swift_cli
-
-    found = {}
-    before = sys.argv
-    patch.revert()
-    patch.apply(ON)
-    try:
-        for name in ("rlhf", "infer"):
-            sys.argv = ["swift", name, "--model", "m"]
-            found[name] = sys.argv[2:]
-            swift_cli.parse_yaml_args(found[name])
-    finally:
-        sys.argv = before
-        patch.revert()
-    return found
+    schemas = (KTO_SCHEMA, pair_schema(), pair_schema(1.0))
+    return {
+        kind: {one.name: one.unit for schema in schemas for one in getattr(schema, kind)}
+        for kind in ("metrics", "columns")
+    }
 
 
-def test_the_process_that_rlhf_starts_is_patched(ranks_of: RanksOf) -> None:
-    (found,) = ranks_of(command)
-    assert found["rlhf"][:3] == ["--model", "m", "--external_plugins"]
-    assert found["rlhf"][3].endswith("ms_swift.py")
-    assert found["infer"] == ["--model", "m"]
+def test_only_shares_of_a_whole_have_no_unit(ranks_of: RanksOf) -> None:
+    (both,) = ranks_of(units)
+    found = both["metrics"]
+    assert {name for name, unit in found.items() if not unit} == {"share", "rewards/accuracies"}
+    assert found["nll_loss"] == found["loss"] == "nats"
+    assert found["rewards/margins"] == both["columns"]["margins"] == "rewards"
+    assert both["columns"]["accuracies"] == "pairs"

@@ -44,7 +44,7 @@ ENGINE_LAYERS = (
 class EmptyModule(types.ModuleType):
     """Any name in it is a layer that does nothing."""
 
-    __path__ = ()
+    __path__: Any = ()
     __version__ = "2.3.0"
 
     def __getattr__(self, name: str) -> Any:
@@ -91,7 +91,8 @@ def triton_for_import() -> Iterator[None]:
     if importlib.util.find_spec("triton") is not None:
         yield
         return
-    triton, language = types.ModuleType("triton"), EmptyModule("triton.language")
+    triton: Any = types.ModuleType("triton")
+    language = EmptyModule("triton.language")
     triton.jit = lambda kernel=None, **_: kernel or (lambda late: late)
     triton.language = language
     stand_ins = {"triton": triton, "triton.language": language}

@@ -205,6 +205,10 @@ class Runs(Launcher):
     @cached_property
     def files(self) -> dict[str, Path]:
         """The model and the data of all runs."""
-        sizes = {"num_hidden_layers": 4, "vocab_size": 512, "attention_dropout": 0.0}
+        sizes: dict[str, Any] = {
+            "num_hidden_layers": 4,
+            "vocab_size": 512,
+            "attention_dropout": 0.0,
+        }
         model = make_model(self.folder / "model", **sizes)
         return {"model": model, "folder": self.folder, **make_data(self.folder)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,7 +107,7 @@ def refusals() -> dict[str, str]:
         "pieces": batch | {"position_ids": batch["position_ids"] % torch.tensor([4] * 8 + [8] * 8)},
     }
     found = {
-        name: message(lambda given=given: sequence_channels(args, given, LabelTable()))
+        name: message(partial(sequence_channels, args, given, LabelTable()))
         for name, given in of_batch.items()
     }
     other_task = trainer_for("zigzag")

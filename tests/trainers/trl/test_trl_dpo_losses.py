@@ -33,7 +33,8 @@ def losses_and_oracle(folder: Path, **options: Any) -> tuple[dict[str, float], d
     trainer = dpo(folder, prepare=lambda t: attach(t, EVERYTHING), before=inputs, **options)
     (entry,) = logs(trainer)
     found = {k.removesuffix("_loss"): v for k, v in entry.items() if k.endswith("_loss")}
-    plain, losses = detach(trainer), {name: [] for name in CHANNELS}
+    plain = detach(trainer)
+    losses: dict[str, list[Any]] = {name: [] for name in CHANNELS}
     batches = inputs.each_alone()
     with torch.no_grad():
         for name, pair in batches:

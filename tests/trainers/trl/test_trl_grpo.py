@@ -196,7 +196,7 @@ def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
 
 def test_rewards_of_other_completions_are_refused() -> None:
     """Completions are matched to their prompts by order, and by their number."""
-    trainer = SimpleNamespace(
+    trainer: Any = SimpleNamespace(
         accelerator=SimpleNamespace(num_processes=2, process_index=0), reward_func_names=["one"]
     )
     with pytest.raises(ChannelError, match="expected rewards of 2 x 3 completions by 1 functions"):

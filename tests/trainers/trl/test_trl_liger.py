@@ -84,7 +84,8 @@ def test_columns_are_those_of_trl_and_the_channel(tmp_path: Path, stream: bool) 
             processing_class=byte_tokenizer(),
         )
         columns.append(column_names(trainer.train_dataset))
-        rows.append([row["input_ids"] for row in trainer.train_dataset])
+        ready: Any = trainer.train_dataset
+        rows.append([row["input_ids"] for row in ready])
     assert rows[0] == rows[1]
     assert set(columns[1]) == {*columns[0], "channel"}
     assert ("labels" in columns[1]) != OLD

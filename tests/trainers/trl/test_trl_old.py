@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def dpo(folder: Path, **keywords: object) -> DPOTrainer:
+def dpo(folder: Path, **keywords: Any) -> DPOTrainer:
     return run(DPOTrainer, DPOConfig(**arguments(folder)), pair_records(64), **keywords)
 
 

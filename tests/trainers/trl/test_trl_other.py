@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import importlib
-import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trl
-from packaging.version import Version
 from transformers import Trainer
-from trl import DPOTrainer, GRPOTrainer, RewardTrainer, SFTTrainer
-from trl_tools import CHANNELS, arguments, run, tiny_model, word
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+from trl_tools import arguments, pair_records, run
 
 from channel_metrics import UnsupportedVersionError
 from channel_metrics.trainers.hf import ChannelMetricsMixin, attach
 from channel_metrics.trainers.trl import (
     DPOChannelMetricsMixin,
     GRPOChannelMetricsMixin,
+    KTOChannelMetricsMixin,
     OtherChannelMetricsMixin,
     RewardChannelMetricsMixin,
     SFTChannelMetricsMixin,
@@ -33,22 +31,17 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
 @pytest.mark.filterwarnings("ignore:.*[Ee]xperimental.*")
 def test_a_trainer_without_labels_is_refused_at_the_first_batch(tmp_path: Path) -> None:
-    old = Version(trl.__version__) < Version("1")
-    module = importlib.import_module("trl.experimental.kto" if old else "trl")
-    rng = random.Random(0)
-    records = [
-        {"prompt": word(rng, n), "completion": word(rng, n), "label": i % 2 == 0, "channel": n}
-        for i, n in enumerate(CHANNELS * 8)
-    ]
-    config = module.KTOConfig(**arguments(tmp_path))
+    module = importlib.import_module("trl.experimental.cpo")
+    config = module.CPOConfig(**arguments(tmp_path))
     with pytest.raises(UnsupportedVersionError, match="need `labels` in the batch"):
-        run(module.KTOTrainer, config, records, ref_model=tiny_model(7), prepare=attach)
+        run(module.CPOTrainer, config, pair_records(32), prepare=attach)
 
 
 def test_each_class_gets_its_adapter() -> None:
     expected = {
         DPOTrainer: DPOChannelMetricsMixin,
         GRPOTrainer: GRPOChannelMetricsMixin,
+        KTOTrainer: KTOChannelMetricsMixin,
         RewardTrainer: RewardChannelMetricsMixin,
         SFTTrainer: SFTChannelMetricsMixin,
     }

@@ -12,8 +12,11 @@ from fork_client import Preload
 from rank_cases import RanksOf, case
 from test_trl_grpo import COUNTED, Scores, grpo
 from test_trl_grpo import expected as expected_rewards
-from test_trl_sft import LAYOUTS, MySFT, sft
+from test_trl_kto import Batch, Batches, kto, kto_records
+from test_trl_kto import expected as expected_answers
+from test_trl_sft import LAYOUTS
 from trl_dpo_tools import EVERYTHING, dpo, expected, pair_table
+from trl_sft_tools import MySFT, sft
 from trl_tools import logs, pair_records, text_records
 
 from channel_metrics import MetricsConfig
@@ -21,6 +24,7 @@ from channel_metrics.trainers.hf import attach
 
 PACKED = ("bfd", "wrapped_free")
 RANKS: dict[str, Any] = {"learning_rate": 0.0, "ddp_backend": "gloo"}
+EVALUATED: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 4}
 METRICS = MetricsConfig(metrics=("loss", "tokens", "samples"))
 
 
@@ -35,12 +39,22 @@ def all_trainers(folder: Path) -> dict[str, Any]:
         prepare=lambda trainer: attach(trainer, EVERYTHING),
         eval_dataset=Dataset.from_list(pair_records(11, seed=3)),
         gradient_accumulation_steps=1,
-        eval_strategy="steps",
-        eval_steps=4,
         logging_steps=4,
+        **EVALUATED,
         **RANKS,
     )
-    scores = Scores()
+    batches, scores = Batches(), Scores()
+    found["kto"] = kto(
+        folder,
+        kto_records(32),
+        prepare=lambda trainer: attach(trainer, EVERYTHING),
+        before=batches,
+        gradient_accumulation_steps=1,
+        logging_steps=4,
+        eval_dataset=Dataset.from_list(kto_records(11, seed=3)),
+        **EVALUATED,
+        **RANKS,
+    )
     found["grpo"] = grpo(
         folder,
         scores=scores,
@@ -53,7 +67,12 @@ def all_trainers(folder: Path) -> dict[str, Any]:
         **RANKS,
     )
     values = {name: (logs(t), logs(t, "eval_")) for name, t in found.items()}
-    return {**values, "given": scores.given, "skipping": scores.skipping}
+    return {
+        **values,
+        "answers": batches.seen,
+        "given": scores.given,
+        "skipping": scores.skipping,
+    }
 
 
 def packs(folder: Path, **options: Any) -> dict[str, Any]:
@@ -64,9 +83,8 @@ def packs(folder: Path, **options: Any) -> dict[str, Any]:
             MySFT,
             channel_metrics=METRICS,
             eval_dataset=Dataset.from_list(text_records(40, seed=5)),
-            eval_strategy="steps",
-            eval_steps=4,
             per_device_eval_batch_size=3,
+            **EVALUATED,
             **options,
             **LAYOUTS[layout],
         )
@@ -93,8 +111,29 @@ def test_two_ranks_count_everything_once(tmp_path: Path, ranks_of: RanksOf) -> N
         (evaluated,), (alone,) = first[layout][1], logs(trainer, "eval_")
         assert evaluated == pytest.approx(alone, rel=1e-5)
         assert first[layout][1] and first[layout] == second[layout]
+    (trained,), (evaluated,) = first["kto"]
+    want = together(first["answers"][True], second["answers"][True])
+    assert {k: v for k, v in trained.items() if not k.endswith("_total")} == pytest.approx(
+        want, rel=1e-4, abs=3e-6
+    )
+    assert sum(v for k, v in evaluated.items() if k.endswith("_samples")) == 11
+    want = together(first["answers"][False], second["answers"][False], 11)
+    for key in (key for key in want if "rewards/" in key or "samples" in key):
+        assert evaluated[f"eval_{key}"] == pytest.approx(want[key], rel=1e-4, abs=3e-6)
     given = first["given"] + second["given"]
     skipping = first["skipping"] + second["skipping"]
     (rewards,), _ = first["grpo"]
     assert rewards == pytest.approx(expected_rewards(given, skipping), rel=1e-5, abs=1e-6)
     assert len(given) == 16
+
+
+def together(first: list[Batch], second: list[Batch], count: int | None = None) -> dict[str, float]:
+    """What KTO's batches of both ranks give. count: of their answers, if the last are repeated."""
+    both = [
+        Batch([*a.answers, *b.answers], [*a.mismatched, *b.mismatched])
+        for a, b in zip(first, second, strict=True)
+    ]
+    if count is not None:
+        before = sum(len(batch.answers) for batch in both[:-1])
+        del both[-1].answers[count - before :]
+    return expected_answers(both)

@@ -169,7 +169,8 @@ def test_another_formula_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: torch.dtype
 ) -> None:
     config = RewardConfig(**arguments(tmp_path, max_steps=2))
-    run(Doubled, config, reward_records(64), model=reward_model().to(dtype), prepare=attach)
+    model: Any = reward_model()
+    run(Doubled, config, reward_records(64), model=model.to(dtype), prepare=attach)
     assert re.search("own loss: the relative difference is (5.0|4.9)e-01", caplog.text)
 
 

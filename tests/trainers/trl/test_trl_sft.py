@@ -133,7 +133,7 @@ def test_only_what_is_trained_is_counted(tmp_path: Path, kind: str, packing: boo
     for name in CHANNELS * 12:
         prompt, answer = word(rng, name, 2, 5), word(rng, name, 2, 9)
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        by_kind = {
+        by_kind: dict[str, dict[str, Any]] = {
             "completion": {"prompt": prompt, "completion": answer},
             "assistant": {"messages": turns},
         }
@@ -192,7 +192,7 @@ def test_the_patch_packs_the_channels_of_unmodified_scripts(tmp_path: Path, capf
     assert "patched trl.SFTTrainer._prepare_dataset" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("layout", ["padded", "padding_free", "bfd"])
+@pytest.mark.parametrize("layout", sorted({"padded", "padding_free", "bfd"} & set(LAYOUTS)))
 def test_the_patch_leaves_data_without_channels_alone(
     layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import trl
+from contract.pairs import log_prob
 from packaging.version import Version
 from trl import DPOConfig, DPOTrainer
 from trl_tools import (
@@ -55,12 +56,6 @@ def dpo(folder: Path, records: Any = None, trainer_class: Any = DPOTrainer, **op
     # Another reference than the model, or all rewards would be 0 at the start.
     keywords["ref_model"] = tiny_model(seed=7)
     return run(trainer_class, config, records, **keywords)
-
-
-def log_prob(model: Any, prompt: list[int], answer: list[int]) -> float:
-    with torch.no_grad():
-        log_probs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-    return sum(log_probs[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))
 
 
 def pair_table(records: list[dict[str, Any]]) -> dict[Any, tuple[str, float, float]]:

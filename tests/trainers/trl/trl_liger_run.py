@@ -39,7 +39,8 @@ RUN: dict[str, Any] = {
 }
 TOLD = ("loss", "grad_norm", "eval_loss", "mean_token_accuracy", "eval_mean_token_accuracy")
 # Newer TRL has a fused head of its own, which takes so many of the vocabulary at a time.
-trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = 16
+utils: Any = trl.trainer.utils
+utils._CHUNKED_LOGPROB_CHUNK_SIZE = 16
 
 
 def records_of(layout: str, count: int, seed: int = 0) -> list[dict[str, Any]]:

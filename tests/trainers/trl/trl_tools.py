@@ -142,5 +142,5 @@ def logs(trainer: Any, prefix: str = "") -> list[dict[str, float]]:
     return [entry for entry in picked if entry]
 
 
-def windows(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
+def windows(items: Sequence[Any], size: int) -> list[list[Any]]:
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]

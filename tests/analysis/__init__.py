@@ -1,0 +1,1 @@
+"""Readers, reports and the watcher; a package because of its own `conftest.py`."""
