@@ -10,14 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from hf_tools import (
-    CHANNELS,
-    PaddingCollator,
-    channel_logs,
-    make_records,
-    tiny_model,
-    train,
-)
+from hf_tools import CHANNELS, PaddingCollator, channel_logs, make_records, tiny_model, train
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorForSeq2Seq, Trainer
 
 from channel_metrics import ChannelError, ConfigError, MetricsConfig, UnsupportedVersionError
