@@ -216,6 +216,7 @@ def _show_run(summary: TrainSummary, settings: TrainConfig) -> None:
     console = _console()
     table = render(
         summary.rows,
+        console.width,
         ratios={source.name: source.ratio for source in settings.sources},
         domains={source.name: source.domain for source in settings.sources},
     )
