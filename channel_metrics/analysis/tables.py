@@ -55,13 +55,14 @@ def fitted(columns: Sequence[TableColumn], width: int, *, title: str) -> Table:
     while _width(shown) > width and max(column.rank for column in shown):
         shown.remove(max(shown, key=lambda column: column.rank))
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    excess = max(_width(shown) - width, 0)
     for column in shown:
         table.add_column(
             column.heading,
             justify="left" if column.is_name else "right",
             style="bold" if column.is_name else "",
             no_wrap=True,
-            min_width=None if column.is_name else column.width,
+            width=max(column.width - excess, 1) if column.is_name else column.width,
         )
     for cells in zip(*(column.cells for column in shown), strict=True):
         table.add_row(*cells)

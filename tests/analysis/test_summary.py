@@ -69,7 +69,7 @@ def test_a_long_name_is_cut_before_a_number() -> None:
     console = Console(width=80, force_terminal=False)
     with console.capture() as capture:
         console.print(render(rows, 80))
-    assert "aaa… " in capture.get() and " 1.5000 " in capture.get()
+    assert "aaa…" in capture.get() and " 1.5000 " in capture.get()
 
 
 def test_columns_without_a_value_are_hidden() -> None:
