@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -145,8 +145,8 @@ def real_records_of_sampler(loader: Any, batch_idx: int) -> tuple[int, int] | No
     sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
     if not isinstance(sampler, DistributedSampler) or not size:
         return None
-    before = batch_idx * size
-    mine = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+    before, dataset = batch_idx * size, cast(Sized, sampler.dataset)
+    mine = len(range(sampler.rank, len(dataset), sampler.num_replicas))
     size = min(size, sampler.num_samples - before)
     return min(max(mine - before, 0), size), size
 

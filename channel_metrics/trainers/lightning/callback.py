@@ -40,7 +40,7 @@ _RESERVED_KEYS = frozenset({"loss", "train_loss", "val_loss", "test_loss", "epoc
 _STEPS = ("training_step", "validation_step", "test_step")
 
 
-class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
+class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are found at import
     """Give it to the Trainer, and its `collator` to the data loaders.
 
     Args:
