@@ -12,12 +12,11 @@ Letters: B rows, S row length, V vocabulary.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -41,15 +40,11 @@ from channel_metrics.losses.cross_entropy import token_losses_of_logits
 
 __all__ = ["Seen", "observe"]
 
-logger = logging.getLogger("channel_metrics")
-
 _REMEDY = (
     "In a loop of your own, hand over what the loss was computed from: `seen.logits(...)` in the "
     "block."
 )
 
-# The sessions that were told of repetitions.
-_told: WeakSet[Counting] = WeakSet()
 # {session: {model: its reader}}. A reader keeps what it learned about the model at the first batch.
 _readers: WeakKeyDictionary[Counting, WeakKeyDictionary[torch.nn.Module, Any]] = WeakKeyDictionary()
 
@@ -213,8 +208,10 @@ def _reader_of(metrics: Counting, model: torch.nn.Module) -> Any:
     from channel_metrics.capture.reader import TokenLossReader
 
     of_session = _readers.setdefault(metrics, WeakKeyDictionary())
-    new = TokenLossReader(with_correct=metrics.with_correct, guard=metrics.guard)
-    return of_session.setdefault(model, new)
+    if model not in of_session:
+        reader = TokenLossReader(with_correct=metrics.with_correct, guard=metrics.guard)
+        of_session[model] = reader
+    return of_session[model]
 
 
 def _captured(
@@ -268,11 +265,9 @@ def _tell_of_repeats(metrics: Counting) -> None:
     from accelerate.state import GradientState, PartialState
 
     state = GradientState()
-    if metrics in _told or not state.end_of_dataloader or state.remainder <= 0:
-        return
-    if PartialState().num_processes > 1:
-        _told.add(metrics)
-        logger.warning(
+    repeats = state.end_of_dataloader and state.remainder > 0
+    if repeats and PartialState().num_processes > 1:
+        metrics.warn_once(
             "accelerate may have repeated records to fill the last evaluation batch of all ranks; "
             "then they are counted twice. Pass `accelerator=` to `evaluate` or `observe`."
         )
