@@ -58,12 +58,18 @@ class Seen:
         labels: those of the batch.
         values: the values of the tokens that were handed over; None if none were.
         observation: what was seen of the model, an `Observation`; None if it is not observed.
+        discarded: whether `discard` was called.
     """
 
     def __init__(self, metrics: Counting, labels: Any) -> None:
         self._metrics, self.labels = metrics, labels
         self.values: TokenValues | None = None
         self.observation: Any = None
+        self.discarded = False
+
+    def discard(self) -> None:
+        """Do not count this batch: nothing is trained on it."""
+        self.discarded = True
 
     def logits(self, logits: Tensor, *, labels: Tensor | None = None, causal: bool = True) -> None:
         """Measure the token losses on logits, with a softmax of our own.
@@ -174,6 +180,8 @@ def observe(
     watching: AbstractContextManager[Any] = reader.observe(model) if reader else nullcontext()
     with watching as seen.observation:
         yield seen
+    if seen.discarded:
+        return
     with metrics.guard.guarded():
         # The loop may have taken the labels out of the batch for its own loss.
         check_not_cut(taken)
@@ -226,8 +234,9 @@ def _captured(
         raise UnsupportedVersionError("the model has not run, or its forward was not called.")
     from channel_metrics.capture.transformers import is_causal
 
+    causal = None if reader.captured is not None else is_causal(model)
     found: tuple[TokenValues, Tensor | None] = reader.read(
-        observation, labels, causal=is_causal(model), by_rows=taken.cu_seqlens is None
+        observation, labels, causal=causal, by_rows=taken.cu_seqlens is None
     )
     return found
 
