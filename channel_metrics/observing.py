@@ -27,14 +27,9 @@ from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.counting import Counting
-from channel_metrics.data.batch_channels import (
-    BatchChannels,
-    check_not_cut,
-    first_records,
-    real_records,
-    take_channels,
-)
+from channel_metrics.data.batch_channels import BatchChannels, check_not_cut, take_channels
 from channel_metrics.data.collator import CollatorFault
+from channel_metrics.data.repeats import first_records, real_records
 from channel_metrics.errors import ChannelError, ChannelMetricsError, UnsupportedVersionError
 from channel_metrics.losses.cross_entropy import token_losses_of_logits
 

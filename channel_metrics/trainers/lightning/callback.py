@@ -15,8 +15,8 @@ from torch import Tensor
 
 from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
-from channel_metrics.data.batch_channels import real_records_of_sampler
 from channel_metrics.data.collator import ChannelCollator
+from channel_metrics.data.repeats import real_records_of_sampler
 from channel_metrics.errors import ChannelMetricsError, ConfigError
 from channel_metrics.extras import need
 from channel_metrics.session import ChannelMetrics
