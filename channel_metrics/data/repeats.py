@@ -1,4 +1,4 @@
-"""Records that are repeated to fill the last evaluation batch of all ranks, and batches without them."""
+"""Records that are repeated to fill the last evaluation batch of all ranks."""
 
 from __future__ import annotations
 
