@@ -285,6 +285,7 @@ class ChannelMetrics(Counting):
             try:
                 observer(window)
             except Exception as error:
+                # Of any kind, but only a display may fail: other observers steer the training.
                 if not getattr(observer, "is_display", False):
                     raise
                 self.on_window.remove(observer)

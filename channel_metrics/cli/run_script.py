@@ -59,7 +59,7 @@ def run_script(
     sys.argv = [script, *args]
     try:
         _run_main(script, as_module)
-    except BaseException as error:
+    except BaseException as error:  # SystemExit too; it is raised again
         if run is not None:
             run.has_failed = not (isinstance(error, SystemExit) and error.code in (None, 0))
         raise
