@@ -77,7 +77,7 @@ class ChannelMetrics(Counting):
         guard, correct = FaultGuard(config.on_error), "token_acc" in config.metrics
         super().__init__(labels, schema, guard, with_correct=correct)
         self.keys = KeyBook(config.key_format, reserved=reserved, schema=schema, rewrite=rewrite)
-        self._maker = WindowMaker(config, schema, self.keys)
+        self._maker = WindowMaker(config, schema, self.keys, self.warn_once)
         self.ranks = ranks or Ranks()
         self.on_window = list(on_window)
         self.totals = RunTotals(schema)
@@ -86,11 +86,6 @@ class ChannelMetrics(Counting):
         self._maker.declare(labels.names)
         if config.unknown != "add":
             self.check_eval_channels()
-
-    @property
-    def warned(self) -> frozenset[str]:
-        """The warnings that were logged."""
-        return frozenset(self._maker.warned)
 
     # ---- windows ---------------------------------------------------------------------------
 
@@ -209,10 +204,6 @@ class ChannelMetrics(Counting):
         """Raise `ConfigError` if an entry of `eval_channels` is none of the channels so far."""
         self._maker.check_eval_channels(self.labels.names)
 
-    def warn_once(self, message: str) -> None:
-        """Log a warning, once."""
-        self._maker.warn_once(message)
-
     # ---- checkpoints -----------------------------------------------------------------------
 
     def start(self, folder: Path | None = None) -> None:
@@ -294,6 +285,7 @@ class ChannelMetrics(Counting):
             try:
                 observer(window)
             except Exception as error:
+                # Of any kind, but only a display may fail: other observers steer the training.
                 if not getattr(observer, "is_display", False):
                     raise
                 self.on_window.remove(observer)

@@ -129,7 +129,8 @@ def doctor_command(
 
     Exit code 0 if what was asked for would work, 1 if not; 2 for an unknown patch.
     """
-    from channel_metrics.cli.doctor import diagnose, has_problem, lines
+    from channel_metrics.cli.diagnosis import diagnose
+    from channel_metrics.cli.doctor import has_problem, lines
 
     with _reported_errors():
         report = diagnose(patch or (), config, data or ())

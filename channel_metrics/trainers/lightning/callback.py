@@ -15,8 +15,8 @@ from torch import Tensor
 
 from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
-from channel_metrics.data.batch_channels import real_records_of_sampler
 from channel_metrics.data.collator import ChannelCollator
+from channel_metrics.data.repeats import real_records_of_sampler
 from channel_metrics.errors import ChannelMetricsError, ConfigError
 from channel_metrics.extras import need
 from channel_metrics.session import ChannelMetrics
@@ -40,7 +40,7 @@ _RESERVED_KEYS = frozenset({"loss", "train_loss", "val_loss", "test_loss", "epoc
 _STEPS = ("training_step", "validation_step", "test_step")
 
 
-class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
+class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are found at import
     """Give it to the Trainer, and its `collator` to the data loaders.
 
     Args:

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import pytest
+import pytorch_lightning
 import torch
 from hf_tools import PaddingCollator, make_records, tiny_model
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -197,9 +198,7 @@ def test_the_module_is_as_it_was_after_the_run() -> None:
 
 
 def test_pytorch_lightning_takes_it_too() -> None:
-    pytorch_lightning = pytest.importorskip("pytorch_lightning")
-
-    class Same(pytorch_lightning.LightningModule):  # type: ignore[name-defined]
+    class Same(pytorch_lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.model, self.learning_rate = still_model(), 0.0
