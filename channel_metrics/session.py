@@ -9,8 +9,7 @@ It owns the windows of training and evaluation, the totals of the run, the names
 the observers, and it decides what an error does. An adapter only says where a trainer's tokens,
 names, log points and checkpoints are.
 
-All ranks make the same calls in one order. `close`, `peek`, `save` and the end of an `evaluation`
-are collectives.
+All ranks make the same calls in one order. `close`, `peek`, `save` and evaluations are collectives.
 """
 
 from __future__ import annotations
@@ -95,8 +94,7 @@ class ChannelMetrics(Counting):
         window = self._summed(self._train.table, "train", step)
         self._train.table.reset()
         self._tell(window)
-        if window.values:
-            self.guard.proven = True
+        self.guard.proven |= bool(window.values)
         return window
 
     def peek(self, step: int) -> Window:
@@ -179,7 +177,7 @@ class ChannelMetrics(Counting):
             Whether the dataset could be scanned.
 
         Raises:
-            ChannelError: if no record of a training set has a channel; and as `declare_names`.
+            ChannelError: no record of a training set has a channel; and as `declare_names`.
         """
         fields = fields or self.config.fields
         self.classes.update(class_names(dataset, fields))
@@ -241,8 +239,7 @@ class ChannelMetrics(Counting):
         self.totals = RunTotals(self.schema)
         try:
             self.totals.load(path)
-        except ChannelMetricsError as error:
-            # The counts from here on are right.
+        except ChannelMetricsError as error:  # the counts from here on are right
             if self.guard.raises:
                 raise
             self.warn_once(f"{error} Until then, they start at zero.")
@@ -253,7 +250,10 @@ class ChannelMetrics(Counting):
         return {"totals": self.totals.state_dict(), "train": self._train.table.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`. Without `train`, the window is empty."""
+        """Go on from `state_dict()`; a damaged one changes nothing and raises
+        `ChannelMetricsError`. Without `train`, the window is empty."""
+        if not isinstance(state, Mapping) or "totals" not in state:
+            raise ChannelMetricsError("the state must be a mapping with `totals`; it is damaged.")
         totals = RunTotals(self.schema).load_state_dict(state["totals"])
         self._train.table.load_state_dict(state.get("train") or self._new_table().state_dict())
         self._train.step, self.totals = None, totals
