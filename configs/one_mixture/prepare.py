@@ -5,8 +5,8 @@
     channel-metrics run --patch trl configs/one_mixture/trl_sft.py
     swift sft configs/one_mixture/swift.yaml --external_plugins patches/ms_swift.py
 
-docs/TRAINING_PLAYBOOK.md has the command for Megatron. The records are the first ones of each file in
-configs/fused_data; `metadata._fusion_source` names the source of each.
+docs/TRAINING_PLAYBOOK.md has the command for Megatron. The records are the first ones of each file
+in configs/fused_data; `metadata._fusion_source` names the source of each.
 """
 
 from __future__ import annotations

@@ -12,8 +12,15 @@ from paths import ROOT
 from megatron_lm.launch import Launcher, needs_megatron_training
 
 # What the playbook leaves to the user: a model and a schedule. One epoch of 32 records.
-LENGTH = "--seq-length 512 --max-position-embeddings 512 --make-vocab-size-divisible-by 66".split()
-EPOCH = "--global-batch-size 8 --train-iters 4".split()
+LENGTH = [
+    "--seq-length",
+    "512",
+    "--max-position-embeddings",
+    "512",
+    "--make-vocab-size-divisible-by",
+    "66",
+]
+EPOCH = ["--global-batch-size", "8", "--train-iters", "4"]
 
 
 def shown_options() -> list[str]:

@@ -16,7 +16,8 @@ METRIC = """
 import torch
 from channel_metrics import ChannelLossAccumulator
 acc = ChannelLossAccumulator(["bbu"], metrics=["loss", "easy_share"])
-acc.update(torch.tensor([0.5, 3.0, 0.75, 7.0]), channels=["bbu"], cu_seqlens=torch.tensor([0, 4]).int())
+cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
+acc.update(torch.tensor([0.5, 3.0, 0.75, 7.0]), channels=["bbu"], cu_seqlens=cu_seqlens)
 assert acc.compute() == {"bbu_loss": 2.8125, "bbu_easy_share": 0.5}, acc.compute()
 """
 

@@ -35,7 +35,8 @@ class LlamaFactoryDPOMixin(_PreferenceMixin):
 
     def compute_preference_loss(self, *args: Any, **kwargs: Any) -> Any:
         """LLaMA-Factory's own; its losses and rewards [pairs] are kept."""
-        result = super().compute_preference_loss(*args, **kwargs)  # type: ignore[misc]
+        theirs: Any = super()
+        result = theirs.compute_preference_loss(*args, **kwargs)
         # Not copied: LLaMA-Factory adds the term of pref_ftx to these losses in place.
         self._kept = tuple(part.detach() for part in result)
         return result

@@ -51,7 +51,8 @@ class SwiftGRPOMixin(GRPOChannelMetricsMixin):
         return self.data_collator
 
     def _score_completions(self, samples: Any) -> Any:
-        samples = super()._score_completions(samples)  # type: ignore[misc]
+        theirs: Any = super()
+        samples = theirs._score_completions(samples)
         if self.channel_metrics is not None:
             self.channel_scratch.samples = samples
         return samples

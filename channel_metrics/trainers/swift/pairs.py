@@ -72,7 +72,8 @@ class _PairMixin(SwiftRLHFMixin):
         return None
 
     def concatenated_forward(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().concatenated_forward(*args, **kwargs)  # type: ignore[misc]
+        theirs: Any = super()
+        result = theirs.concatenated_forward(*args, **kwargs)
         computed = self.channel_scratch.computed
         if computed is not None:
             computed.forwards.append(result)
@@ -146,7 +147,8 @@ class SwiftDPOMixin(_PairMixin):
     loss_weights: list[float] | None
 
     def dpo_loss(self, *args: Any, **kwargs: Any) -> Any:
-        return self._kept(super().dpo_loss(*args, **kwargs))  # type: ignore[misc]
+        theirs: Any = super()
+        return self._kept(theirs.dpo_loss(*args, **kwargs))
 
     def _types(self) -> list[tuple[str, float]]:
         """The loss types, and their weights."""
@@ -188,7 +190,8 @@ class SwiftORPOMixin(_PairMixin):
     _loss_name = "odds_ratio_loss"
 
     def odds_ratio_loss(self, *args: Any, **kwargs: Any) -> Any:
-        return self._kept(super().odds_ratio_loss(*args, **kwargs))  # type: ignore[misc]
+        theirs: Any = super()
+        return self._kept(theirs.odds_ratio_loss(*args, **kwargs))
 
     def _nll_weight(self) -> float:
         return 1.0
@@ -207,7 +210,8 @@ class SwiftCPOMixin(_PairMixin):
     cpo_alpha: float
 
     def cpo_loss(self, *args: Any, **kwargs: Any) -> Any:
-        return self._kept(super().cpo_loss(*args, **kwargs))  # type: ignore[misc]
+        theirs: Any = super()
+        return self._kept(theirs.cpo_loss(*args, **kwargs))
 
     def _nll_weight(self) -> float:
         return self.cpo_alpha

@@ -88,7 +88,8 @@ class KTOLossMixin(ChannelMetricsMixin):
         return _KTOScratch(super()._new_scratch(session).reader)
 
     def kto_loss(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().kto_loss(*args, **kwargs)  # type: ignore[misc]
+        theirs: Any = super()
+        result = theirs.kto_loss(*args, **kwargs)
         self.channel_scratch.kept = tuple(part.detach() for part in result[:3])
         return result
 
