@@ -95,9 +95,9 @@ def _find(module: str, name: str) -> tuple[str, Definition | ast.Assign] | None:
             return module, node
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
             return module, node
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
-            source = node.module or ""
+    for each in ast.walk(tree):
+        if isinstance(each, ast.ImportFrom) and any(alias.name == name for alias in each.names):
+            source = each.module or ""
             return _find(source, name) if source.startswith("channel_metrics") else None
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,13 @@ def test_the_files_on_the_page_of_settings_are_valid(tmp_path: Path) -> None:
     settings = load_config(path)
     assert settings.metrics_of_run().eval_channels == ("bbu",)
     assert settings.probe is not None and list(settings.probe.sources) == ["canary"]
+
+
+def test_every_environment_variable_is_in_the_reference() -> None:
+    code = "\n".join(path.read_text() for path in (ROOT / "channel_metrics").rglob("*.py"))
+    names = set(re.findall(r'environ(?:\.get\(|\[)"(\w+)"', code))
+    names |= set(re.findall(r'^\w+_VARIABLE = "(\w+)"', code, re.MULTILINE))
+    assert {"CHANNEL_METRICS_CONFIG", "RANK"} <= names
+    page = (ROOT / "docs/REFERENCE.md").read_text(encoding="utf-8")
+    section = page.split("### Environment variables")[1].split("\n## ")[0]
+    assert {name for name in names if f"`{name}`" not in section} == set()
