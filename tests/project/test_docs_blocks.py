@@ -55,6 +55,10 @@ NOT_RUN = {
 }
 
 
+TRAINERS = (
+    *("hf_trainer", "trl", "ms_swift", "ms_swift_megatron"),
+    *("megatron", "lightning", "llamafactory", "own_loop"),
+)
 # Pages with >>> in their blocks.
 WITH_EXAMPLES = ("docs/REFERENCE.md",)
 
@@ -123,6 +127,15 @@ def test_commands_are_found_and_wrong_ones_fail() -> None:
     group: Any = typer.main.get_command(app)
     with pytest.raises(Exception, match="--patches"):
         parse(group.commands["run"], ["--patches", "x"])
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_pages_of_trainers_open_with_code_and_list_their_metrics(name: str) -> None:
+    text = (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
+    first, *others = re.split(r"^## ", text, flags=re.MULTILINE)
+    assert "```" in first
+    (metrics, *_) = [part for part in others if part.startswith("Logged metrics")]
+    assert "\n|---|---" in metrics
 
 
 def parse(command: Any, arguments: list[str]) -> None:
