@@ -98,7 +98,6 @@ IN_BLOCKS = [
     for block in BLOCKS
     if not is_other(block)
     for line in lines(block.text)
-    if not line.startswith("import ")
 ]
 IN_TEXT = [
     command(page, span)
