@@ -138,6 +138,16 @@ def test_pages_of_trainers_open_with_code_and_list_their_metrics(name: str) -> N
     assert "\n|---|---" in metrics
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    text = re.sub(r"^```diff.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    folders = "benchmarks|channel_metrics|configs|constraints|docs|patches|scripts|tests"
+    names = re.findall(rf"`((?:{folders})/[\w./]+)`", text)
+    others = ("tests/trainer/", "patches/NAME.py")  # transformers', and a placeholder
+    assert not [n for n in names if not (ROOT / n).exists() and not n.startswith(others)]
+
+
 def parse(command: Any, arguments: list[str]) -> None:
     """Raise for an option that the command does not have. Nothing runs, and no file must exist."""
     context = command.make_context(command.name, [], resilient_parsing=True)
