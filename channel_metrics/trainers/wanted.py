@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from channel_metrics.core.labels import UNLABELED
 from channel_metrics.errors import ConfigError
 from channel_metrics.session import ChannelMetrics
 
@@ -29,7 +28,7 @@ def check_wanted(
     Raises:
         ConfigError: nothing will be logged under this key.
     """
-    known = {*session.labels.names, *session.config.eval_channels, UNLABELED}
+    known = session.rows([*session.labels.names, *session.config.eval_channels, None])
     for names in sets.values():
         known |= names or set()
     logged, refused = set(), ""

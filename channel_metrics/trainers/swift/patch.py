@@ -125,7 +125,7 @@ def _filling(config: MetricsConfig) -> Callable[..., Any]:
             for column in given:
                 dataset = with_channel_column(dataset, (column,), column)
             if not given:
-                dataset = with_channel_column(dataset, config.fields)
+                dataset = with_channel_column(dataset, config.label_fields)
         return original(preprocessor, dataset, *args, **kw)
 
     return preprocess
