@@ -36,6 +36,17 @@ class MetricsConfig:
 
     Combinations that occur are logged, as `channel.domain/bbu.target_loss`."""
 
+    tree: int = 0
+    """How many levels of names such as `code/python/web` are added up, from the first on.
+
+    `tree: 1` logs `tree/code_loss` over all tokens below `code`, and the mean of its children
+    as `tree_mean/code_loss`. 0 adds up nothing."""
+
+    top: int = 0
+    """How many channels, and labels of each axis, are logged: those with the most tokens so far.
+
+    The others are added up in `others`. 0 logs all of them."""
+
     axis_format: str = "{axis}/{label}"
     """What stands in place of `{channel}` in the log keys of an axis."""
 
@@ -85,6 +96,10 @@ class MetricsConfig:
         object.__setattr__(self, "axes", axes)
         object.__setattr__(self, "cross", cross)
         check_axis_format(self.axis_format)
+        for name in ("tree", "top"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ConfigError(f"{name} must be a whole number, 0 or more, but is {value!r}.")
         TOKENS.check(self.metrics)
         self.new_table()
 

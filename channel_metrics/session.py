@@ -202,6 +202,10 @@ class ChannelMetrics(Counting):
         """What is logged of records with these names: their channels, and labels of axes."""
         return {row for name in names for row in self._maker.book.rows(name)}
 
+    def is_label(self, row: str) -> bool:
+        """Whether a row is a label on a further axis, such as `domain/target`."""
+        return row in self._maker.book.labels
+
     def check_eval_channels(self) -> None:
         """Raise `ConfigError` if an entry of `eval_channels` is none of the channels so far."""
         self._maker.check_eval_channels(self.labels.names)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import product
+from itertools import accumulate, product
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +27,24 @@ from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.names import MARK, split_name
 from channel_metrics.errors import ChannelError, ConfigError, hint
 
-__all__ = ["CHANNEL", "AxisBook", "Projected", "axes_of", "axis_fields", "check_axis_format"]
+__all__ = [
+    "CHANNEL",
+    "OTHERS",
+    "TREE",
+    "TREE_MEAN",
+    "AxisBook",
+    "Projected",
+    "axes_of",
+    "axis_fields",
+    "check_axis_format",
+    "groups_of",
+]
 
 # What the first axis is called in `cross`.
 CHANNEL = "channel"
+# The axis of the groups that the names of channels show, and the row of what `top` leaves out.
+TREE, TREE_MEAN, OTHERS = "tree", "tree_mean", "others"
+_TAKEN = (CHANNEL, TREE, TREE_MEAN)
 _AXIS_NAME = re.compile(r"[A-Za-z_][\w-]*")
 
 # Fields that hold the label, or {channel: label}.
@@ -56,6 +70,7 @@ class AxisBook:
     Args:
         axes: {axis: source}. A label comes from the joint name, or from {channel: label}.
         cross: axes to combine; `channel` is the first axis.
+        tree: how many levels of names such as `code/python` are added up, from the first on.
         form: the name of a row, built from `{axis}` and `{label}`.
     """
 
@@ -63,9 +78,11 @@ class AxisBook:
         self,
         axes: Mapping[str, Source],
         cross: Iterable[Sequence[str]] = (),
+        tree: int = 0,
         form: str = "{axis}/{label}",
     ) -> None:
         self.axes, self.cross, self.form = dict(axes), [tuple(names) for names in cross], form
+        self.tree = tree
         # {row: (axis, label)}
         self.labels: dict[str, tuple[str, str]] = {}
         self._cached: tuple[tuple[str, ...], Any] | None = None
@@ -80,10 +97,11 @@ class AxisBook:
             else:
                 labels = [label for of, label in own if of == axis]
             found[axis] = labels or [UNLABELED]
-        rows = [self._row(axis, label) for axis in self.axes for label in found[axis]]
+        rows = [self.row(axis, label) for axis in self.axes for label in found[axis]]
         for axes in self.cross:
             combined = product(*(found[axis] for axis in axes))
-            rows += [self._row(".".join(axes), ".".join(labels)) for labels in combined]
+            rows += [self.row(".".join(axes), ".".join(labels)) for labels in combined]
+        rows += [self.row(TREE, group) for group in groups_of(channel or "")[: self.tree]]
         return [*found[CHANNEL], *dict.fromkeys(rows)]
 
     def by_axis(self, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -94,7 +112,31 @@ class AxisBook:
             found.setdefault(axis, {})[label] = value
         return found
 
-    def _row(self, axis: str, label: str) -> str:
+    def top(self, found: Projected, counts: Mapping[str, float], top: int) -> Projected:
+        """Keep the `top` channels, and labels of each axis, with the highest counts.
+
+        The others are added up in the row `others`, and in one of each axis. `unlabeled` stays.
+        """
+        names, sums, num_channels = found
+        groups: dict[str, list[str]] = {}
+        for place, name in enumerate(names):
+            axis, label = (CHANNEL, name) if place < num_channels else self.labels[name]
+            if label != UNLABELED:
+                groups.setdefault(axis, []).append(name)
+        target = {name: name for name in names}
+        for axis, members in groups.items():
+            ranked = sorted(members, key=lambda name: (-counts.get(name, 0), name))
+            others = OTHERS if axis == CHANNEL else self.row(axis, OTHERS)
+            target |= {name: name if i < top else others for i, name in enumerate(ranked)}
+        channels = dict.fromkeys(target[name] for name in names[:num_channels])
+        rows = [*channels, *dict.fromkeys(target[name] for name in names[num_channels:])]
+        place_of = {row: i for i, row in enumerate(rows, 1)}
+        targets = torch.tensor([0, *(place_of[target[name]] for name in names)], device="cpu")
+        added = sums.new_zeros(len(rows) + 1, sums.shape[1]).index_add_(0, targets, sums)
+        return Projected(tuple(rows), added, len(channels))
+
+    def row(self, axis: str, label: str) -> str:
+        """The name of the row of a label."""
         row = self.form.format(axis=axis, label=label)
         self.labels[row] = axis, label
         return row
@@ -123,7 +165,7 @@ class AxisBook:
         Raises:
             ChannelError: as `names`.
         """
-        if not self.axes:
+        if not self.axes and not self.tree:
             return Projected(names, sums, len(names))
         if self._cached is None or self._cached[0] != names:
             self._cached = names, self._plan(names)
@@ -143,6 +185,11 @@ class AxisBook:
         pairs += [(i, place[row]) for i, name in enumerate(names, 1) for row in self.rows(name)]
         sources, targets = torch.tensor(pairs, dtype=torch.int64, device="cpu").unbind(1)
         return rows, sources, targets
+
+
+def groups_of(channel: str) -> list[str]:
+    """The groups that a name such as `code/python/web` is in: `code` and `code/python`."""
+    return list(accumulate(channel.split("/")[:-1], "{}/{}".format))
 
 
 def axis_fields(axes: Mapping[str, Source]) -> tuple[str, ...]:
@@ -195,10 +242,10 @@ def check_axis_format(form: Any) -> None:
 
 
 def _axis_name(name: Any) -> str:
-    if not isinstance(name, str) or not _AXIS_NAME.fullmatch(name) or name == CHANNEL:
+    if not isinstance(name, str) or not _AXIS_NAME.fullmatch(name) or name in _TAKEN:
         raise ConfigError(
-            f"the name of an axis must be letters, digits, _ and -, and not {CHANNEL!r}, which is "
-            f"the first axis, but is {name!r}."
+            f"the name of an axis must be letters, digits, _ and -, and none of "
+            f"{', '.join(_TAKEN)}, but is {name!r}."
         )
     return name
 

@@ -51,7 +51,8 @@ def _why_not(
 ) -> str | None:
     """Why a metric of a channel is not logged for a set; None if it is logged."""
     where = "the training" if of_train else "an evaluation"
-    chosen = () if of_train else session.config.eval_channels
+    # Evaluations log all labels of further axes.
+    chosen = () if of_train or session.is_label(channel) else session.config.eval_channels
     logged = {metric.name for metric in session.schema.chosen(session.config.metrics)}
     if of_train:
         logged |= {*session.config.metrics} & {*session.schema.run_metrics}
