@@ -74,7 +74,9 @@ def test_eval_channels_choose_channels_and_no_labels() -> None:
     assert "eval_lang/en_loss" in check_wanted(metrics, "eval_lang/en_loss", sets, "monitor")
     with pytest.raises(ConfigError, match="eval_channels leaves out 'b'"):
         check_wanted(metrics, "eval_b_loss", sets, "monitor")
-    with pytest.raises(ConfigError, match="no record of this evaluation set .* 'lang/de'"):
+    with pytest.raises(
+        ConfigError, match="no record of this evaluation set has the channel 'lang/de'"
+    ):
         check_wanted(metrics, "eval_lang/de_loss", sets, "monitor")
     with pytest.raises(ConfigError, match="eval_channels names 'lang/en'"):
         new(eval_channels=("lang/en",), unknown="error", **LANG)
@@ -128,11 +130,8 @@ def test_top_adds_the_others_up(caplog: pytest.LogCaptureFixture) -> None:
     metrics.count(batch(*counts))
     window = metrics.close(1)
     assert list(window.values) == ["a", "b", "others", "unlabeled"]
-    assert window.values["others"] == {
-        "loss": 4.0, "tokens": 2, "share": 2 / 11, "tokens_total": 2,
-    }  # fmt: skip
-    assert list(window.axes["lang"]) == ["en", "de", "others"]
-    assert window.axes["lang"]["others"]["tokens_total"] == 3
+    assert window.values["others"] == {"loss": 4.0, "tokens": 2, "share": 2 / 11}
+    assert list(window.axes["lang"]) == ["en", "de", "others", "unlabeled"]
     assert window.sums("c")["tokens"] == 2.0, "the table of the window holds all"
     assert sum(values["share"] for values in window.values.values()) == pytest.approx(1)
     # What had the most tokens so far stays, also if another channel leads in one window.
