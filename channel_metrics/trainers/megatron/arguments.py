@@ -93,7 +93,7 @@ def config_of(args: Any) -> MetricsConfig:
         from channel_metrics.data.yaml import load_metrics_config
 
         config = load_metrics_config(args.channels_config)
-    if args.channels_axes is not None:
+    if getattr(args, "channels_axes", None) is not None:
         from channel_metrics.data.yaml import load_yaml, mapping
 
         axes = mapping(load_yaml(args.channels_axes), str(args.channels_axes))
