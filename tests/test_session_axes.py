@@ -18,7 +18,7 @@ from channel_metrics.trainers.wanted import check_wanted
 
 EN, DE = [("lang", "en")], [("lang", "de")]
 A_EN, A_DE, B_EN = (str(joint_name(*pair)) for pair in (("a", EN), ("a", DE), ("b", EN)))
-LANG = {"axes": {"lang": ()}}
+LANG: dict[str, Any] = {"axes": {"lang": ()}}
 TOTALS = ("loss", "tokens", "share", "tokens_total")
 
 
