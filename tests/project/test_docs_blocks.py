@@ -56,7 +56,7 @@ NOT_RUN = {
 
 
 # Pages with >>> in their blocks.
-WITH_EXAMPLES = ("docs/REFERENCE.md",)
+WITH_EXAMPLES = ("docs/REFERENCE.md", "docs/axes.md")
 
 
 class Block(NamedTuple):
