@@ -140,6 +140,13 @@ def test_top_adds_the_others_up(caplog: pytest.LogCaptureFixture) -> None:
     assert sum("are more than `top`" in record.getMessage() for record in caplog.records) == 1
 
 
+def test_a_channel_that_is_called_others() -> None:
+    metrics = new(top=1)
+    metrics.count(batch(("others", 1, 1.0), ("a", 1, 1.0)))
+    with pytest.raises(ChannelError, match="what `top` leaves out; rename this channel"):
+        metrics.close(1)
+
+
 SEQUENCES = st.lists(
     st.tuples(
         st.sampled_from(["a", "b/c", "b/d", None]),

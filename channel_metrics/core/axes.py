@@ -116,11 +116,16 @@ class AxisBook:
         """Keep the `top` channels, and labels of each axis, with the highest counts.
 
         The others are added up in the row `others`, and in one of each axis. `unlabeled` stays.
+        Raises `ChannelError` if a channel or a label is called `others`.
         """
         names, sums, num_channels = found
         groups: dict[str, list[str]] = {}
         for place, name in enumerate(names):
             axis, label = (CHANNEL, name) if place < num_channels else self.labels[name]
+            if label == OTHERS:
+                raise ChannelError(
+                    f"{name!r} is the name of what `top` leaves out; rename this channel or label."
+                )
             if label != UNLABELED:
                 groups.setdefault(axis, []).append(name)
         target = {name: name for name in names}
