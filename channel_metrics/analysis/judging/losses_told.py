@@ -41,7 +41,7 @@ def not_finite(view: RunView, *, is_final: bool) -> Iterator[Finding]:
 
 def worse(view: RunView) -> Iterator[Finding]:
     """Losses that rose, and evaluations that left the training loss behind; the largest first."""
-    found = [trend for trend in view.trends if trend.state in ("worse", "overfitting")]
+    found = [trend for trend in view.trends if trend.is_bad]
     for trend in sorted(found, key=lambda trend: -trend.rise.change):
         rise = trend.rise
         if trend.state == "overfitting":

@@ -86,8 +86,10 @@ class _Blocks:
         starts = np.linspace(0, len(values), count, endpoint=False).astype(np.int64)
         self.sums = np.add.reduceat(values * weights, starts)
         self.weights = np.add.reduceat(weights, starts)
-        # The means of as many consecutive values, from each value on.
-        self.smooth = _moving(values * weights, self.size) / _moving(weights, self.size)
+        # The means of as many consecutive values, from each value on. Single values stay exact.
+        self.smooth = values
+        if self.size > 1:
+            self.smooth = _moving(values * weights, self.size) / _moving(weights, self.size)
 
 
 def rise_of(steps: Steps, values: Values, weights: Values | None = None) -> Rise:

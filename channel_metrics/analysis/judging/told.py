@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from channel_metrics.analysis.judging import losses_told as losses
 from channel_metrics.analysis.judging.finding import Finding, bad
+from channel_metrics.analysis.judging.means import MIN_VALUES
 from channel_metrics.analysis.report.views import rank_channels, view_run
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def _gaps(view: RunView) -> Iterator[Finding]:
 
 
 def _no_gaps(view: RunView) -> Iterator[Finding]:
-    if view.run.channels("train") and not view.gaps:
+    windows = [t.num_values for t in view.trends if t.channel and t.split == "train"]
+    if max(windows, default=0) >= MIN_VALUES and not view.gaps:
         text = "no channel is missing for longer than its own rhythm explains"
         yield Finding(kind="gap", level="good", text=text)
 

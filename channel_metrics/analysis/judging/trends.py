@@ -72,6 +72,11 @@ class Trend:
     shares: tuple[float, float] | None = None
     """The channel's share of the training, until its lowest loss and since then."""
 
+    @property
+    def is_bad(self) -> bool:
+        """Whether it is worse or overfits."""
+        return self.state in ("worse", "overfitting")
+
 
 def trends_of(run: Run) -> list[Trend]:
     """The trend of each loss in the log, the whole run first."""

@@ -170,7 +170,7 @@ def view_run(
     shown_names = {GLOBAL, *channels}
     versus = [] if first_run is None else versus_of(run, first_run)
     nonfinite = [item for item in nonfinite_of(run) if item.channel in shown_names]
-    lost = {item.channel for item in nonfinite if item.is_final and item.split == "train"}
+    lost = {(item.channel, item.split) for item in nonfinite if item.is_final}
     compared = {found.channel: found for found in versus if found.split == "train"}
     return RunView(
         index=index,
@@ -181,7 +181,7 @@ def view_run(
         rows=[
             _channel(
                 run,
-                replace(row, last_loss=math.nan) if row.channel in lost else row,
+                replace(row, last_loss=math.nan) if (row.channel, "train") in lost else row,
                 index,
                 channels[row.channel],
                 compared.get(row.channel),
@@ -189,7 +189,13 @@ def view_run(
             for row in final_rows(run)
             if row.channel in channels
         ],
-        trends=[trend for trend in trends_of(run) if trend.channel in shown_names],
+        trends=[
+            trend
+            for trend in trends_of(run)
+            if trend.channel in shown_names
+            # Until it was lost, a loss may have been fine, but this is no comfort.
+            and (trend.is_bad or (trend.channel, trend.split) not in lost)
+        ],
         nonfinite_losses=nonfinite,
         gaps=[
             GapView(
