@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def training(steps: int, losses: dict[str, Callable[[int], float]], seed: int = 
     return history
 
 
-def evaluated(every: int, losses: dict[str, Sequence[float]]) -> list[Entry]:
+def evaluated(every: int, losses: Mapping[str, Sequence[float]]) -> list[Entry]:
     """Evaluations of several sets, without one of the whole."""
     return [
         {"step": every * (place + 1)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from paths import ROOT
 
 from analysis.judging_tools import (
     bad_in,
@@ -160,6 +161,13 @@ def test_forgetting_in_the_playbook() -> None:
         (line,) = (text for text in lines if text.startswith(f"{name} in eval: "))
         assert f"worse since step 60 ({since})" in line and line.endswith(" before: forgetting")
     assert trend_of(playbook("forgetting"), "bbu", "eval").state == "steady"
+
+
+def test_the_lines_in_the_docs_are_those_of_the_forgetting_run() -> None:
+    page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    (block,) = (part for part in page.split("```") if part.startswith("text\n! "))
+    lines = block.removeprefix("text\n").splitlines()
+    assert len(lines) > 3 and set(lines) <= set(told_in(playbook("forgetting")).splitlines())
 
 
 def test_imbalance_in_the_playbook() -> None:

@@ -52,11 +52,14 @@ class Finding:
     gap: GapView | None = None
     """The place of a gap."""
 
+    word: str = ""
+    """One word that sums it up, if it is not the usual one."""
+
     @property
     def badge(self) -> str:
         """One word that sums it up."""
         of_kind = _BADGES.get(self.kind, self.kind)
-        return {"good": "fine", "unknown": "unknown"}.get(self.level, of_kind)
+        return self.word or {"good": "fine", "unknown": "unknown"}.get(self.level, of_kind)
 
     @property
     def line(self) -> str:

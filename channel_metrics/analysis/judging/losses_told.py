@@ -118,7 +118,7 @@ def _first_channels(view: RunView) -> str:
         return ""
     step = min(item.first_step for item in channels)
     first = [subject_of(i.channel, i.split) for i in channels if i.first_step == step]
-    return f"; first {listed(first)}, at step {step:,}"
+    return f"; first in {listed(first)}, at step {step:,}"
 
 
 def _context(trend: Trend) -> str:

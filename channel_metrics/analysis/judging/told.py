@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["findings_of", "findings_of_runs"]
 
-# verdict: (level, what the losses of the channels do with the trainer's)
+# verdict: (level, badge, what the losses of the channels do with the trainer's)
 _CHECKED = {
-    "exact": ("good", "give"),
-    "close": ("good", "come close to"),
-    "uneven": ("unknown", "mostly come close to"),
-    "differs": ("bad", "do not give"),
+    "exact": ("good", "fine", "give"),
+    "close": ("good", "close", "come close to"),
+    "uneven": ("unknown", "unknown", "mostly come close to"),
+    "differs": ("bad", "differs", "do not give"),
 }
 _WHY_UNEVEN = (
     ". They are equal where a window is one step; over several, most trainers log the mean of the "
@@ -97,10 +97,11 @@ def _self_check(view: RunView) -> Finding:
         reason = "the log lacks tokens per channel, or the loss of the run or of some channel"
         text = f"self-check: unknown, because {reason}"
         return Finding(kind="check", level="unknown", text=text)
-    level, do = _CHECKED[view.verdict]
+    level, word, do = _CHECKED[view.verdict]
     return Finding(
         kind="check",
         level=level,
+        word=word,
         text=f"self-check: the losses of the channels, weighted by their tokens, {do} the "
         f"trainer\u2019s loss: over {check.windows:,} windows they differ by "
         f"{_tiny(check.median)} in the median, and by {_tiny(check.largest)} at most (step "
