@@ -17,7 +17,7 @@ from channel_metrics.errors import ChannelMetricsError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from channel_metrics.analysis.judging.finding import Finding
+    from channel_metrics.analysis.report.views import RunView
     from channel_metrics.analysis.run import Run
 
 __all__ = ["add_commands"]
@@ -85,8 +85,9 @@ def add_commands(
         """
         with reported():
             from channel_metrics.analysis.judging.finding import is_worse
-            from channel_metrics.analysis.judging.told import findings_of_runs
+            from channel_metrics.analysis.judging.told import findings_of
             from channel_metrics.analysis.readers.sources import OUTPUT_FOLDER
+            from channel_metrics.analysis.report.views import views_of
             from channel_metrics.analysis.run import folder_of
             from channel_metrics.analysis.write import write_csv, write_events, write_parquet
 
@@ -95,13 +96,13 @@ def add_commands(
             folder = output_dir or folder_of(runs[0]) / OUTPUT_FOLDER
             write_parquet(loaded, folder / "metrics.parquet")
             write_csv(loaded, folder / "metrics.csv")
-            found = findings_of_runs(loaded)
-            for run, findings in zip(loaded, found, strict=True):
-                write_events(run, folder / "tensorboard" / run.name)
-                _show(run, findings, console())
+            views = views_of(loaded)
+            for view in views:
+                write_events(view.run, folder / "tensorboard" / view.run.name)
+                _show(view, console())
             typer.echo(f"table:       {folder / 'metrics.parquet'}, {folder / 'metrics.csv'}")
             typer.echo(f"TensorBoard: {folder / 'tensorboard'}")
-            if fail_on and any(map(is_worse, found)):
+            if fail_on and any(is_worse(findings_of(view)) for view in views):
                 raise typer.Exit(1)
 
     add_report_command(app, reported, _load)
@@ -167,11 +168,12 @@ def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
-def _show(run: Run, findings: Sequence[Finding], console: Console) -> None:
+def _show(view: RunView, console: Console) -> None:
     from channel_metrics.analysis.judging.finding import lines_of
-    from channel_metrics.analysis.report.findings import final_rows
+    from channel_metrics.analysis.judging.told import findings_of
     from channel_metrics.analysis.summary import render
 
+    run = view.run
     typer.echo(f"{run.name}: {len(run.store):,} values of {len(run.channels())} channels")
     typer.echo(f"read from {run.origin}")
     for note in run.problems.notes:
@@ -180,9 +182,9 @@ def _show(run: Run, findings: Sequence[Finding], console: Console) -> None:
         typer.echo(f"{run.problems.count} places could not be read:", err=True)
         for example in run.problems.examples[:_MAX_PROBLEMS]:
             typer.echo(f"  {example}", err=True)
-    rows = final_rows(run)
+    rows = [row.row for row in view.rows]
     if rows:
         console.print(render(rows, console.width, ratios=run.ratios))
     else:
         typer.echo("no channel was found; name them with --channel, or see docs/analysis.md.")
-    typer.echo("\n".join(lines_of(findings)))
+    typer.echo("\n".join(lines_of(findings_of(view))))

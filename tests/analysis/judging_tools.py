@@ -9,7 +9,8 @@ from typing import Any
 
 from analysis.analysis_tools import Entry, run_of
 from channel_metrics.analysis.judging.finding import Finding, lines_of
-from channel_metrics.analysis.judging.told import findings_of_runs
+from channel_metrics.analysis.judging.told import findings_of
+from channel_metrics.analysis.report.views import views_of
 from channel_metrics.analysis.run import Run, load_run
 
 LOGS = Path(__file__).parent / "logs"
@@ -17,7 +18,7 @@ LOGS = Path(__file__).parent / "logs"
 
 def found_in(*runs: Run) -> list[Finding]:
     """The findings of the last run, which is compared with the first."""
-    return findings_of_runs(runs)[-1]
+    return findings_of(views_of(runs)[-1])
 
 
 def bad_in(*runs: Run) -> list[str]:

@@ -17,7 +17,7 @@ from channel_metrics.analysis.judging.finding import lines_of, shortened
 from channel_metrics.analysis.judging.nonfinite import nonfinite_of
 from channel_metrics.analysis.judging.versus import Versus, versus_of
 from channel_metrics.analysis.report.html import write_report
-from channel_metrics.analysis.report.views import view_run
+from channel_metrics.analysis.report.views import views_of
 from channel_metrics.analysis.run import Run, load_run
 from channel_metrics.cli.main import app
 
@@ -150,6 +150,13 @@ def test_worse_than_the_first_run_is_a_finding(tmp_path: Path) -> None:
     assert versus(runs[1], runs[0])["B"].interval in between(page, "vs first run", "</table>")
 
 
+def test_a_run_that_became_nan_is_not_called_equal_to_the_first() -> None:
+    first = run_of(training(200, {"web": lambda s: 2.2 - s / 200, "code": lambda s: 1.5 - s / 400}))
+    text = told_in(first, run_of(nan_history()))
+    assert "not worse than in run, because a rise by a twentieth is ruled out: code (" in text
+    assert "web (" not in text and "whole run (" not in text
+
+
 def test_runs_of_different_length_are_compared_over_their_common_steps() -> None:
     found = versus(compared(1, steps=100), compared(2))
     assert found["A"].last_step == 100 and abs(found["A"].change) <= found["A"].limit
@@ -176,7 +183,7 @@ def test_the_badge_of_the_self_check(off: float, often: int, verdict: str, badge
         if "bbu_loss" in entry and entry["step"] % often == 0:
             entry["loss"] *= off
     run = run_of(history)
-    view = view_run(run, 0, {name: place for place, name in enumerate(run.channels())})
+    (view,) = views_of([run])
     (check,) = (finding for finding in found_in(run) if finding.kind == "check")
     assert (view.verdict, check.badge) == (verdict, badge)
     # "close" never stands beside a difference that is not.
@@ -227,6 +234,9 @@ def test_findings_are_printed_and_fail_on_worse_answers(
     assert same == out
     if name == "worse":
         assert "! B: worse since step 20 (+0." in out
+    if name == "nan" and command == "analyze":
+        (row,) = (line.split() for line in out.splitlines() if line.strip().startswith("web  "))
+        assert "nan" in row
 
 
 def test_a_run_worse_than_the_first_fails(tmp_path: Path) -> None:

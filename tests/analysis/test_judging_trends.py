@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 from paths import ROOT
@@ -18,7 +20,7 @@ from analysis.judging_tools import (
 )
 from analysis.report_runs import troubled_run
 from channel_metrics.analysis.judging.trends import Trend, trends_of
-from channel_metrics.analysis.run import Run
+from channel_metrics.analysis.run import Run, load_run
 
 SIX = {"A": 1.4, "B": 2.75, "C": 1.3, "D": 1.9, "E": 1.6, "F": 1.2}
 
@@ -47,6 +49,17 @@ def test_six_evaluation_sets_rise_while_training_falls() -> None:
         "B in eval: worse since step 100 (+1.65), from 1.1000 to 2.7500, while the training"
     )
     assert len(lines) == 6 and all(line.endswith(": overfitting") for line in lines)
+
+
+def test_overfitting_in_the_file_of_a_trainer(tmp_path: Path) -> None:
+    history = whole_run(800, 1.1, 0.06)
+    for number, loss in enumerate([1.1, 1.2, 1.4, 1.7, 2.0, 2.3, 2.5, 2.75], 1):
+        log = {"eval_B_loss": loss, "eval_B_runtime": 1.5, "eval_B_samples_per_second": 70.0}
+        history.append(log | {"epoch": number, "step": 100 * number})
+    state = {"global_step": 800, "log_history": [entry | {"epoch": 1.0} for entry in history]}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    (line,) = bad_in(load_run(tmp_path))
+    assert line.startswith("B in eval: worse since step 100 (+1.65), from 1.1000 to 2.7500")
 
 
 def test_an_evaluation_rises_in_eight_evaluations() -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from channel_metrics.analysis.judging import losses_told as losses
 from channel_metrics.analysis.judging.finding import Finding, bad
 from channel_metrics.analysis.judging.means import MIN_VALUES
-from channel_metrics.analysis.report.views import rank_channels, view_run
 
 if TYPE_CHECKING:
     from channel_metrics.analysis.report.views import RunView
-    from channel_metrics.analysis.run import Run
 
-__all__ = ["findings_of", "findings_of_runs"]
+__all__ = ["findings_of"]
 
 # verdict: (level, badge, what the losses of the channels do with the trainer's)
 _CHECKED = {
@@ -27,15 +25,6 @@ _WHY_UNEVEN = (
     ". They are equal where a window is one step; over several, most trainers log the mean of the "
     "steps\u2019 means, which weighs tokens unevenly"
 )
-
-
-def findings_of_runs(runs: Sequence[Run]) -> list[list[Finding]]:
-    """The findings of each run; all but the first are also compared with the first."""
-    channels = {name: index for index, name in enumerate(rank_channels(runs))}
-    return [
-        findings_of(view_run(run, index, channels, runs[0] if index else None))
-        for index, run in enumerate(runs)
-    ]
 
 
 def findings_of(view: RunView) -> list[Finding]:

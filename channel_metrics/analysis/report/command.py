@@ -74,13 +74,14 @@ def add_report_command(
         """Write one HTML file about runs, which needs no network: curves, mix, findings, table."""
         with reported():
             from channel_metrics.analysis.judging.finding import is_worse, lines_of
-            from channel_metrics.analysis.judging.told import findings_of_runs
+            from channel_metrics.analysis.judging.told import findings_of
             from channel_metrics.analysis.report.html import write_report
+            from channel_metrics.analysis.report.views import views_of
             from channel_metrics.analysis.run import folder_of
 
             loaded = load(runs, format, channel)
             file = output or folder_of(runs[0]) / REPORT_FILE
-            found = findings_of_runs(loaded)
+            found = [findings_of(view) for view in views_of(loaded)]
             for run, findings in zip(loaded, found, strict=True):
                 typer.echo("\n".join([f"{run.name}:", *lines_of(findings)]))
             size = write_report(loaded, file, title=title)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from channel_metrics.analysis.run import Run
     from channel_metrics.analysis.summary import ChannelRow
 
-__all__ = ["ChannelView", "GapView", "RunView", "rank_channels", "shown", "view_run"]
+__all__ = ["ChannelView", "GapView", "RunView", "rank_channels", "shown", "view_run", "views_of"]
 
 _MAX_NAME = 160
 # The share of the records is off if it differs by more than random drawing explains.
@@ -168,9 +168,15 @@ def view_run(
     global_losses = run.series(GLOBAL, "loss")[1].tolist()
     first, last = _span(run)
     shown_names = {GLOBAL, *channels}
-    versus = [] if first_run is None else versus_of(run, first_run)
     nonfinite = [item for item in nonfinite_of(run) if item.channel in shown_names]
+    # Until it was lost, a loss may have been fine, but this is no comfort.
     lost = {(item.channel, item.split) for item in nonfinite if item.is_final}
+    versus = [
+        found
+        for found in ([] if first_run is None else versus_of(run, first_run))
+        if found.channel in shown_names
+        and (found.is_worse or (found.channel, found.split) not in lost)
+    ]
     compared = {found.channel: found for found in versus if found.split == "train"}
     return RunView(
         index=index,
@@ -193,7 +199,6 @@ def view_run(
             trend
             for trend in trends_of(run)
             if trend.channel in shown_names
-            # Until it was lost, a loss may have been fine, but this is no comfort.
             and (trend.is_bad or (trend.channel, trend.split) not in lost)
         ],
         nonfinite_losses=nonfinite,
@@ -209,8 +214,16 @@ def view_run(
         ],
         check=self_check(run),
         first_name="" if first_run is None else shown(first_run.name),
-        versus=[found for found in versus if found.channel in shown_names],
+        versus=versus,
     )
+
+
+def views_of(runs: Sequence[Run]) -> list[RunView]:
+    """The contents about runs with all their channels; all but the first are compared with it."""
+    channels = {name: index for index, name in enumerate(rank_channels(runs))}
+    return [
+        view_run(run, index, channels, runs[0] if index else None) for index, run in enumerate(runs)
+    ]
 
 
 def rank_channels(runs: Sequence[Run]) -> list[str]:
