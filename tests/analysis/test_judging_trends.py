@@ -105,6 +105,13 @@ def test_a_jump_at_the_end_is_found() -> None:
     assert trend_of(run, "B").rise.last == pytest.approx(3.8, abs=0.03)
 
 
+def test_losses_below_zero_are_judged_alike() -> None:
+    run = run_with_log(
+        training(200, {"A": lambda s: -1 - s / 200, "B": lambda s: -2 + s / 200, "C": lambda s: -1})
+    )
+    assert [trend_of(run, name).state for name in "ABC"] == ["steady", "worse", "steady"]
+
+
 def test_one_spike_is_no_rise() -> None:
     history = training(200, {"A": lambda s: 1.0})
     history[190]["A_loss"] = 9.0

@@ -147,14 +147,16 @@ class _Judge:
 def _state(rise: Rise, num_values: int, is_stuck: bool) -> State:
     if num_values < MIN_VALUES:
         return "few"
-    at_lowest = rise.last - rise.low <= LEAST * rise.low
-    if rise.change > max(rise.limit, LEAST * rise.level) and not at_lowest:
+    # The loss of some trainers is below 0.
+    size = abs(rise.level)
+    at_lowest = rise.last - rise.low <= LEAST * size
+    if rise.change > max(rise.limit, LEAST * size) and not at_lowest:
         return "worse"
     if is_stuck:
         return "overfitting"
     # The end is looked at, too, because a channel may have most of its tokens before.
     highest = max(rise.change + rise.limit, rise.last - rise.level)
-    return "steady" if at_lowest or highest <= STEADY * rise.level else "noisy"
+    return "steady" if at_lowest or highest <= STEADY * size else "noisy"
 
 
 def _leaves_training(steps: Steps, losses: Values, trained: Series, rise: Rise) -> bool:

@@ -68,11 +68,11 @@ def versus_of(run: Run, first: Run) -> list[Versus]:
 
 
 def _versus(channel: str, split: str, means: Difference | None) -> Versus:
-    known = means is not None and means.level > 0
+    known = means is not None and means.level != 0
     return Versus(
         channel=channel,
         split=split,
-        change=means.change / means.level if means and known else math.nan,
-        limit=means.limit / means.level if means and known else math.inf,
+        change=means.change / abs(means.level) if means and known else math.nan,
+        limit=means.limit / abs(means.level) if means and known else math.inf,
         last_step=means.last_step if means else 0,
     )
