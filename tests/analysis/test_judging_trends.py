@@ -205,4 +205,5 @@ def test_a_broken_source_in_the_playbook() -> None:
 
 def test_overfitting_in_the_playbook() -> None:
     (line,) = bad_in(playbook("overfitting"))
-    assert line.startswith("bbu in eval: overfitting: no lower than 0.1542 at step 160")
+    assert line.startswith("bbu in eval: overfitting: no lower than 0.1542 at step 160, while")
+    assert line.endswith("its ratio to the training loss more than doubled")

@@ -46,8 +46,8 @@ def worse(view: RunView) -> Iterator[Finding]:
         rise = trend.rise
         if trend.state == "overfitting":
             text = (
-                f"overfitting: no lower than {rise.low:.4f} at step {rise.low_step:,}, while the "
-                f"training loss fell to less than half of it"
+                f"overfitting: no lower than {rise.low:.4f} at step {rise.low_step:,}, while "
+                f"its ratio to the training loss more than doubled"
             )
         else:
             text = (
