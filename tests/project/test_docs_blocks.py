@@ -60,7 +60,7 @@ TRAINERS = (
     *("megatron", "lightning", "llamafactory", "own_loop"),
 )
 # Pages with >>> in their blocks.
-WITH_EXAMPLES = ("docs/REFERENCE.md",)
+WITH_EXAMPLES = ("docs/REFERENCE.md", "docs/axes.md")
 
 
 class Block(NamedTuple):
