@@ -49,6 +49,7 @@ OTHER = {
     ("docs/megatron.md", " iteration        2 channels | web_loss: "): "a log",
     ("docs/lightning.md", "metrics = ChannelMetricsCallback()"): "a part of its example",
     ("docs/analysis.md", '{"step": 10, "id": "a-17"'): "a line of a file",
+    ("docs/report.md", "! lang_chat in eval: worse since step 60"): "what a command prints",
     ("docs/scale.md", "72 bytes x (channels + 1) + 280 bytes"): "a formula",
 }
 READ_BY = {
