@@ -68,6 +68,16 @@ class Counting:
                 table = self._open_table()
                 assert isinstance(table, ChannelLossAccumulator)
                 batch.add_to(table)
+                if table.in_parts:
+                    self._tell_of_parts()
+
+    def _tell_of_parts(self) -> None:
+        left_out = {column.name for column in self.schema.columns if column.whole}
+        names = [m.name for m in self.schema.metrics if left_out.intersection(m.needs)]
+        self.warn_once(
+            f"{', '.join(names)} need whole sequences and float64: they are left out, because "
+            "sequences are cut across ranks, or because the device has no float64."
+        )
 
     def add(
         self,

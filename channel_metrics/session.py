@@ -71,9 +71,10 @@ class ChannelMetrics(Counting):
         on_window: Iterable[Callable[[Window], Any]] = (),
     ) -> None:
         self.config = config = config or MetricsConfig()
-        schema = schema.extended()  # a copy: columns and metrics are fixed from here on
+        schema = schema.narrowed(config.metrics)  # a copy: columns are fixed from here on
         labels = LabelTable(config.channels, unknown=config.unknown)
-        guard, correct = FaultGuard(config.on_error), "token_acc" in config.metrics
+        guard = FaultGuard(config.on_error)
+        correct = any("correct" in metric.needs for metric in schema.chosen(config.metrics))
         super().__init__(labels, schema, guard, with_correct=correct)
         self.keys = KeyBook(config.key_format, reserved=reserved, schema=schema, rewrite=rewrite)
         self._maker = WindowMaker(config, schema, self.keys, self.warn_once)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from reference import IGNORED, Batch
 
 from channel_metrics import ChannelLossAccumulator, ChannelTable
 from channel_metrics.core.checks import token_values
+from channel_metrics.core.schema import DEFAULT_METRICS
 from channel_metrics.core.sums import TokenValues
 
 NAMES = ("a", "b", "c")
@@ -54,9 +56,13 @@ def _optional(values: Any, dtype: torch.dtype) -> torch.Tensor | None:
     return None if values is None else torch.tensor(values, dtype=dtype)
 
 
-def accumulate(cases: list[Case], table: ChannelTable | None = None) -> ChannelLossAccumulator:
+def accumulate(
+    cases: list[Case],
+    table: ChannelTable | None = None,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+) -> ChannelLossAccumulator:
     """All cases in one new accumulator, channels by name."""
-    accumulator = ChannelLossAccumulator(NAMES if table is None else table)
+    accumulator = ChannelLossAccumulator(NAMES if table is None else table, metrics=metrics)
     for case in cases:
         accumulator.update(**case.tensors())
     return accumulator

@@ -40,6 +40,10 @@ class ChannelLossAccumulator(SumTable):
         dtype: of the sums, see `SumTable`.
         schema: the columns and metrics; by default the registered ones.
 
+    Attributes:
+        in_parts: whether an update could not fill the columns that need whole sequences and
+            float64. Their metrics are then absent.
+
     Raises:
         ConfigError: for an unknown metric, or a dtype that `SumTable` refuses.
         ChannelError: for a name that must not join the table.
@@ -54,15 +58,22 @@ class ChannelLossAccumulator(SumTable):
         dtype: torch.dtype | None = None,
         schema: Schema = TOKENS,
     ) -> None:
-        # A copy, because columns may be registered later: these are for later accumulators.
-        self.schema = schema.extended()
         self.metrics = schema.check(metrics, schema.window_metrics)
+        # A copy, because columns may be registered later: these are for later accumulators.
+        self.schema = schema = schema.narrowed(self.metrics)
+        self.in_parts = False
         labels = channels if isinstance(channels, LabelTable) else ChannelTable(channels)
         super().__init__(labels, schema.column_names, device=device, dtype=dtype)
 
     @classmethod
     def of_sums(
-        cls, channels: LabelTable, sums: Tensor, *, metrics: Sequence[str], mismatch: float
+        cls,
+        channels: LabelTable,
+        sums: Tensor,
+        *,
+        metrics: Sequence[str],
+        mismatch: float,
+        schema: Schema = TOKENS,
     ) -> ChannelLossAccumulator:
         """An accumulator on the host that holds the given sums.
 
@@ -71,8 +82,9 @@ class ChannelLossAccumulator(SumTable):
             sums: float64 [C + 1, K], in the form that `sums()` returns.
             metrics: what `compute` returns.
             mismatch: what `mismatch()` returns.
+            schema: the columns of `sums`.
         """
-        made = cls(channels, metrics=metrics)
+        made = cls(channels, metrics=metrics, schema=schema)
         made._sums.copy_(sums.t())
         made._mismatch.fill_(mismatch)
         return made
@@ -129,11 +141,16 @@ class ChannelLossAccumulator(SumTable):
         shape = channels_shape(channels)
         # If there is one token and one id, it is the id of a sequence: [T] is one sequence.
         per_token = cu_seqlens is None and shape == token_losses.shape and shape != (1,)
+        columns = self.schema.columns
+        if per_token or self.dtype != torch.float64:
+            whole = [column for column in columns if not column.whole]
+            self.in_parts |= len(whole) < len(columns)
+            columns = whole
         if per_token:
-            sums = token_sums(values, self.dtype, self.schema.columns)
+            sums = token_sums(values, self.dtype, columns)
         else:
             check_layout(values.losses, shape, cu_seqlens)
-            sums = sequence_sums(values, cu_seqlens, self.dtype, self.schema.columns)
+            sums = sequence_sums(values, cu_seqlens, self.dtype, columns)
         # Names join the table here, so all checks must come before this line.
         self._add(self._ids(channels), sums)
         if reported_sum is not None:

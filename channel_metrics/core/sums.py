@@ -133,8 +133,8 @@ def sequence_sums(
         cu_seqlens: int32 [N + 1]. Without it, each row of [B, S] is one sequence, and [T] is one
             sequence.
         dtype: of the sums.
-        columns: by default the registered ones. A column for which this micro-batch has no values
-            is left out.
+        columns: by default the registered ones that are not optional. A column for which this
+            micro-batch has no values is left out.
 
     Returns:
         {column: [N + 1]}. The last entry holds the tokens past the last bound. Without cu_seqlens
@@ -143,7 +143,7 @@ def sequence_sums(
     Raises:
         ChannelMetricsError: a column gave values of the wrong shape.
     """
-    columns = TOKENS.columns if columns is None else columns
+    columns = _always() if columns is None else columns
     view = TokenView(values, dtype)
     if cu_seqlens is None:
         shape = values.losses.shape
@@ -177,10 +177,10 @@ def token_sums(
     Args:
         values: of one micro-batch.
         dtype: of the values.
-        columns: by default the registered ones.
+        columns: by default the registered ones that are not optional.
     """
     view = TokenView(values, dtype)
-    found = _token_columns(view, TOKENS.columns if columns is None else columns)
+    found = _token_columns(view, _always() if columns is None else columns)
     return {name: _as_numbers(column).flatten().to(dtype) for name, column in found.items()}
 
 
@@ -200,6 +200,10 @@ def table_rows(ids: Tensor, num_rows: int, num_sums: int, *, checked: bool = Fal
     if not checked:
         rows = rows.where((rows > 0) & (rows < num_rows), 0)
     return torch.nn.functional.pad(rows, (0, 1)) if num_sums > ids.numel() else rows
+
+
+def _always() -> list[Column]:
+    return [column for column in TOKENS.columns if not column.optional]
 
 
 def _values_of(view: Any, way: str | Callable[[Any], Tensor | None] | None) -> Tensor | None:

@@ -11,6 +11,7 @@ import pytest
 
 from channel_metrics import ChannelMetricsError, ConfigError, MetricsConfig
 from contract.script import (
+    ERROR_BARS,
     Evaluation,
     Harness,
     Ran,
@@ -55,13 +56,22 @@ def train_windows(found: Ran) -> list[dict[str, dict[str, float]]]:
     return [window.values for window in found.windows if window.split == "train"]
 
 
+def check_error_bars(harness: Harness, values: dict[str, dict[str, float]]) -> None:
+    """A trainer of tokens logs them where a channel has two sequences, others never."""
+    for of_channel in values.values():
+        has = unit(harness) == "tokens" and of_channel["samples"] > 1
+        assert set(ERROR_BARS) & set(of_channel) == (set(ERROR_BARS) if has else set())
+
+
 @case()
 def windows_add_up(harness: Harness, folder: Path) -> None:
-    script = Script(config=config(), steps=steps("aabb", "abab", "bb-a", "aaaa"))
+    chosen = config(metrics=(*ALL, *ERROR_BARS))
+    script = Script(config=chosen, steps=steps("aabb", "abab", "bb-a", "aaaa"))
     found = ran(harness, script, folder)
     wanted = [expected(harness, window) for window in window_sequences(script)]
     for values, of_window in zip(train_windows(found), wanted, strict=True):
         check_values(values, of_window)
+        check_error_bars(harness, values)
     for logs, values in zip(found.logs, train_windows(found), strict=True):
         for channel, of_channel in values.items():
             for metric, value in of_channel.items():
@@ -287,7 +297,8 @@ def a_loss_that_lies_is_told_once(harness: Harness, folder: Path) -> None:
 def ranks_agree_with_one_all_reduce(harness: Harness, folder: Path) -> None:
     """A channel that one rank alone has seen, and one that is new in the last window."""
     letters = ("aabb", "aaab", "abab", "aacc", "abab", "abab")
-    script = Script(config=config(), steps=steps(*letters), every=2)
+    chosen = config(metrics=(*ALL, *ERROR_BARS))
+    script = Script(config=chosen, steps=steps(*letters), every=2)
     per_rank = harness.run(script, folder, ranks=2)
     assert len(per_rank) == 2
     for found in per_rank:
@@ -295,6 +306,7 @@ def ranks_agree_with_one_all_reduce(harness: Harness, folder: Path) -> None:
         assert train_windows(found) == train_windows(per_rank[0])
     for values, window in zip(train_windows(per_rank[0]), window_sequences(script), strict=True):
         check_values(values, expected(harness, window))
+        check_error_bars(harness, values)
     # The first window meets the names, the second a new one; the third is the steady state.
     for found in per_rank:
         assert found.collectives[0] <= 4 and found.collectives[1] <= 4

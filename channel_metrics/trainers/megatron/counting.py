@@ -84,12 +84,12 @@ class MegatronChannelMetrics:
         return self.session.totals
 
     def watch(self, model: Any) -> None:
-        """Measure token accuracy from now on, if `token_acc` is among the metrics.
+        """Measure token accuracy from now on, if a metric needs it.
 
         Args:
             model: the model of the forward step.
         """
-        if self._measures_accuracy:
+        if self.session.with_correct:
             self._correctness.watch(model)
 
     def count(
@@ -187,15 +187,11 @@ class MegatronChannelMetrics:
         window = self.session.close(step) if reset else self.session.peek(step)
         return window.logs
 
-    @property
-    def _measures_accuracy(self) -> bool:
-        return "token_acc" in self.session.config.metrics
-
     def _micro_batch(
         self, losses: Tensor, channels: Channels, loss_mask: Tensor, cu_seqlens: Tensor | None
     ) -> MicroBatch:
         """The micro-batch of these losses, in the layout of their channels."""
-        correct = self._correctness.of(losses) if self._measures_accuracy else None
+        correct = self._correctness.of(losses) if self.session.with_correct else None
         if loss_mask.numel() != losses.numel():
             raise BoundaryError(
                 f"loss_mask of shape {list(loss_mask.shape)} does not fit losses of shape "
