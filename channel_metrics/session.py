@@ -76,7 +76,13 @@ class ChannelMetrics(Counting):
         guard = FaultGuard(config.on_error)
         correct = any("correct" in metric.needs for metric in schema.chosen(config.metrics))
         super().__init__(labels, schema, guard, with_correct=correct)
-        self.keys = KeyBook(config.key_format, reserved=reserved, schema=schema, rewrite=rewrite)
+        self.keys = KeyBook(
+            config.key_format,
+            reserved=reserved,
+            schema=schema,
+            objectives=config.objectives,
+            rewrite=rewrite,
+        )
         self._maker = WindowMaker(config, schema, self.keys, self.warn_once)
         self.ranks = ranks or Ranks()
         self.on_window = list(on_window)

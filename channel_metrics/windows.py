@@ -11,6 +11,7 @@ from torch import Tensor
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.keys import KeyBook
 from channel_metrics.core.labels import UNLABELED
+from channel_metrics.core.objectives import WEIGHTED, objective, worst_channel
 from channel_metrics.core.schema import Schema
 from channel_metrics.core.table import SumTable, values_by_channel
 from channel_metrics.core.totals import RunTotals
@@ -40,7 +41,10 @@ class Window:
     """{channel: {metric: value}} for the channels that are logged, `unlabeled` last."""
 
     logs: dict[str, float] = field(default_factory=dict)
-    """The same values under their log keys."""
+    """The same values under their log keys, and the objectives over all channels."""
+
+    worst_channel: str = ""
+    """The channel of `worst_loss`, if this objective is logged."""
 
     final: bool = True
     """Whether the window has ended; a window of `peek` is still open."""
@@ -145,17 +149,50 @@ class WindowMaker:
             for channel, of_channel in values.items()
             for metric, value in of_channel.items()
         )
+        logs = {key: value for key, value in keyed if key not in self.keys.clashes}
+        losses = self._losses(found, split) if self.config.objectives else {}
+        logs.update(self._objectives(losses, prefix))
         return Window(
             split=split,
             step=step,
             prefix=prefix,
             values=values,
-            logs={key: value for key, value in keyed if key not in self.keys.clashes},
+            logs=logs,
+            worst_channel=worst_channel(losses) if "worst_loss" in self.config.objectives else "",
             final=final,
             names=found.names,
             columns=self.schema.column_names,
             table=found.sums,
         )
+
+    def _losses(self, found: GlobalSums, split: str) -> dict[str, float]:
+        """The loss of each channel that counts in the objectives."""
+        loss = self.schema.metric("loss")
+        if loss is None:
+            self.warn_once(
+                f"{', '.join(self.config.objectives)} need a loss, which {self.schema.unit} do "
+                "not have here; they are left out."
+            )
+            return {}
+        values = values_by_channel(self.schema, found.names, found.sums, [loss])
+        chosen = () if split == "train" else self.config.eval_channels
+        return {
+            name: of_channel["loss"]
+            for name, of_channel in values.items()
+            if "loss" in of_channel and name != UNLABELED and (not chosen or name in chosen)
+        }
+
+    def _objectives(self, losses: dict[str, float], prefix: str) -> dict[str, float]:
+        weights = self.config.channel_weights
+        absent = sorted(set(weights) - set(losses)) if losses else []
+        if absent:
+            self.warn_once(
+                f"{WEIGHTED} is left out of a window without a loss of {', '.join(absent)}, which "
+                f"channel_weights names; {hint(absent[0], list(losses))}"
+            )
+        names = self.config.objectives if losses else ()
+        found = {name: objective(name).formula(losses, weights) for name in names}
+        return {prefix + name: value for name, value in found.items() if value is not None}
 
     def declare(self, names: Iterable[str]) -> None:
         """Learn names that are known beforehand.

@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from channel_metrics.core.objectives import OBJECTIVES
 from channel_metrics.core.schema import TOKENS, Schema
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +74,12 @@ def schema_of(schema: Schema) -> str:
     )
 
 
+def objectives() -> str:
+    """The objectives over channels, as a table."""
+    rows = [(f"`{one.name}`", f"`eval_{one.name}`", one.doc) for one in OBJECTIVES]
+    return table(("objective", "in evaluation", "what it is"), rows)
+
+
 def settings_of(cls: type) -> str:
     """The fields of a dataclass, with what stands below each of them in the code."""
     docs, hints = _field_docs(cls), get_type_hints(cls)
@@ -122,6 +129,7 @@ def errors() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "metrics": lambda: schema_of(TOKENS),
+    "objectives": objectives,
     "commands": commands,
     "interface": interface,
     "errors": errors,

@@ -121,17 +121,26 @@ def eval_channels_are_respected(harness: Harness, folder: Path) -> None:
 
 @case()
 def evaluation_has_its_own_window_and_no_totals(harness: Harness, folder: Path) -> None:
+    names = ("macro_loss", "worst_loss", "weighted_loss_of_channels")
     script = Script(
-        config=config(),
+        config=config(metrics=(*ALL, *names, *ERROR_BARS), channel_weights={"a": 3, "b": 1}),
         steps=steps("ab", "aa", "bb", "ab"),
         evaluations=(Evaluation(1, steps("bbaa", first=40)[0]),),
     )
     found = ran(harness, script, folder)
     (evaluated,) = found.evaluations
+    of_a, of_b = (evaluated[f"eval_{channel}_loss"] for channel in "ab")
+    objectives = [(of_a + of_b) / 2, max(of_a, of_b), (3 * of_a + of_b) / 4]
+    assert [evaluated[f"eval_{name}"] for name in names] == pytest.approx(objectives)
+    assert "macro_loss" in found.logs[0]
     wanted = expected(harness, flat(script.evaluations[0].batches))
-    for channel, metrics in wanted.items():
-        for metric, value in metrics.items():
-            assert evaluated[f"eval_{channel}_{metric}"] == pytest.approx(value, rel=1e-5)
+    check_values(
+        {
+            channel: {metric: evaluated[f"eval_{channel}_{metric}"] for metric in metrics}
+            for channel, metrics in wanted.items()
+        },
+        wanted,
+    )
     assert not any(key.endswith("_total") for key in evaluated)
     for values, window in zip(train_windows(found), window_sequences(script), strict=True):
         check_values(values, expected(harness, window))

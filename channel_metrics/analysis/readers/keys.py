@@ -71,8 +71,8 @@ _OWN_KEYS = {*_SYNONYMS, "grad_norm", "learning_rate", "loss_scale", "num_tokens
 _NO_CHANNELS = """
 train eval test val valid validation aux aux_moe moe_aux router_aux router z router_z mtp lm
 total main load_balancing seq_load_balancing global_load_balancing kl policy value entropy
-contrastive reg scale scaler sum mean avg nll sft dpo ce mlm nsp per_token best running ema
-smoothed"""
+contrastive reg scale scaler macro worst sum mean avg nll sft dpo ce mlm nsp per_token best running
+ema smoothed"""
 
 
 def decode_keys(keys: Iterable[str | Key], channels: Iterable[str] = ()) -> dict[str | Key, Key]:
