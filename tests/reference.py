@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 IGNORED = -100
@@ -28,6 +28,10 @@ class Sums:
     weights: list[float] = field(default_factory=list)
     of_sequences: list[tuple[int, float]] = field(default_factory=list)
     """(tokens with a finite loss, their nll) of each sequence."""
+    text_losses: list[float] = field(default_factory=list)
+    """The finite losses of the tokens that stand for text."""
+    num_bytes: int = 0
+    num_chars: int = 0
     hits_of_sequences: list[tuple[int, float]] = field(default_factory=list)
     """(judged tokens, those predicted) of each sequence."""
 
@@ -53,6 +57,8 @@ class Batch:
     weights: Sequence[float] | None = None
     causal: bool = False
     row_length: int | None = None
+    text: Mapping[int, str] = field(default_factory=dict)
+    """The text of each token; empty for special ones."""
 
 
 def reference_sums(batches: Sequence[Batch]) -> dict[str, Sums]:
@@ -110,6 +116,10 @@ def _add_token(sums: Sums, batch: Batch, target: int) -> None:
         sums.nonfinite += 1
         return
     sums.losses.append(batch.losses[at])
+    if batch.labels is not None and (text := batch.text.get(batch.labels[target])):
+        sums.text_losses.append(batch.losses[at])
+        sums.num_bytes += len(text.encode())
+        sums.num_chars += len(text)
     if batch.weights is None:
         return
     if not math.isfinite(batch.weights[at]):
@@ -132,6 +142,10 @@ def _values(sums: Sums, all_tokens: int) -> dict[str, float]:
         values["weighted_loss"] = math.fsum(sums.weighted) / math.fsum(sums.weights)
     if sums.hits:
         values["token_acc"] = sums.correct / len(sums.hits)
+    if sums.num_bytes:
+        bits = math.fsum(sums.text_losses) / math.log(2)
+        values["bits_per_byte"] = bits / sums.num_bytes
+        values["bits_per_char"] = bits / sums.num_chars
     values |= error_bars("loss", sums.of_sequences, math.inf)
     values |= error_bars("token_acc", sums.hits_of_sequences, 1.0)
     if sums.nonfinite + sums.nonfinite_weights:

@@ -25,6 +25,7 @@ from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.schema import DEFAULT_METRICS, TOKENS, Schema
 from channel_metrics.core.sums import sequence_sums, token_sums
 from channel_metrics.core.table import SumTable, values_by_channel
+from channel_metrics.core.text_sizes import TextSizes
 
 __all__ = ["ChannelLossAccumulator"]
 
@@ -43,6 +44,8 @@ class ChannelLossAccumulator(SumTable):
     Attributes:
         in_parts: whether an update could not fill the columns that need whole sequences and
             float64. Their metrics are then absent.
+        text_sizes: the bytes and characters of the tokens. Without them, or if an update has no
+            labels, metrics per byte do not count its tokens.
 
     Raises:
         ConfigError: for an unknown metric, or a dtype that `SumTable` refuses.
@@ -62,6 +65,7 @@ class ChannelLossAccumulator(SumTable):
         # A copy, because columns may be registered later: these are for later accumulators.
         self.schema = schema = schema.narrowed(self.metrics)
         self.in_parts = False
+        self.text_sizes: TextSizes | None = None
         labels = channels if isinstance(channels, LabelTable) else ChannelTable(channels)
         super().__init__(labels, schema.column_names, device=device, dtype=dtype)
 
@@ -136,6 +140,9 @@ class ChannelLossAccumulator(SumTable):
             ChannelMetricsError: another tensor has the wrong type or shape.
         """
         values = token_values(token_losses, labels, loss_mask, correct, weights)
+        if labels is not None and self.text_sizes is not None and "text_nll" in self.columns:
+            num_bytes, num_chars = self.text_sizes.of(labels)
+            values = values._replace(num_bytes=num_bytes, num_chars=num_chars)
         if reported_sum is not None:
             check_scalar("reported_sum", reported_sum)
         shape = channels_shape(channels)

@@ -46,6 +46,10 @@ def _ratio_of(numerator: str, denominator: str, sums: Sums) -> float | None:
     return ratio(sums[numerator], sums[denominator])
 
 
+def _bits_per(size: str, sums: Sums) -> float | None:
+    return ratio(sums["text_nll"] / math.log(2), sums[size])
+
+
 # No lambdas, so that a table of sums can be pickled.
 TOKENS = Schema("tokens", count="tokens")
 TOKENS.register(
@@ -124,6 +128,37 @@ TOKENS.register(
         "such a loss is not in `loss`, such a weight not in `weighted_loss`",
         adds_up=True,
         always=True,
+    ),
+)
+TOKENS.register(
+    Column(
+        "text_nll",
+        "nats",
+        "finite losses of the tokens that stand for known text",
+        per_token="text_nll",
+        optional=True,
+    ),
+    Column("text_bytes", "bytes", "their UTF-8 bytes", per_token="text_bytes", optional=True),
+    Column(
+        "text_chars",
+        "characters",
+        "the characters that begin in them",
+        per_token="text_chars",
+        optional=True,
+    ),
+    Metric(
+        "bits_per_byte",
+        ("text_nll", "text_bytes"),
+        partial(_bits_per, "text_bytes"),
+        unit="bits",
+        doc="nll / ln 2 / UTF-8 bytes, of the tokens that stand for known text: no special tokens",
+    ),
+    Metric(
+        "bits_per_char",
+        ("text_nll", "text_chars"),
+        partial(_bits_per, "text_chars"),
+        unit="bits",
+        doc="the same per character",
     ),
 )
 TOKENS.register(*error_bars("loss", "nll", "nats"), *error_bars("token_acc", "correct", ""))

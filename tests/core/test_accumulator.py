@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import reference_metrics
-from strategies import NAMES, Case, accumulate, cases
+from strategies import NAMES, TEXT_SIZES, Case, accumulate, cases
 
 from channel_metrics import ChannelLossAccumulator, ChannelTable
 from channel_metrics.core.boundaries import token_channel_ids
@@ -51,6 +51,7 @@ def assert_same_sums(
 def test_equals_the_oracle(dtype: torch.dtype, stream: list[Case], form: str) -> None:
     stream = [case.in_dtype(dtype) for case in stream]
     accumulator = ChannelLossAccumulator(NAMES, metrics=TOKENS.window_metrics)
+    accumulator.text_sizes = TEXT_SIZES
     for case in stream:
         given = case.tensors(dtype)
         if form != "names":
@@ -65,6 +66,7 @@ def test_float32_fallback_equals_the_oracle(stream: list[Case]) -> None:
     metrics = [name for name in TOKENS.window_metrics if name != "ppl"]  # exp() of up to 100
     metrics = [name for name in metrics if not name.endswith(ERROR_BARS)]  # they need float64
     accumulator = ChannelLossAccumulator(NAMES, metrics=metrics, dtype=torch.float32)
+    accumulator.text_sizes = TEXT_SIZES
     for case in stream:
         accumulator.update(**case.tensors(torch.float32))
     reference = reference_metrics([case.batch for case in stream])
@@ -75,10 +77,9 @@ def test_float32_fallback_equals_the_oracle(stream: list[Case]) -> None:
 
 @given(streams)
 def test_token_ids_equal_sequence_ids(stream: list[Case]) -> None:
-    by_token = ChannelLossAccumulator(
-        NAMES, metrics=("loss", "weighted_loss", "token_acc", "share")
-    )
-    by_sequence = ChannelLossAccumulator(NAMES, metrics=by_token.metrics)
+    metrics = ("loss", "weighted_loss", "token_acc", "share", "bits_per_byte", "bits_per_char")
+    by_token, by_sequence = (ChannelLossAccumulator(NAMES, metrics=metrics) for _ in range(2))
+    by_token.text_sizes = by_sequence.text_sizes = TEXT_SIZES
     for case in stream:
         given = case.tensors()
         ids = torch.tensor(by_token.table.ids(given["channels"]), dtype=torch.int64)

@@ -12,6 +12,7 @@ from no_sync import NoSync
 
 from channel_metrics import ChannelLossAccumulator, ChannelMetrics, MetricsConfig, MicroBatch
 from channel_metrics.core.schema import TOKENS
+from channel_metrics.core.text_sizes import TextSizes
 
 BARS = tuple(f"{mean}_{end}" for mean in ("loss", "token_acc") for end in ("se", "low", "high"))
 NUM_WINDOWS, NUM_SEQUENCES = 3_000, 25
@@ -115,10 +116,12 @@ def test_one_sequence_has_none_and_no_width_is_no_certainty() -> None:
 
 def test_nothing_waits_for_the_device() -> None:
     accumulator = ChannelLossAccumulator(["a", "b"], device="meta", metrics=TOKENS.window_metrics)
+    accumulator.text_sizes = TextSizes(*torch.zeros(2, 9, dtype=torch.int64, device="meta"))
     with NoSync():
         accumulator.update(
             torch.zeros(8, device="meta"),
             channels=torch.zeros(2, dtype=torch.int64, device="meta"),
             cu_seqlens=torch.zeros(3, dtype=torch.int32, device="meta"),
+            labels=torch.zeros(8, dtype=torch.int64, device="meta"),
             correct=torch.zeros(8, dtype=torch.bool, device="meta"),
         )

@@ -89,6 +89,7 @@ def test_the_token_schema() -> None:
     assert TOKENS.run_metrics == ("tokens_total", "samples_total")
     assert WINDOW_METRICS == (
         "loss", "weighted_loss", "token_acc", "ppl", "tokens", "samples", "share",
+        "bits_per_byte", "bits_per_char",
         "loss_se", "loss_low", "loss_high", "token_acc_se", "token_acc_low", "token_acc_high",
     )  # fmt: skip
     assert sorted(TOKENS.metric_names) == sorted(

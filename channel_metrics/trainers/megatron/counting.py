@@ -102,6 +102,7 @@ class MegatronChannelMetrics:
         packed_seq_params: Any = None,
         sequences: Tensor | None = None,
         weights: Tensor | None = None,
+        labels: Tensor | None = None,
         reports_sum: bool = True,
         num_crossings: int = 0,
     ) -> Callable[..., Any]:
@@ -120,6 +121,8 @@ class MegatronChannelMetrics:
             sequences: int64 [N], the channel of each sequence, if `channels` has one id per token.
                 The metric `samples` needs it.
             weights: the factor of each loss in `loss_func`, in the shape of the losses.
+            labels: the token that each loss is about, in the shape of the losses. Metrics per byte
+                need it.
             reports_sum: whether the sum that `loss_func` reports is the unweighted sum of these
                 losses. If so, the two are compared.
             num_crossings: how many supervised targets belong to the sequence after that of the
@@ -147,6 +150,7 @@ class MegatronChannelMetrics:
                     batch,
                     sequences=sequences if _is_first_shard() else None,
                     weights=None if weights is None else weights.reshape(batch.token_losses.shape),
+                    labels=None if labels is None else labels.reshape(batch.token_losses.shape),
                     reported_sum=_reported_sum(result) if reports_sum else None,
                 )
                 self.session.count(batch)
