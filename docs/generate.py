@@ -20,7 +20,11 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from channel_metrics.core.objectives import OBJECTIVES
+from channel_metrics.core.percentiles import BINS
 from channel_metrics.core.schema import TOKENS, Schema
+
+# In place of a line for each bin.
+_BINS = f"{BINS[0]}` to `{BINS[-1]}"
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("docs/REFERENCE.md", "docs/config.md")
@@ -62,7 +66,11 @@ def schema_of(schema: Schema) -> str:
         for column in schema.columns
         if column.total
     ]
-    columns = [(f"`{column.name}`", column.unit, column.doc) for column in schema.columns]
+    columns = [
+        (f"`{name}`", column.unit, column.doc)
+        for name, column in ((c.name if c.name not in BINS else _BINS, c) for c in schema.columns)
+        if column.name not in BINS[1:]
+    ]
     return "\n".join(
         (
             table(("metric", "unit", "what it is"), metrics),

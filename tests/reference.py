@@ -146,6 +146,10 @@ def _values(sums: Sums, all_tokens: int) -> dict[str, float]:
         bits = math.fsum(sums.text_losses) / math.log(2)
         values["bits_per_byte"] = bits / sums.num_bytes
         values["bits_per_char"] = bits / sums.num_chars
+    means = sorted(y / n for n, y in sums.of_sequences if n)
+    for percent in (10, 50, 90) if means else ():
+        exact = means[math.ceil(percent / 100 * len(means)) - 1]
+        values[f"loss_p{percent}"] = min(max(exact, 2.0**-10), 2.0**5)
     values |= error_bars("loss", sums.of_sequences, math.inf)
     values |= error_bars("token_acc", sums.hits_of_sequences, 1.0)
     if sums.nonfinite + sums.nonfinite_weights:

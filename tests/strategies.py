@@ -104,7 +104,7 @@ def cases(draw: st.DrawFn, finite: bool = False) -> Case:
 
 
 def _losses(draw: st.DrawFn, num_tokens: int, finite: bool) -> list[float]:
-    # float32 holds few digits of subnormal numbers, so a product with one is not near the exact one.
+    # float32 holds few digits of a subnormal number, so products with one are far off.
     values = st.floats(0, 100, width=32, allow_subnormal=False)
     if not finite:
         odd = st.sampled_from([float("nan"), float("inf"), float("-inf")])

@@ -19,11 +19,18 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from channel_metrics.core.checks import channels_shape, check_layout, check_scalar, token_values
+from channel_metrics.core.checks import (
+    can_read,
+    channels_shape,
+    check_layout,
+    check_scalar,
+    token_values,
+)
 from channel_metrics.core.keys import ChannelTable, metric_key
 from channel_metrics.core.labels import LabelTable
+from channel_metrics.core.percentiles import BINS, sequence_bins
 from channel_metrics.core.schema import DEFAULT_METRICS, TOKENS, Schema
-from channel_metrics.core.sums import sequence_sums, token_sums
+from channel_metrics.core.sums import sequence_sums, table_rows, token_sums
 from channel_metrics.core.table import SumTable, values_by_channel
 from channel_metrics.core.text_sizes import TextSizes
 
@@ -159,7 +166,10 @@ class ChannelLossAccumulator(SumTable):
             check_layout(values.losses, shape, cu_seqlens)
             sums = sequence_sums(values, cu_seqlens, self.dtype, columns)
         # Names join the table here, so all checks must come before this line.
-        self._add(self._ids(channels), sums)
+        ids = self._ids(channels)
+        self._add(ids, sums)
+        if BINS[0] in self.columns and not per_token and self.dtype == torch.float64:
+            self._add_bins(ids, sums)
         if reported_sum is not None:
             nll = sums["nll"].sum()
             if "nonfinite" in sums:
@@ -167,6 +177,14 @@ class ChannelLossAccumulator(SumTable):
                 nll = nll.where(sums["nonfinite"].sum() == 0, torch.nan)
             self.compare(nll, reported_sum)
         return self
+
+    def _add_bins(self, ids: Tensor, sums: dict[str, Tensor]) -> None:
+        """Count each sequence in the bin of its mean loss: one scatter for all columns of bins."""
+        bins, used = sequence_bins(sums)
+        width = self._num_rows()
+        rows = table_rows(ids.flatten(), width, used.numel(), checked=can_read(ids))
+        places = (self.columns.index(BINS[0]) + bins) * width + rows
+        self._sums.view(-1).scatter_add_(0, places, used.to(self.dtype))
 
     def merge_state(self, others: Iterable[ChannelLossAccumulator]) -> ChannelLossAccumulator:
         """Add the sums of `others`. Channels are matched by name.
