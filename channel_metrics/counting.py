@@ -17,6 +17,7 @@ from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.schema import Schema
 from channel_metrics.core.table import SumTable
 from channel_metrics.core.text_sizes import TextSizes
+from channel_metrics.core.token_text import text_sizes
 from channel_metrics.errors import ChannelMetricsError
 from channel_metrics.windows import Evaluation, OpenWindow
 
@@ -92,8 +93,6 @@ class Counting:
             ConfigError: the bytes of its tokens cannot be told.
         """
         if self.with_targets and tokenizer is not None:
-            from channel_metrics.data.token_text import text_sizes
-
             self.text_sizes = text_sizes(tokenizer)
 
     def _tell_of_text(self) -> None:

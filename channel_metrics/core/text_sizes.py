@@ -1,7 +1,7 @@
 """How many bytes and characters of text each token id stands for.
 
 Bits per byte and per character do not depend on the tokenizer, so models with different ones can be
-compared. `channel_metrics.data.token_text` makes the table from a tokenizer.
+compared. `channel_metrics.core.token_text` makes the table from a tokenizer.
 
 >>> sizes = TextSizes(torch.tensor([0, 3, 1]), torch.tensor([0, 2, 1]))
 >>> sizes.of(torch.tensor([[1, 2], [-100, 7]]))[0].tolist()

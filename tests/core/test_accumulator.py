@@ -68,9 +68,8 @@ def test_equals_the_oracle(dtype: torch.dtype, stream: list[Case], form: str) ->
 @given(finite_streams)
 def test_float32_fallback_equals_the_oracle(stream: list[Case]) -> None:
     metrics = [name for name in TOKENS.window_metrics if name != "ppl"]  # exp() of up to 100
-    metrics = [
-        name for name in metrics if not name.endswith(ERROR_BARS + PERCENTILES)
-    ]  # they need float64
+    # Columns of whole sequences need float64.
+    metrics = [name for name in metrics if not name.endswith(ERROR_BARS + PERCENTILES)]
     accumulator = ChannelLossAccumulator(NAMES, metrics=metrics, dtype=torch.float32)
     accumulator.text_sizes = TEXT_SIZES
     for case in stream:

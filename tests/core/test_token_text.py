@@ -22,7 +22,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from channel_metrics import ChannelMetrics, ConfigError, MetricsConfig, MicroBatch
-from channel_metrics.data.token_text import text_sizes
+from channel_metrics.core.token_text import text_sizes
 
 WORDS = [
     *("the", "quick", "brown", "fox", "über", "naïve", "東京", "大学", "привет", "мир"),
