@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
@@ -10,6 +11,7 @@ from channel_metrics.core.axes import axes_of, axis_fields, check_axis_format
 from channel_metrics.core.faults import OnError
 from channel_metrics.core.keys import ChannelTable
 from channel_metrics.core.labels import DEFAULT_FIELDS, Unknown
+from channel_metrics.core.objectives import OBJECTIVES, WEIGHTED
 from channel_metrics.core.schema import DEFAULT_METRICS, TOKENS
 from channel_metrics.errors import ConfigError, hint
 
@@ -59,7 +61,12 @@ class MetricsConfig:
     "add" declares it, "unlabeled" counts its tokens as unlabeled, "error" raises."""
 
     metrics: tuple[str, ...] = DEFAULT_METRICS
-    """Names of the metrics that are logged per channel, see `channel_metrics.core.schema`."""
+    """Names of the metrics that are logged per channel, see `channel_metrics.core.schema`.
+
+    Objectives over all channels may be among them, see `channel_metrics.core.objectives`."""
+
+    channel_weights: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """The weight of each channel in `weighted_loss_of_channels`; other channels have none."""
 
     eval_channels: tuple[str, ...] = ()
     """The channels that evaluations log. If empty, they log all of them."""
@@ -100,8 +107,31 @@ class MetricsConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise ConfigError(f"{name} must be a whole number, 0 or more, but is {value!r}.")
-        TOKENS.check(self.metrics)
+        known = (*TOKENS.window_metrics, *TOKENS.run_metrics, *(one.name for one in OBJECTIVES))
+        TOKENS.check(self.metrics, known)
+        self._check_weights()
         self.new_table()
+
+    def _check_weights(self) -> None:
+        weights = self.channel_weights
+        numbers = isinstance(weights, Mapping) and all(
+            isinstance(w, (int, float)) and 0 < w < math.inf for w in weights.values()
+        )
+        if not numbers:
+            raise ConfigError(
+                "channel_weights must be a mapping of channels to numbers above 0, but is "
+                f"{weights!r}; leave out a channel that shall not count."
+            )
+        if bool(weights) != (WEIGHTED in self.metrics):
+            raise ConfigError(
+                f"channel_weights and the metric {WEIGHTED!r} need each other, but only "
+                f"{'channel_weights was' if weights else 'the metric was'} given."
+            )
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The entries of `metrics` that are one number for all channels."""
+        return tuple(one.name for one in OBJECTIVES if one.name in self.metrics)
 
     @property
     def label_fields(self) -> tuple[str, ...]:

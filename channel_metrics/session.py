@@ -37,7 +37,8 @@ from channel_metrics.ranks.agreed_names import Agreement
 from channel_metrics.ranks.exchange import GlobalSums
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.ranks.sync import sum_over_ranks
-from channel_metrics.windows import Evaluation, Window, WindowMaker
+from channel_metrics.window_maker import WindowMaker
+from channel_metrics.windows import Evaluation, Window
 
 __all__ = ["ChannelMetrics"]
 
@@ -71,11 +72,18 @@ class ChannelMetrics(Counting):
         on_window: Iterable[Callable[[Window], Any]] = (),
     ) -> None:
         self.config = config = config or MetricsConfig()
-        schema = schema.extended()  # a copy: columns and metrics are fixed from here on
+        schema = schema.narrowed(config.metrics)  # a copy: columns are fixed from here on
         labels = LabelTable(config.channels, unknown=config.unknown)
-        guard, correct = FaultGuard(config.on_error), "token_acc" in config.metrics
+        guard = FaultGuard(config.on_error)
+        correct = any("correct" in metric.needs for metric in schema.chosen(config.metrics))
         super().__init__(labels, schema, guard, with_correct=correct)
-        self.keys = KeyBook(config.key_format, reserved=reserved, schema=schema, rewrite=rewrite)
+        self.keys = KeyBook(
+            config.key_format,
+            reserved=reserved,
+            schema=schema,
+            objectives=config.objectives,
+            rewrite=rewrite,
+        )
         self._maker = WindowMaker(config, schema, self.keys, self.warn_once)
         self.ranks = ranks or Ranks()
         self.on_window = list(on_window)

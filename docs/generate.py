@@ -19,6 +19,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from channel_metrics.core.objectives import OBJECTIVES
+from channel_metrics.core.percentiles import BINS
 from channel_metrics.core.schema import TOKENS, Schema
 
 # `python docs/generate.py` finds it beside this file, tests and mypy in the package.
@@ -26,6 +28,9 @@ try:
     from docs.signatures import interface_of
 except ModuleNotFoundError:
     from signatures import interface_of  # type: ignore[import-not-found, no-redef]
+
+# In place of a line for each bin.
+_BINS = f"{BINS[0]}` to `{BINS[-1]}"
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("docs/REFERENCE.md", "docs/config.md")
@@ -69,7 +74,11 @@ def schema_of(schema: Schema) -> str:
         for column in schema.columns
         if column.total
     ]
-    columns = [(f"`{column.name}`", column.unit, column.doc) for column in schema.columns]
+    columns = [
+        (f"`{name}`", column.unit, column.doc)
+        for name, column in ((c.name if c.name not in BINS else _BINS, c) for c in schema.columns)
+        if column.name not in BINS[1:]
+    ]
     return "\n".join(
         (
             table(("metric", "unit", "what it is"), metrics),
@@ -79,6 +88,12 @@ def schema_of(schema: Schema) -> str:
             table(("column", "unit", "what is added up"), columns),
         )
     )
+
+
+def objectives() -> str:
+    """The objectives over channels, as a table."""
+    rows = [(f"`{one.name}`", f"`eval_{one.name}`", one.doc) for one in OBJECTIVES]
+    return table(("objective", "in evaluation", "what it is"), rows)
 
 
 def settings_of(cls: type) -> str:
@@ -119,6 +134,7 @@ def errors() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "metrics": lambda: schema_of(TOKENS),
+    "objectives": objectives,
     "commands": commands,
     "errors": errors,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from channel_metrics.core.objectives import OBJECTIVES
 from channel_metrics.errors import ConfigError
 from channel_metrics.session import ChannelMetrics
 
@@ -41,6 +42,11 @@ def check_wanted(
                     logged.add(key)
                 elif key == wanted:
                     refused = why
+    for prefix in sets:
+        logged |= {prefix + name for name in session.config.objectives}
+        if wanted in {prefix + one.name for one in OBJECTIVES} - logged:
+            name = wanted.removeprefix(prefix)
+            refused = f"{name!r} is not among `metrics` of the config; add it there."
     if refused and wanted not in logged:
         raise ConfigError(f"{setting} is {wanted!r}, but {refused}")
     return logged

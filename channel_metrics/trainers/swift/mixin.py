@@ -68,7 +68,7 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
     def _new_scratch(self, session: ChannelMetrics) -> Scratch:
         return Scratch(
             SwiftReader(
-                with_correct="token_acc" in session.config.metrics,
+                with_correct=session.with_correct,
                 guard=session.guard,
                 always_weights=self._logs_own_loss(),
             )

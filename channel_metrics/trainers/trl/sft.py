@@ -101,8 +101,8 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
         super().start_channel_metrics(config)
 
     def _new_scratch(self, session: ChannelMetrics) -> _SFTScratch:
-        with_correct = "token_acc" in session.config.metrics
-        return _SFTScratch(_SFTReader(with_correct=with_correct, guard=session.guard))
+        reader = _SFTReader(with_correct=session.with_correct, guard=session.guard)
+        return _SFTScratch(reader)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         prepared = super()._prepare_inputs(inputs)
