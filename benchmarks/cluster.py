@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from channel_metrics.core.schema import TOKENS
+from channel_metrics.core.schema import DEFAULT_METRICS, TOKENS
 from channel_metrics.ranks.exchange import FIRST_SIZE, HEADER_SIZE
 from channel_metrics.ranks.name_union import union_of_names
 
@@ -22,6 +22,8 @@ RANKS = (64, 1_024, 16_384)
 CHANNELS = (1_000, 100_000)
 # A list of one name of up to 20 bytes, as it is sent: in whole words of eight bytes.
 NAME_BYTES = 24
+# Of one channel, with the metrics that are logged by default.
+ROW_BYTES = 8 * len(TOKENS.narrowed(DEFAULT_METRICS).columns)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def vectors(
     num_ranks: int, num_channels: int, *, name_bytes: int = NAME_BYTES
 ) -> dict[str, list[int]]:
     """{event: bytes of each vector that is all-reduced}; `num_channels` are agreed on before."""
-    row = 8 * len(TOKENS.columns)
+    row = ROW_BYTES
     log = row * (num_channels + 1) + 8 * HEADER_SIZE
     index = 3 * 8 * num_ranks
     return {

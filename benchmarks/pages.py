@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cluster
-from channel_metrics.core.schema import TOKENS
 
 __all__ = ["PAGES", "filled", "write_pages"]
 
@@ -144,7 +143,7 @@ def log_table(found: Results) -> str:
 def event_table(found: Results) -> str:
     """What new names cost, on 64 ranks with 10 channels."""
     (row,) = [r for r in found["scale"]["rows"] if (r["num_ranks"], r["num_channels"]) == (64, 10)]
-    width, name = 8 * len(TOKENS.columns), cluster.NAME_BYTES
+    width, name = cluster.ROW_BYTES, cluster.NAME_BYTES
     declared = "M names, new and equal on all ranks (declared names, first log)"
     events = (
         ("no new name", "", "0"),
