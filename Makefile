@@ -37,7 +37,7 @@ env-llamafactory: .venv-llamafactory/.stamp ## Create .venv-llamafactory: a smal
 	@scripts/make_env llamafactory
 
 demo: env ## Train a tiny model on four channels and show their losses
-	$(BIN)/channel-metrics train configs/fused_data/debug.yaml
+	DS_ACCELERATOR=cpu $(BIN)/channel-metrics train configs/fused_data/debug.yaml
 
 demo-megatron: env-latest ## Train in Megatron's own loop, 4 ranks (TP 2 x PP 2), with --channels
 	$(TEST_ENV) PYTHONPATH=tests:. $(BIN_LATEST)/python -m megatron_lm.demo runs/demo_megatron

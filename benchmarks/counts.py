@@ -29,11 +29,11 @@ _COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "all_gather_int
 _VIEWS = ("alias", "detach", "expand", "narrow", "select", "slice", "unbind", "view")
 
 
-class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Operators(TorchDispatchMode):
     """Counts operators, and those for which a host would wait for its device."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self.num_operators = self.num_syncs = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

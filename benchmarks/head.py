@@ -61,20 +61,20 @@ def _step(variant: str) -> None:
 def _forward_and_backward(variant: str, hidden: Tensor, weight: Tensor, target: Tensor) -> None:
     if variant == DEFAULT:
         # transformers' ForCausalLMLoss: logits, in float32, to the mean.
-        F.cross_entropy(F.linear(hidden, weight).float(), target).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(F.linear(hidden, weight).float(), target).backward()
         return
     if variant == SECOND:
         loss, _ = linear_cross_entropy(
             hidden, weight, target, reduction="mean", backend="torch", with_correct=False
         )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         positions = torch.arange(ROW_LENGTH).expand(NUM_ROWS, -1)
         VeOmni(list(range(NUM_ROWS)), positions).projected_again(hidden, weight, target)
         return
     loss, tokens = linear_cross_entropy(
         hidden, weight, target, reduction="mean", backend=BACKENDS[variant]
     )
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     shape = (NUM_ROWS, ROW_LENGTH)
     assert tokens.correct is not None
     ChannelLossAccumulator(["bbu", "rru", "lvis", "lang_chat"]).update(

@@ -41,7 +41,7 @@ def in_lockstep(ranks: Iterable[Generator[Tensor, Tensor, T]]) -> Outcome[T]:
             except StopIteration as done:
                 ended.append(done.value)
                 continue
-            except Exception as error:
+            except Exception as error:  # whatever ends a rank is part of the outcome
                 ended.append(error)
                 continue
             total = vector.clone() if total is None else _added(total, vector)

@@ -124,7 +124,7 @@ def _with_swift_loss(base: Any) -> Any:
     """What ms-swift's trainer computes with `--enable_channel_loss true`."""
     token_losses, loop = swift_token_losses(), SwiftLoop(list(CHANNELS), None)
 
-    class SwiftTrainer(base):  # type: ignore[misc]
+    class SwiftTrainer(base):  # type: ignore[misc]  # a class that is given
         def compute_loss(
             self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Tensor
         ) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -19,6 +20,8 @@ from channel_metrics.windows import Evaluation, OpenWindow
 
 __all__ = ["Counting"]
 
+logger = logging.getLogger("channel_metrics")
+
 
 class Counting:
     """The sums of this rank that are open now.
@@ -28,6 +31,9 @@ class Counting:
         schema: what is counted.
         guard: decides what an error does. After the first error, nothing is counted any more.
         with_correct: whether `observe` measures which tokens are predicted.
+
+    Attributes:
+        warned: the warnings that were logged.
     """
 
     def __init__(
@@ -35,8 +41,15 @@ class Counting:
     ) -> None:
         self.labels, self.schema, self.guard = labels, schema, guard
         self.with_correct = with_correct
+        self.warned: set[str] = set()
         self._train = OpenWindow(self._new_table())
         self._evaluations: list[Evaluation] = []
+
+    def warn_once(self, message: str, *values: object) -> None:
+        """Log a warning once. Later calls with the same message and other values do nothing."""
+        if message not in self.warned:
+            self.warned.add(message)
+            logger.warning(message, *values)
 
     @property
     def measuring(self) -> bool:

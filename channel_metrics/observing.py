@@ -12,12 +12,11 @@ Letters: B rows, S row length, V vocabulary.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -28,28 +27,19 @@ from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.counting import Counting
-from channel_metrics.data.batch_channels import (
-    BatchChannels,
-    check_not_cut,
-    first_records,
-    real_records,
-    take_channels,
-)
+from channel_metrics.data.batch_channels import BatchChannels, check_not_cut, take_channels
 from channel_metrics.data.collator import CollatorFault
+from channel_metrics.data.repeats import first_records, real_records
 from channel_metrics.errors import ChannelError, ChannelMetricsError, UnsupportedVersionError
 from channel_metrics.losses.cross_entropy import token_losses_of_logits
 
 __all__ = ["Seen", "observe"]
-
-logger = logging.getLogger("channel_metrics")
 
 _REMEDY = (
     "In a loop of your own, hand over what the loss was computed from: `seen.logits(...)` in the "
     "block."
 )
 
-# The sessions that were told of repetitions.
-_told: WeakSet[Counting] = WeakSet()
 # {session: {model: its reader}}. A reader keeps what it learned about the model at the first batch.
 _readers: WeakKeyDictionary[Counting, WeakKeyDictionary[torch.nn.Module, Any]] = WeakKeyDictionary()
 
@@ -63,12 +53,18 @@ class Seen:
         labels: those of the batch.
         values: the values of the tokens that were handed over; None if none were.
         observation: what was seen of the model, an `Observation`; None if it is not observed.
+        discarded: whether `discard` was called.
     """
 
     def __init__(self, metrics: Counting, labels: Any) -> None:
         self._metrics, self.labels = metrics, labels
         self.values: TokenValues | None = None
         self.observation: Any = None
+        self.discarded = False
+
+    def discard(self) -> None:
+        """Do not count this batch: nothing is trained on it."""
+        self.discarded = True
 
     def logits(self, logits: Tensor, *, labels: Tensor | None = None, causal: bool = True) -> None:
         """Measure the token losses on logits, with a softmax of our own.
@@ -179,6 +175,8 @@ def observe(
     watching: AbstractContextManager[Any] = reader.observe(model) if reader else nullcontext()
     with watching as seen.observation:
         yield seen
+    if seen.discarded:
+        return
     with metrics.guard.guarded():
         # The loop may have taken the labels out of the batch for its own loss.
         check_not_cut(taken)
@@ -213,8 +211,10 @@ def _reader_of(metrics: Counting, model: torch.nn.Module) -> Any:
     from channel_metrics.capture.reader import TokenLossReader
 
     of_session = _readers.setdefault(metrics, WeakKeyDictionary())
-    new = TokenLossReader(with_correct=metrics.with_correct, guard=metrics.guard)
-    return of_session.setdefault(model, new)
+    if model not in of_session:
+        reader = TokenLossReader(with_correct=metrics.with_correct, guard=metrics.guard)
+        of_session[model] = reader
+    return of_session[model]
 
 
 def _captured(
@@ -229,8 +229,9 @@ def _captured(
         raise UnsupportedVersionError("the model has not run, or its forward was not called.")
     from channel_metrics.capture.transformers import is_causal
 
+    causal = None if reader.captured is not None else is_causal(model)
     found: tuple[TokenValues, Tensor | None] = reader.read(
-        observation, labels, causal=is_causal(model), by_rows=taken.cu_seqlens is None
+        observation, labels, causal=causal, by_rows=taken.cu_seqlens is None
     )
     return found
 
@@ -268,11 +269,9 @@ def _tell_of_repeats(metrics: Counting) -> None:
     from accelerate.state import GradientState, PartialState
 
     state = GradientState()
-    if metrics in _told or not state.end_of_dataloader or state.remainder <= 0:
-        return
-    if PartialState().num_processes > 1:
-        _told.add(metrics)
-        logger.warning(
+    repeats = state.end_of_dataloader and state.remainder > 0
+    if repeats and PartialState().num_processes > 1:
+        metrics.warn_once(
             "accelerate may have repeated records to fill the last evaluation batch of all ranks; "
             "then they are counted twice. Pass `accelerator=` to `evaluate` or `observe`."
         )

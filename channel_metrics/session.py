@@ -9,8 +9,7 @@ It owns the windows of training and evaluation, the totals of the run, the names
 the observers, and it decides what an error does. An adapter only says where a trainer's tokens,
 names, log points and checkpoints are.
 
-All ranks make the same calls in one order. `close`, `peek`, `save` and the end of an `evaluation`
-are collectives.
+All ranks make the same calls in one order. `close`, `peek`, `save` and evaluations are collectives.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ class ChannelMetrics(Counting):
         guard, correct = FaultGuard(config.on_error), "token_acc" in config.metrics
         super().__init__(labels, schema, guard, with_correct=correct)
         self.keys = KeyBook(config.key_format, reserved=reserved, schema=schema, rewrite=rewrite)
-        self._maker = WindowMaker(config, schema, self.keys)
+        self._maker = WindowMaker(config, schema, self.keys, self.warn_once)
         self.ranks = ranks or Ranks()
         self.on_window = list(on_window)
         self.totals = RunTotals(schema)
@@ -87,11 +86,6 @@ class ChannelMetrics(Counting):
         if config.unknown != "add":
             self.check_eval_channels()
 
-    @property
-    def warned(self) -> frozenset[str]:
-        """The warnings that were logged."""
-        return frozenset(self._maker.warned)
-
     # ---- windows ---------------------------------------------------------------------------
 
     def close(self, step: int) -> Window:
@@ -100,8 +94,7 @@ class ChannelMetrics(Counting):
         window = self._summed(self._train.table, "train", step)
         self._train.table.reset()
         self._tell(window)
-        if window.values:
-            self.guard.proven = True
+        self.guard.proven |= bool(window.values)
         return window
 
     def peek(self, step: int) -> Window:
@@ -184,7 +177,7 @@ class ChannelMetrics(Counting):
             Whether the dataset could be scanned.
 
         Raises:
-            ChannelError: if no record of a training set has a channel; and as `declare_names`.
+            ChannelError: no record of a training set has a channel; and as `declare_names`.
         """
         fields = fields or self.config.fields
         self.classes.update(class_names(dataset, fields))
@@ -208,10 +201,6 @@ class ChannelMetrics(Counting):
     def check_eval_channels(self) -> None:
         """Raise `ConfigError` if an entry of `eval_channels` is none of the channels so far."""
         self._maker.check_eval_channels(self.labels.names)
-
-    def warn_once(self, message: str) -> None:
-        """Log a warning, once."""
-        self._maker.warn_once(message)
 
     # ---- checkpoints -----------------------------------------------------------------------
 
@@ -250,8 +239,7 @@ class ChannelMetrics(Counting):
         self.totals = RunTotals(self.schema)
         try:
             self.totals.load(path)
-        except ChannelMetricsError as error:
-            # The counts from here on are right.
+        except ChannelMetricsError as error:  # the counts from here on are right
             if self.guard.raises:
                 raise
             self.warn_once(f"{error} Until then, they start at zero.")
@@ -262,7 +250,10 @@ class ChannelMetrics(Counting):
         return {"totals": self.totals.state_dict(), "train": self._train.table.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`. Without `train`, the window is empty."""
+        """Go on from `state_dict()`; a damaged one changes nothing and raises
+        `ChannelMetricsError`. Without `train`, the window is empty."""
+        if not isinstance(state, Mapping) or "totals" not in state:
+            raise ChannelMetricsError("the state must be a mapping with `totals`; it is damaged.")
         totals = RunTotals(self.schema).load_state_dict(state["totals"])
         self._train.table.load_state_dict(state.get("train") or self._new_table().state_dict())
         self._train.step, self.totals = None, totals
@@ -294,6 +285,7 @@ class ChannelMetrics(Counting):
             try:
                 observer(window)
             except Exception as error:
+                # Of any kind, but only a display may fail: other observers steer the training.
                 if not getattr(observer, "is_display", False):
                     raise
                 self.on_window.remove(observer)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,8 +19,6 @@ from channel_metrics.ranks.exchange import MISMATCH_TOLERANCE, GlobalSums
 from channel_metrics.run_marks import mark
 
 __all__ = ["Evaluation", "OpenWindow", "Window", "WindowMaker"]
-
-logger = logging.getLogger("channel_metrics")
 
 Values = dict[str, dict[str, float]]
 
@@ -104,12 +101,14 @@ class WindowMaker:
         config: which metrics are logged, and which channels in evaluation.
         schema: the columns and metrics.
         keys: learns the channels and splits of the run.
+        warn_once: that of the session.
     """
 
-    def __init__(self, config: MetricsConfig, schema: Schema, keys: KeyBook) -> None:
-        self.config, self.schema, self.keys = config, schema, keys
+    def __init__(
+        self, config: MetricsConfig, schema: Schema, keys: KeyBook, warn_once: Callable[..., None]
+    ) -> None:
+        self.config, self.schema, self.keys, self.warn_once = config, schema, keys, warn_once
         self._metrics = schema.chosen(config.metrics)
-        self.warned: set[str] = set()
         mark("session")
 
     def make(
@@ -177,12 +176,6 @@ class WindowMaker:
         """Raise `ConfigError` for an entry of `eval_channels` that is not in `names`."""
         for wrong in self._unknown_eval_channels(names):
             raise ConfigError(wrong)
-
-    def warn_once(self, message: str, *values: object) -> None:
-        """Log a warning once. Later calls with the same message and other values do nothing."""
-        if message not in self.warned:
-            self.warned.add(message)
-            logger.warning(message, *values)
 
     def _drop_counts(self, values: Values) -> None:
         """Leave counts out of an open window, or the sum of the logged counts would be wrong."""

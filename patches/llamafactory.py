@@ -18,7 +18,7 @@ if __name__ == "llamafactory":
     _folder = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != _folder]
     del sys.modules["llamafactory"]
-    import llamafactory  # noqa: F401
+    import llamafactory  # noqa: F401 - it takes this name in sys.modules
 else:
     from channel_metrics.trainers.llamafactory.patch import apply, is_applied, revert
 

@@ -17,7 +17,7 @@ if __name__ == "megatron":
     _folder = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != _folder]
     del sys.modules["megatron"]
-    import megatron  # noqa: F401
+    import megatron  # noqa: F401 - it takes this name in sys.modules
 else:
     from channel_metrics.trainers.megatron.patch import apply, current_run, is_applied, revert
 

@@ -17,7 +17,7 @@ if __name__ == "trl":
     _folder = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != _folder]
     del sys.modules["trl"]
-    import trl  # noqa: F401
+    import trl  # noqa: F401 - it takes this name in sys.modules
 else:
     from channel_metrics.trainers.trl.patch import apply, is_applied, revert
 

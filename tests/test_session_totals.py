@@ -109,6 +109,22 @@ def test_a_state_of_ones_own() -> None:
         again.load_state_dict({**state, "totals": {"version": 9}})
 
 
+@pytest.mark.parametrize("change", [{"totals": None}, {"train": [1]}, {"train": {"version": 1}}])
+def test_a_damaged_state_of_ones_own_changes_nothing(change: dict[str, Any]) -> None:
+    metrics = trained(new(metrics=("tokens", "tokens_total")))
+    before = metrics.state_dict()
+    state = trained(new()).state_dict()
+    with pytest.raises(ChannelMetricsError):
+        metrics.load_state_dict({**state, **change})
+    for damaged in ({}, {"train": state["train"]}, [state], "state"):
+        with pytest.raises(ChannelMetricsError, match="a mapping with `totals`"):
+            metrics.load_state_dict(damaged)  # type: ignore[arg-type]
+    after = metrics.state_dict()
+    assert after["totals"] == before["totals"]
+    assert torch.equal(after["train"].pop("sums"), before["train"].pop("sums"))
+    assert after == before
+
+
 def test_a_checkpoint_has_no_step_that_is_still_open(tmp_path: Path) -> None:
     """A trainer may save before the optimizer has stepped, and take the step again."""
     metrics = ChannelMetrics(MetricsConfig(metrics=("tokens",)))

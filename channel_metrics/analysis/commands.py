@@ -174,6 +174,6 @@ def _show(run: Run, console: Console) -> None:
             typer.echo(f"  {example}", err=True)
     rows = final_rows(run)
     if rows:
-        console.print(render(rows, ratios=run.ratios))
+        console.print(render(rows, console.width, ratios=run.ratios))
     else:
         typer.echo("no channel was found; name them with --channel, or see docs/analysis.md.")

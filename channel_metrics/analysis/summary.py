@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from channel_metrics.analysis.tables import EMPTY, TableColumn, fitted
 from channel_metrics.core.keys import metric_key
 from channel_metrics.core.labels import UNLABELED
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["ChannelRow", "number", "part_of", "percent", "render", "summarize"]
+__all__ = ["ChannelRow", "count", "number", "part_of", "percent", "render", "summarize"]
 
 Log = Mapping[str, Any]
 
@@ -89,46 +90,35 @@ def summarize(
 
 def render(
     rows: Sequence[ChannelRow],
+    width: int,
     *,
     ratios: Mapping[str, float] | None = None,
     domains: Mapping[str, str] | None = None,
 ) -> Table:
-    """A rich table of the channels. Ratios are shown as shares, beside those of the records."""
-    from rich import box
-    from rich.table import Table
+    """A rich table of the channels, of at most this width.
 
+    Ratios are shown as shares, beside those of the records.
+    """
     ratios, domains = ratios or {}, domains or {}
     whole = sum(ratios.values())
-    table = Table(title="channels", box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("channel", style="bold", no_wrap=True)
-    table.add_column("domain", no_wrap=True)
-    for heading in (
-        "first loss",
-        "last loss",
-        "change",
-        "token acc",
-        "eval loss",
-        "tokens",
-        "token share",
-        "record share",
-        "ratio",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row.channel,
-            domains.get(row.channel, "-"),
-            number(row.first_loss),
-            number(row.last_loss),
-            percent(row.change, "+.1%"),
-            percent(row.token_acc),
-            number(row.eval_loss),
-            "-" if row.tokens is None else f"{row.tokens:,}",
-            percent(row.share),
-            percent(row.record_share),
-            percent(ratios[row.channel] / whole if row.channel in ratios else None),
-        )
-    return table
+    columns = [
+        TableColumn("channel", [row.channel for row in rows], is_name=True),
+        TableColumn("domain", [domains.get(row.channel, EMPTY) for row in rows], 7, is_name=True),
+        TableColumn("first loss", [number(row.first_loss) for row in rows], 2),
+        TableColumn("last loss", [number(row.last_loss) for row in rows]),
+        TableColumn("change", [percent(row.change, "+.1%") for row in rows], 3),
+        TableColumn("token acc", [percent(row.token_acc) for row in rows], 4),
+        TableColumn("eval loss", [number(row.eval_loss) for row in rows], 1),
+        TableColumn("tokens", [count(row.tokens) for row in rows], 6),
+        TableColumn("token share", [percent(row.share) for row in rows], 5),
+        TableColumn("record share", [percent(row.record_share) for row in rows], 9),
+        TableColumn(
+            "ratio",
+            [percent(ratios[r.channel] / whole if r.channel in ratios else None) for r in rows],
+            8,
+        ),
+    ]
+    return fitted(columns, width, title="channels")
 
 
 def _values(log_history: Sequence[Log], key: str) -> list[float]:
@@ -148,9 +138,14 @@ def part_of(totals: Mapping[str, int | None], name: str) -> float | None:
 
 def number(value: float | None) -> str:
     """A loss with four digits, for a table."""
-    return "-" if value is None else f"{value:.4f}"
+    return EMPTY if value is None else f"{value:.4f}"
+
+
+def count(value: int | None) -> str:
+    """A whole number, for a table."""
+    return EMPTY if value is None else f"{value:,}"
 
 
 def percent(value: float | None, spec: str = ".1%") -> str:
     """A share in percent, for a table."""
-    return "-" if value is None else format(value, spec)
+    return EMPTY if value is None else format(value, spec)

@@ -31,7 +31,7 @@ _MODULE = "liger_kernel.transformers.model.loss_utils"
 _NAME = "fixed_fused_linear_cross_entropy"
 
 
-def _expected(  # noqa: PLR0917
+def _expected(  # noqa: PLR0917 - the signature of Liger's function
     hidden_states: Tensor,
     lm_head_weight: Tensor,
     target: Tensor,

@@ -14,11 +14,19 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from channel_metrics.errors import ConfigError
 from channel_metrics.run_marks import RUN_VARIABLE
 from channel_metrics.startup import sitecustomize
 from channel_metrics.startup.sitecustomize import PATCHES, PATCHES_VARIABLE
 
-__all__ = ["Run", "missed"]
+__all__ = ["Run", "check_patches", "missed"]
+
+
+def check_patches(names: Sequence[str]) -> None:
+    """Raise `ConfigError` for a name that is none of `PATCHES`."""
+    for name in names:
+        if name not in PATCHES:
+            raise ConfigError(f"unknown patch {name!r}; there are {', '.join(PATCHES)}.")
 
 
 class Run:

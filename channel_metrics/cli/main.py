@@ -129,7 +129,8 @@ def doctor_command(
 
     Exit code 0 if what was asked for would work, 1 if not; 2 for an unknown patch.
     """
-    from channel_metrics.cli.doctor import diagnose, has_problem, lines
+    from channel_metrics.cli.diagnosis import diagnose
+    from channel_metrics.cli.doctor import has_problem, lines
 
     with _reported_errors():
         report = diagnose(patch or (), config, data or ())
@@ -216,6 +217,7 @@ def _show_run(summary: TrainSummary, settings: TrainConfig) -> None:
     console = _console()
     table = render(
         summary.rows,
+        console.width,
         ratios={source.name: source.ratio for source in settings.sources},
         domains={source.name: source.domain for source in settings.sources},
     )

@@ -15,16 +15,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from channel_metrics.cli.children import Run
+from channel_metrics.cli.children import Run, check_patches
 from channel_metrics.data.yaml import CONFIG_VARIABLE, load_metrics_config
 from channel_metrics.errors import ConfigError
-from channel_metrics.startup.sitecustomize import PATCHES
 
-__all__ = ["PATCH_MODULES", "run_script"]
-
-
-# {name that `--patch` takes: the module that is named after it}
-PATCH_MODULES = {name: list(modules.values())[-1] for name, modules in PATCHES.items()}
+__all__ = ["run_script"]
 
 
 def run_script(
@@ -48,9 +43,7 @@ def run_script(
     Raises:
         ConfigError: for an unknown patch or a missing script, before anything runs.
     """
-    for name in patches:
-        if name not in PATCHES:
-            raise ConfigError(f"unknown patch {name!r}; there are {', '.join(PATCHES)}.")
+    check_patches(patches)
     if not as_module and not os.path.exists(script):
         raise ConfigError(
             f"the script {script!r} does not exist; options of ours come before it, its own "
@@ -66,7 +59,7 @@ def run_script(
     sys.argv = [script, *args]
     try:
         _run_main(script, as_module)
-    except BaseException as error:
+    except BaseException as error:  # SystemExit too; it is raised again
         if run is not None:
             run.has_failed = not (isinstance(error, SystemExit) and error.code in (None, 0))
         raise

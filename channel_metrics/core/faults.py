@@ -64,7 +64,7 @@ class FaultGuard:
         """A block of our own code. An error in it ends the run if `raises`, else the metrics."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # of any kind: `_take` raises it, or logs it
             self._take(error)
 
     def shielded(
@@ -88,7 +88,7 @@ class FaultGuard:
         once = Once(original)
         try:
             return observing(once, *args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # as in `guarded`
             if error is once.error:
                 raise
             self._take(error)
@@ -128,7 +128,7 @@ class Once:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             self.result = self.function(*args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # of any kind: it is raised again
             self.error = error
             raise
         self.called = True

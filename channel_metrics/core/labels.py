@@ -189,7 +189,7 @@ class LabelTable:
         before = len(self._ids)
         try:
             yield
-        except Exception:
+        except Exception:  # of any kind: it is raised again
             for name in reversed(list(self._ids)[before:]):
                 self._remove(name)
             raise

@@ -162,6 +162,10 @@ class SumTable:
 
         Raises `ChannelMetricsError` for a damaged state; then the sums stay as they are.
         """
+        if not isinstance(state, Mapping):
+            raise ChannelMetricsError(
+                f"the state must be a mapping, but is {type(state).__name__}; it is damaged."
+            )
         if state.get("version") != _STATE_VERSION or "columns" not in state:
             raise ChannelMetricsError(
                 f"the state must have version {_STATE_VERSION} and name its columns, but has "
@@ -259,11 +263,13 @@ def _checked_state(state: Mapping[str, Any]) -> tuple[list[str], list[str], Tens
         columns, names = [str(name) for name in state["columns"]], list(state["names"])
         sums = torch.as_tensor(state["sums"], dtype=torch.float64, device="cpu")
         mismatch = float(state["mismatch"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ChannelMetricsError(
             f"the state must hold columns, names, sums and mismatch, but is damaged ({error!r}); "
             "load the state of another checkpoint."
         ) from None
+    if not all(isinstance(name, str) for name in names):
+        raise ChannelMetricsError(f"the names of a state must be strings, but are {names[:8]}.")
     expected = (len(names) + 1, len(columns))
     if sums.shape != expected:
         raise ChannelMetricsError(

@@ -67,7 +67,7 @@ class CollatorFault:
         """The error itself, or its text if it cannot be pickled."""
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:
+        except Exception:  # a class may raise anything here; the first error is what is kept
             trace = "".join(traceback.format_exception(error))
             error = ChannelMetricsError(f"the channels of a batch could not be collated.\n{trace}")
         return cls(error)
@@ -150,6 +150,7 @@ class ChannelCollator:
         try:
             return self._with_channels(collate, features)
         except Exception as error:
+            # Of `base`, it is raised. Of ours, whatever it is, the main process decides.
             if error is collate.error:
                 raise
             batch = collate.result if collate.called else self._base_batch(features)

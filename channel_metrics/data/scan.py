@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from torch.utils.data import Subset
+
 from channel_metrics.core.labels import channels_of, field_roots, look_up
 from channel_metrics.errors import ChannelError
 
@@ -85,6 +87,8 @@ def count_channels(dataset: Any, fields: Sequence[str]) -> Counter[str | None] |
 
 def class_names(dataset: Any, fields: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """{field: class names} of the fields whose column holds a `ClassLabel`, or lists of them."""
+    while isinstance(dataset, Subset):  # made by torch's `random_split`
+        dataset = dataset.dataset
     features = getattr(dataset, "features", None)
     found: dict[str, tuple[str, ...]] = {}
     if not isinstance(features, Mapping):

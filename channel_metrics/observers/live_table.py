@@ -85,6 +85,7 @@ class LiveTable(transformers.TrainerCallback):
         try:
             self._show(window, args, state)
         except Exception as error:
+            # Terminals and notebooks fail in many ways. No display is worth a training.
             self._failed = True
             logger.warning("the live table failed, and shows nothing from now on: %r", error)
 

@@ -49,7 +49,7 @@ class Ranks:
             moved = values.to(self.device or self._device_of_backend())
             dist.all_reduce(moved, op=dist.ReduceOp.SUM, group=self.group)
             return moved.cpu()
-        except Exception as error:
+        except Exception as error:  # each backend has its own errors
             raise CollectiveError(
                 f"the all-reduce of the channel sums failed ({error}). The ranks may be out of "
                 "step, so the run cannot go on."

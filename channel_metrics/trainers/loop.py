@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from channel_metrics.data.batch_channels import real_records_of_sampler, repeats_unseen
+from channel_metrics.data.repeats import real_records_of_sampler, repeats_unseen
 from channel_metrics.observing import observe
 from channel_metrics.session import ChannelMetrics
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from channel_metrics.analysis.summary import render, summarize
@@ -40,9 +42,37 @@ def test_table_shows_all_columns_and_no_ansi_in_a_plain_file() -> None:
     console = Console(width=160, force_terminal=False, record=True)
     rows = summarize(LOGS, ["bbu", "rru"])
     with console.capture() as capture:
-        console.print(render(rows, ratios={"bbu": 3, "rru": 1}, domains={"bbu": "target"}))
+        console.print(render(rows, 160, ratios={"bbu": 3, "rru": 1}, domains={"bbu": "target"}))
     text = capture.get()
     assert "\x1b" not in text
     line = next(line for line in text.splitlines() if " bbu " in line)
     cells = "bbu target 4.0000 1.0000 -75.0% 90.0% 0.5000 40 40.0% 80.0% 75.0%"
     assert line.split() == cells.split()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 160])
+def test_numbers_are_whole_however_narrow_the_terminal_is(width: int) -> None:
+    console = Console(width=width, force_terminal=False)
+    rows = summarize(LOGS, ["bbu", "rru"])
+    with console.capture() as capture:
+        console.print(render(rows, width, ratios={"bbu": 3, "rru": 1}, domains={"bbu": "target"}))
+    text = capture.get()
+    assert "…" not in text
+    assert all(cell_len(line) <= width for line in text.splitlines())
+    heads, bbu = [line for line in text.splitlines() if "last loss" in line or " bbu " in line]
+    assert "1.0000" in bbu
+    assert ("eval loss" in heads, "ratio" in heads) == (width >= 40, width >= 120)
+
+
+def test_a_long_name_is_cut_before_a_number() -> None:
+    rows = summarize([{"a" * 90 + "_loss": 1.5}], ["a" * 90])
+    console = Console(width=80, force_terminal=False)
+    with console.capture() as capture:
+        console.print(render(rows, 80))
+    assert "aaa…" in capture.get() and " 1.5000 " in capture.get()
+
+
+def test_columns_without_a_value_are_hidden() -> None:
+    rows = summarize([{"a_loss": 1.5}], ["a"])
+    heads = [str(column.header) for column in render(rows, 160).columns]
+    assert heads == ["channel", "first loss", "last loss", "change"]

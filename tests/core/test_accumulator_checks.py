@@ -144,6 +144,10 @@ def test_a_loss_mask_is_0_or_it_is_not() -> None:
         {"names": None},
         {"columns": 3},
         {"mismatch": "?"},
+        {"mismatch": 10**400},
+        {"sums": [[10**400]]},
+        {"names": [{}, []]},
+        {"names": [1, 2]},
     ],
 )
 def test_a_damaged_state_leaves_the_old_one(change: dict[str, Any]) -> None:
@@ -156,6 +160,8 @@ def test_a_damaged_state_leaves_the_old_one(change: dict[str, Any]) -> None:
         accumulator.load_state_dict({**state, **change})
     with pytest.raises(ChannelMetricsError, match=r"is damaged \(KeyError\('sums'\)\)"):
         accumulator.load_state_dict({k: v for k, v in state.items() if k != "sums"})
+    with pytest.raises(ChannelMetricsError, match="must be a mapping, but is list"):
+        accumulator.load_state_dict([state])  # type: ignore[arg-type]
     assert (accumulator.compute(), accumulator.mismatch()) == (before, 0.5)
     assert accumulator.table.names == ("z", "a")
 

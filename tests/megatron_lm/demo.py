@@ -86,6 +86,7 @@ def _show(run: Run, sources: Iterable[Source]) -> None:
     console.print(
         render(
             rows,
+            console.width,
             ratios={source.name: source.ratio for source in sources},
             domains={source.name: source.domain for source in sources},
         )

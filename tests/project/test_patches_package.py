@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from paths import PATCHES, ROOT
 
-from channel_metrics.cli.run_script import PATCH_MODULES
+from channel_metrics.cli.diagnosis import PATCH_MODULES
 from channel_metrics.trainers.patching import announce
 
 INSTALLED = [entry for entry in sys.path if "site-packages" in entry]

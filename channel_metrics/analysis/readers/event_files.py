@@ -28,7 +28,7 @@ def read_event_file(path: Path, problems: Problems, progress: Progress) -> Itera
         progress(len(record) + _FRAME_BYTES)
         try:
             event = event_type.FromString(record)
-        except Exception as error:  # of whichever protobuf is installed
+        except Exception as error:  # each protobuf has its own errors; the reader reports them
             problems.add(path, None, f"record {number} is no event ({error})")
             continue
         if event.HasField("summary"):

@@ -29,7 +29,7 @@ def read_wandb_file(path: Path, problems: Problems, progress: Progress) -> Itera
         for number, blob in enumerate(_wandb_records(file, path, problems, progress), 1):
             try:
                 record = record_type.FromString(blob)
-            except Exception as error:  # of whichever protobuf is installed
+            except Exception as error:  # each protobuf has its own; the reader reports them
                 problems.add(path, None, f"record {number} is damaged ({error})")
                 continue
             if record.WhichOneof("record_type") == "history":

@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from channel_metrics.core.labels import UNLABELED
 from channel_metrics.errors import ConfigError
 from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.wanted import check_wanted
 
 __all__ = ["check_best_metric", "declare_evaluations", "own_keys"]
 
@@ -63,19 +63,7 @@ def check_best_metric(trainer: Any, session: ChannelMetrics) -> None:
     if wanted in session.keys.reserved:
         return
     held = {prefix: trainer.channel_names(session, dataset) for prefix, dataset in sets.items()}
-    known = {*session.labels.names, *session.config.eval_channels, UNLABELED}
-    for names in held.values():
-        known |= names or set()
-    logged = set()
-    for prefix, names in held.items():
-        for channel in sorted(known):
-            for metric in session.schema.metric_names:
-                key = session.keys.key(channel, metric, prefix)
-                why = _why_not(session, channel, metric, names)
-                if why is None:
-                    logged.add(key)
-                elif key == wanted:
-                    raise ConfigError(f"metric_for_best_model is {wanted!r}, but {why}")
+    logged = check_wanted(session, wanted, held, "metric_for_best_model")
     near = difflib.get_close_matches(wanted, logged, n=1, cutoff=_CLOSE)
     if wanted not in logged and near and None not in held.values():
         raise ConfigError(
@@ -90,30 +78,3 @@ def _sets(trainer: Any) -> dict[str, Any]:
     if isinstance(held, dict):
         return {f"eval_{name}_": dataset for name, dataset in held.items()}
     return {} if held is None else {"eval_": held}
-
-
-def _why_not(
-    session: ChannelMetrics, channel: str, metric: str, names: set[str] | None
-) -> str | None:
-    """Why a metric of a channel is not logged for an evaluation set; None if it is logged.
-
-    names: the channels of the set; None if they are not known.
-    """
-    chosen = session.config.eval_channels
-    logged = {metric.name for metric in session.schema.chosen(session.config.metrics)}
-    if metric not in logged:
-        return (
-            f"an evaluation logs only {', '.join(sorted(logged))} of a channel; add {metric!r} to "
-            "`metrics`, or choose another metric."
-        )
-    if chosen and channel not in chosen:
-        return (
-            f"eval_channels leaves out {channel!r}: it names {', '.join(chosen)}. Add it there, or "
-            "choose another metric."
-        )
-    if names is not None and channel not in names:
-        return (
-            f"no record of this evaluation set has the channel {channel!r}: it holds "
-            f"{', '.join(sorted(names))}; choose another metric."
-        )
-    return None

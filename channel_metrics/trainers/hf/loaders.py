@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from channel_metrics.core.labels import UNLABELED
-from channel_metrics.data.batch_channels import repeats_unseen
 from channel_metrics.data.collator import ChannelCollator
+from channel_metrics.data.repeats import repeats_unseen
 from channel_metrics.data.scan import class_names, count_channels
 from channel_metrics.errors import ConfigError
 from channel_metrics.session import ChannelMetrics

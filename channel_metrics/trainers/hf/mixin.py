@@ -16,13 +16,9 @@ from channel_metrics.capture.transformers import check_loss_hook, is_causal
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.sums import TokenValues
-from channel_metrics.data.batch_channels import (
-    BatchChannels,
-    first_records,
-    real_records,
-    take_channels,
-)
+from channel_metrics.data.batch_channels import BatchChannels, take_channels
 from channel_metrics.data.collator import CollatorFault
+from channel_metrics.data.repeats import first_records, real_records
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.observers.live_table import LiveTable, wants_live_table
 from channel_metrics.ranks.ranks import Ranks

@@ -106,7 +106,7 @@ def collator_of(trainer: Any, given: Collate | None) -> Collate:
         try:
             # A collator may have state, such as a generator, which the probe must not change.
             base = copy.deepcopy(trainer.data_collator)
-        except Exception as error:
+        except Exception as error:  # whatever a class raises when it is copied
             raise ConfigError(
                 f"the trainer's collator ({type(trainer.data_collator).__name__}) cannot be "
                 f"copied ({error}); give the probe a `collator` of its own."

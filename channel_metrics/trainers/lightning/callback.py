@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,11 +13,12 @@ from torch import Tensor
 
 from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
-from channel_metrics.data.batch_channels import real_records_of_sampler
 from channel_metrics.data.collator import ChannelCollator
+from channel_metrics.data.repeats import real_records_of_sampler
 from channel_metrics.errors import ChannelMetricsError, ConfigError
 from channel_metrics.extras import need
 from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.lightning.known import Known
 from channel_metrics.trainers.lightning.steps import StepCounter
 from channel_metrics.windows import Window
 
@@ -38,9 +37,11 @@ else:
 # Keys that Lightning or most modules log.
 _RESERVED_KEYS = frozenset({"loss", "train_loss", "val_loss", "test_loss", "epoch", "step"})
 _STEPS = ("training_step", "validation_step", "test_step")
+# Lightning keeps what is logged by the name of the hook that logs it: our own name.
+_HOOK = "channel_metrics"
 
 
-class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
+class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are found at import
     """Give it to the Trainer, and its `collator` to the data loaders.
 
     Args:
@@ -63,6 +64,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
         self.metrics = ChannelMetrics(config, reserved=_RESERVED_KEYS, on_window=on_window)
         self._model = model
         self._steps: StepCounter
+        self._known: Known
         self._undo = ExitStack()
         self._fits = self._raised = False
         self._last_step = 0
@@ -94,8 +96,11 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
             with session.guard.guarded():
                 session.start()
         self._steps = StepCounter(session, pl_module, self._model)
+        self._known = Known(session)
+        self._known.watch(trainer, self._undo)
+        # Not those of the module, which may be copied or pickled while it is trained.
         for name in _STEPS:
-            self._undo.enter_context(swap.wrapped(pl_module, name, self._steps.run))
+            self._undo.enter_context(swap.wrapped(trainer.strategy, name, self._steps.run))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._undo.close()
@@ -108,6 +113,10 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
             self._windows.close()
 
     # ---- training --------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        with self.metrics.guard.guarded():
+            self._known.check(trainer)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -136,6 +145,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
     def _values(self, trainer: Any, window: Window) -> dict[str, Tensor]:
         """The values that are logged. A key that the module logs itself is left to it."""
         theirs = trainer.logged_metrics.keys() - self._own
+        theirs |= {one.meta.name for one in trainer._results.values() if one.meta.fx != _HOOK}
         logs: dict[str, float] = dict.fromkeys(theirs, 0.0)
         self.metrics.write(window, logs)
         ours = {key: value for key, value in logs.items() if key not in theirs}
@@ -147,9 +157,9 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._loaders, self._loader = trainer._evaluation_loop._combined_loader.flattened, -1
-        self._windows = None if trainer.sanity_checking else self._evaluate(trainer, pl_module)
+        self._windows = None if trainer.sanity_checking else self._evaluate(trainer)
 
-    def _evaluate(self, trainer: Any, pl_module: Any) -> Generator[int]:
+    def _evaluate(self, trainer: Any) -> Generator[int]:
         """Open the window of one data loader after the other, and log them in the end."""
         stage, closed = trainer.state.stage.dataloader_prefix, []
         for number in range(len(self._loaders)):
@@ -159,7 +169,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
             if found.window is not None:
                 closed.append(found.window)
         for window in closed:
-            self._log_evaluation(trainer, pl_module, window)
+            self._log_evaluation(trainer, window)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -177,16 +187,12 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
         for _ in self._windows or ():
             pass
 
-    def _log_evaluation(self, trainer: Any, pl_module: Any, window: Window) -> None:
-        values = self._values(trainer, window)
-        with warnings.catch_warnings():
-            # The values are those of all ranks already.
-            keys = "|".join(map(re.escape, values))
-            advice = rf"It is recommended to use `self\.log\('({keys})'"
-            warnings.filterwarnings("ignore", advice)
-            pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=1)
-            # Here Lightning computes what was logged, with that warning.
-            _ = trainer.callback_metrics
+    def _log_evaluation(self, trainer: Any, window: Window) -> None:
+        # Not `pl_module.log`: with a value that the module logs in the same hook under the same
+        # key, Lightning would log the mean of both. Here, that of the module comes last and stays.
+        for key, value in self._values(trainer, window).items():
+            # `sync_dist` without a function: the values are those of all ranks already.
+            trainer._results.log(_HOOK, key, value, sync_dist=True, batch_size=1)
 
     def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *args: Any) -> None:
         self._steps.take(batch, counted=False)
@@ -208,20 +214,24 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]
     def on_load_checkpoint(
         self, trainer: Any, pl_module: Any, checkpoint: Mapping[str, Any]
     ) -> None:
-        if self._fits and not checkpoint["callbacks"].get(self.state_key):
-            self.metrics.warn_once(
-                "the checkpoint was written without channel metrics, so "
-                f"{' and '.join(self.metrics.schema.run_metrics)} count from here."
-            )
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from the totals of a checkpoint."""
         # Lightning also calls this for the checkpoint that it tests.
-        if self._fits:
-            try:
-                self.metrics.load_state_dict(state)
-            except ChannelMetricsError as error:
-                # The counts from here on are right.
-                if self.metrics.guard.raises:
-                    raise
-                self.metrics.warn_once(f"{error} The totals of the run start at zero.")
+        if not self._fits:
+            return
+        state, session = checkpoint["callbacks"].get(self.state_key), self.metrics
+        if not state:
+            session.warn_once(
+                "the checkpoint was written without channel metrics, so "
+                f"{' and '.join(session.schema.run_metrics)} count from here."
+            )
+            return
+        try:
+            session.load_state_dict(state)
+        except ChannelMetricsError as error:
+            # The counts from here on are right.
+            if session.guard.raises:
+                raise ChannelMetricsError(
+                    f"the totals in {trainer.ckpt_path} cannot be read: {error} To go on with "
+                    'totals that start at zero, set on_error="warn" in the config.'
+                ) from error
+            session.warn_once(f"{error} The totals of the run start at zero.")

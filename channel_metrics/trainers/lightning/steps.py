@@ -60,14 +60,13 @@ class StepCounter:
         batch, self._batch = self._batch, None
         if batch is None:
             return step(*args, **kwargs)
-        self.metrics.begin_step()
+        trains = self.module.trainer.training and self.module.automatic_optimization
         with observe(self.metrics, self._model, batch, real=self._real, remedy=_REMEDY) as seen:
             output = step(*args, **kwargs)
-            if isinstance(output, Mapping):
+            if output is None and trains:
+                seen.discard()  # Lightning skips its backward.
+            elif isinstance(output, Mapping):
                 _hand_over(output, seen)
-        # Lightning skips the backward of a training step that returns None.
-        skips = self.module.trainer.training and self.module.automatic_optimization
-        self.metrics.end_step(discard=output is None and skips)
         return output
 
     @cached_property

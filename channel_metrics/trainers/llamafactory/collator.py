@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -26,8 +26,8 @@ class RowsCollator(TokenBatchCollator):
 
         def with_parts(records: Sequence[Any]) -> Any:
             batch = collate(records)
-            if isinstance(batch, Mapping) and has_token_labels(batch):
-                batch.update(self._parts(batch, features))  # type: ignore[attr-defined]
+            if isinstance(batch, MutableMapping) and has_token_labels(batch):
+                batch.update(self._parts(batch, features))
             return batch
 
         return super()._with_channels(with_parts, features)

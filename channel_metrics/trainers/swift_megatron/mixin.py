@@ -35,8 +35,8 @@ HOOKS = {
 _EVAL_PREFIX = "eval_"
 
 
-# mypy cannot see into ms-swift. The base lets `attach` change the class of a trainer that exists.
-class SwiftMegatronMixin(BaseMegatronTrainer):  # type: ignore[misc]
+# The base lets `attach` change the class of a trainer that exists.
+class SwiftMegatronMixin(BaseMegatronTrainer):  # type: ignore[misc]  # ms-swift has no types
     """A mixin for `MegatronTrainer` classes, see `attach`.
 
     channel_metrics: the session. channel_counting: counts the micro-batches. channel_evaluation:

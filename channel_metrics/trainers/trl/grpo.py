@@ -103,7 +103,8 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
         return super(ChannelMetricsMixin, self)._prepare_context_parallel_inputs(model, inputs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
-        generate = super()._generate_and_score_completions  # type: ignore[misc]
+        theirs: Any = super()
+        generate = theirs._generate_and_score_completions
         return self._shielded(generate, self._observed_completions, inputs)
 
     def _observed_completions(self, generate: Any, inputs: list[dict[str, Any]]) -> Any:

@@ -114,7 +114,8 @@ class BatchRecordsMixin(RecordsMixin):
         taken = take_channels(batch)
         if taken is not None:
             self.channel_scratch.pending = taken
-        compute = super().get_batch_loss_metrics  # type: ignore[misc]
+        theirs: Any = super()
+        compute = theirs.get_batch_loss_metrics
         return self._shielded(compute, self._observed_batch, model, batch, *args, **kwargs)
 
     def _observed_batch(self, compute: Any, model: Any, batch: Any, *args: Any, **kw: Any) -> Any:

@@ -149,7 +149,8 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
     def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
         session = self.channel_metrics
         config = self._packing_config if session is None else session.config
-        prepare = super()._prepare_dataset  # type: ignore[misc]
+        theirs: Any = super()
+        prepare = theirs._prepare_dataset
         return prepare_dataset(self, prepare, config, *args, **kwargs)
 
     def _datasets(self) -> Iterator[tuple[str, Any, bool]]:

@@ -15,7 +15,7 @@ from hf_tools import channel_logs, make_records, train
 from paths import ROOT, python_path
 from transformers import Trainer
 
-from channel_metrics.cli.run_script import PATCH_MODULES
+from channel_metrics.cli.diagnosis import PATCH_MODULES
 from channel_metrics.trainers.hf import ChannelMetricsMixin, attach
 
 # What a user has: knows nothing of channel metrics.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as L
 import pytest
@@ -140,7 +140,8 @@ def flattened(records: list[Record]) -> dict[str, torch.Tensor]:
 def loader(records: Sequence[Record], collate: Any = None, **options: Any) -> Any:
     """Batches of 4, in order."""
     given: dict[str, Any] = {"batch_size": 4, "collate_fn": collate or PaddingCollator()}
-    return DataLoader(list(records), **(given | options))  # type: ignore[arg-type]
+    dataset: Any = list(records)
+    return DataLoader(dataset, **(given | options))
 
 
 def run(
@@ -175,8 +176,8 @@ def run(
     module = Module() if module is None else module
     base = collate or PaddingCollator()
     collate = callback.collator(base) if callback else base
-    ordered = dist.is_initialized() and in_order
-    sampler = DistributedSampler(list(records), shuffle=False) if ordered else None  # type: ignore[arg-type,var-annotated]
+    ordered, dataset = dist.is_initialized() and in_order, cast("Any", records)
+    sampler: Any = DistributedSampler(dataset, shuffle=False) if ordered else None
     sets = [loader(records, collate, num_workers=workers, sampler=sampler)]
     sets += [loader(one, collate) for one in held_out]
     trainer.fit(module, sets[0], sets[1:] or None, ckpt_path=ckpt_path, weights_only=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import pytest
+import pytorch_lightning
 import torch
 from hf_tools import PaddingCollator, make_records, tiny_model
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -161,6 +164,30 @@ def test_a_key_of_the_module_stays(caplog: pytest.LogCaptureFixture) -> None:
     assert sum("'bbu_loss' is already logged" in r.getMessage() for r in caplog.records) == 1
 
 
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_a_key_that_the_module_logs_at_the_end_of_an_evaluation_stays(
+    sanity: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Logs(Module):
+        def on_validation_epoch_end(self) -> None:
+            self.log("val_bbu_loss", 100.0)
+
+    options: dict[str, Any] = {"held_out": [HELD_OUT], "num_sanity_val_steps": sanity}
+    found = run(RECORDS[:8], module=Logs(), max_epochs=2, **options)
+    assert found.trainer.callback_metrics["val_bbu_loss"] == 100
+    logged = [values["val_bbu_loss"] for _, values in found.entries if "val_bbu_loss" in values]
+    assert logged == [100, 100]
+    assert sum("'val_bbu_loss' is already logged" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_values_of_an_evaluation_are_not_rounded() -> None:
+    found = run(RECORDS[:8], held_out=[HELD_OUT])
+    (window,) = (window for window in found.windows if window.split == "val")
+    logged = next(values for _, values in found.entries if "val_bbu_loss" in values)
+    assert {key: logged[key] for key in window.logs} == window.logs
+    assert found.trainer.callback_metrics["val_bbu_loss"].item() == window.logs["val_bbu_loss"]
+
+
 def test_a_channel_with_a_key_of_lightnings_habit_is_refused() -> None:
     from channel_metrics import ConfigError
 
@@ -190,16 +217,23 @@ def test_predictions_are_left_alone() -> None:
     assert len(found.windows) == 1
 
 
-def test_the_module_is_as_it_was_after_the_run() -> None:
-    module = Module()
-    run(RECORDS[:8], module=module)
-    assert not {"training_step", "validation_step", "test_step"} & vars(module).keys()
+def test_the_module_can_be_copied_and_pickled_while_it_is_trained() -> None:
+    class Copies(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            assert pickle.loads(pickle.dumps(pl_module)).learning_rate == 0.5
+            other = copy.deepcopy(pl_module)
+            # A step of the copy runs the model of the copy.
+            assert other.training_step.__self__ is other
+
+    module = Module(learning_rate=0.5)
+    run(RECORDS[:8], module=module, callbacks=[Copies()])
+    steps = {"training_step", "validation_step", "test_step"}
+    assert not steps & vars(module).keys() and not steps & vars(module.trainer.strategy).keys()
+    pickle.dumps(ChannelMetricsCallback())
 
 
 def test_pytorch_lightning_takes_it_too() -> None:
-    pytorch_lightning = pytest.importorskip("pytorch_lightning")
-
-    class Same(pytorch_lightning.LightningModule):  # type: ignore[name-defined]
+    class Same(pytorch_lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.model, self.learning_rate = still_model(), 0.0

@@ -97,12 +97,25 @@ def test_a_checkpoint_without_metrics_starts_at_zero_with_a_warning(
     assert len(said) == 1 and "tokens_total and samples_total count from here" in said[0]
 
 
-def test_a_damaged_state_is_named(folder: Path, tmp_path: Path, caplog: Any) -> None:
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"totals": {"version": 99, "channels": {}}},
+        {"totals": {"version": 1, "channels": {"bbu": {"tokens_total": -1}}}},
+        {"totals": {"version": 1, "channels": {"bbu": {"tokens_total": float("nan")}}}},
+        {"totals": None},
+        {"other": 1},
+        ["totals"],
+        "totals",
+    ],
+    ids=str,
+)
+def test_a_damaged_state_is_named(folder: Path, tmp_path: Path, caplog: Any, damaged: Any) -> None:
     checkpoint = torch.load(folder / "steps" / "step=4.ckpt", weights_only=True)
-    checkpoint["callbacks"]["ChannelMetricsCallback"]["totals"]["version"] = 99
+    checkpoint["callbacks"]["ChannelMetricsCallback"] = damaged
     path = tmp_path / "damaged.ckpt"
     torch.save(checkpoint, path)
-    with pytest.raises(ChannelMetricsError, match="must have version 1, but have 99"):
+    with pytest.raises(ChannelMetricsError, match=r"damaged\.ckpt cannot be read: .*on_error="):
         run(RECORDS, config=TOTALS, max_epochs=2, ckpt_path=path)
     warning = replace(TOTALS, on_error="warn")
     warned = run(RECORDS, config=warning, max_epochs=2, ckpt_path=path)

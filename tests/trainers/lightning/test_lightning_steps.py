@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as L
+import peft
 import pytest
 import torch
 from hf_tools import VOCABULARY, make_records, tiny_model
@@ -219,8 +220,8 @@ def test_a_step_that_the_optimizer_repeats_counts_once() -> None:
 
 
 def test_a_batch_without_channels_is_refused() -> None:
-    callback = ChannelMetricsCallback()
-    callback.collator = lambda base: base  # type: ignore[assignment,return-value]
+    callback: Any = ChannelMetricsCallback()
+    callback.collator = lambda base: base
     with pytest.raises(ChannelError, match="give its data loader a collate_fn"):
         run(RECORDS, callback=callback)
 
@@ -254,7 +255,6 @@ def test_an_error_of_the_module_is_raised() -> None:
 
 
 def test_a_peft_model() -> None:
-    peft = pytest.importorskip("peft")
     wrapped = peft.get_peft_model(still_model(), peft.LoraConfig(target_modules=["q_proj"]))
     check(run(RECORDS, module=Module(wrapped)).windows[0].logs, RECORDS)
 

@@ -169,8 +169,9 @@ def accelerated(on: bool, dropout: float = 0.1, rate: float = 1e-2) -> Any:
     collate: Any = PaddingCollator() if metrics is None else metrics.collator(PaddingCollator())
     model = tiny_model(attention_dropout=dropout)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    loader: Any = DataLoader(RECORDS[:32], batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
-    held: Any = DataLoader(RECORDS[33:46], batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
+    records: Any = RECORDS
+    loader: Any = DataLoader(records[:32], batch_size=2, collate_fn=collate)
+    held: Any = DataLoader(records[33:46], batch_size=2, collate_fn=collate)
     called, optimizer, loader, held = accelerator.prepare(model, optimizer, loader, held)
     logs, step = [], 0
     for batch in loader:

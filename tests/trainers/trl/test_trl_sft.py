@@ -116,7 +116,12 @@ def test_the_chunked_loss_in_many_chunks(tmp_path: Path, monkeypatch: pytest.Mon
     found = {}
     for loss_type in ("nll", "chunked_nll"):
         trainer = sft(
-            tmp_path, MySFT, records, loss_type=loss_type, completion_only_loss=True, learning_rate=0.0
+            tmp_path,
+            MySFT,
+            records,
+            loss_type=loss_type,
+            completion_only_loss=True,
+            learning_rate=0.0,
         )
         found[loss_type] = logs(trainer)
     for plain, chunked in zip(found["nll"], found["chunked_nll"], strict=True):

@@ -1,0 +1,75 @@
+"""Keys that a trainer is told to watch, such as `eval_bbu_loss`, checked before the training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from channel_metrics.core.labels import UNLABELED
+from channel_metrics.errors import ConfigError
+from channel_metrics.session import ChannelMetrics
+
+__all__ = ["check_wanted"]
+
+
+def check_wanted(
+    session: ChannelMetrics, wanted: str, sets: Mapping[str, set[str] | None], setting: str
+) -> set[str]:
+    """Refuse a key of a channel that will not be logged. Other keys may be the script's own.
+
+    Args:
+        session: the metrics.
+        wanted: the key.
+        sets: {prefix of the keys: channels of the set, or None if they are not known}. The prefix
+            of the training set is empty.
+        setting: what names the key, for the message.
+
+    Returns:
+        The keys of these sets that will be logged.
+
+    Raises:
+        ConfigError: nothing will be logged under this key.
+    """
+    known = {*session.labels.names, *session.config.eval_channels, UNLABELED}
+    for names in sets.values():
+        known |= names or set()
+    logged, refused = set(), ""
+    for prefix, names in sets.items():
+        for channel in sorted(known):
+            for metric in session.schema.metric_names:
+                key = session.keys.key(channel, metric, prefix)
+                why = _why_not(session, channel, metric, names, of_train=not prefix)
+                if why is None:
+                    logged.add(key)
+                elif key == wanted:
+                    refused = why
+    if refused and wanted not in logged:
+        raise ConfigError(f"{setting} is {wanted!r}, but {refused}")
+    return logged
+
+
+def _why_not(
+    session: ChannelMetrics, channel: str, metric: str, names: set[str] | None, *, of_train: bool
+) -> str | None:
+    """Why a metric of a channel is not logged for a set; None if it is logged."""
+    where = "the training" if of_train else "an evaluation"
+    chosen = () if of_train else session.config.eval_channels
+    logged = {metric.name for metric in session.schema.chosen(session.config.metrics)}
+    if of_train:
+        logged |= {*session.config.metrics} & {*session.schema.run_metrics}
+    if metric not in logged:
+        return (
+            f"{where} logs only {', '.join(sorted(logged))} of a channel; add {metric!r} to "
+            "`metrics`, or choose another metric."
+        )
+    if chosen and channel not in chosen:
+        return (
+            f"eval_channels leaves out {channel!r}: it names {', '.join(chosen)}. Add it there, or "
+            "choose another metric."
+        )
+    if names is not None and channel not in names:
+        of_set = "the training" if of_train else "this evaluation"
+        return (
+            f"no record of {of_set} set has the channel {channel!r}: it holds "
+            f"{', '.join(sorted(names))}; choose another metric."
+        )
+    return None
