@@ -56,9 +56,10 @@ class _Record:
 
 
 class _Token(int):
-    """A token id that knows its record."""
+    """A token id that knows its record, and its place in it."""
 
     record: _Record
+    place: int
 
 
 def _mark(ids: list[int], channel: str) -> None:
@@ -66,7 +67,7 @@ def _mark(ids: list[int], channel: str) -> None:
     record = _Record(channel)
     for place, token in enumerate(ids[:2]):
         ids[place] = marked = _Token(token)
-        marked.record = record
+        marked.record, marked.place = record, place
 
 
 @dataclass
@@ -130,8 +131,8 @@ class ChannelProcessor:
                     row[place] = int(token)
                     if token.record is not record:
                         record = token.record
-                        # The first token of a block may have been overwritten.
-                        starts = [*starts, (record, place)] if place and starts else [(record, 0)]
+                        start = place - token.place
+                        starts = [*starts, (record, start)] if start else [(record, 0)]
             self._check(bool(starts) or not row)
             ends = [*(place for _, place in starts[1:]), len(row)]
             found.append(
