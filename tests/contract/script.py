@@ -138,6 +138,10 @@ class Harness(Protocol):
     def nll(self, sequence: OneSequence) -> float:
         """The summed nll of the supervised tokens of a sequence, by an independent way."""
 
+    def loss(self, sequences: Sequence[OneSequence]) -> float:
+        """The loss of these sequences, by an independent way."""
+        return sum(map(self.nll, sequences)) / sum(size(self, one) for one in sequences)
+
 
 def unit(harness: Harness) -> str:
     """The metric that says how much of a channel was counted."""
@@ -152,21 +156,18 @@ def size(harness: Harness, sequence: OneSequence) -> int:
 def expected(harness: Harness, sequences: Iterable[OneSequence]) -> dict[str, dict[str, float]]:
     """{channel: loss, share, samples, and tokens where they are counted} of a window, by counting
     one after the other."""
-    sums: dict[str, list[float]] = {}
+    by_channel: dict[str, list[OneSequence]] = {}
     for sequence in sequences:
-        of_channel = sums.setdefault(sequence.channel or "unlabeled", [0.0, 0.0, 0.0])
-        of_channel[0] += harness.nll(sequence)
-        of_channel[1] += size(harness, sequence)
-        of_channel[2] += 1
-    total = sum(counted for _, counted, _ in sums.values())
+        by_channel.setdefault(sequence.channel or "unlabeled", []).append(sequence)
+    counted = {name: sum(size(harness, s) for s in of) for name, of in by_channel.items()}
     return {
         name: {
-            "loss": nll / counted,
-            "share": counted / total,
-            "samples": count,
-            unit(harness): counted,
+            "loss": harness.loss(of_channel),
+            "share": counted[name] / sum(counted.values()),
+            "samples": len(of_channel),
+            unit(harness): counted[name],
         }
-        for name, (nll, counted, count) in sums.items()
+        for name, of_channel in by_channel.items()
     }
 
 

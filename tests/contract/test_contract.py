@@ -13,11 +13,13 @@ from contract.harness import Forking
 from contract.harness_hf import HFHarness
 from contract.harness_lightning import LightningHarness
 from contract.harness_loop import LoopHarness
-from contract.harness_trl import DPOHarness, SFTHarness
+from contract.harness_trl import DPOHarness, KTOHarness, RewardHarness, SFTHarness
 
 # trl 1.16 reads a property that transformers 5.23 has renamed.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated"),
+    # trl 0.29 says where they are defined.
+    pytest.mark.filterwarnings("ignore:The `KTO.*` is now located in:FutureWarning"),
     *quiet,
 ]
 
@@ -27,6 +29,8 @@ HARNESSES: list[Forking] = [
     LightningHarness(),
     SFTHarness(),
     DPOHarness(),
+    RewardHarness(),
+    KTOHarness(),
 ]
 RUNS = [
     pytest.param(harness, name, id=f"{harness.name}-{name}")

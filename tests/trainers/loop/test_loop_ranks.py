@@ -16,11 +16,15 @@ from loop_tools import RECORDS, check, logits_loss, model_loss, plain_oracle, ru
 from rank_cases import Case, RanksOf, case
 from said import warnings_of_ours
 from torch._dynamo.utils import counters
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from channel_metrics import ChannelMetrics, ChannelMetricsError, MetricsConfig, evaluate
+
+try:
+    from torch.distributed.fsdp import fully_shard
+except ImportError:  # torch below 2.6
+    from torch.distributed._composable.fsdp import fully_shard
 
 two, one = case(HF, ranks=2), case(HF, ranks=1)
 STREAM = fixed_records(12)
