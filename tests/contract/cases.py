@@ -18,6 +18,7 @@ from contract.script import (
     check_values,
     expected,
     flat,
+    measure,
     renamed,
     size,
     steps,
@@ -85,7 +86,7 @@ def unlabeled_is_in_plain_sight(harness: Harness, folder: Path) -> None:
     found = ran(harness, script, folder)
     (values,) = train_windows(found)
     check_values(values, expected(harness, window_sequences(script)[0]))
-    assert list(values) == ["a", "unlabeled"] and "unlabeled_loss" in found.logs[0]
+    assert list(values) == ["a", "unlabeled"] and f"unlabeled_{measure(harness)}" in found.logs[0]
 
 
 @case()
@@ -105,7 +106,9 @@ def eval_channels_are_respected(harness: Harness, folder: Path) -> None:
     )
     found = ran(harness, script, folder)
     (evaluated,) = found.evaluations
-    assert "eval_a_loss" in evaluated and not any(key.startswith("eval_b") for key in evaluated)
+    assert f"eval_a_{measure(harness)}" in evaluated and not any(
+        key.startswith("eval_b") for key in evaluated
+    )
     assert set(train_windows(found)[0]) == {"a", "b"}
 
 
@@ -167,8 +170,9 @@ def late_typo_in_eval_channels_is_said_once(harness: Harness, folder: Path) -> N
     found = ran(harness, script, folder)
     said = [message for message in found.warnings if "'ruu', which is no channel" in message]
     assert len(said) == 1 and "did you mean 'rru'" in said[0]
-    first, second = ({"eval_bbu_loss", "eval_rru_loss"} & set(e) for e in found.evaluations)
-    assert first == second == {"eval_bbu_loss"}
+    keys = {f"eval_{name}_{measure(harness)}" for name in ("bbu", "rru")}
+    first, second = (keys & set(e) for e in found.evaluations)
+    assert first == second == {f"eval_bbu_{measure(harness)}"}
 
 
 @case()

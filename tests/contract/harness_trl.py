@@ -34,7 +34,7 @@ from contract.pairs import (
 )
 from contract.script import OneSequence, Script, flat
 
-__all__ = ["DPOHarness", "KTOHarness", "RewardHarness", "SFTHarness"]
+__all__ = ["DPOHarness", "KTOHarness", "PairHarness", "RewardHarness", "SFTHarness", "stand_in"]
 
 OPTIONS: dict[str, Any] = {CHECKPOINTING: False, "bf16": False}
 
@@ -80,7 +80,6 @@ class PairHarness(HFHarness):
         records = self.records([s for step in script.steps for s in flat(step)])
         trainer = self.trainer(arguments | OPTIONS, records)
         trainer.train_dataset = records
-        trainer.data_collator.pad_token_id = 0
         return attach(trainer, script.config)
 
     def trainer(self, arguments: dict[str, Any], records: Records) -> Any:
@@ -102,7 +101,7 @@ class DPOHarness(PairHarness):
             ref_model=tiny_qwen2(REFERENCE_SEED),
             args=DPOConfig(**arguments, beta=BETA),
             train_dataset=stand_in(records),
-            processing_class=byte_tokenizer(),
+            processing_class=padding_tokenizer(),
         )
 
 
@@ -139,7 +138,7 @@ class KTOHarness(PairHarness):
             ref_model=tiny_qwen2(REFERENCE_SEED),
             args=KTOConfig(**arguments, beta=BETA, loss_type="apo_zero_unpaired"),
             train_dataset=Dataset.from_list([{"prompt": "a", "completion": "b", "label": True}]),
-            processing_class=byte_tokenizer(),
+            processing_class=padding_tokenizer(),
         )
 
 

@@ -125,6 +125,7 @@ class Harness(Protocol):
 
     can: of "rerun", "skip", "peek", "ranks", "lies", "save", "fails"; and "pairs", where it counts
     pairs and no tokens: a sequence of the script is one pair, and its `nll` the loss of that pair.
+    With "rewards" too, it logs a reward and no loss, and `nll` is the reward.
     """
 
     name: str
@@ -148,21 +149,26 @@ def unit(harness: Harness) -> str:
     return "samples" if "pairs" in harness.can else "tokens"
 
 
+def measure(harness: Harness) -> str:
+    """The metric that says how well a channel does."""
+    return "reward" if "rewards" in harness.can else "loss"
+
+
 def size(harness: Harness, sequence: OneSequence) -> int:
     """How much a sequence counts."""
     return 1 if "pairs" in harness.can else sequence.tokens
 
 
 def expected(harness: Harness, sequences: Iterable[OneSequence]) -> dict[str, dict[str, float]]:
-    """{channel: loss, share, samples, and tokens where they are counted} of a window, by counting
-    one after the other."""
+    """{channel: loss (or reward), share, samples, and tokens where they are counted} of a window,
+    by counting one after the other."""
     by_channel: dict[str, list[OneSequence]] = {}
     for sequence in sequences:
         by_channel.setdefault(sequence.channel or "unlabeled", []).append(sequence)
     counted = {name: sum(size(harness, s) for s in of) for name, of in by_channel.items()}
     return {
         name: {
-            "loss": harness.loss(of_channel),
+            measure(harness): harness.loss(of_channel),
             "share": counted[name] / sum(counted.values()),
             "samples": len(of_channel),
             unit(harness): counted[name],

@@ -14,6 +14,7 @@ from contract.harness_hf import HFHarness
 from contract.harness_lightning import LightningHarness
 from contract.harness_loop import LoopHarness
 from contract.harness_trl import DPOHarness, KTOHarness, RewardHarness, SFTHarness
+from contract.harness_trl_grpo import GRPOHarness
 
 # trl 1.16 reads a property that transformers 5.23 has renamed.
 pytestmark = [
@@ -31,6 +32,7 @@ HARNESSES: list[Forking] = [
     DPOHarness(),
     RewardHarness(),
     KTOHarness(),
+    GRPOHarness(),
 ]
 RUNS = [
     pytest.param(harness, name, id=f"{harness.name}-{name}")

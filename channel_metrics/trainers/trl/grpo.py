@@ -19,9 +19,9 @@ from channel_metrics.errors import ChannelError, ConfigError, UnsupportedVersion
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.swap import wrapped
 from channel_metrics.trainers.hf.batch import Scratch
-from channel_metrics.trainers.hf.mixin import RESERVED_KEYS, ChannelMetricsMixin
+from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
 from channel_metrics.trainers.trl.records import not_called
-from channel_metrics.trainers.trl.samples import sample_schema
+from channel_metrics.trainers.trl.samples import reserved_keys, sample_schema
 
 __all__ = ["GRPOChannelMetricsMixin"]
 
@@ -89,7 +89,8 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
 
     def _new_session(self, config: MetricsConfig) -> ChannelMetrics:
         schema = _schema(self.reward_func_names)
-        return ChannelMetrics(config, reserved=RESERVED_KEYS, ranks=self._ranks(), schema=schema)
+        reserved = reserved_keys(schema)
+        return ChannelMetrics(config, reserved=reserved, ranks=self._ranks(), schema=schema)
 
     def _new_scratch(self, session: ChannelMetrics) -> _GRPOScratch:
         return _GRPOScratch(super()._new_scratch(session).reader)

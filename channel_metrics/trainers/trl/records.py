@@ -16,8 +16,9 @@ from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.errors import ConfigError, UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.swap import wrapped
-from channel_metrics.trainers.hf.mixin import RESERVED_KEYS, ChannelMetricsMixin
+from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
 from channel_metrics.trainers.trl.collator import RecordCollator
+from channel_metrics.trainers.trl.samples import reserved_keys
 
 __all__ = ["BatchRecordsMixin", "Call", "RecordsMixin", "kept_calls", "not_called"]
 
@@ -32,9 +33,9 @@ class RecordsMixin(ChannelMetricsMixin):
         raise NotImplementedError
 
     def _new_session(self, config: MetricsConfig) -> ChannelMetrics:
-        return ChannelMetrics(
-            config, reserved=RESERVED_KEYS, ranks=self._ranks(), schema=self._schema()
-        )
+        schema = self._schema()
+        reserved = reserved_keys(schema)
+        return ChannelMetrics(config, reserved=reserved, ranks=self._ranks(), schema=schema)
 
     def _collator_kind(self, dataset: Any, description: str, known: bool) -> type[ChannelCollator]:
         if super()._collator_kind(dataset, description, known) is not ChannelCollator:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio
+from channel_metrics.trainers.hf.mixin import RESERVED_KEYS
 
 __all__ = [
     "PAIR_REWARDS",
@@ -17,6 +18,7 @@ __all__ = [
     "pair_rewards",
     "pair_schema",
     "pair_values",
+    "reserved_keys",
     "sample_schema",
 ]
 
@@ -51,6 +53,12 @@ def sample_schema(unit: str, *entries: Column | Metric) -> Schema:
         *entries,
     )
     return schema
+
+
+def reserved_keys(schema: Schema) -> frozenset[str]:
+    """The trainer's own keys: those of transformers, and what it logs of evaluations itself."""
+    own = (metric.name for metric in schema.metrics if metric.always)
+    return RESERVED_KEYS | {f"eval_{name}" for name in own}
 
 
 def pair_rewards() -> list[Column | Metric]:
