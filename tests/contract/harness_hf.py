@@ -141,11 +141,11 @@ def collate(records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {**batch, "attention_mask": torch.tensor(mask)}
 
 
-def tiny_qwen2(seed: int = 0) -> Qwen2ForCausalLM:
+def tiny_qwen2(seed: int = 0, vocabulary: int = VOCABULARY) -> Qwen2ForCausalLM:
     """The same model for everybody, without dropout."""
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=1,

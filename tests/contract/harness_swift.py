@@ -28,12 +28,15 @@ from contract.pairs import (
     pair_of,
     preference_loss,
     reward_model,
+    reward_of,
+    scores,
 )
 from contract.script import OneSequence, Script, flat
 
 __all__ = [
     "SwiftCPOHarness",
     "SwiftDPOHarness",
+    "SwiftGRPOHarness",
     "SwiftHarness",
     "SwiftKTOHarness",
     "SwiftORPOHarness",
@@ -66,7 +69,12 @@ class SwiftHarness(HFHarness):
     def save_models(self) -> None:
         """The models that the runs load."""
         tokenizer = padding_tokenizer()
-        for name, model in (("causal", tiny_qwen2()), ("reward", reward_model())):
+        models = {
+            "causal": tiny_qwen2(),
+            "reward": reward_model(),
+            "all_tokens": tiny_qwen2(vocabulary=len(tokenizer)),
+        }
+        for name, model in models.items():
             tokenizer.save_pretrained(self.folder / name)
             model.save_pretrained(self.folder / name)
 
@@ -168,6 +176,37 @@ class SwiftKTOHarness(SwiftDPOHarness):
 
     def records(self, sequences: list[OneSequence], fails_at: int | None = None) -> Records:
         return Answers(sequences, fails_at)
+
+
+class SwiftGRPOHarness(SwiftPairHarness):
+    """A sequence is the one completion of a prompt."""
+
+    name, kind = "swift_grpo", "GRPO"
+    can = SwiftPairHarness.can | {"rewards"}
+    mode = "train"
+    model = "all_tokens"
+
+    def nll(self, sequence: OneSequence) -> float:
+        return reward_of(sequence.number)
+
+    def records(self, sequences: list[OneSequence], fails_at: int | None = None) -> Records:
+        return Prompts(sequences, fails_at)
+
+    def trainer(self, model: Any, arguments: dict[str, Any], **given: Any) -> Any:
+        from swift.rlhf_trainers import GRPOConfig, GRPOTrainer
+
+        options: dict[str, Any] = {"num_generations": 1, "max_completion_length": 2, "beta": 0.0}
+        options |= {"loss_type": "grpo", "shuffle_dataset": False}
+        args = GRPOConfig(**arguments, **options, bf16=False)
+        return GRPOTrainer(model, reward_funcs=[scores], args=args, **given)
+
+
+class Prompts(Records):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        channel = super().__getitem__(index)["channel"]
+        number = self.sequences[index].number
+        messages = [{"role": "user", "content": str(number)}]
+        return {"messages": messages, "number": number, "channel": channel}
 
 
 class Pairs(Records):

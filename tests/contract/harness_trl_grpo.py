@@ -9,7 +9,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from contract.harness_hf import Records, tiny_qwen2
 from contract.harness_trl import PairHarness, stand_in
-from contract.pairs import padding_tokenizer
+from contract.pairs import padding_tokenizer, reward_of, scores
 from contract.script import ROWS, OneSequence
 
 __all__ = ["GRPOHarness"]
@@ -28,21 +28,14 @@ class GRPOHarness(PairHarness):
         return Prompts(sequences, fails_at)
 
     def trainer(self, arguments: dict[str, Any], records: Records) -> Any:
+        functions: list[Any] = [scores]
         return GRPOInOrder(
             model=tiny_qwen2(),
             args=GRPOConfig(**arguments, num_generations=ROWS, max_completion_length=2, beta=0.0),
             train_dataset=stand_in(records),
             processing_class=padding_tokenizer(),
-            reward_funcs=[scores],
+            reward_funcs=functions,
         )
-
-
-def reward_of(number: int) -> float:
-    return number % 7 - 2.5
-
-
-def scores(number: list[int], **kwargs: Any) -> list[float]:
-    return [reward_of(one) for one in number]
 
 
 class GRPOInOrder(GRPOTrainer):

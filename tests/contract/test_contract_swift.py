@@ -13,6 +13,7 @@ from contract.cases import CASES, NEEDS
 from contract.harness_swift import (
     SwiftCPOHarness,
     SwiftDPOHarness,
+    SwiftGRPOHarness,
     SwiftHarness,
     SwiftKTOHarness,
     SwiftORPOHarness,
@@ -29,6 +30,7 @@ KINDS = (
     SwiftCPOHarness,
     SwiftRewardHarness,
     SwiftKTOHarness,
+    SwiftGRPOHarness,
 )
 RUNS = [
     pytest.param(kind, name, id=f"{kind.name}-{name}")

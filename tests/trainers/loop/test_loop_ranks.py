@@ -16,16 +16,14 @@ from loop_tools import RECORDS, check, logits_loss, model_loss, plain_oracle, ru
 from rank_cases import Case, RanksOf, case
 from said import warnings_of_ours
 from torch._dynamo.utils import counters
+from torch.distributed import fsdp
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from channel_metrics import ChannelMetrics, ChannelMetricsError, MetricsConfig, evaluate
 
-try:
-    from torch.distributed.fsdp import fully_shard
-except ImportError:  # torch below 2.6, where it needs a GPU
-    fully_shard: Any = None  # type: ignore[no-redef]
-
+# Below torch 2.6 it has another place, and needs a GPU.
+fully_shard: Any = getattr(fsdp, "fully_shard", None)
 NEEDS_FSDP2 = pytest.mark.skipif(fully_shard is None, reason="needs torch 2.6 on a CPU")
 two, one = case(HF, ranks=2), case(HF, ranks=1)
 STREAM = fixed_records(12)
