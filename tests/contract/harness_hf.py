@@ -17,7 +17,16 @@ from contract.harness import Forking
 from contract.harness_loop import watch_windows
 from contract.script import ROWS, Evaluation, OneSequence, Ran, Script, flat
 
-__all__ = ["HFHarness", "InOrder", "Records", "collate", "nll_of", "tiny_qwen2", "token_ids"]
+__all__ = [
+    "HFHarness",
+    "InOrder",
+    "Records",
+    "collate",
+    "generated_together",
+    "nll_of",
+    "tiny_qwen2",
+    "token_ids",
+]
 
 VOCABULARY = 61
 
@@ -101,6 +110,20 @@ class InOrder(Trainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         records: Any = self.train_dataset
         return SequentialSampler(records)
+
+
+def generated_together(trainer: Any) -> list[int]:
+    """The records of a GRPO trainer in their order.
+
+    It generates those of a step together, and asks for them again in each of its micro-batches.
+    """
+    size, steps = trainer.args.generation_batch_size, trainer.args.steps_per_generation
+    return [
+        index
+        for start in range(0, len(trainer.train_dataset), size)
+        for _ in range(steps)
+        for index in range(start, start + size)
+    ]
 
 
 class _Following(TrainerCallback):

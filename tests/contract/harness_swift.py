@@ -15,7 +15,7 @@ from swift_tools import SWIFT
 from torch.utils.data import SequentialSampler
 
 from channel_metrics.trainers.hf import attach
-from contract.harness_hf import HFHarness, Records, tiny_qwen2
+from contract.harness_hf import HFHarness, Records, generated_together, tiny_qwen2
 from contract.pairs import (
     BETA,
     REFERENCE_SEED,
@@ -196,9 +196,10 @@ class SwiftGRPOHarness(SwiftPairHarness):
         from swift.rlhf_trainers import GRPOConfig, GRPOTrainer
 
         options: dict[str, Any] = {"num_generations": 1, "max_completion_length": 2, "beta": 0.0}
-        options |= {"loss_type": "grpo", "shuffle_dataset": False}
-        args = GRPOConfig(**arguments, **options, bf16=False)
-        return GRPOTrainer(model, reward_funcs=[scores], args=args, **given)
+        args = GRPOConfig(**arguments, **options, bf16=False, loss_type="grpo")
+        trainer = GRPOTrainer(model, reward_funcs=[scores], args=args, **given)
+        trainer._get_train_sampler = lambda *_: generated_together(trainer)
+        return trainer
 
 
 class Prompts(Records):

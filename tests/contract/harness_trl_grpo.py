@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.data import SequentialSampler
 from trl import GRPOConfig, GRPOTrainer
 
-from contract.harness_hf import Records, tiny_qwen2
+from contract.harness_hf import Records, generated_together, tiny_qwen2
 from contract.harness_trl import PairHarness, stand_in
 from contract.pairs import padding_tokenizer, reward_of, scores
 from contract.script import ROWS, OneSequence
@@ -42,16 +42,7 @@ class GRPOInOrder(GRPOTrainer):
     """Takes the records as they come; those of a step are generated together."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        records: Any = self.train_dataset
-        steps = self.args.gradient_accumulation_steps
-        size = ROWS * steps
-        # GRPOTrainer asks for the records of a step again in each of its micro-batches.
-        return [
-            index
-            for start in range(0, len(records), size)
-            for _ in range(steps)
-            for index in range(start, start + size)
-        ]
+        return generated_together(self)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return SequentialSampler(eval_dataset)
