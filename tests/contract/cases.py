@@ -13,15 +13,16 @@ from channel_metrics import ChannelMetricsError, ConfigError, MetricsConfig
 from contract.script import (
     Evaluation,
     Harness,
-    Ran,
     Script,
     check_values,
     expected,
     flat,
     measure,
+    ran,
     renamed,
     size,
     steps,
+    train_windows,
     unit,
     window_sequences,
 )
@@ -43,17 +44,6 @@ def case(*needs: str) -> Callable[..., Callable[[Harness, Path], None]]:
 def config(**given: Any) -> MetricsConfig:
     settings: dict[str, Any] = {"metrics": ALL, "live_table": False, **given}
     return MetricsConfig(**settings)
-
-
-def ran(harness: Harness, script: Script, folder: Path) -> Ran:
-    """One process, without an error."""
-    (found,) = harness.run(script, folder)
-    assert found.error is None, found.error
-    return found
-
-
-def train_windows(found: Ran) -> list[dict[str, dict[str, float]]]:
-    return [window.values for window in found.windows if window.split == "train"]
 
 
 @case()

@@ -144,6 +144,17 @@ class Harness(Protocol):
         return sum(map(self.nll, sequences)) / sum(size(self, one) for one in sequences)
 
 
+def ran(harness: Harness, script: Script, folder: Path) -> Ran:
+    """One process, without an error."""
+    (found,) = harness.run(script, folder)
+    assert found.error is None, found.error
+    return found
+
+
+def train_windows(found: Ran) -> list[dict[str, dict[str, float]]]:
+    return [window.values for window in found.windows if window.split == "train"]
+
+
 def unit(harness: Harness) -> str:
     """The metric that says how much of a channel was counted."""
     return "samples" if "pairs" in harness.can else "tokens"
