@@ -133,7 +133,7 @@ class ChannelMetrics(Counting):
         """A collator like `base` that also adds the channels and boundaries for `observe`."""
         return ChannelCollator(
             base,
-            fields=self.config.fields,
+            fields=self.config.label_fields,
             table=self.labels if self.labels.names else None,
             bounds_key=BOUNDS_KEY,
             row_bounds=False,
@@ -179,7 +179,7 @@ class ChannelMetrics(Counting):
         Raises:
             ChannelError: no record of a training set has a channel; and as `declare_names`.
         """
-        fields = fields or self.config.fields
+        fields = fields or self.config.label_fields
         self.classes.update(class_names(dataset, fields))
         names = scan_channels(dataset, fields, split, needed=not self.config.channels)
         if names is not None:
@@ -197,6 +197,14 @@ class ChannelMetrics(Counting):
         names = [name for name in names if name != UNLABELED]
         self.labels.ids(names)
         self._maker.declare(name for name in names if name in self.labels)
+
+    def rows(self, names: Iterable[str | None]) -> set[str]:
+        """What is logged of records with these names: their channels, and labels of axes."""
+        return {row for name in names for row in self._maker.book.rows(name)}
+
+    def is_label(self, row: str) -> bool:
+        """Whether a row is a label on a further axis, such as `domain/target`."""
+        return row in self._maker.book.labels
 
     def check_eval_channels(self) -> None:
         """Raise `ConfigError` if an entry of `eval_channels` is none of the channels so far."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from channel_metrics.config import MetricsConfig
+from channel_metrics.core.axes import CHANNEL, TREE, TREE_MEAN, AxisBook, Projected, groups_of
 from channel_metrics.core.keys import KeyBook
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.schema import Schema
@@ -19,6 +21,9 @@ from channel_metrics.ranks.exchange import MISMATCH_TOLERANCE, GlobalSums
 from channel_metrics.run_marks import mark
 
 __all__ = ["Evaluation", "OpenWindow", "Window", "WindowMaker"]
+
+# The metrics of a channel whose mean over channels is logged.
+_MEANS = ("loss", "weighted_loss", "token_acc")
 
 Values = dict[str, dict[str, float]]
 
@@ -39,6 +44,9 @@ class Window:
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     """{channel: {metric: value}} for the channels that are logged, `unlabeled` last."""
 
+    axes: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """{axis: {label: {metric: value}}} for the further axes of the config."""
+
     logs: dict[str, float] = field(default_factory=dict)
     """The same values under their log keys."""
 
@@ -46,7 +54,8 @@ class Window:
     """Whether the window has ended; a window of `peek` is still open."""
 
     names: tuple[str, ...] = ()
-    """The channels that the ranks know, in the order of `table`."""
+    """The channels that the ranks know, in the order of `table`, and then rows of the axes, such
+    as `domain/target`."""
 
     columns: tuple[str, ...] = ()
     """The columns of `table`."""
@@ -108,6 +117,7 @@ class WindowMaker:
         self, config: MetricsConfig, schema: Schema, keys: KeyBook, warn_once: Callable[..., None]
     ) -> None:
         self.config, self.schema, self.keys, self.warn_once = config, schema, keys, warn_once
+        self.book = AxisBook(config.axes, config.cross, config.tree, config.axis_format)
         self._metrics = schema.chosen(config.metrics)
         mark("session")
 
@@ -128,33 +138,39 @@ class WindowMaker:
             split, step, prefix, final: as in `Window`.
             totals: those of the run, this window included. None for evaluations and open windows.
         """
-        self.learn(found.names, prefix)
-        values = values_by_channel(self.schema, found.names, found.sums, self._metrics)
+        rows = self.book.project(found.names, found.sums)
+        names, sums, num_channels = self._at_most_top(rows, totals)
+        values = values_by_channel(self.schema, names, sums, self._metrics, num_channels)
+        of_axes = {name: values.pop(name) for name in names[num_channels:] if name in values}
         if set(values) - {UNLABELED}:
             mark("channel")
         if final:
             self._warn_of(split, found.mismatch, values)
         else:
-            self._drop_counts(values)
+            self._drop_counts(values, of_axes)
         if split != "train":
-            self._choose(values, found.names)
+            self._choose(values, names[:num_channels])
         elif totals is not None:
-            self._add_totals(values, totals)
+            self._add_totals(totals, values, of_axes)
+        means = self._means_of_groups({**values, **of_axes})
+        of_axes |= means
+        self.learn([*names, *means], prefix)
         keyed = (
-            (self.keys.key(channel, metric, prefix), value)
-            for channel, of_channel in values.items()
-            for metric, value in of_channel.items()
+            (self.keys.key(row, metric, prefix), value)
+            for row, of_row in {**values, **of_axes}.items()
+            for metric, value in of_row.items()
         )
         return Window(
             split=split,
             step=step,
             prefix=prefix,
             values=values,
+            axes=self.book.by_axis(of_axes),
             logs={key: value for key, value in keyed if key not in self.keys.clashes},
             final=final,
-            names=found.names,
+            names=rows.names,
             columns=self.schema.column_names,
-            table=found.sums,
+            table=rows.sums,
         )
 
     def declare(self, names: Iterable[str]) -> None:
@@ -164,31 +180,74 @@ class WindowMaker:
             ConfigError, ChannelError: if two names would share a key, or if a key is the
                 trainer's.
         """
-        for error in self.keys.learn(names):
+        for error in self.keys.learn(self.book.names(names)):
             raise error
 
     def learn(self, names: Iterable[str], prefix: str) -> None:
-        """Learn names that came up during the run. Keys that two values share are not logged."""
+        """Learn rows that came up during the run. Keys that two values share are not logged."""
         for error in [*self.keys.learn(names), *self.keys.learn(prefix=prefix)]:
             self.warn_once(f"{error} These keys are left out of the log.")
 
     def check_eval_channels(self, names: Sequence[str]) -> None:
         """Raise `ConfigError` for an entry of `eval_channels` that is not in `names`."""
-        for wrong in self._unknown_eval_channels(names):
+        rows = [row for row in self.book.names(names) if row not in self.book.labels]
+        for wrong in self._unknown_eval_channels(rows):
             raise ConfigError(wrong)
 
-    def _drop_counts(self, values: Values) -> None:
+    def _at_most_top(self, rows: Projected, totals: RunTotals | None) -> Projected:
+        """The rows that `top` allows, and `others`."""
+        top = self.config.top
+        if not top or len(rows.names) <= top:
+            return rows
+        if totals is None:
+            counted = rows.sums[1:, self.schema.column_names.index(self.schema.count)]
+            counts = dict(zip(rows.names, counted.tolist(), strict=True))
+        else:
+            count = f"{self.schema.count}_total"
+            counts = {row: t[count] for row, t in totals.by_row(self.book.rows).items()}
+        kept = self.book.top(rows, counts, top)
+        left = sorted({*rows.names} - {*kept.names})
+        if left:
+            self.warn_once(
+                "%d channels or labels are more than `top` (%d) and counted in `others`: %s ...",
+                len(left),
+                top,
+                ", ".join(left[:5]),
+            )
+        return kept
+
+    def _means_of_groups(self, values: Values) -> Values:
+        """For each group of `tree` the means of its children, channels or groups."""
+        children: dict[str, list[dict[str, float]]] = {}
+        for row, of_row in values.items():
+            axis, name = self.book.labels.get(row, (CHANNEL, row))
+            parents = groups_of(name)[: self.config.tree]
+            if axis in (CHANNEL, TREE) and parents and len(parents) == name.count("/"):
+                children.setdefault(parents[-1], []).append(of_row)
+        return {
+            self.book.row(TREE_MEAN, group): {
+                metric: fmean(of_row[metric] for of_row in rows if metric in of_row)
+                for metric in _MEANS
+                if any(metric in of_row for of_row in rows)
+            }
+            for group, rows in children.items()
+        }
+
+    def _drop_counts(self, *groups: Values) -> None:
         """Leave counts out of an open window, or the sum of the logged counts would be wrong."""
         counts = {metric.name for metric in self._metrics if metric.adds_up}
-        for of_channel in values.values():
-            for name in counts.intersection(of_channel):
-                del of_channel[name]
+        for values in groups:
+            for of_row in values.values():
+                for name in counts.intersection(of_row):
+                    del of_row[name]
 
-    def _add_totals(self, values: Values, totals: RunTotals) -> None:
+    def _add_totals(self, totals: RunTotals, *groups: Values) -> None:
         chosen = [name for name in self.schema.run_metrics if name in self.config.metrics]
-        for channel, of_channel in values.items() if chosen else ():
-            of_run = totals.of(channel)
-            of_channel.update({name: of_run[name] for name in chosen})
+        of_rows = totals.by_row(self.book.rows) if chosen else {}
+        for values in groups if chosen else ():
+            for row, of_row in values.items():
+                # The members of `others` change, so it has no totals.
+                of_row.update({name: of_rows[row][name] for name in chosen if row in of_rows})
 
     def _choose(self, values: Values, names: Sequence[str]) -> None:
         """Keep the channels that evaluation logs."""

@@ -59,7 +59,8 @@ def renamed(all_steps: Iterable[Step], names: Mapping[str, str]) -> tuple[Step, 
     """The same steps with other names of channels."""
     return tuple(
         tuple(
-            tuple(replace(one, channel=names[one.channel or ""]) for one in batch) for batch in step
+            tuple(replace(one, channel=names[one.channel or ""] or None) for one in batch)
+            for batch in step
         )
         for step in all_steps
     )

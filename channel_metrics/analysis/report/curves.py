@@ -89,10 +89,11 @@ def curves_of(run: Run, channels: Iterable[str], limit: int) -> Iterator[Curve]:
 
     `limit` is at least 5. A smooth curve follows the curve that it is computed from.
     """
+    found = find_gaps(run)
     gaps = defaultdict(list)
-    for gap in find_gaps(run):
+    for gap in found:
         gaps[gap.channel].append(gap)
-    means = MovingMeans(run)
+    means = MovingMeans(run, found)
     for split in splits_of(run):
         for channel in (GLOBAL, *channels):
             for metric in charts():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -26,7 +25,7 @@ class _OneFieldMixin(ChannelMetricsMixin):
     """The patch has put all channels into the column `channel`."""
 
     def start_channel_metrics(self, config: MetricsConfig) -> None:
-        super().start_channel_metrics(replace(config, fields=(CHANNEL,)))
+        super().start_channel_metrics(config.reading(CHANNEL))
 
 
 class LlamaFactoryMixin(_OneFieldMixin):

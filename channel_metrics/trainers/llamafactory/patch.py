@@ -77,10 +77,11 @@ def _name(original: Callable[..., Any], names: list[str] | None, *args: Any, **k
 
 def _aligning(config: MetricsConfig) -> Callable[..., Any]:
     def align(original: Callable[..., Any], dataset: Any, attributes: Any, *args: Any) -> Any:
-        classes = class_names(dataset, config.fields)
+        fields = config.label_fields
+        classes = class_names(dataset, fields)
 
         def named(make: Callable[..., Any], *given: Any) -> Callable[[Any], Any]:
-            return partial(converted, make(*given), attributes.channel, config.fields, classes)
+            return partial(converted, make(*given), attributes.channel, fields, classes)
 
         with swap.wrapped(converter, "get_dataset_converter", named):
             return original(dataset, attributes, *args)

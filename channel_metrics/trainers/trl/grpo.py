@@ -112,7 +112,7 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
         """TRL's own completions, whose rewards are counted."""
         session = self.channel_metrics
         assert session is not None
-        fields, classes = session.config.fields, session.classes
+        fields, classes = session.config.label_fields, session.classes
         channels = [channel_of(record, fields, classes) for record in inputs]
         kept: list[Tensor] = []
 
