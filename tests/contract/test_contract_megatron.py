@@ -8,9 +8,9 @@ import pytest
 from rank_cases import RanksOf
 from swift_tools import needs_swift
 
-from contract.cases_axes import CASES, NEEDS
 from contract.harness_megatron import MegatronHarness
 from contract.harness_swift_megatron import SwiftMegatronHarness
+from contract.more_cases import CASES, NEEDS
 
 HARNESSES = {"megatron": MegatronHarness(), "swift_megatron": SwiftMegatronHarness()}
 RUNS = [
