@@ -1,8 +1,8 @@
 """Lets the real Megatron-Bridge run on the CPU, with stubs for packages that need a GPU.
 
 CUDA is the CPU, as in `megatron_lm.cpu`. These packages are empty here, because Bridge imports them
-at its start, whether they are used or not: any attribute of them is an empty class. Nothing in the
-runs of these tests calls one of them.
+at its start, whether they are used or not: any attribute of them is an empty class. `CALLED` lists
+the functions of them that these tests call.
 
 megatron-core must not see them, as it would then ask TransformerEngine for layers. So the modules
 of megatron-core that look for them are imported before.
@@ -21,6 +21,13 @@ from pathlib import Path
 from typing import Any
 
 STUBS = ("transformer_engine", "modelopt", "megatron.energon", "nvidia_resiliency_ext")
+
+# The functions of the stubs that a training calls. They have nothing to do without a teacher or
+# quantized weights.
+CALLED = (
+    ("modelopt.torch.distill.plugins.megatron", "get_tensor_shapes_adjust_fn_for_distillation"),
+    ("modelopt.torch.opt.plugins", "save_sharded_modelopt_state"),
+)
 
 
 class Empty(type):
@@ -67,9 +74,8 @@ def prepare() -> None:
     import_core()
     cpu.install_megatron()
     sys.meta_path.append(Finder())
-    # The only function of the stubs that a training calls. None is its answer without a teacher.
-    distillation = importlib.import_module("modelopt.torch.distill.plugins.megatron")
-    distillation.__dict__["get_tensor_shapes_adjust_fn_for_distillation"] = lambda *_, **__: None
+    for module, function in CALLED:
+        importlib.import_module(module).__dict__[function] = cpu.nothing
     for name in (
         "megatron.bridge.training.pretrain",
         "megatron.bridge.training.gpt_step",
@@ -79,6 +85,9 @@ def prepare() -> None:
         "channel_metrics.cli.main",
     ):
         importlib.import_module(name)
+    # As in `megatron_lm.cpu`: else the weights would depend on the layout.
+    initialize = importlib.import_module("megatron.bridge.training.initialize")
+    initialize.__dict__["_warmup_jit_function"] = cpu.nothing
     cpu_layers.install()
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"a fork would lose {len(threads) - 1} threads"

@@ -16,6 +16,7 @@ from channel_metrics.trainers.megatron.reserved import megatron_keys
 
 __all__ = [
     "add_arguments",
+    "captures_iterations",
     "config_of",
     "data_paths",
     "declared_names",
@@ -204,7 +205,7 @@ def _mock_name(args: Any, given: list[str]) -> dict[str | None, str]:
 def _refuse_unsupported(args: Any, config: MetricsConfig) -> None:
     if getattr(args, "yaml_cfg", None) is not None:
         raise UnsupportedVersionError("--channels does not work with --yaml-cfg; use arguments.")
-    if _captures_iterations(args):
+    if captures_iterations(args):
         raise ConfigError(
             "--channels does not work with CUDA graphs of a full iteration (full_iteration in "
             "--cuda-graph-impl or --cuda-graph-scope): a captured iteration runs no Python that "
@@ -225,7 +226,7 @@ def _refuse_unsupported(args: Any, config: MetricsConfig) -> None:
         )
 
 
-def _captures_iterations(args: Any) -> bool:
+def captures_iterations(args: Any) -> bool:
     """Whether whole iterations become CUDA graphs, in the options of core 0.13 to 0.19.
 
     Core 0.18 and later have `--cuda-graph-impl full_iteration`. Earlier versions have a scope

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -133,6 +134,10 @@ def _schedule(original: Original, *args: Any, **kwargs: Any) -> Any:
 def _loader(original: Original, dataset: Any, *args: Any, **kwargs: Any) -> Any:
     call = inspect.signature(original).bind(dataset, *args, **kwargs)
     given = call.arguments
+    # Bridge hides the warnings of all loggers. Ours say what is not measured, or not right.
+    from megatron.training.utils.log_utils import warning_filter
+
+    logging.getLogger("channel_metrics").removeFilter(warning_filter)
     if _runs and dataset is not None and given["dataloader_type"] != "external":
         collate = given.get("collate_fn")
         given["dataset"], given["collate_fn"] = with_channels(_runs[-1], dataset, collate)

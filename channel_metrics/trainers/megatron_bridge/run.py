@@ -12,6 +12,7 @@ from typing import Any
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ConfigError
 from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.megatron.arguments import captures_iterations
 from channel_metrics.trainers.megatron.counting import MegatronChannelMetrics
 from channel_metrics.trainers.megatron.log import write
 from channel_metrics.trainers.megatron.reserved import megatron_keys
@@ -29,9 +30,13 @@ class BridgeRun:
     Args:
         bridge: the `ConfigContainer` of the training.
         config: what is measured and logged.
+
+    Raises:
+        ConfigError: the training has settings that do not work with the metrics.
     """
 
     def __init__(self, bridge: Any, config: MetricsConfig) -> None:
+        _refuse_unsupported(bridge.model)
         self.bridge = bridge
         self.session = ChannelMetrics(config, reserved=megatron_keys() | set(_KEYS))
         self.metrics = MegatronChannelMetrics(session=self.session)
@@ -40,12 +45,6 @@ class BridgeRun:
 
     def on_train_start(self, context: Any) -> None:
         """Begin with an empty window, and with the totals of the checkpoint that was loaded."""
-        parts = getattr(self.bridge.model, "dist_train", None)
-        if getattr(parts, "use_dist_train", False):
-            raise ConfigError(
-                "channel metrics do not work with dist_train of Megatron-Bridge, whose schedule "
-                "is another one; leave it out, or run without --patch megatron_bridge."
-            )
         self._drop_evaluation()
         step, loaded = context.state.train_state.step, self.bridge.checkpoint.load
         self.session.start(_folder(loaded, step) if step and loaded else None)
@@ -106,6 +105,20 @@ class BridgeRun:
 
                 logs = _sanitize_mlflow_metrics(window.logs)
                 state.mlflow_logger.log_metrics(logs, step=window.step)
+
+
+def _refuse_unsupported(model: Any) -> None:
+    if captures_iterations(model):
+        raise ConfigError(
+            "channel metrics do not work with CUDA graphs of a full iteration: a captured "
+            "iteration runs no Python that could count; set cuda_graph_impl of the model to "
+            "another value, so that only layers are captured."
+        )
+    if getattr(getattr(model, "dist_train", None), "use_dist_train", False):
+        raise ConfigError(
+            "channel metrics do not work with dist_train, which has a schedule of its own; leave "
+            "it out, or run without --patch megatron_bridge."
+        )
 
 
 def _folder(root: str, step: int) -> Path:
