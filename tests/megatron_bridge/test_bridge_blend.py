@@ -92,7 +92,7 @@ def test_training_is_unchanged(launcher: BridgeLauncher, data: Data, layout: str
     assert len(on.ranks[-1].seen["training"]["losses"]) == 6
 
 
-def skipping() -> observe.Result:
+def skipping() -> oracle.Result:
     """The optimizer finds an overflow at the third iteration."""
     from megatron.core.optimizer import ChainedOptimizer
 
@@ -137,8 +137,8 @@ def test_totals_go_on_after_a_resume(launcher: BridgeLauncher, data: Data, tmp_p
     whole = train(launcher, data)
     save = {"save": str(tmp_path), "save_interval": 4, "ckpt_format": "torch_dist"}
     # The checkpoint is in the middle of a log interval.
-    settings = {"checkpoint": save, "train": {"exit_interval": 4}, "logger": {"log_interval": 3}}
-    train(launcher, data, **settings)
+    end, log = {"exit_interval": 4}, {"log_interval": 3}
+    train(launcher, data, checkpoint=save, train=end, logger=log)
     saved = json.loads((tmp_path / "iter_0000004" / TOTALS_FILE).read_text())["channels"]
     resumed = train(launcher, data, "dp1", checkpoint={"load": str(tmp_path)})
     for name in oracle.NAMES:
@@ -148,11 +148,15 @@ def test_totals_go_on_after_a_resume(launcher: BridgeLauncher, data: Data, tmp_p
 
 
 def test_names_of_the_config(launcher: BridgeLauncher, data: Data) -> None:
-    """In the order of the blend; two data sets may share one."""
+    """In the order of the blend; two data sets may share one. Here there is a test set, too."""
     config = "channels: [all, tiny, all]\n"
-    run = launcher.train("dp1", blend(data), config=config)
+    settings = blend(data)
+    settings["dataset"]["split"] = "70,20,10"
+    run = launcher.train("dp1", settings, config=config)
     names = {key.removesuffix("_share") for key in run.scalars if key.endswith("_share")}
-    assert names == {"all", "tiny", "eval_all", "eval_tiny"}
+    assert names == {
+        f"{split}{name}" for split in ("", "eval_", "test_") for name in ("all", "tiny")
+    }
     config = "channels: [one, two]\n"
     run = launcher.train("dp1", blend(data), config=config, check=False)
     assert "ConfigError" in run.failure and "got 2 names (one, two)" in run.failure

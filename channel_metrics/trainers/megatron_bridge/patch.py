@@ -37,8 +37,10 @@ __all__ = ["apply", "is_applied", "revert"]
 
 _KEY = "megatron_bridge"
 _PRETRAIN = "training.pretrain"
-_EVENTS = ("on_train_start", "on_train_step_end")
-_EVENTS += ("on_eval_start", "on_eval_end", "on_test_start", "on_test_end")
+_EVENTS = (
+    "on_train_start", "on_train_step_end", "on_eval_start", "on_eval_end", "on_test_start",
+    "on_test_end",
+)  # fmt: skip
 Original = Callable[..., Any]
 
 _runs: list[BridgeRun] = []
