@@ -132,12 +132,13 @@ class PackedChannels(torch.utils.data.Dataset[Any]):
         """Make a batch of Bridge with the ids of its tokens and conversations."""
         batch: dict[str, Any] = self._dataset.collate_fn(items)
         # Bridge drops the last token of each conversation, and shifts labels inside of it.
+        lengths = (np.diff(item["seq_boundaries"]) - 1 for item in items)
         tokens = [
-            item["channels"].repeat_interleave(torch.tensor(item["seq_boundaries"]).diff() - 1)
-            for item in items
+            item["channels"].repeat_interleave(torch.from_numpy(of_item))
+            for item, of_item in zip(items, lengths, strict=True)
         ]
         sequences = [item["channels"][: 0 if item["is_filler"] else None] for item in items]
-        width = torch.zeros(batch["tokens"].shape[1], dtype=torch.int64)
-        batch[BATCH_KEY] = pad_sequence([width, *tokens], True, UNLABELED_ID)[1:]
+        # The first is as long as the rows, and is only there for its length.
+        batch[BATCH_KEY] = pad_sequence([batch["tokens"][0], *tokens], True, UNLABELED_ID)[1:]
         batch[SEQUENCES_KEY] = pad_sequence(sequences, True, NO_SEQUENCE)
         return batch
