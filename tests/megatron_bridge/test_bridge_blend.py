@@ -150,10 +150,11 @@ def test_totals_go_on_after_a_resume(launcher: BridgeLauncher, data: Data, tmp_p
 def test_names_of_the_config(launcher: BridgeLauncher, data: Data) -> None:
     """In the order of the blend; two data sets may share one. Here there is a test set, too."""
     config = "channels: [all, tiny, all]\n"
-    settings = blend(data)
+    settings = blend(data, positional={"with": "a callback"})
     settings["dataset"]["split"] = "70,20,10"
     run = launcher.train("dp1", settings, config=config)
     names = {key.removesuffix("_share") for key in run.scalars if key.endswith("_share")}
+    assert "the user's callback at 6" in run.ranks[0].said
     assert names == {
         f"{split}{name}" for split in ("", "eval_", "test_") for name in ("all", "tiny")
     }

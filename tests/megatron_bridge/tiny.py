@@ -2,6 +2,7 @@
 
 The settings are {section of the `ConfigContainer`: {field: value}}, beside those below. `dataset`
 may hold `blend` (paths and weights), or `dataset_root` for gpt_sft; `packs` is its pack size.
+`positional` calls `pretrain` by position, with a callback.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from megatron.bridge.data.builders.gpt_sft import GPTSFTDatasetConfig
 from megatron.bridge.data.packing.config import PackedSequenceSpecs
 from megatron.bridge.data.sft_processing import PromptCompletionSFTPreprocessingConfig
 from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.config import (
     CheckpointConfig,
     ConfigContainer,
@@ -129,10 +131,21 @@ def config(settings: dict[str, dict[str, Any]], tensorboard: str, cache: str) ->
     )
 
 
+class Remembering(Callback):
+    """A callback of the user's own."""
+
+    def on_eval_end(self, context: Any) -> None:
+        print("the user's callback at", context.state.train_state.step)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("settings", "tensorboard-dir", "data-cache-path"):
         parser.add_argument(f"--{name}", required=True)
     args = parser.parse_args()
     chosen = json.loads(Path(args.settings).read_text())
-    pretrain(config(chosen, args.tensorboard_dir, args.data_cache_path), forward_step)
+    made = config(chosen, args.tensorboard_dir, args.data_cache_path)
+    if chosen.get("positional"):
+        pretrain(made, forward_step, [Remembering()])
+    else:
+        pretrain(config=made, forward_step_func=forward_step)

@@ -100,24 +100,18 @@ def _bodies(config: MetricsConfig) -> dict[tuple[str, str], Any]:
     }
 
 
-def _pretrain(
-    config: MetricsConfig,
-    original: Original,
-    bridge: Any,
-    step: Any,
-    callbacks: Any = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+def _pretrain(settings: MetricsConfig, original: Original, /, *args: Any, **kwargs: Any) -> Any:
     from megatron.bridge.training.callbacks import CallbackManager, normalize_callbacks
 
-    manager = normalize_callbacks(callbacks) or CallbackManager()
-    run = BridgeRun(bridge, config)
+    call = inspect.signature(original).bind(*args, **kwargs)
+    manager = normalize_callbacks(call.arguments.get("callbacks")) or CallbackManager()
+    call.arguments["callbacks"] = manager
+    run = BridgeRun(call.arguments["config"], settings)
     _runs.append(run)
     for event in _EVENTS:
         manager.register(event, functools.partial(_fire, run, event))
     try:
-        return original(bridge, step, manager, *args, **kwargs)
+        return original(*call.args, **call.kwargs)
     finally:
         _runs.remove(run)
 
@@ -133,16 +127,16 @@ def _schedule(original: Original, *args: Any, **kwargs: Any) -> Any:
     return counting_schedule(forward_backward, _runs[-1].metrics) if _runs else forward_backward
 
 
-def _loader(original: Original, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-    call = inspect.signature(original).bind(dataset, *args, **kwargs)
+def _loader(original: Original, /, *args: Any, **kwargs: Any) -> Any:
+    call = inspect.signature(original).bind(*args, **kwargs)
     given = call.arguments
     # Bridge hides the warnings of all loggers. Ours say what is not measured, or not right.
     from megatron.training.utils.log_utils import warning_filter
 
     logging.getLogger("channel_metrics").removeFilter(warning_filter)
-    if _runs and dataset is not None and given["dataloader_type"] != "external":
-        collate = given.get("collate_fn")
-        given["dataset"], given["collate_fn"] = with_channels(_runs[-1], dataset, collate)
+    if _runs and given["dataset"] is not None and given["dataloader_type"] != "external":
+        own = (given["dataset"], given.get("collate_fn"))
+        given["dataset"], given["collate_fn"] = with_channels(_runs[-1], *own)
     return original(*call.args, **call.kwargs)
 
 
@@ -153,6 +147,7 @@ def _fill(config: MetricsConfig, original: Original, *args: Any) -> Any:
 def _save(original: Original, state: Any, *args: Any, **kwargs: Any) -> Any:
     # Not at Bridge's event on_checkpoint_save: with async_save, it comes some iterations later.
     result = original(state, *args, **kwargs)
-    if _runs and not kwargs.get("non_persistent_ckpt"):
+    # A script may also save another model, with a state of its own.
+    if _runs and state.cfg is _runs[-1].bridge and not kwargs.get("non_persistent_ckpt"):
         _runs[-1].save(state)
     return result
