@@ -28,7 +28,7 @@ SOURCES := pyproject.toml scripts/make_env constraints/sources.txt constraints/v
 .venv/.stamp: $(SOURCES) constraints/main.in constraints/main.txt
 	@scripts/make_env main
 
-.venv-latest/.stamp: $(SOURCES) constraints/latest.in constraints/latest.txt
+.venv-latest/.stamp: $(SOURCES) constraints/latest.in constraints/latest.txt constraints/unresolved.txt
 	@scripts/make_env latest
 
 env-llamafactory: .venv-llamafactory/.stamp ## Create .venv-llamafactory: a small one over .venv

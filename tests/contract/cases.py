@@ -84,14 +84,6 @@ def unlabeled_is_in_plain_sight(harness: Harness, folder: Path) -> None:
 
 
 @case()
-def all_unlabeled_warns_once(harness: Harness, folder: Path) -> None:
-    chosen = config(channels=("a",))
-    found = ran(harness, Script(config=chosen, steps=steps("--", "--"), every=1), folder)
-    said = [message for message in found.warnings if "count as 'unlabeled'" in message]
-    assert len(said) == 1 and "no record" in said[0]
-
-
-@case()
 def eval_channels_are_respected(harness: Harness, folder: Path) -> None:
     script = Script(
         config=config(channels=("a", "b"), eval_channels=("a",)),

@@ -73,6 +73,14 @@ def labels_on_two_axes(harness: Harness, folder: Path) -> None:
     assert found.evaluations[0][f"eval_lang/de_{how}"] == pytest.approx(de)
 
 
+@case()
+def all_unlabeled_warns_once(harness: Harness, folder: Path) -> None:
+    chosen = config(channels=("a",))
+    found = ran(harness, Script(config=chosen, steps=steps("--", "--"), every=1), folder)
+    said = [message for message in found.warnings if "count as 'unlabeled'" in message]
+    assert len(said) == 1 and "no record" in said[0]
+
+
 @case("lies")
 def a_loss_that_lies_is_told_once(harness: Harness, folder: Path) -> None:
     script = Script(config=config(), steps=steps("ab", "aa", "bb", "ab"), every=1, lies=True)
