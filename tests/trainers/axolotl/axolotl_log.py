@@ -1,4 +1,4 @@
-"""A second plugin: it writes down what the trainer logged, with all digits."""
+"""A second plugin: it writes down what the trainer logged, and the sequences that it trained on."""
 
 from __future__ import annotations
 
@@ -6,20 +6,31 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from axolotl.integrations.base import BasePlugin
 
 __all__ = ["LogPlugin"]
 
 
 class LogPlugin(BasePlugin):
-    """Writes `log.json` into the folder of the run, on rank 0."""
+    """Writes `log.json` into the folder of the run, and with packing `seen<rank>.json`."""
 
     trainer: Any
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        self.trainer = trainer
+        self.trainer, self.seen = trainer, []
+        if cfg.sample_packing:
+            trainer.model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, model: torch.nn.Module, args: Any, batch: dict[str, Any]) -> None:
+        if model.training:
+            ids, places = (batch[key].flatten() for key in ("input_ids", "position_ids"))
+            starts = (places == 0).nonzero().flatten().tolist()
+            self.seen += [part.tolist() for part in ids.tensor_split(starts[1:])]
 
     def post_train(self, cfg: Any, model: Any) -> None:
+        folder = Path(cfg.output_dir).parent
+        (folder / f"seen{self.trainer.args.process_index}.json").write_text(json.dumps(self.seen))
         if self.trainer.is_world_process_zero():
-            path = Path(cfg.output_dir).with_name("log.json")
-            path.write_text(json.dumps(self.trainer.state.log_history, default=float))
+            log = json.dumps(self.trainer.state.log_history, default=float)
+            (folder / "log.json").write_text(log)

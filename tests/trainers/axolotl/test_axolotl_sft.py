@@ -1,0 +1,106 @@
+"""`axolotl train` against a loop over the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axolotl_tools import (
+    AXOLOTL,
+    NAMES,
+    ONLY_HERE,
+    WHOLE,
+    Command,
+    Run,
+    entries,
+    make_files,
+    train,
+    write_config,
+)
+from rank_cases import RanksOf
+
+pytestmark = [ONLY_HERE, pytest.mark.timeout(900)]
+
+RunOf = Callable[..., Run]
+PACKED = {"sample_packing": True, "micro_batch_size": 2, "gradient_accumulation_steps": 1}
+SOURCE = {"channel_metrics": {"fields": ["source"], "metrics": ["loss", "tokens", "samples"]}}
+LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory: pytest.TempPathFactory, files: Path, ranks_of: RanksOf) -> RunOf:
+    """Run Axolotl in forked processes."""
+
+    def run(ranks: int = 1, **settings: Any) -> Run:
+        folder = tmp_path_factory.mktemp("run")
+        config = str(write_config(files, folder, **settings))
+        ranks_of.call(AXOLOTL, train, config, ranks=ranks, folder=folder, meet=ranks > 1)
+        return Run(folder)
+
+    return run
+
+
+def check(found: dict[str, Any], wanted: Any, prefix: str = "") -> None:
+    """The same channels, and their values."""
+    ours = {k.removesuffix("_tokens") for k in found if k.endswith("_tokens")}
+    assert ours == {prefix + name for name in wanted}
+    for name, (loss, tokens, samples) in wanted.items():
+        assert found[f"{prefix}{name}_tokens"] == tokens, name
+        assert found[f"{prefix}{name}_samples"] == samples, name
+        assert found[f"{prefix}{name}_loss"] == pytest.approx(loss, rel=1e-6), name
+
+
+def test_padded_rows_and_test_datasets(run_of: RunOf, files: Path) -> None:
+    from axolotl_oracle import of_sft
+
+    tested = [{**entry, "split": "train"} for entry in entries(files)]
+    run = run_of(**WHOLE, test_datasets=tested, eval_strategy="epoch")
+    check(run.values, of_sft(files))
+    check(run.evaluation, of_sft(files), "eval_")
+
+
+@pytest.mark.parametrize("settings", [{}, {"multipack_real_batches": True}])
+def test_sample_packing(run_of: RunOf, files: Path, settings: dict[str, Any]) -> None:
+    from axolotl_oracle import of_sft
+
+    run = run_of(**WHOLE, **PACKED, **settings)
+    wanted = of_sft(files, seen=run.seen)
+    check(run.values, wanted)
+    assert sum(samples for _, _, samples in wanted.values()) > 30
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_two_ranks(run_of: RunOf, files: Path, packed: bool) -> None:
+    from axolotl_oracle import of_sft
+
+    run = run_of(2, **WHOLE, **(PACKED if packed else {}))
+    check(run.values, of_sft(files, seen=run.seen if packed else None))
+
+
+def test_a_column_of_the_users_own_is_the_channel_with_lora(run_of: RunOf, files: Path) -> None:
+    from axolotl_oracle import of_sft
+
+    check(run_of(**WHOLE, **SOURCE, **LORA).values, of_sft(files, "source"))
+
+
+@pytest.mark.parametrize("field", [None, "source"])
+def test_texts_that_are_cut_into_rows(run_of: RunOf, files: Path, field: str | None) -> None:
+    from axolotl_oracle import of_texts
+
+    texts = entries(files, "completion")
+    run = run_of(**WHOLE, **(SOURCE if field else {}), datasets=texts)
+    check(run.values, of_texts(files, field))
+
+
+def test_a_stream(run_of: RunOf, files: Path) -> None:
+    from axolotl_oracle import of_sft
+
+    run = run_of(**WHOLE | {"num_epochs": 1, "max_steps": 6}, streaming=True)
+    check(run.values, of_sft(files))
