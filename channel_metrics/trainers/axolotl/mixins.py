@@ -99,6 +99,11 @@ class AxolotlMixin(ChannelMetricsMixin):
         finally:
             self.data_collator, self.eval_data_collator = before
 
+    def _set_signature_columns_if_needed(self) -> None:
+        # With `sample_packing`, a second call of Axolotl's own raises KeyError.
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         # With `balance_labels`, Axolotl asks for the class of its collator.
         before = self.data_collator

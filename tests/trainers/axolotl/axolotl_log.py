@@ -17,6 +17,12 @@ class LogPlugin(BasePlugin):
 
     trainer: Any
 
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        """Change the config before the model is loaded. Axolotl loads the datasets itself."""
+        # With several ranks, it puts each on a GPU of its own.
+        if cfg.device == "cpu":
+            cfg.device_map = {"": "cpu"}
+
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         self.trainer, self.seen = trainer, []
         if cfg.sample_packing:

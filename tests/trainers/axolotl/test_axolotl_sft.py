@@ -26,7 +26,16 @@ pytestmark = [ONLY_HERE, pytest.mark.timeout(900)]
 RunOf = Callable[..., Run]
 PACKED = {"sample_packing": True, "micro_batch_size": 2, "gradient_accumulation_steps": 1}
 SOURCE = {"channel_metrics": {"fields": ["source"], "metrics": ["loss", "tokens", "samples"]}}
-LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
+LORA = {
+    "adapter": "lora",
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_target_linear": True,
+    # They need a GPU.
+    "lora_mlp_kernel": False,
+    "lora_qkv_kernel": False,
+    "lora_o_kernel": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +113,14 @@ def test_a_stream(run_of: RunOf, files: Path) -> None:
 
     run = run_of(**WHOLE | {"num_epochs": 1, "max_steps": 6}, streaming=True)
     check(run.values, of_sft(files))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_validation_is_split_from_all_channels(run_of: RunOf, packed: bool) -> None:
+    """The collator of evaluations is another one than that of training."""
+    split = {"val_set_size": 0.25, "eval_sample_packing": packed, "eval_strategy": "epoch"}
+    found = run_of(**WHOLE, **PACKED, **split).evaluation
+    losses = [found[f"eval_{name}_loss"] for name in NAMES]
+    tokens = [found[f"eval_{name}_tokens"] for name in NAMES]
+    assert sum(found[f"eval_{name}_samples"] for name in NAMES) == 12
+    assert min(tokens) > 0 and min(losses) > 0
