@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from axolotl.integrations.base import BasePlugin
+from axolotl.utils import trainer as axolotl_trainer
 
 __all__ = ["LogPlugin"]
 
@@ -16,6 +17,10 @@ class LogPlugin(BasePlugin):
     """Writes `log.json` into the folder of the run, and with packing `seen<rank>.json`."""
 
     trainer: Any
+
+    def register(self, cfg: Any) -> None:
+        # With several ranks, it asks torch about GPUs, and expects another error if there are none.
+        axolotl_trainer.check_cuda_p2p_ib_support = lambda: True
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """Change the config before the model is loaded. Axolotl loads the datasets itself."""

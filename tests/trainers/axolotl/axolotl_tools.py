@@ -159,10 +159,7 @@ class Run:
 def train(config: str) -> None:
     """In a forked process: what `axolotl train --launcher python` does."""
     from axolotl.cli.train import do_cli
-    from axolotl.utils import trainer
 
-    # In a forked process, torch's answer to this question is an error that Axolotl does not expect.
-    trainer.check_cuda_p2p_ib_support = lambda: True
     do_cli(config=config)
 
 

@@ -108,6 +108,49 @@ def test_texts_that_are_cut_into_rows(run_of: RunOf, files: Path, field: str | N
     check(run.values, of_texts(files, field))
 
 
+def same(on: Run, off: Run) -> None:
+    """The same weights, and the same values of the trainer."""
+    assert on.weights == off.weights
+    keys = ("loss", "grad_norm", "eval_loss", "learning_rate")
+    logged = [[{k: e[k] for k in keys if k in e} for e in run.log] for run in (on, off)]
+    assert logged[0] == logged[1] and len(logged[0]) > 4
+
+
+def test_training_is_the_same_without_the_plugin(run_of: RunOf, tmp_path: Path) -> None:
+    """Also if both find the same folder of prepared data, and both datasets have one record."""
+    settings = {
+        "model": "dropout",
+        "val_set_size": 0.25,
+        "eval_steps": 2,
+        "balance_labels": True,
+        "dataset_exact_deduplication": True,
+        "dataset_prepared_path": str(tmp_path / "prepared"),
+    }
+    off, on = (run_of(**settings, plugin=plugin) for plugin in (False, True))
+    same(on, off)
+    found = on.evaluation
+    assert sum(found[f"eval_{name}_samples"] for name in NAMES) == 12
+
+
+def test_packed_training_with_lora_is_the_same_without_the_plugin(run_of: RunOf) -> None:
+    settings = {**PACKED, **LORA, "model": "dropout"}
+    off, on = (run_of(**settings, plugin=plugin) for plugin in (False, True))
+    same(on, off)
+
+
+def test_the_command_starts_two_ranks(files: Path, tmp_path: Path) -> None:
+    """With the default launcher. And one with `--launcher python`."""
+    from axolotl_oracle import of_sft
+
+    two = Command(files, tmp_path / "two", "--", "--multi_gpu", "--num_processes", "2", **WHOLE)
+    one = Command(files, tmp_path / "one", "--launcher", "python", **WHOLE)
+    wanted = of_sft(files)
+    for run in (two.end(), one.end()):
+        check(run.values, wanted)
+    assert (tmp_path / "two" / "seen1.json").exists()
+    assert "the channels of `datasets:` are chat, code" in one.output
+
+
 def test_a_stream(run_of: RunOf, files: Path) -> None:
     from axolotl_oracle import of_sft
 
