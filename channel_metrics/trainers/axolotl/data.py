@@ -77,7 +77,8 @@ class NamedStrategy:
                 rows[key] += column
             count = len(next(iter(made.values()), ()))
             rows[CHANNEL] += [self.channel(record)] * count
-        return dict(rows)
+        # Axolotl's workers want the same columns from all that give rows.
+        return dict(rows) if rows[CHANNEL] else {}
 
     def channel(self, record: Mapping[str, Any]) -> str:
         """The channel that the record names, or that of its dataset."""

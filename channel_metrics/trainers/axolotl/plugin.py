@@ -72,6 +72,10 @@ class ChannelMetricsPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl has no 
         """Attach the metrics."""
         attach(trainer, self.config)
 
+    def post_train_unload(self, cfg: Any) -> None:
+        # The next run of a sweep may be without the plugin.
+        swap.unwrap(_KEY)
+
     def _load(self, original: Callable[..., Any], **given: Any) -> Any:
         """Load one entry of `datasets:` or `test_datasets:`. The rows have channels."""
         entry, cfg = given["dataset_config"], given["cfg"]

@@ -17,7 +17,21 @@ from fork_client import Preload
 from paths import python_path
 from swift_files import make_model
 
-__all__ = ["AXOLOTL", "NAMES", "ONLY_HERE", "SIZE", "WHOLE", "Command", "Run", "entries"]
+__all__ = [
+    "AXOLOTL",
+    "NAMES",
+    "ONLY_HERE",
+    "PLUGIN",
+    "SIZE",
+    "WHOLE",
+    "Command",
+    "Run",
+    "entries",
+    "make_files",
+    "train",
+    "warm",
+    "write_config",
+]
 
 ONLY_HERE = pytest.mark.skipif(
     find_spec("axolotl") is None,

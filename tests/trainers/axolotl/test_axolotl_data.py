@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from axolotl_tools import ONLY_HERE
+import yaml
+from axolotl_tools import ONLY_HERE, PLUGIN
+from paths import ROOT
 
 from channel_metrics.demo.tiny import byte_tokenizer
 from channel_metrics.errors import ChannelError, ConfigError, UnsupportedVersionError
@@ -60,6 +63,23 @@ def test_records_that_came_with_tokens_keep_their_own_channel() -> None:
     fields = ("channel", "metadata._fusion_source")
     dataset, _ = with_channels(lambda made: (made, None), given, "web", fields)
     assert dataset["channel"][:] == ["a", "web"]
+
+
+def test_texts_without_a_token_give_no_row() -> None:
+    from axolotl.prompt_strategies.completion import load
+    from axolotl.utils.dict import DictDefault
+
+    from channel_metrics.trainers.axolotl.data import NamedStrategy
+
+    inner = load(byte_tokenizer(), DictDefault(train_on_inputs=True, sequence_len=4))
+    strategy = NamedStrategy(inner, "web", ("source",), {})
+    assert strategy.tokenize_prompt({"text": [""], "source": ["a"]}) == {}
+    made = strategy.tokenize_prompt({"text": ["", "12345", "1"], "source": ["a", "b", None]})
+    assert made["channel"] == ["b", "b", "web"] and [len(ids) for ids in made["labels"]] == [
+        4,
+        2,
+        2,
+    ]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -122,3 +142,33 @@ def test_another_trainer_is_refused() -> None:
 
     with pytest.raises(UnsupportedVersionError, match="this run has a AxolotlDPOTrainer"):
         mixin_for(AxolotlDPOTrainer)
+
+
+def test_a_release_without_a_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from axolotl.utils.data import utils
+    from axolotl.utils.dict import DictDefault
+
+    from channel_metrics.trainers.axolotl import ChannelMetricsPlugin
+
+    monkeypatch.delattr(utils, "_deduplicate_dataset")
+    with pytest.raises(UnsupportedVersionError, match=r"lacks _deduplicate_dataset; use 0\.21"):
+        ChannelMetricsPlugin().register(DictDefault({}))
+
+
+def test_the_lines_of_the_page(capfd: pytest.CaptureFixture[str]) -> None:
+    from axolotl.integrations.base import load_plugin
+    from axolotl.utils.data import sft
+    from axolotl.utils.dict import DictDefault
+
+    page = (ROOT / "docs" / "axolotl.md").read_text()
+    first, second = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
+    assert first == {"plugins": [PLUGIN]}
+    plugin, before = load_plugin(PLUGIN), sft._load_and_process_single_dataset
+    plugin.register(DictDefault({**second, "datasets": [{"path": "org/chat"}]}))
+    try:
+        assert plugin.config.fields == ("source",)
+        assert sft._load_and_process_single_dataset is not before
+    finally:
+        plugin.on_config_validation_error(DictDefault({}))
+    assert sft._load_and_process_single_dataset is before
+    assert "the channels of `datasets:` are chat" in capfd.readouterr().err

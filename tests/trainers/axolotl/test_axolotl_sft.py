@@ -104,7 +104,8 @@ def test_texts_that_are_cut_into_rows(run_of: RunOf, files: Path, field: str | N
     from axolotl_oracle import of_texts
 
     texts = entries(files, "completion")
-    run = run_of(**WHOLE, **(SOURCE if field else {}), datasets=texts)
+    settings = {**SOURCE, "dataset_num_proc": 2} if field else {}
+    run = run_of(**WHOLE, **settings, datasets=texts)
     check(run.values, of_texts(files, field))
 
 
@@ -116,9 +117,14 @@ def same(on: Run, off: Run) -> None:
     assert logged[0] == logged[1] and len(logged[0]) > 4
 
 
-def test_training_is_the_same_without_the_plugin(run_of: RunOf, tmp_path: Path) -> None:
-    """Also if both find the same folder of prepared data, and both datasets have one record."""
+def test_training_is_the_same_without_the_plugin(
+    run_of: RunOf, files: Path, tmp_path: Path
+) -> None:
+    """Also if both find the same folder of prepared data, and one dataset is there twice."""
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes((files / "code.jsonl").read_bytes())
     settings = {
+        "datasets": [*entries(files), {"path": str(copy), "type": "input_output"}],
         "model": "dropout",
         "val_set_size": 0.25,
         "eval_steps": 2,
@@ -129,7 +135,7 @@ def test_training_is_the_same_without_the_plugin(run_of: RunOf, tmp_path: Path) 
     off, on = (run_of(**settings, plugin=plugin) for plugin in (False, True))
     same(on, off)
     found = on.evaluation
-    assert sum(found[f"eval_{name}_samples"] for name in NAMES) == 12
+    assert sum(found.get(f"eval_{name}_samples", 0) for name in (*NAMES, "copy")) == 12
 
 
 def test_packed_training_with_lora_is_the_same_without_the_plugin(run_of: RunOf) -> None:
