@@ -17,6 +17,7 @@ class LogPlugin(BasePlugin):
     """Writes `log.json` into the folder of the run, and with packing `seen<rank>.json`."""
 
     trainer: Any
+    seen: list[list[int]]
 
     def register(self, cfg: Any) -> None:
         # With several ranks, it asks torch about GPUs, and expects another error if there are none.
