@@ -68,7 +68,7 @@ class NamedStrategy:
         if not self.inner.supports_batched:
             row = self.inner.tokenize_prompt(prompt)
             return {**row, CHANNEL: self.channel(prompt)} if row else row
-        rows = defaultdict(list)
+        rows: dict[str, list[Any]] = defaultdict(list)
         # One after the other, because a record may give several rows, or none.
         for values in zip(*prompt.values(), strict=True):
             record = dict(zip(prompt, values, strict=True))
@@ -80,9 +80,9 @@ class NamedStrategy:
         # Axolotl's workers want the same columns from all that give rows.
         return dict(rows) if rows[CHANNEL] else {}
 
-    def channel(self, record: Mapping[str, Any]) -> str:
+    def channel(self, record: Mapping[str, Any]) -> str | None:
         """The channel that the record names, or that of its dataset."""
-        return channel_of(record, self.fields, self.classes) or self.name
+        return channel_of(record, self.fields, self.classes, self.name)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "inner":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -58,7 +57,7 @@ class RowsCollator(TokenBatchCollator):
         return self.base([[self._without_fields(record) for record in row] for row in features])
 
     def _bounds(self, batch: Mapping[str, Any], rows: list[Any], ids: list[Any]) -> torch.Tensor:
-        width, left = batch["input_ids"].shape[1], self.base.tokenizer.padding_side == "left"
+        width, left = batch["input_ids"].shape[1], self.tokenizer.padding_side == "left"
         bounds = []
         for number, (row, tokens) in enumerate(zip(rows, ids, strict=True)):
             pads = width - len(tokens) if left else 0
@@ -74,7 +73,7 @@ class AxolotlMixin(ChannelMetricsMixin):
     eval_data_collator: Any
 
     def start_channel_metrics(self, config: MetricsConfig) -> None:
-        super().start_channel_metrics(replace(config, fields=(CHANNEL,)))
+        super().start_channel_metrics(config.reading(CHANNEL))
 
     def _collator_kind(self, *args: Any) -> type[ChannelCollator]:
         kind = super()._collator_kind(*args)

@@ -81,11 +81,11 @@ class ChannelMetricsPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl has no 
         entry, cfg = given["dataset_config"], given["cfg"]
         listed = cfg.datasets if given["split"] == "train" else cfg.test_datasets
         entries = list(sft.datasets_with_name_generator(listed))
-        return with_channels(original, given, label_of(entry, entries), self.config.fields)
+        return with_channels(original, given, label_of(entry, entries), self.config.label_fields)
 
     def _hash(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         """Keep prepared data with channels apart from those without."""
-        own = f"{original(*args, **kwargs)}|channels|{self.config.fields}"
+        own = f"{original(*args, **kwargs)}|channels|{self.config.label_fields}"
         return str(data_utils.md5(own))
 
 

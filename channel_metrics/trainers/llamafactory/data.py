@@ -47,7 +47,7 @@ def converted(
         fields, classes: see `channel_metrics.core.labels.channel_of`.
         example: the record.
     """
-    return {**convert(example), CHANNEL: channel_of(example, fields, classes) or name}
+    return {**convert(example), CHANNEL: channel_of(example, fields, classes, name)}
 
 
 @dataclass(frozen=True, eq=False)

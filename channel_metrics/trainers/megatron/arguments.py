@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ConfigError, UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
-from channel_metrics.trainers.megatron.names import MOCK, names_in_order
+from channel_metrics.trainers.megatron.names import MOCK, names_in_order, refuse_axes_by_field
 from channel_metrics.trainers.megatron.reserved import megatron_keys
 
 __all__ = [
@@ -232,12 +232,7 @@ def _refuse_unsupported(args: Any, config: MetricsConfig) -> None:
         )
     if getattr(args, "sft", False):
         return
-    by_field = [axis for axis, source in config.axes.items() if not isinstance(source, Mapping)]
-    if by_field:
-        raise ConfigError(
-            f"the axis {by_field[0]!r} is read from a field, but the data files of Megatron have "
-            "no fields without --sft; map channels to labels, or use --channels-axes."
-        )
+    refuse_axes_by_field(config)
     if config.channels:
         raise ConfigError(
             "the file of --channels-config lists channels, but the data options name them here; "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
+from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ConfigError
 
-__all__ = ["MOCK", "dataset_name", "names_in_order"]
+__all__ = ["MOCK", "dataset_name", "names_in_order", "refuse_axes_by_field"]
 
 MOCK = "mock"
 # Endings that the tools which prepare Megatron's data append to the name of a source.
@@ -77,3 +78,13 @@ def _without_ending(path: str) -> list[str]:
         short = name.removesuffix(ending)
         name = short or name
     return [*(folder for folder in folders if folder != "/"), name]
+
+
+def refuse_axes_by_field(config: MetricsConfig) -> None:
+    """Raise `ConfigError` if labels must be read from fields: tokenized data has none."""
+    for axis, source in config.axes.items():
+        if not isinstance(source, Mapping):
+            raise ConfigError(
+                f"the axis {axis!r} is read from a field, but tokenized data files have no fields; "
+                f"map channels to labels instead: axes: {{{axis}: {{bbu: target}}}}."
+            )

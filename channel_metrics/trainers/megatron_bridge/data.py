@@ -20,7 +20,11 @@ from channel_metrics.core.labels import UNLABELED_ID, channels_of
 from channel_metrics.errors import ChannelError
 from channel_metrics.trainers.megatron.data import ChannelDataset
 from channel_metrics.trainers.megatron.ids import BATCH_KEY, NO_SEQUENCE, SEQUENCES_KEY
-from channel_metrics.trainers.megatron.names import dataset_name, names_in_order
+from channel_metrics.trainers.megatron.names import (
+    dataset_name,
+    names_in_order,
+    refuse_axes_by_field,
+)
 from channel_metrics.trainers.megatron_bridge.packs import names_of_packs
 from channel_metrics.trainers.megatron_bridge.run import BridgeRun
 
@@ -50,13 +54,14 @@ def with_channels(run: BridgeRun, dataset: Any, collate: Collate | None) -> tupl
         return packed, packed.collate_fn
     if collate is None:
         return dataset, None
-    return dataset, _NamedRows(collate, run.session.config.fields)
+    return dataset, _NamedRows(collate, run.session.config.label_fields)
 
 
 def _blend(run: BridgeRun, dataset: Any) -> ChannelDataset:
     session, config = run.session, run.bridge.dataset
     blends = (getattr(config, "blend", None), *(getattr(config, "blend_per_split", None) or ()))
     paths = [list(blend[0]) for blend in blends if blend is not None]
+    refuse_axes_by_field(session.config)
     names = names_in_order(paths, session.config.channels, "channels of the config")
     session.declare_names(names.values())
     session.check_eval_channels()
@@ -67,7 +72,11 @@ def _blend(run: BridgeRun, dataset: Any) -> ChannelDataset:
         return session.labels.ids([name])[0]
 
     return ChannelDataset(
-        dataset, session.labels, id_of, declare=session.declare_names, fields=session.config.fields
+        dataset,
+        session.labels,
+        id_of,
+        declare=session.declare_names,
+        fields=session.config.label_fields,
     )
 
 

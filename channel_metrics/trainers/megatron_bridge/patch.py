@@ -141,7 +141,7 @@ def _loader(original: Original, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def _fill(config: MetricsConfig, original: Original, *args: Any) -> Any:
-    return packs.fill_packing_strategy(original, *args, fields=config.fields)
+    return packs.fill_packing_strategy(original, *args, fields=config.label_fields)
 
 
 def _save(original: Original, state: Any, *args: Any, **kwargs: Any) -> Any:
