@@ -58,7 +58,7 @@ NOT_RUN = {
 
 TRAINERS = (
     *("hf_trainer", "trl", "ms_swift", "ms_swift_megatron"),
-    *("megatron", "lightning", "llamafactory", "own_loop"),
+    *("megatron", "megatron_bridge", "lightning", "llamafactory", "axolotl", "own_loop"),
 )
 # Pages with >>> in their blocks.
 WITH_EXAMPLES = ("docs/REFERENCE.md", "docs/axes.md")
