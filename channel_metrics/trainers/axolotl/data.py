@@ -68,7 +68,7 @@ class NamedStrategy:
         if not self.inner.supports_batched:
             row = self.inner.tokenize_prompt(prompt)
             return {**row, CHANNEL: self.channel(prompt)} if row else row
-        rows = defaultdict(list)
+        rows: dict[str, list[Any]] = defaultdict(list)
         # One after the other, because a record may give several rows, or none.
         for values in zip(*prompt.values(), strict=True):
             record = dict(zip(prompt, values, strict=True))

@@ -58,7 +58,7 @@ class RowsCollator(TokenBatchCollator):
         return self.base([[self._without_fields(record) for record in row] for row in features])
 
     def _bounds(self, batch: Mapping[str, Any], rows: list[Any], ids: list[Any]) -> torch.Tensor:
-        width, left = batch["input_ids"].shape[1], self.base.tokenizer.padding_side == "left"
+        width, left = batch["input_ids"].shape[1], self.tokenizer.padding_side == "left"
         bounds = []
         for number, (row, tokens) in enumerate(zip(rows, ids, strict=True)):
             pads = width - len(tokens) if left else 0
