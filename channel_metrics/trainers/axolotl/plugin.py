@@ -59,7 +59,8 @@ class ChannelMetricsPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl has no 
             self.config = MetricsConfig.from_mapping(mapping(given, "channel_metrics"))
         # A sweep registers the plugin once per run.
         swap.unwrap(_KEY)
-        for (owner, name), body in zip(_HOOKS, (self._load, self._hash, _unique), strict=True):
+        bodies: tuple[Callable[..., Any], ...] = (self._load, self._hash, _unique)
+        for (owner, name), body in zip(_HOOKS, bodies, strict=True):
             swap.wrap(owner, name, body, key=_KEY)
         entries = list(sft.datasets_with_name_generator(cfg.get("datasets") or []))
         names = sorted({label_of(entry, entries) for entry in entries})
