@@ -16,9 +16,9 @@ def need(module: str, *, extra: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         # A package that is there and lacks a part of its own is another problem: shown as it is.
-        if error.name != module:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise ChannelMetricsError(
-            f"this needs the package {module!r}, which is not installed; run: "
+            f"this needs the package {error.name!r}, which is not installed; run: "
             f"pip install 'channel_metrics[{extra}]'"
         ) from None

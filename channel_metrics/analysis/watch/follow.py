@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from channel_metrics.analysis.readers.files import is_plain
 from channel_metrics.analysis.readers.readings import Problems, Reading
-from channel_metrics.analysis.readers.sources import FORMATS, Source, find_sources
+from channel_metrics.analysis.readers.sources import Source, check_format, find_sources
 from channel_metrics.analysis.watch.tail import LINE_FORMATS, Tail
 from channel_metrics.analysis.watch.traces import Trace, Traces, traces_of
 from channel_metrics.errors import ChannelMetricsError
@@ -37,10 +38,7 @@ class Follower:
     """
 
     def __init__(self, run: Path, format: str | None = None) -> None:
-        if format is not None and format not in FORMATS:
-            raise ChannelMetricsError(
-                f"expected one of the formats {', '.join(FORMATS)}, but got {format!r}."
-            )
+        check_format(format)
         self.run = run
         self.format = format
         self.problems = Problems()
@@ -108,7 +106,8 @@ class Follower:
         if self._tail:
             self._tail.close()
         self.source, self._tail = source, None
-        if source.format in LINE_FORMATS:
+        # The parts before a resume, and compressed files, can only be read as a whole.
+        if source.format in LINE_FORMATS and len(source.files) == 1 and is_plain(source.files[0]):
             self._tail = Tail(source.files[-1], source.format, self.problems)
 
     def _look_at_lines(self, tail: Tail, to_end: bool) -> bool:
@@ -153,7 +152,8 @@ class Follower:
         self.problems.count = 0
         self.problems.examples.clear()
         # A file that is written again is empty for a moment; the old values are kept then.
-        traces = traces_of(readings)
+        in_order = self.source is None or self.source.in_order
+        traces = traces_of(readings, in_order=in_order)
         self.traces = traces or self.traces
         self._is_behind = False
         end = time.monotonic()
