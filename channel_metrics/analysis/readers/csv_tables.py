@@ -54,7 +54,9 @@ def _of_ours(record: dict[str, str], run: str) -> list[Reading] | None:
 
 def _of_row(record: dict[str, str], run: str) -> list[Reading] | None:
     values = {key: number_of(text) for key, text in record.items() if text}
-    step = step_of({key: value for key, value in values.items() if value is not None})
+    # One column for all rows: `_step` counts calls, and must not stand in for a missing step.
+    column = next((key for key in STEP_KEYS if key in record), "")
+    step = step_of({column: values.get(column)})
     if step is None:
         return None
     prefix = f"{run} - " if run else ""

@@ -46,6 +46,7 @@ class DictLines(LineReader):
         self._waiting: list[_Record] = []
         self._total: int | None = None
         self._done = self._counted = 0
+        self._at_number: set[str] = set()
 
     def read(self, line: str) -> list[Reading] | None:
         if "{'" not in line and "%|" not in line:
@@ -92,8 +93,13 @@ class DictLines(LineReader):
     def _count(self, record: _Record) -> list[Reading]:
         if self._total is not None:
             return list(readings_of(_numbers(record.values), self._done))
-        self._counted += record.is_training
-        self.note = "the log names no steps: record n with a loss is shown as step n"
+        # Training records get a number each; an evaluation gets one if it would hide another.
+        keys = record.values.keys() - {"epoch"}
+        if record.is_training or keys & self._at_number:
+            self._counted += 1
+            self._at_number = set()
+        self._at_number |= keys
+        self.note = "the log names no steps: its records are numbered instead"
         return list(readings_of(_numbers(record.values), self._counted))
 
 

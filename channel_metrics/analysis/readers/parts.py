@@ -36,8 +36,9 @@ class _Head:
         """Whether this log begins in the middle of a run that `other` began."""
         if not self.steps or not other.steps or self.steps[0] <= other.steps[0]:
             return False
-        intervals = [head.steps[1] - head.steps[0] for head in (self, other) if len(head.steps) > 1]
-        return self.steps[0] > max(1.0, _LATER * min(intervals, default=0))
+        own = self if len(self.steps) > 1 else other
+        interval = own.steps[-1] - own.steps[0]
+        return self.steps[0] > max(1.0, _LATER * interval)
 
     def has_other_keys(self, other: _Head) -> bool:
         """Whether it could be logged beside `other`."""
