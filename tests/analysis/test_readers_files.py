@@ -169,5 +169,7 @@ def test_a_folder_without_a_log_names_what_was_looked_for_and_left_aside(tmp_pat
     assert "Looked for: JSON lines with a step, trainer_state.json" in str(caught.value)
     assert "Left aside: " in str(caught.value)
     assert "latest.log" in str(caught.value)
-    with pytest.raises(ChannelMetricsError, match=r"one of the formats jsonl, trainer_state, .*'foo'"):
+    with pytest.raises(
+        ChannelMetricsError, match=r"one of the formats jsonl, trainer_state, .*'foo'"
+    ):
         load_run(tmp_path, format="foo")

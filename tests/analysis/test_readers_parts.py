@@ -41,7 +41,8 @@ def write_swift(path: Path, history: list[Entry]) -> None:
     write_jsonl(
         path,
         [
-            {k: v for k, v in e.items() if k != "step"} | {"global_step/max_steps": f"{e['step']}/40"}
+            {k: v for k, v in e.items() if k != "step"}
+            | {"global_step/max_steps": f"{e['step']}/40"}
             for e in history
         ],
     )
@@ -49,9 +50,7 @@ def write_swift(path: Path, history: list[Entry]) -> None:
 
 WRITERS: list[Any] = [
     pytest.param(write_text, "slurm-99.out", "slurm-100.out", id="slurm"),
-    pytest.param(
-        write_swift, "v9-2026/logging.jsonl", "v10-2026/logging.jsonl", id="ms-swift"
-    ),
+    pytest.param(write_swift, "v9-2026/logging.jsonl", "v10-2026/logging.jsonl", id="ms-swift"),
     pytest.param(lambda p, h: tensorboard(p, h), "Nov28_10_h", "Nov28_11_h", id="tensorboard"),
     pytest.param(lambda p, h: write_jsonl(p, h), "a.1.jsonl", "a.2.jsonl", id="jsonl"),
 ]
@@ -116,7 +115,9 @@ def test_two_resumes_and_a_key_that_begins_later(tmp_path: Path) -> None:
     """After the second resume, which goes back further, the log gains a key."""
     parts = [range(1, 9), range(6, 12), range(4, 7)]
     lines = [
-        {"new": 1.0, "step": s, "loss": float(part)} if part == 2 else {"step": s, "loss": float(part)}
+        {"new": 1.0, "step": s, "loss": float(part)}
+        if part == 2
+        else {"step": s, "loss": float(part)}
         for part, steps in enumerate(parts)
         for s in steps
     ]
@@ -129,7 +130,11 @@ def test_two_resumes_and_a_key_that_begins_later(tmp_path: Path) -> None:
 def test_a_late_evaluation_is_no_resume(tmp_path: Path) -> None:
     """Some trainers evaluate a checkpoint while the training goes on."""
     lines = [{"step": s, "loss": 1.0} for s in range(1, 9)]
-    lines += [{"step": 3, "eval_loss": 2.0}, {"step": 9, "loss": 1.0}, {"step": 2, "eval_loss": 2.5}]
+    lines += [
+        {"step": 3, "eval_loss": 2.0},
+        {"step": 9, "loss": 1.0},
+        {"step": 2, "eval_loss": 2.5},
+    ]
     run = load_run(write_jsonl(tmp_path / "a.jsonl", lines))
     assert list(series_of(run, GLOBAL, "loss")) == list(range(1, 10))
     assert list(series_of(run, GLOBAL, "loss", "eval")) == [2, 3]
