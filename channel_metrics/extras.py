@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from typing import Any
 
 from channel_metrics.errors import ChannelMetricsError
 
-__all__ = ["need"]
+__all__ = ["check_installed", "need"]
+
+
+def check_installed(*modules: str, extra: str) -> None:
+    """Raise a `ChannelMetricsError` if a package is missing, before a long work needs it."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise ChannelMetricsError(
+            f"this needs {', '.join(missing)}, not installed; run: "
+            f"pip install 'channel_metrics[{extra}]'"
+        )
 
 
 def need(module: str, *, extra: str) -> Any:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def expected(folder: Path, key: str) -> dict[int, float]:
+def expected(folder: Path, key: str) -> dict[int, Any]:
     history = json.loads((folder / "history.json").read_text())
     # Four digits are printed.
     return {e["step"]: pytest.approx(e[key], rel=1e-3) for e in history if key in e}

@@ -22,7 +22,7 @@ from channel_metrics.analysis.readers.keys import GLOBAL, is_over_steps, is_trai
 from channel_metrics.analysis.run import load_run
 from channel_metrics.trainers.megatron.log import log_line
 
-# A job ran to step 30 and was resumed from a checkpoint at step 20, with other losses from there on.
+# A job ran to step 30 and was resumed from step 20, with other losses from there on.
 FIRST = [entry for entry in make_history(40) if entry["step"] <= 30]
 SECOND = [entry for entry in make_history(40, seed=1) if entry["step"] > 20]
 KEPT = [entry for entry in FIRST if entry["step"] <= 20] + SECOND
@@ -38,21 +38,17 @@ def write_text(path: Path, history: list[Entry]) -> None:
 
 
 def write_swift(path: Path, history: list[Entry]) -> None:
-    write_jsonl(
-        path,
-        [
-            {k: v for k, v in e.items() if k != "step"}
-            | {"global_step/max_steps": f"{e['step']}/40"}
-            for e in history
-        ],
-    )
+    lines = [dict(entry) for entry in history]
+    for line in lines:
+        line["global_step/max_steps"] = f"{line.pop('step')}/40"
+    write_jsonl(path, lines)
 
 
 WRITERS: list[Any] = [
     pytest.param(write_text, "slurm-99.out", "slurm-100.out", id="slurm"),
     pytest.param(write_swift, "v9-2026/logging.jsonl", "v10-2026/logging.jsonl", id="ms-swift"),
-    pytest.param(lambda p, h: tensorboard(p, h), "Nov28_10_h", "Nov28_11_h", id="tensorboard"),
-    pytest.param(lambda p, h: write_jsonl(p, h), "a.1.jsonl", "a.2.jsonl", id="jsonl"),
+    pytest.param(tensorboard, "Nov28_10_h", "Nov28_11_h", id="tensorboard"),
+    pytest.param(write_jsonl, "a.1.jsonl", "a.2.jsonl", id="jsonl"),
 ]
 
 

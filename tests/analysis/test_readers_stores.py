@@ -24,7 +24,7 @@ import trackio
 for name in ("old", "new"):
     trackio.init(project="p", name=name)
     for entry in json.load(open(sys.argv[1])):
-        trackio.log({k: v for k, v in entry.items() if k != "step"} | {"global_step": entry["step"]})
+        trackio.log({"global_step" if k == "step" else k: v for k, v in entry.items()})
     trackio.log({"loss": float("nan"), "global_step": 41})
     trackio.finish()
 """

@@ -20,16 +20,18 @@ MEGATRON = f"""\
  [2026-11-23 03:18:15.477057] iteration      238/    1000 | consumed samples:         1904 | \
 elapsed time per iteration (ms): 192.7 | lm loss: 2.500000E+00 | loss scale: 1.0 |
 {RULE}
- validation loss at iteration 238 | lm loss value: 2.400000E+00 | lm loss PPL: 1.102318E+01 | 
+ validation loss at iteration 238 | lm loss value: 2.400000E+00 | lm loss PPL: 1.102318E+01 |
 {RULE}
- validation-web loss at iteration 238 | lm loss value: 2.100000E+00 | lm loss PPL: 8.166170E+00 | 
- validation loss at iteration 238 [hplt] | lm loss value: 2.200000E+00 | lm loss PPL: 9.03E+00 | 
- validation loss at iteration 238 [code] | lm loss value: 1.200000E+00 | lm loss PPL: 3.32E+00 | 
- extra_validation news-a loss at iteration 238 | lm loss value: 2.300000E+00 | 
+ validation-web loss at iteration 238 | lm loss value: 2.100000E+00 | lm loss PPL: 8.166170E+00 |
+ validation loss at iteration 238 [hplt] | lm loss value: 2.200000E+00 | lm loss PPL: 9.03E+00 |
+ validation loss at iteration 238 [code] | lm loss value: 1.200000E+00 | lm loss PPL: 3.32E+00 |
+ extra_validation news-a loss at iteration 238 | lm loss value: 2.300000E+00 |
  valid loss at iteration 45000 | lm loss value: 2.327E+00 |
- validation loss at iteration 1000 on validation set | lm loss value: 2.0E+00 | lm loss PPL: 7.4 | 
- validation loss at iteration 1000 on test set | lm loss value: 1.9E+00 | lm loss PPL: 6.7E+00 | 
+ validation loss at iteration 1000 on validation set | lm loss value: 2.0E+00 | lm loss PPL: 7.4 |
+ validation loss at iteration 1000 on test set | lm loss value: 1.9E+00 | lm loss PPL: 6.7E+00 |
 """
+# Each of its lines ends with a blank.
+MEGATRON = MEGATRON.replace("|\n", "| \n")
 NEMO = """\
 [NeMo I 2024-11-15 10:22:04 utils:259] Setting up optimizer with config OptimizerConfig(lr=0.0003)
 Training epoch 0, iteration 0/3 | lr: 3e-07 | global_batch_size: 8 | global_step: 0 | \
@@ -68,10 +70,10 @@ OLMO = """\
     optim/LR (group 0)=2.00E-05
 """
 AUTOMODEL = """\
-2026-01-01 10:00:00 | INFO | root | step 5 | epoch 1 | loss 1.0672 | grad_norm 3.6800 | lr 1.00e-05 \
-| mem 4.14 GiB | tps 1234.50(617.25/gpu) | num_label_tokens 645
-2026-01-01 10:00:01 | INFO | root | [val] name "default" | step 5 | epoch 1 | loss 0.9033 | lr \
-1.00e-05 | num_label_tokens 22
+2026-01-01 10:00:00 | INFO | root | step 5 | epoch 1 | loss 1.0672 | grad_norm 3.6800 | \
+lr 1.00e-05 | mem 4.14 GiB | tps 1234.50(617.25/gpu) | num_label_tokens 645
+2026-01-01 10:00:01 | INFO | root | [val] name "default" | step 5 | epoch 1 | loss 0.9033 | \
+lr 1.00e-05 | num_label_tokens 22
 2026-01-01 10:00:01 | INFO | root | [val] name "web" | step 5 | epoch 1 | loss 0.8033 | lr \
 1.00e-05 | num_label_tokens 20
 2026-01-01 10:00:01 | INFO | root | [val] step 9 | epoch 1 | loss 0.8 | lr 1.00e-05

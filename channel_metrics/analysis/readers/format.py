@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
+from fnmatch import fnmatch, translate
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,35 +39,46 @@ class Folder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.notes: list[str] = []
-        self._files = sorted(self._walk(), key=natural)
+        # Strings, because a folder may have very many files.
+        self._names = list(self._walk())
 
     def note(self, text: str) -> None:
         """Keep a note, once."""
         if text not in self.notes:
             self.notes.append(text)
 
-    def named(self, *patterns: str, depth: int = 99) -> list[Path]:
-        """Files with such a name, compressed or not, at most `depth` folders down, in order."""
-        wanted = [end for pattern in patterns for end in ends_of(pattern)]
-        top = len(self.root.parts) + depth
-        return [
-            path
-            for path in self._files
-            if len(path.parts) <= top and any(fnmatch(path.name, pattern) for pattern in wanted)
-        ]
+    def named(self, *patterns: str, depth: int = 99, limit: int | None = None) -> list[Path]:
+        """Files with such a name, compressed or not, in order.
 
-    def _walk(self) -> Iterator[Path]:
-        waiting, count = [self.root], 0
+        Args:
+            patterns: names may match any of these.
+            depth: a file is at most so many folders down.
+            limit: only the newest so many files; a note counts the others.
+        """
+        ends = [translate(end) for pattern in patterns for end in ends_of(pattern)]
+        is_wanted = re.compile("|".join(ends)).match
+        names = [os.path.join(folder, name) for folder, name in self._names if is_wanted(name)]
+        if limit is not None and len(names) > limit:
+            self.note(f"{len(names) - limit:,} older text files were not looked at")
+            names = sorted(names, key=os.path.getmtime)[-limit:]
+        found = map(Path, names)
+        top = len(self.root.parts) + depth
+        return sorted((path for path in found if len(path.parts) <= top), key=natural)
+
+    def _walk(self) -> Iterator[tuple[str, str]]:
+        """(folder, name) of each file."""
+        waiting, count = [os.fspath(self.root)], 0
         while waiting:
+            folder = waiting.pop()
             try:
-                with os.scandir(waiting.pop()) as entries:
+                with os.scandir(folder) as entries:
                     for entry in entries:
                         count += 1
                         if entry.is_dir(follow_symlinks=False):
                             if entry.name not in _SKIPPED:
-                                waiting.append(Path(entry.path))
+                                waiting.append(entry.path)
                         elif self._is_file(entry):
-                            yield Path(entry.path)
+                            yield folder, entry.name
             except OSError as error:
                 self.note(f"{error.filename}: {error.strerror}")
             if count > _MAX_ENTRIES:

@@ -108,13 +108,9 @@ def _forms() -> str:
 
 
 def _starts(folder: Folder) -> list[Files]:
-    found = folder.named("*.log", "*.txt", "*.out", "*.err", depth=1)
+    found = folder.named("*.log", "*.txt", "*.out", "*.err", depth=1, limit=_MAX_FILES)
     # W&B keeps what a run has printed.
     found += [path for path in folder.named("output.log") if path.parent.name == "files"]
-    if len(found) > _MAX_FILES:
-        newest = set(sorted(found, key=lambda path: path.stat().st_mtime)[-_MAX_FILES:])
-        folder.note(f"{len(found) - _MAX_FILES:,} older text files were not looked at")
-        found = [path for path in found if path in newest]
     starts: list[Files] = []
     left = _MAX_BYTES
     for path in found:

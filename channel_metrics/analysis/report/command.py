@@ -23,7 +23,10 @@ Load = Callable[[Sequence[Path], "str | None", "Sequence[str] | None"], "list[Ru
 
 
 def add_report_command(
-    app: typer.Typer, reported: Callable[[], AbstractContextManager[None]], load: Load
+    app: typer.Typer,
+    reported: Callable[[], AbstractContextManager[None]],
+    load: Load,
+    show_notes: Callable[[Run], None],
 ) -> None:
     """Add `report` to `app`.
 
@@ -31,6 +34,7 @@ def add_report_command(
         app: the command line.
         reported: makes a context that turns our errors into messages.
         load: reads runs, given their paths, a format, and names that are channels.
+        show_notes: prints what was read of a run, and what was left aside.
     """
 
     @app.command("report")
@@ -53,24 +57,49 @@ def add_report_command(
         channel: Annotated[
             list[str] | None, typer.Option("--channel", help="A name that is a channel.")
         ] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
         """Write one HTML file about runs, which needs no network: curves, mix, findings, table."""
         with reported():
+            from channel_metrics.analysis.progress import phase
             from channel_metrics.analysis.report.html import write_report
             from channel_metrics.analysis.run import folder_of
+            from channel_metrics.extras import check_installed
 
+            drawn_with = ("matplotlib",) if pictures else ()
+            check_installed("numpy", "jinja2", *drawn_with, extra="report")
             loaded = load(runs, format, channel)
             file = output or folder_of(runs[0]) / REPORT_FILE
-            size = write_report(loaded, file, title=title)
-            typer.echo(f"report:   {file} ({size.num_bytes / 1e6:.1f} MB)")
-            if size.num_left_out:
-                typer.echo(f"note:     {size.num_left_out} small channels were left out", err=True)
+            with phase(f"writing {file.name}"):
+                size = write_report(loaded, file, title=title)
+            drawn: list[Path] = []
             if pictures:
                 from channel_metrics.analysis.report.pictures import write_pictures
 
-                folder = file.parent / f"{file.stem}_pictures"
-                written = write_pictures(loaded, folder)
-                typer.echo(f"pictures: {folder} ({', '.join(path.name for path in written)})")
+                with phase("drawing the pictures"):
+                    drawn = write_pictures(loaded, file.parent / f"{file.stem}_pictures")
+            if as_json:
+                _print_json(loaded, file, drawn)
+                return
+            for run in loaded:
+                show_notes(run)
+            typer.echo(f"report:   {file} ({size.num_bytes / 1e6:.1f} MB)")
+            if size.num_left_out:
+                typer.echo(f"note:     {size.num_left_out} small channels were left out", err=True)
+            if drawn:
+                names = ", ".join(path.name for path in drawn)
+                typer.echo(f"pictures: {drawn[0].parent} ({names})")
+
+
+def _print_json(runs: Sequence[Run], file: Path, pictures: Sequence[Path]) -> None:
+    from channel_metrics.analysis.as_json import run_json, text_of
+
+    content = {
+        "runs": [run_json(run) for run in runs],
+        "report": str(file),
+        "pictures": [str(picture) for picture in pictures],
+    }
+    typer.echo(text_of(content))
 
 
 def report_of_training(folder: Path, format: str, channels: Sequence[str] = ()) -> str:

@@ -17,6 +17,7 @@ from channel_metrics.analysis.report.findings import (
     find_worse,
     self_check,
 )
+from channel_metrics.analysis.rows import total_of
 from channel_metrics.core.labels import UNLABELED
 
 if TYPE_CHECKING:
@@ -127,12 +128,14 @@ class RunView:
 
     @property
     def verdict(self) -> str:
-        """`exact`, `close` or `differs`; empty without a check."""
+        """`exact`, `close`, `mostly` (close, but not always), `differs`; empty without a check."""
         if self.check is None:
             return ""
         if self.check.largest <= _EXACT:
             return "exact"
-        return "close" if self.check.median <= _CLOSE else "differs"
+        if self.check.largest <= _CLOSE:
+            return "close"
+        return "mostly" if self.check.median <= _CLOSE else "differs"
 
     @property
     def off(self) -> list[ChannelView]:
@@ -191,7 +194,7 @@ def rank_channels(runs: Sequence[Run]) -> list[str]:
     tokens: dict[str, float] = {}
     for run in runs:
         for name in run.channels():
-            count = float(run.series(name, "tokens")[1].sum())
+            count = float(total_of(run, name, "tokens") or 0)
             tokens[name] = max(tokens.get(name, 0.0), count)
     return sorted(tokens, key=lambda name: (name == UNLABELED, -tokens[name]))
 
@@ -213,7 +216,6 @@ def _visible(character: str) -> str:
 def _channel(run: Run, row: ChannelRow, number: int, index: int) -> ChannelView:
     whole = sum(run.ratios.values())
     ratio = run.ratios.get(row.channel)
-    samples = [v for v in run.series(row.channel, "samples")[1].tolist() if math.isfinite(v)]
     nonfinite = run.series(row.channel, "nonfinite")[1].tolist()
     return ChannelView(
         run=number,
@@ -221,7 +223,7 @@ def _channel(run: Run, row: ChannelRow, number: int, index: int) -> ChannelView:
         name=shown(row.channel),
         row=row,
         configured=ratio / whole if ratio is not None and whole else None,
-        samples=round(sum(samples)) if samples else None,
+        samples=total_of(run, row.channel, "samples"),
         nonfinite=round(sum(v for v in nonfinite if math.isfinite(v))),
         is_estimate=not run.has(row.channel, "loss") and run.has(row.channel, "loss_estimate"),
     )
