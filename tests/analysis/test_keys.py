@@ -65,3 +65,16 @@ def test_names_are_taken_as_declared_and_other_metrics_of_a_channel_are_its_own(
     decoded = decode_keys(["b_u_loss", "b_u_reward_margin"], ["b u", HOSTILE])
     assert decoded["b_u_loss"] == Key("train", "b u", "loss")
     assert decoded["b_u_reward_margin"] == Key("train", "b u", "reward_margin")
+
+
+def test_tokens_of_several_names_are_a_mix_and_those_of_trainers_are_none() -> None:
+    """So `bbu_tokens` beside the loss of the run is enough for an estimate."""
+    mix = decode_keys(["loss", "bbu_tokens", "rru_tokens", "num_tokens", "aux_loss"])
+    assert mix["bbu_tokens"] == Key("train", "bbu", "tokens")
+    assert mix["num_tokens"] == Key("train", GLOBAL, "num_tokens")
+    assert {key.channel for key in mix.values()} == {"bbu", "rru", GLOBAL}
+    own = ["loss", "num_tokens", "prompt_tokens", "completion_tokens", "total_tokens", "bbu_tokens"]
+    assert {key.channel for key in decode_keys(own).values()} == {GLOBAL}
+    # Losses of channels say more than a mix of other names.
+    losses = decode_keys(["loss", "bbu_loss", "bbu_token_acc", "a_tokens", "b_tokens"])
+    assert {key.channel for key in losses.values()} == {"bbu", GLOBAL}

@@ -20,6 +20,7 @@ from analysis.reader_tools import tensorboard
 from analysis.watch_tools import following
 from channel_metrics.analysis.readers.keys import GLOBAL, is_over_steps, is_training
 from channel_metrics.analysis.run import load_run
+from channel_metrics.analysis.watch.screen import header, view_of
 from channel_metrics.trainers.megatron.log import log_line
 
 # A job ran to step 30 and was resumed from step 20, with other losses from there on.
@@ -168,3 +169,5 @@ def test_watch_joins_parts_too(tmp_path: Path, no_rest: None) -> None:
     follower.look(to_end=True)
     tokens = series_of(run_of(KEPT), "bbu", "tokens")
     assert follower.traces["bbu_tokens"].total == sum(tokens.values())
+    lines = header(follower, view_of(follower.traces))
+    assert lines[1].startswith("joined as one run: ")

@@ -35,6 +35,7 @@ _ASCII_BARS = "_.-=+*#@"
 _CURVE_COLUMNS = 24
 _MAX_NAME_COLUMNS = 40
 _LINE_CHANNELS = 8
+_NOTES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +166,7 @@ def header(follower: Follower, view: View) -> list[str]:
     if follower.source is not None:
         file = shown(str(follower.source.files[-1]))
         lines.append(f"{file} ({follower.source.format})")
+        lines += [shown(note) for note in follower.source.notes[:_NOTES]]
     if view.step is not None:
         split = "" if view.split == "train" else f", channels of {view.split}"
         lines.append(f"step {view.step:,}{_age(follower)}{split}")
