@@ -16,12 +16,12 @@ class Branches:
         self._in_order = in_order
         self._count = self._entry_start = 0
         self._entry_step: int | None = None
-        # Of each key: whether it is logged over steps, whether by the training; its last step, and
-        # in which branch that was.
+        # Of each key: whether it is logged over steps, and whether by the training.
         self._is_over_steps: list[bool] = []
         self._is_training: list[bool] = []
-        self._last: list[int] = []
-        self._branch: list[int] = []
+        # {number of a key: its last step in this branch}. A key that a branch has not had yet says
+        # nothing about a further one.
+        self._last: dict[int, int] = {}
         self._starts: list[int] = []
         self.resumes: list[int] = []
         """The first steps after each resume."""
@@ -31,20 +31,16 @@ class Branches:
         if step != self._entry_step:
             self._entry_step, self._entry_start = step, self._count
         self._count += 1
-        branch = len(self.resumes)
-        if number == len(self._last):
-            self._is_over_steps.append(is_over_steps(key))
-            self._is_training.append(is_training(key))
-            self._last.append(step)
-            self._branch.append(branch)
-            return
-        # A key that the new branch has not had says nothing about a further one.
-        has_gone_back = step < self._last[number] and self._branch[number] == branch
-        if has_gone_back and self._in_order and self._is_training[number]:
+        last = self._last.get(number)
+        if last is None:
+            if number == len(self._is_training):
+                self._is_over_steps.append(is_over_steps(key))
+                self._is_training.append(self._in_order and is_training(key))
+        elif step < last and self._is_training[number]:
             self._starts.append(self._entry_start)
             self.resumes.append(step)
-            branch += 1
-        self._last[number], self._branch[number] = step, branch
+            self._last = {}
+        self._last[number] = step
 
     def limits(self, np: Any, position: int, keys: Any) -> Any:
         """The step from which on each reading is overwritten; None if none is.

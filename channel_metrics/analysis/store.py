@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from channel_metrics.analysis.branches import Branches
 from channel_metrics.analysis.readers.keys import Key
 from channel_metrics.analysis.readers.readings import Reading
+from channel_metrics.errors import ChannelMetricsError
 from channel_metrics.extras import need
 
 if TYPE_CHECKING:
@@ -75,7 +76,12 @@ class SeriesWriter:
         columns = self._columns
         number = self._ids.setdefault(key, len(self._ids))
         self._branches.see(step, number, key)
-        columns["steps"].append(step)
+        try:
+            columns["steps"].append(step)
+        except OverflowError:
+            raise ChannelMetricsError(
+                f"expected a step below 2**63, but {key!r} has {step}."
+            ) from None
         columns["keys"].append(number)
         columns["values"].append(value)
         if len(columns["steps"]) >= _CHUNK:

@@ -140,7 +140,7 @@ def test_a_step_above_int64_is_a_problem_of_its_line(tmp_path: Path) -> None:
     (metrics / "loss").write_text(f"1 2.5 {2**70}\n2 3.5 4\n")
     other = load_run(tmp_path, format="mlflow")
     assert series_of(other, GLOBAL, "loss") == {4: 3.5}
-    assert "is larger than 2**53" in other.problems.examples[0]
+    assert "a step larger than 2**53" in other.problems.examples[0]
 
 
 @pytest.mark.parametrize(

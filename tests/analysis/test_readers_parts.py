@@ -160,6 +160,16 @@ def test_a_run_with_a_longer_interval_is_no_resume(tmp_path: Path) -> None:
     assert len({*series_of(run, GLOBAL, "loss").values()}) == 1
 
 
+def test_a_job_that_has_logged_nothing_yet_does_not_hide_the_one_before(tmp_path: Path) -> None:
+    write_text(tmp_path / "slurm-99.out", FIRST)
+    (tmp_path / "slurm-100.out").write_text("building the datasets\n")
+    write_swift(tmp_path / "ms" / "v0-a" / "logging.jsonl", FIRST)
+    (tmp_path / "ms" / "v1-b").mkdir()
+    (tmp_path / "ms" / "v1-b" / "logging.jsonl").touch()
+    for folder in (tmp_path, tmp_path / "ms"):
+        assert max(series_of(load_run(folder), GLOBAL, "loss")) == 30
+
+
 def test_watch_joins_parts_too(tmp_path: Path, no_rest: None) -> None:
     write_text(tmp_path / "slurm-99.out", FIRST)
     follower = following(tmp_path)

@@ -45,13 +45,18 @@ class _Head:
         return not self.keys & other.keys
 
 
+_EMPTY = _Head(frozenset(), ())
+
+
 def joined(format: Format, starts: Sequence[Files]) -> list[Files]:
     """The files of each run, given those of each start, in their order."""
     if len(starts) < 2:
         return [tuple(files) for files in starts]
+    heads = [(_head(format, files), files) for files in starts]
+    # A job that has just begun has no values; the one before it is shown until then.
+    filled = [(head, files) for head, files in heads if head != _EMPTY]
     runs: list[tuple[_Head, Files]] = []
-    for files in starts:
-        head = _head(format, files)
+    for head, files in filled:
         place = next(
             (
                 index
@@ -65,12 +70,12 @@ def joined(format: Format, starts: Sequence[Files]) -> list[Files]:
         else:
             first, before = runs[place]
             runs[place] = (_Head(first.keys | head.keys, first.steps), (*before, *files))
-    return [files for _, files in runs]
+    return [files for _, files in runs] or [tuple(starts[-1])]
 
 
 def _head(format: Format, files: Files) -> _Head:
     if format.missing:
-        return _Head(frozenset(), ())
+        return _EMPTY
     readings = list(islice(_readings(format, files), _READINGS))
     steps = sorted({step for step, key, _ in readings if is_training(key)})
     keys = {key for _, key, _ in readings if key not in _COMMON}

@@ -21,7 +21,6 @@ from channel_metrics.analysis.readers.json_logs import JSONL, TRAINER_LOG
 from channel_metrics.analysis.readers.mlflow_files import MLFLOW
 from channel_metrics.analysis.readers.parts import joined
 from channel_metrics.analysis.readers.readings import (
-    MAX_STEP,
     Problems,
     Progress,
     Reader,
@@ -83,11 +82,7 @@ class Source:
         if self.missing:
             raise ChannelMetricsError(f"{self.files[0]}: {self.missing}")
         for file in self.files:
-            for step, key, value in self.reader(file, problems, progress):
-                if -MAX_STEP <= step <= MAX_STEP:
-                    yield step, key, value
-                else:
-                    problems.add(file, None, f"step {step} is larger than 2**53")
+            yield from self.reader(file, problems, progress)
 
     @property
     def num_bytes(self) -> int:
