@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pyarrow import parquet
 from typer.testing import CliRunner
 
 from analysis.analysis_tools import make_history, run_of, write_jsonl
+from channel_metrics.analysis.commands import Format
 from channel_metrics.analysis.progress import bar
+from channel_metrics.analysis.readers.sources import FORMATS
 from channel_metrics.analysis.rows import final_rows
 from channel_metrics.analysis.watch.screen import view_of
 from channel_metrics.analysis.watch.traces import traces_of
@@ -230,7 +233,9 @@ def test_an_unknown_format_lists_the_formats(run: Path) -> None:
     for command in ("analyze", "report", "watch"):
         code, _, err = invoke(command, run, "--format", "foo")
         assert code == 2
-        assert "one of the formats jsonl, trainer_state, " in err
+        assert f"one of the formats {', '.join(FORMATS)}, but got 'foo'" in err
+    # The help names them all, too, without loading the readers.
+    assert get_args(Format)[1].help.endswith(f"has several: {', '.join(FORMATS)}.")
 
 
 def test_a_long_phase_shows_its_progress_in_a_terminal(
@@ -246,13 +251,14 @@ def test_a_long_phase_shows_its_progress_in_a_terminal(
     assert "writing metrics.parquet" in capfd.readouterr().err
 
 
-def test_help_takes_less_than_half_a_second() -> None:
-    """0.2 s on an idle machine. The first start compiles, and others may be using the processor."""
+def test_the_help_takes_a_fifth_of_a_second() -> None:
+    """Of the processor, and twice that is allowed, because others may be using it."""
     environ = os.environ | {"COLUMNS": "80"}
     command = [sys.executable, "-m", "channel_metrics", "--help"]
     seconds = []
     for _ in range(5):
-        begin = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, check=True, capture_output=True, env=environ)
-        seconds.append(time.perf_counter() - begin)
-    assert min(seconds) < 0.5
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.4, seconds

@@ -110,6 +110,15 @@ def test_broken_lines_are_counted_with_their_numbers_and_not_fatal(tmp_path: Pat
     assert lines == [2, 4, 5, 6]
 
 
+def test_two_records_on_one_line(tmp_path: Path) -> None:
+    """Two processes may write at the same time; the third record is cut off."""
+    path = tmp_path / "logging.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}{"step": 2, "loss": 2.0} {"step": 3, "lo\n')
+    run = load_run(path)
+    assert series_of(run, GLOBAL, "loss") == {1: 1.0, 2: 2.0}
+    assert run.problems.count == 1
+
+
 def test_many_broken_lines_are_all_counted_and_a_few_shown(tmp_path: Path) -> None:
     path = tmp_path / "logging.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\n' + "no\n" * 5000)

@@ -118,7 +118,7 @@ def test_a_hundred_thousand_files(tmp_path: Path) -> None:
     run = load_run(folder)
     assert time.perf_counter() - begin < 15
     assert series_of(run, GLOBAL, "loss") == {1: 1.5}
-    assert "99,801 older text files were not looked at" in run.problems.notes
+    assert "99,801 older files (*.log) were not looked at" in run.problems.notes
 
 
 def test_an_empty_event_file_beside_a_good_one(tmp_path: Path) -> None:

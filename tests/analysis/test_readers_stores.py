@@ -110,6 +110,16 @@ def test_a_history_that_wandb_exported(tmp_path: Path) -> None:
     assert math.isnan(series_of(run, GLOBAL, "loss")[20])
 
 
+def test_the_csv_of_lightning(tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import CSVLogger
+
+    logger = CSVLogger(tmp_path, name="x")
+    for entry in HISTORY:
+        logger.log_metrics({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
+    logger.save()
+    check(load_run(Path(logger.log_dir)), HISTORY)
+
+
 def test_llama_factory(tmp_path: Path) -> None:
     """`trainer_log.jsonl`, as its LogCallback writes it; beside a state, the state says more."""
     lines = [

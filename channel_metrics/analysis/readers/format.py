@@ -16,12 +16,14 @@ from pathlib import Path
 from channel_metrics.analysis.readers.files import ends_of, is_regular
 from channel_metrics.analysis.readers.readings import Reader
 
-__all__ = ["OUTPUT_FOLDER", "Files", "Folder", "Format", "in_folder", "natural"]
+__all__ = ["MAX_FILES", "OUTPUT_FOLDER", "Files", "Folder", "Format", "in_folder", "natural"]
 
 # The default folder of results. It is not read as a run.
 OUTPUT_FOLDER = "channel_analysis"
 _SKIPPED = {OUTPUT_FOLDER, ".git", "node_modules", "__pycache__", ".venv"}
 _MAX_ENTRIES = 500_000
+# Of a folder, so many files of a kind are opened.
+MAX_FILES = 200
 _LOGS = (".log", ".txt", ".out", ".err", ".jsonl", ".json", ".csv", ".wandb")
 
 # The files of one start of a job, in the order in which they were written.
@@ -59,7 +61,7 @@ class Folder:
         is_wanted = re.compile("|".join(ends)).match
         names = [os.path.join(folder, name) for folder, name in self._names if is_wanted(name)]
         if limit is not None and len(names) > limit:
-            self.note(f"{len(names) - limit:,} older text files were not looked at")
+            self.note(f"{len(names) - limit:,} older files ({patterns[0]}) were not looked at")
             names = sorted(names, key=os.path.getmtime)[-limit:]
         found = map(Path, names)
         top = len(self.root.parts) + depth
@@ -142,7 +144,9 @@ def in_folder(
     *patterns: str, check: Callable[[Path], str], depth: int = 99
 ) -> Callable[[Folder], list[Files]]:
     """Each file with such a name that passes the check is one start of a job."""
-    return lambda folder: [(p,) for p in folder.named(*patterns, depth=depth) if not check(p)]
+    return lambda folder: [
+        (path,) for path in folder.named(*patterns, depth=depth, limit=MAX_FILES) if not check(path)
+    ]
 
 
 def natural(path: Path) -> list[tuple[int, int | str]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from channel_metrics.analysis.readers.format import Files, Folder, Format, in_folder
+from channel_metrics.analysis.readers.format import MAX_FILES, Files, Folder, Format, in_folder
 from channel_metrics.analysis.readers.lines import lines_of
 from channel_metrics.analysis.readers.readings import (
     MAX_STEP,
@@ -154,7 +154,8 @@ def _jsonl(folder: Folder) -> list[Files]:
     """`logging.jsonl`; ms-swift makes a new folder with one at each start. Else other JSONL."""
     named = folder.named("logging.jsonl", depth=2)
     own: list[Files] = [(path,) for path in named if path.parent == folder.root]
-    others = (path for path in folder.named("*.jsonl", depth=1) if path.stem != _TRAINER_LOG)
+    found = folder.named("*.jsonl", depth=1, limit=MAX_FILES)
+    others = (path for path in found if not path.name.startswith(f"{_TRAINER_LOG}."))
     return own or [(path,) for path in named] or [(p,) for p in others if _is_log(p)]
 
 

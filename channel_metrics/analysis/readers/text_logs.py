@@ -14,7 +14,7 @@ from pathlib import Path
 
 from channel_metrics.analysis.readers.automodel_lines import AutomodelLines
 from channel_metrics.analysis.readers.dict_lines import DictLines
-from channel_metrics.analysis.readers.format import Files, Folder, Format
+from channel_metrics.analysis.readers.format import MAX_FILES, Files, Folder, Format
 from channel_metrics.analysis.readers.line_reader import LineReader
 from channel_metrics.analysis.readers.lines import lines_of
 from channel_metrics.analysis.readers.megatron_lines import MegatronLines
@@ -38,8 +38,7 @@ DIALECTS: tuple[type[LineReader], ...] = (
 # Colours, and movements of the cursor.
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _RECORDS = 50
-# Of a folder, at most so many files and bytes are searched for lines in a known form.
-_MAX_FILES = 200
+# Of a folder, at most so many bytes are searched for lines in a known form.
 _MAX_BYTES = 64 * 2**20
 
 
@@ -49,7 +48,7 @@ def dialect_of(path: Path, max_bytes: float = float("inf")) -> type[LineReader] 
     return _dialect_of(path, facts.st_size, facts.st_mtime_ns, max_bytes)
 
 
-@lru_cache(maxsize=4 * _MAX_FILES)
+@lru_cache(maxsize=4 * MAX_FILES)
 def _dialect_of(path: Path, size: int, mtime: int, max_bytes: float) -> type[LineReader] | None:
     readers = [dialect() for dialect in DIALECTS]
     found: Counter[int] = Counter()
@@ -108,7 +107,7 @@ def _forms() -> str:
 
 
 def _starts(folder: Folder) -> list[Files]:
-    found = folder.named("*.log", "*.txt", "*.out", "*.err", depth=1, limit=_MAX_FILES)
+    found = folder.named("*.log", "*.txt", "*.out", "*.err", depth=1, limit=MAX_FILES)
     # W&B keeps what a run has printed.
     found += [path for path in folder.named("output.log") if path.parent.name == "files"]
     starts: list[Files] = []

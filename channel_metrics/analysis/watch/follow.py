@@ -20,8 +20,8 @@ from channel_metrics.errors import ChannelMetricsError
 
 __all__ = ["Follower"]
 
-# Formats that are written only with checkpoints. Other formats are preferred.
-_WRITTEN_LATE = ("trainer_state",)
+# Formats that are written only with checkpoints, or have no channels. Others are preferred.
+_LAST = ("trainer_state", "trainer_log")
 _SECONDS_BETWEEN_SEARCHES = 10.0
 # After reading a whole log, the follower waits for this many times as long as it took.
 _REST = 10.0
@@ -34,7 +34,7 @@ class Follower:
     Args:
         run: a run folder or a log file.
         format: which log, if a folder has several. By default it is the first in the order of
-            `sources`, except that the state of a trainer comes last.
+            `sources`, except that the state of a trainer comes last, and empty files.
     """
 
     def __init__(self, run: Path, format: str | None = None) -> None:
@@ -97,7 +97,8 @@ class Follower:
             others = ", ".join(source.format for source in found)
             self.waiting_for = f"{self.run} has no log of format {self.format!r} yet, but {others}"
             return
-        self._choose(min(wanted, key=lambda source: source.format in _WRITTEN_LATE))
+        # An empty file may be a leftover.
+        self._choose(min(wanted, key=lambda source: (not source.num_bytes, source.format in _LAST)))
 
     def _choose(self, source: Source) -> None:
         is_same = self.source is not None and self.source.format == source.format
