@@ -137,6 +137,9 @@ def load_run(
     sources, formats = pick_source(path, format)
     notes: list[str] = []
     for number, source in enumerate(sources, 1):
+        if source.missing and number < len(sources):
+            notes = [*notes, f"{source.files[-1]} was left aside: {source.missing}"]
+            continue
         problems = Problems(notes=notes)
         expect(source.num_bytes)
         store = store_of(source.readings(problems, progress), in_order=source.in_order)

@@ -227,6 +227,12 @@ def test_without_wandb_its_file_is_an_error_that_says_what_to_install(
         code, _, err = invoke(command, tmp_path)
         assert code == 2
         assert "'wandb' is not installed; run: pip install 'channel_metrics[trackers]'" in err
+    # Where the run has another log, that one is read.
+    (tmp_path / "a.log").write_text(" iteration 1/ 9 | lm loss: 2.5 |\n")
+    code, out, _ = invoke("analyze", tmp_path)
+    assert code == 0
+    assert "run.wandb was left aside: 'wandb' is not installed" in out
+    assert "2.5000" in invoke("watch", tmp_path, "--once")[1]
 
 
 def test_an_unknown_format_lists_the_formats(run: Path) -> None:

@@ -143,13 +143,27 @@ def test_a_late_evaluation_is_no_resume(tmp_path: Path) -> None:
     assert is_training("lm loss")
 
 
-def test_a_file_with_other_keys_belongs_to_the_same_run(tmp_path: Path) -> None:
-    """Automodel writes `training.jsonl` and `validation.jsonl`."""
-    write_jsonl(tmp_path / "training.jsonl", [{"step": s, "loss": 1.0} for s in range(8)])
-    write_jsonl(tmp_path / "validation.jsonl", [{"step": s, "val_loss": 2.0} for s in (0, 4)])
+def test_training_and_validation_of_automodel_are_one_run(tmp_path: Path) -> None:
+    """Its `train_ft.py` writes `training.jsonl`, and a file for each validation set."""
+    more = {"epoch": 0, "timestamp": "2026-01-01T00:00:00.000Z", "lr": 0.1, "num_label_tokens": 9}
+    write_jsonl(tmp_path / "training.jsonl", [{"step": s, "loss": 1.0} | more for s in range(8)])
+    for name, loss in (("", 2.0), ("_web", 3.0), ("_code", 4.0)):
+        lines = [{"step": s, "val_loss": loss} | more | {"num_label_tokens": 5} for s in (3, 7)]
+        write_jsonl(tmp_path / f"validation{name}.jsonl", lines)
     run = load_run(tmp_path)
     assert len(series_of(run, GLOBAL, "loss")) == 8
-    assert series_of(run, GLOBAL, "loss", "eval") == {0: 2.0, 4: 2.0}
+    assert set(series_of(run, GLOBAL, "num_label_tokens").values()) == {9.0}
+    for name, loss in (("", 2.0), ("web", 3.0), ("code", 4.0)):
+        assert series_of(run, name, "loss", "eval") == {3: loss, 7: loss}
+    assert run.resumes == ()
+
+
+def test_a_file_with_other_keys_belongs_to_the_same_run(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"step": s, "loss": 1.0} for s in range(8)])
+    write_jsonl(tmp_path / "b.jsonl", [{"step": s, "mem": 2.0} for s in (0, 4)])
+    run = load_run(tmp_path)
+    assert len(series_of(run, GLOBAL, "loss")) == 8
+    assert series_of(run, GLOBAL, "mem") == {0: 2.0, 4: 2.0}
 
 
 def test_a_run_with_a_longer_interval_is_no_resume(tmp_path: Path) -> None:

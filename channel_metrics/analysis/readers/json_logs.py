@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from channel_metrics.analysis.readers.format import MAX_FILES, Files, Folder, Format, in_folder
+from channel_metrics.analysis.readers.keys import Key
 from channel_metrics.analysis.readers.lines import lines_of
 from channel_metrics.analysis.readers.readings import (
     MAX_STEP,
@@ -47,13 +48,23 @@ STEP_KEYS = (
 _ENDS = ("total_steps", "max_steps")
 _OF_TOTAL = re.compile(r"(\d+)(?:\s*/\s*\d+)?")
 _LINES_TO_LOOK_AT = 200
+# NeMo Automodel writes `validation.jsonl`, or one such file for each of several sets.
+_VALIDATION = re.compile(r"validation(?:_(?P<set>[^.]+))?\.jsonl")
 _BETWEEN = re.compile(r"[\s,]*")
 
 
 def read_jsonl_log(path: Path, problems: Problems, progress: Progress) -> Iterator[Reading]:
     """Every number in a file with one JSON object per line, each with its step."""
+    evaluated = _VALIDATION.match(path.name)
     for number, line in lines_of(path, problems, progress):
-        yield from read_json_line(line, path, number, problems)
+        for step, key, value in read_json_line(line, path, number, problems):
+            yield step, _evaluated(str(key), evaluated["set"]) if evaluated else key, value
+
+
+def _evaluated(key: str, name: str | None) -> str | Key:
+    """The key of a file that only has evaluations, of a set with this name."""
+    metric = key.removeprefix("eval_").removeprefix("val_")
+    return Key("eval", name, metric) if name else f"eval_{metric}"
 
 
 def read_json_line(line: str, path: Path, number: int, problems: Problems) -> Iterator[Reading]:

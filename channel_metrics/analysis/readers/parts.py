@@ -41,8 +41,12 @@ class _Head:
         return self.steps[0] > max(1.0, _LATER * interval)
 
     def has_other_keys(self, other: _Head) -> bool:
-        """Whether it could be logged beside `other`."""
-        return not self.keys & other.keys
+        """Whether it could be logged beside `other`: with other losses, if both have losses."""
+        own, others = self._losses(), other._losses()
+        return not (own & others if own and others else self.keys & other.keys)
+
+    def _losses(self) -> set[str | Key]:
+        return {k for k in self.keys if "loss" in (k.metric if isinstance(k, Key) else k)}
 
 
 _EMPTY = _Head(frozenset(), ())

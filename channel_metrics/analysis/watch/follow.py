@@ -97,8 +97,7 @@ class Follower:
             others = ", ".join(source.format for source in found)
             self.waiting_for = f"{self.run} has no log of format {self.format!r} yet, but {others}"
             return
-        # An empty file may be a leftover.
-        self._choose(min(wanted, key=lambda source: (not source.num_bytes, source.format in _LAST)))
+        self._choose(min(wanted, key=_rank))
 
     def _choose(self, source: Source) -> None:
         is_same = self.source is not None and self.source.format == source.format
@@ -163,3 +162,8 @@ class Follower:
 
     def _last_step(self) -> int | None:
         return max((t.step for t in self.traces.values() if t.step is not None), default=None)
+
+
+def _rank(source: Source) -> tuple[bool, bool, bool]:
+    """The lowest is followed. An empty file may be a leftover."""
+    return bool(source.missing), not source.num_bytes, source.format in _LAST
