@@ -78,3 +78,12 @@ def test_tokens_of_several_names_are_a_mix_and_those_of_trainers_are_none() -> N
     # Losses of channels say more than a mix of other names.
     losses = decode_keys(["loss", "bbu_loss", "bbu_token_acc", "a_tokens", "b_tokens"])
     assert {key.channel for key in losses.values()} == {"bbu", GLOBAL}
+
+
+def test_evaluation_sets_of_transformers_are_channels_beside_those_of_the_training() -> None:
+    keys = ["loss", "bbu_loss", "bbu_tokens", "eval_bbu_loss", "eval_web_loss", "eval_web_runtime"]
+    decoded = decode_keys([*keys, "eval_loss", "eval_runtime", "eval_aux_loss"])
+    assert decoded["eval_web_loss"] == Key("eval", "web", "loss")
+    assert decoded["eval_bbu_loss"] == Key("eval", "bbu", "loss")
+    assert decoded["eval_runtime"] == Key("eval", GLOBAL, "runtime")
+    assert decoded["eval_aux_loss"] == Key("eval", GLOBAL, "aux_loss")

@@ -3,6 +3,7 @@
 A key does not say which part of it is a channel. A name is a channel if
 - it was declared, or
 - two metrics of ours have it, and one of them is no loss (`bbu_loss` and `bbu_tokens`), or
+- it is a set that transformers evaluates (`eval_web_loss` and `eval_web_runtime`), or
 - no such name is in the log, and several names have tokens (`bbu_tokens` beside `rru_tokens`), or
 - none of these is in the log, and the name has a loss (`loss_bbu`, as ms-swift writes it).
 
@@ -121,6 +122,7 @@ def decode_keys(keys: Iterable[str | Key], channels: Iterable[str] = ()) -> dict
     known = (
         _names_with_evidence(splits) | certain or _names_by_mix(splits) or _names_by_loss(splits)
     )
+    known = known | _evaluation_sets(splits)
     # {meaning: (number of the format, key)}
     best: dict[Key, tuple[int, str | Key]] = {means: (-1, key) for key, means in fixed.items()}
     for key, (split, rest) in split_of.items():
@@ -216,6 +218,13 @@ def _names_with_evidence(splits: Iterable[tuple[str, str]]) -> set[str]:
         for rank, name, metric in _first_of_each_format(rest):
             metrics[rank, name].add(metric)
     return {name for (_, name), found in metrics.items() if len(found) > 1 and found - losses}
+
+
+def _evaluation_sets(splits: Iterable[tuple[str, str]]) -> set[str]:
+    """Names of sets: transformers logs a loss and a runtime for each (`eval_web_runtime`)."""
+    rests = {rest for split, rest in splits if split == "eval"}
+    names = {rest.removesuffix("_runtime") for rest in rests if rest.endswith("_runtime")}
+    return {name for name in names if f"{name}_loss" in rests}
 
 
 def _names_by_mix(splits: Iterable[tuple[str, str]]) -> set[str]:

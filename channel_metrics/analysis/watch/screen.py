@@ -63,6 +63,9 @@ class Row:
     curve: Sequence[float]
     """The losses for the sparkline."""
 
+    split: str = "train"
+    """The split of these values."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class View:
@@ -96,6 +99,9 @@ def view_of(traces: Traces, *, channels: Sequence[str] = (), order: str = "share
     names = dict.fromkeys(key.channel for key in by_key if key.channel and key.split == split)
     shares = _shares(by_key, split, names)
     rows = [_row(by_key, split, name, shares[name]) for name in names]
+    # Channels that only another split has.
+    others = {k.channel: k.split for k in by_key if k.channel and k.channel not in names}
+    rows += [_row(by_key, other, name, None) for name, other in others.items()]
     # Megatron logs some values of its own over samples instead of steps.
     over_steps = {metric.name for metric in charts()}
     steps = (
@@ -105,7 +111,9 @@ def view_of(traces: Traces, *, channels: Sequence[str] = (), order: str = "share
     )
     return View(
         rows=_ordered(rows, order),
-        whole=_row(by_key, split, GLOBAL, None),
+        whole=_row(
+            by_key, split if Key(split, GLOBAL, "loss") in by_key else "train", GLOBAL, None
+        ),
         step=max((step for step in steps if step is not None), default=None),
         split=split,
     )
@@ -132,7 +140,7 @@ def render(
     columns = [
         TableColumn(
             "channel",
-            [shown(row.name) if row.name else WHOLE_RUN for row in rows],
+            [_name(row, view) for row in rows],
             is_name=True,
             max_width=_MAX_NAME_COLUMNS,
         ),
@@ -151,6 +159,12 @@ def render(
         styles=[_style(row, view) for row in rows],
         has_total=True,
     )
+
+
+def _name(row: Row, view: View) -> str:
+    if not row.name:
+        return WHOLE_RUN
+    return shown(row.name) if row.split == view.split else f"{shown(row.name)} ({row.split})"
 
 
 def _style(row: Row, view: View) -> str:
@@ -204,6 +218,7 @@ def _row(by_key: Mapping[Key, Trace], split: str, name: str, share: float | None
         share=share,
         step=max(steps, default=None),
         curve=loss.curve,
+        split=split,
     )
 
 
