@@ -96,6 +96,16 @@ def test_a_step_in_the_record_itself(tmp_path: Path) -> None:
     assert series_of(run, GLOBAL, "loss", "eval") == {10: 2.5}
 
 
+def test_the_output_that_wandb_keeps(tmp_path: Path) -> None:
+    """`wandb/run-.../files/output.log`, here as PowerShell would redirect it."""
+    path = tmp_path / "wandb" / "run-20261128_101010-abc" / "files" / "output.log"
+    path.parent.mkdir(parents=True)
+    path.write_text("start\n{'loss': 1.5, 'epoch': 0.5, 'step': 7}\n", encoding="utf-16")
+    run = load_run(tmp_path)
+    assert series_of(run, GLOBAL, "loss") == {7: 1.5}
+    assert run.origin == f"{path}, text"
+
+
 def test_records_do_not_wait_for_a_bar_forever() -> None:
     reader = DictLines()
     found = [reader.read("{'loss': '1.5', 'epoch': '0.1'}") or [] for _ in range(3000)]
