@@ -62,13 +62,24 @@ def test_a_compressed_state_and_text(tmp_path: Path, pack: object) -> None:
     assert series_of(load_run(log), GLOBAL, "loss") == {3: 1.5}
 
 
-def test_a_compressed_file_that_is_cut_off_gives_what_stands_before(tmp_path: Path) -> None:
-    path = tmp_path / "logging.jsonl.gz"
-    raw = b"".join(jsonl_bytes() for _ in range(40))
-    path.write_bytes(gzip.compress(raw)[:-200])
+@pytest.mark.parametrize("keep", [5, 3000, -200])
+@pytest.mark.parametrize("name", ["logging.jsonl.gz", "a.log.gz"])
+def test_a_compressed_file_that_is_cut_off_gives_what_stands_before(
+    tmp_path: Path, name: str, keep: int
+) -> None:
+    path = tmp_path / name
+    if name == "a.log.gz":
+        raw = "".join(LINE.format(step=s, loss=s * s % 97) for s in range(1, 3000)).encode()
+    else:
+        raw = b"".join(jsonl_bytes() for _ in range(3))
+    path.write_bytes(gzip.compress(raw)[:keep])
+    if keep == 5:
+        with pytest.raises(ChannelMetricsError):
+            load_run(path)
+        return
     run = load_run(path)
-    assert 0 < len(series_of(run, "bbu", "loss")) <= 40
-    assert "compressed file is cut off" in run.problems.examples[-1]
+    assert len(series_of(run, GLOBAL, "loss")) > 0
+    assert "compressed file is damaged" in " ".join(run.problems.examples)
 
 
 def test_one_stray_file_does_not_matter(tmp_path: Path) -> None:

@@ -92,7 +92,10 @@ def _ours(path: Path) -> list[str]:
 
 def _header(path: Path) -> list[str]:
     for _, line in lines_of(path, Problems(), lambda _: None):
-        return next(csv.reader([line]), [])
+        try:
+            return next(csv.reader([line]), [])
+        except csv.Error:
+            break
     return []
 
 

@@ -11,7 +11,7 @@ import io
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +24,7 @@ __all__ = ["ends_of", "is_plain", "is_regular", "open_log"]
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _CHUNK = 1 << 16
+_DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
 def is_regular(path: Path) -> bool:
@@ -51,15 +52,7 @@ def open_log(path: Path, problems: Problems, progress: Progress) -> Iterator[Bin
     """
     with path.open("rb") as raw:
         counted = io.BufferedReader(_Counted(raw, progress), _CHUNK)
-        opened: BinaryIO = _decoded(_unpacked(counted))
-        try:
-            yield opened
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            problems.add(path, None, f"the compressed file is cut off or damaged ({error})")
-        except Exception as error:
-            if type(error).__name__ != "ZstdError":  # its package may not be installed
-                raise
-            problems.add(path, None, f"the compressed file is cut off or damaged ({error})")
+        yield _decoded(_unpacked(counted, path, problems))
 
 
 def ends_of(suffix: str) -> tuple[str, ...]:
@@ -67,15 +60,16 @@ def ends_of(suffix: str) -> tuple[str, ...]:
     return (suffix, f"{suffix}.gz", f"{suffix}.zst")
 
 
-def _unpacked(file: Any) -> Any:
+def _unpacked(file: Any, path: Path, problems: Problems) -> Any:
     head = file.peek(4)[:4]
     if head.startswith(_GZIP):
-        return io.BufferedReader(gzip.GzipFile(fileobj=file), _CHUNK)
-    if head == _ZSTD:
+        read = gzip.GzipFile(fileobj=file).read1
+    elif head == _ZSTD:
         zstd = need("zstandard", extra="report")
-        stream = zstd.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-        return io.BufferedReader(stream, _CHUNK)
-    return file
+        read = zstd.ZstdDecompressor().stream_reader(file, read_across_frames=True).read1
+    else:
+        return file
+    return io.BufferedReader(_Unpacked(read, path, problems), _CHUNK)
 
 
 def _decoded(file: Any) -> Any:
@@ -97,6 +91,32 @@ class _Counted(io.RawIOBase):
         part = self._file.read(len(buffer))
         buffer[: len(part)] = part
         self._progress(len(part))
+        return len(part)
+
+
+class _Unpacked(io.RawIOBase):
+    """The contents of a compressed file, up to the place where it is damaged."""
+
+    def __init__(self, read: Callable[[int], bytes], path: Path, problems: Problems) -> None:
+        self._read, self._path, self._problems = read, path, problems
+        self._is_damaged = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        if self._is_damaged:
+            return 0
+        try:
+            part = self._read(len(buffer))
+        except Exception as error:
+            # The package of zstd may not be installed, so its error has no name here.
+            if not isinstance(error, _DAMAGE) and type(error).__name__ != "ZstdError":
+                raise
+            self._is_damaged = True
+            self._problems.add(self._path, None, f"the compressed file is damaged ({error})")
+            return 0
+        buffer[: len(part)] = part
         return len(part)
 
 

@@ -60,4 +60,4 @@ def number_of(text: str) -> float | None:
 
 def valid_step(text: str) -> int | None:
     """The step; None if no training has so many steps."""
-    return int(text) if len(text) < 20 and int(text) <= MAX_STEP else None
+    return int(text) if text.isdecimal() and len(text) < 20 and int(text) <= MAX_STEP else None
