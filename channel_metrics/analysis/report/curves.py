@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from channel_metrics.analysis.readers.keys import GLOBAL
-from channel_metrics.analysis.report.findings import Gap, find_gaps, loss_metric
+from channel_metrics.analysis.report.findings import Gap, find_gaps
 from channel_metrics.analysis.report.moving import MAX_MEANS, MovingMeans, values_at
+from channel_metrics.analysis.rows import loss_metric
 from channel_metrics.core.schema import TOKENS
 
 if TYPE_CHECKING:

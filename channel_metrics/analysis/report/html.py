@@ -24,6 +24,7 @@ from channel_metrics.analysis.judging.told import findings_of
 from channel_metrics.analysis.report.curves import charts
 from channel_metrics.analysis.report.page_data import dump_json, page_data
 from channel_metrics.analysis.report.views import RunView, rank_channels, shown, view_run
+from channel_metrics.analysis.whole_file import whole_file
 from channel_metrics.errors import ChannelMetricsError
 from channel_metrics.extras import need
 
@@ -87,8 +88,8 @@ def write_report(runs: Sequence[Run], path: Path, *, title: str = "") -> ReportS
             fitting = len(channels) * MAX_BYTES / len(page)
             channels = channels[: int(fitting * 0.9)]
             views = _views(runs, channels)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(page)
+    with whole_file(path) as part:
+        part.write_bytes(page)
     return ReportSize(
         num_bytes=len(page),
         max_points=points,
