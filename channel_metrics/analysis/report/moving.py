@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from channel_metrics.analysis.run import Run
     from channel_metrics.analysis.store import Steps, Values
 
-__all__ = ["MAX_MEANS", "MovingMeans", "values_at"]
+__all__ = ["MAX_MEANS", "WINDOW_PARTS", "MovingMeans", "values_at"]
 
 MAX_MEANS = 200
-# The moving window has one part in so many of the curve's points.
-_WINDOW_PART = 40
+# The moving window has one part in so many of the curve's points: light, medium, strong.
+WINDOW_PARTS = (120, 40, 12)
 
 
 class MovingMeans:
@@ -31,8 +31,12 @@ class MovingMeans:
         for steps, tokens in counts:
             self._whole += np.nan_to_num(values_at(self._steps, steps, tokens))
 
-    def of(self, channel: str, metric: str, num_points: int = MAX_MEANS) -> tuple[Steps, Values]:
+    def of(
+        self, channel: str, metric: str, num_points: int = MAX_MEANS, part: int = WINDOW_PARTS[1]
+    ) -> tuple[Steps, Values]:
         """Steps [N] and moving means [N] of a series, at N <= num_points of its steps.
+
+        part: the moving window has one part in so many of the curve's points.
 
         The means are not weighted if there are no tokens, and for metrics that are counts.
         """
@@ -40,13 +44,13 @@ class MovingMeans:
         if metric == "share" and len(own_steps):
             # If the channel is absent, its share is 0, but it is not logged.
             parts = np.nan_to_num(values_at(self._steps, own_steps, own))
-            return _moving_ratio(self._steps, parts, self._whole, num_points)
+            return _moving_ratio(self._steps, parts, self._whole, num_points, part)
         steps, values = self._run.series(channel, metric)
         weights = self._weights(channel, metric, steps)
         usable = np.isfinite(values)
         weights = np.where(usable, weights, 0.0)
         parts = np.where(usable, values, 0.0) * weights
-        return _moving_ratio(steps, parts, weights, num_points)
+        return _moving_ratio(steps, parts, weights, num_points, part)
 
     def _weights(self, channel: str, metric: str, steps: Steps) -> Values:
         """The tokens of each step; 1 if they are not logged, and for counts."""
@@ -60,11 +64,11 @@ class MovingMeans:
 
 
 def _moving_ratio(
-    steps: Steps, parts: Values, wholes: Values, num_points: int
+    steps: Steps, parts: Values, wholes: Values, num_points: int, part_of_all: int
 ) -> tuple[Steps, Values]:
-    """Σ parts / Σ wholes over a fortieth of the points each; NaN where the whole is 0."""
+    """Σ parts / Σ wholes over one part of all points each; NaN where the whole is 0."""
     count = len(steps)
-    half = max(1, count // (2 * _WINDOW_PART))
+    half = max(1, count // (2 * part_of_all))
     middles = np.unique(np.linspace(0, count - 1, num_points).astype(np.int64))
     first, end = np.maximum(middles - half, 0), np.minimum(middles + half + 1, count)
     sums = [np.concatenate([[0.0], np.cumsum(column)]) for column in (parts, wholes)]
