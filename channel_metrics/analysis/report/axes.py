@@ -56,7 +56,9 @@ def _all_tokens(run: Run) -> tuple[Steps, Values]:
     from channel_metrics.analysis.report.curves import own_tokens
 
     names = run.channels("train")
-    logged = [run.series(name, metric)[0] for name in names for metric in ("tokens_total", "tokens")]
+    logged = [
+        run.series(name, metric)[0] for name in names for metric in ("tokens_total", "tokens")
+    ]
     steps = np.unique(np.concatenate([np.empty(0, np.int64), *logged]))
     whole = np.zeros(len(steps))
     for name in names:
@@ -78,5 +80,7 @@ def _time(run: Run) -> tuple[Steps, Values]:
 def _thinned(steps: Steps, values: Values) -> tuple[Steps, Values]:
     usable = np.isfinite(values)
     steps, values = steps[usable], np.maximum.accumulate(values[usable])
-    places = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _MAX_POINTS)).astype(np.int64))
+    places = np.unique(
+        np.linspace(0, len(steps) - 1, min(len(steps), _MAX_POINTS)).astype(np.int64)
+    )
     return steps[places], values[places]

@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, Any
 from channel_metrics.analysis.report.curves import charts
 from channel_metrics.analysis.report.more_curves import EPOCHS, MIX
 from channel_metrics.analysis.report.page_data import dump_json, page_data
-from channel_metrics.analysis.report.views import ChannelView, RunView, rank_channels, shown, view_run
+from channel_metrics.analysis.report.views import (
+    ChannelView,
+    RunView,
+    rank_channels,
+    shown,
+    view_run,
+)
 from channel_metrics.errors import ChannelMetricsError
 from channel_metrics.extras import need
 
@@ -46,6 +52,7 @@ _SCRIPTS = (
     "compare",
     "lines",
     "cursor",
+    "axes",
     "chart",
     "legend",
     "tables",

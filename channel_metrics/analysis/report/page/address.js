@@ -1,6 +1,6 @@
 // What is chosen stands in the address, so that a view can be sent: #x=tokens&smooth=3&channels=0.2
 const SETTINGS = {
-  x: [() => state.x, (text) => (state.x = hasAxis(text) && text in X_AXES ? text : state.x)],
+  x: [() => state.x, (text) => (state.x = Object.hasOwn(X_AXES, text) && hasAxis(text) ? text : state.x)],
   logx: [() => state.logX, (text) => (state.logX = text === "true")],
   log: [() => state.log, (text) => (state.log = text === "true")],
   zero: [() => state.fromZero, (text) => (state.fromZero = text === "true")],
@@ -10,8 +10,8 @@ const SETTINGS = {
   zoom: [() => state.zoom?.join("..") ?? "", (text) => (state.zoom = range(text))],
   runs: [() => [...state.runs].join("."), (text) => (state.runs = new Set(indices(text, DATA.runs.length)))],
   splits: [() => [...state.splits].join("."), (text) => (state.splits = new Set(text.split(".").filter((split) => splits.includes(split))))],
-  order: [() => state.order, (text) => (state.order = text in ORDERS ? text : state.order)],
-  top: [() => (state.top === Infinity ? "all" : state.top), (text) => (state.top = text === "all" ? Infinity : Number(text) || NUM_COLORS)],
+  order: [() => state.order, (text) => (state.order = Object.hasOwn(ORDERS, text) ? text : state.order)],
+  top: [() => (state.top === Infinity ? "all" : state.top), (text) => (state.top = text === "all" ? Infinity : [5, 8, 16, 32].find((count) => count === Number(text)) ?? NUM_COLORS)],
   find: [() => state.query, (text) => (state.query = text)],
   channels: [() => [...state.shown].join("."), (text) => (state.shown = new Set(indices(text, DATA.channels.length)))],
   only: [() => state.isolated ?? "", (text) => (state.isolated = indices(text, DATA.channels.length)[0] ?? null)],

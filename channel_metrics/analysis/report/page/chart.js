@@ -1,4 +1,4 @@
-// One chart: axes, curves, a cursor that reads values, zoom.
+// One chart: scales, curves, a cursor that reads values, zoom.
 const MAX_LABELS = 12;
 const MAX_READ = 10;
 
@@ -35,7 +35,7 @@ class Chart {
     this.setScales(curves);
     this.svg?.remove();
     this.svg = drawn("svg", { width, height, "aria-hidden": "true" });
-    this.svg.append(this.axes(), this.plan(), this.events(), this.lines(curves));
+    this.svg.append(drawAxes(this), drawPlan(this), drawEvents(this), this.lines(curves));
     if (labels) this.svg.append(this.labels());
     this.mark = drawn("g", { class: "cursor" });
     this.svg.append(this.mark);
@@ -93,71 +93,6 @@ class Chart {
     }
     const room = (roof - floor || Math.abs(roof) || 1) * 0.05;
     return [floor - room, roof + room];
-  }
-
-  axes() {
-    const group = drawn("g", { class: "axes" });
-    const { left, right, top, bottom } = this.area;
-    const [floor, roof] = this.y.domain;
-    const across = this.acrossTicks();
-    const xAxis = X_AXES[state.x];
-    const up = this.log ? logTicks(floor, roof) : linearTicks(floor, roof, (bottom - top) / 48).ticks;
-    const step = this.log ? null : linearTicks(floor, roof, (bottom - top) / 48).step;
-    const text = this.log ? (value) => String(value) : tickText(this.percent, step);
-    for (const tick of up) {
-      const y = Math.round(this.y(tick)) + 0.5;
-      group.append(drawn("line", { class: tick === 0 ? "base" : "grid", x1: left, x2: right, y1: y, y2: y }));
-      group.append(drawn("text", { class: "tick", x: left - 8, y: y + 4, "text-anchor": "end" }, text(tick)));
-    }
-    for (const tick of across) {
-      const x = Math.round(this.x(tick)) + 0.5;
-      group.append(drawn("line", { class: "base", x1: x, x2: x, y1: bottom, y2: bottom + 4 }));
-      group.append(drawn("text", { class: "tick", x, y: bottom + 18, "text-anchor": "middle" }, xAxis.tick(tick, this.x.domain[1])));
-    }
-    group.append(drawn("text", { class: "title", x: right, y: bottom + 35, "text-anchor": "end" }, xAxis.title));
-    return group;
-  }
-
-  acrossTicks() {
-    const [low, high] = this.x.domain;
-    const { left, right } = this.area;
-    if (state.logX && high / low > 3) {
-      const ticks = logTicks(low, high);
-      const every = Math.ceil(ticks.length / Math.max(1, (right - left) / 70));
-      return ticks.filter((_, i) => i % every === 0);
-    }
-    const [unit] = state.x === "time" ? timeUnit(high) : [1];
-    const { ticks } = linearTicks(low / unit, high / unit, (right - left) / 90, X_AXES[state.x].least);
-    return ticks.map((tick) => tick * unit);
-  }
-
-  // Where the job was resumed, alerted or evaluated.
-  events() {
-    const group = drawn("g", { class: "events" });
-    const [low, high] = this.x.domain;
-    const { top, bottom } = this.area;
-    for (const { kind, at } of marksNow()) {
-      if (at < low || at > high || !isOn(this.x, at)) continue;
-      const x = this.x(at).toFixed(1);
-      group.append(drawn("path", { class: `event ${kind}`, d: `M${x} ${kind === "evaluation" ? bottom - 6 : top}V${bottom}` }));
-    }
-    return group;
-  }
-
-  // The configured shares, beside those that were reached.
-  plan() {
-    const group = drawn("g", { class: "plans" });
-    if (this.metric !== "mix" || state.difference) return group;
-    const { left, right } = this.area;
-    const [floor, roof] = this.y.domain;
-    for (const run of state.runs) {
-      for (const channel of visible()) {
-        const share = DATA.plan[run][channel];
-        if (share == null || share < floor || share > roof) continue;
-        group.append(drawn("path", { class: `line plan ${colorOf(channel)}`, d: `M${left} ${this.y(share).toFixed(1)}H${right}` }));
-      }
-    }
-    return group;
   }
 
   lines(curves) {
