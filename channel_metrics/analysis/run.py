@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ __all__ = [
     "run_names",
 ]
 
-# `channel-metrics train` writes the configured ratios into this file of the run folder.
+# `channel-metrics train` writes the configured ratios and the sizes of the sources into this file of the run folder.
 RUN_FILE = "channel_metrics_run.json"
 
 
@@ -58,6 +58,9 @@ class Run:
 
     ratios: dict[str, float] = field(default_factory=dict)
     """The configured ratios of the records, by channel, relative to each other."""
+
+    records: dict[str, int] = field(default_factory=dict)
+    """The number of different records of each source, by channel, if the run folder tells it."""
 
     @property
     def keys(self) -> tuple[Key, ...]:
@@ -119,7 +122,7 @@ def load_run(
     if others:
         problems.note(f"read as {source.format}; the run also has {', '.join(others)}")
     files = f" ({len(source.files)} files)" if len(source.files) > 1 else ""
-    return run_from_readings(
+    run = run_from_readings(
         source.readings(problems, progress),
         name=path.resolve().name,
         origin=f"{source.files[-1]}{files}, {source.format}",
@@ -127,6 +130,7 @@ def load_run(
         channels=[*channels, *ratios],
         ratios=ratios,
     )
+    return replace(run, records=_source_sizes(path))
 
 
 def run_from_readings(
@@ -186,4 +190,15 @@ def configured_ratios(path: Path, problems: Problems) -> dict[str, float]:
         return {str(name): float(ratio) for name, ratio in ratios.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         problems.add(file, None, f"cannot be read ({error!r})")
+        return {}
+
+
+def _source_sizes(path: Path) -> dict[str, int]:
+    """The sizes of the sources in the run folder; empty if there are none."""
+    file = folder_of(path) / RUN_FILE
+    try:
+        records = json.loads(file.read_text(encoding="utf-8"))["records"]
+        return {str(name): int(count) for name, count in records.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        # `configured_ratios` tells what is wrong with the file. Older ones have no sizes.
         return {}

@@ -124,9 +124,10 @@ def test_marks(report: Report, files: dict[str, Path]) -> None:
     assert "alert" in texts and "step with an evaluation" in texts and "resumed" not in texts
     report.run(
         "const plot = document.querySelector('[data-metric=loss] .plot');"
-        "const { left, right, top } = plot.getBoundingClientRect();"
-        "const x = Number(plot.querySelector('.event.alert').getAttribute('d').slice(1).split(' ')[0]);"
-        "plot.dispatchEvent(new PointerEvent('pointermove', { clientX: left + x, clientY: top + 50 }))"
+        "const { left, top } = plot.getBoundingClientRect();"
+        "const x = parseFloat(plot.querySelector('.event.alert').getAttribute('d').slice(1));"
+        "const at = { clientX: left + x, clientY: top + 50 };"
+        "plot.dispatchEvent(new PointerEvent('pointermove', at));"
     )
     assert "alert_rising" in report.texts(".tip li")
     report.click("#marks")

@@ -49,14 +49,13 @@ def mix_curves(run: Run, channels: Iterable[str], limit: int) -> Iterator[Curve]
         name: np.cumsum(np.nan_to_num(values_at(steps, *series))) for name, series in counts.items()
     }
     whole = sum(totals.values(), np.zeros(len(steps)))
-    sizes = getattr(run, "records", {})
     for name in channels:
         if name not in totals or not len(counts[name][0]):
             continue
         share = np.divide(totals[name], whole, out=np.full(len(steps), np.nan), where=whole > 0)
         found = [(MIX.name, share)]
-        if sizes.get(name):
-            found.append((EPOCHS.name, totals[name] / sizes[name]))
+        if run.records.get(name):
+            found.append((EPOCHS.name, totals[name] / run.records[name]))
         for metric, values in found:
             picked = pick_points(values, min(limit, _MAX_POINTS))
             yield Curve(

@@ -1,10 +1,12 @@
 """The numbers of the report as JSON that can stand inside an HTML page.
 
 Channels and runs are numbers. A curve is `{run, channel, metric, split, steps, values, points}`,
-and may have `tokens` (the channel's own, up to each step; in its first curve only), `low`, `high`, `smooth` (the strength) and
-`estimate`. Steps and tokens are written as differences. Values have six digits; null breaks the line.
-`axes` has, for each run, what its steps are on other axes. `marks` has the steps that charts mark, and
-`plan` the configured shares by channel.
+and may have `low`, `high`, `smooth` (the strength) and `estimate`. The first curve of a channel
+also has `tokens`: the channel's own, up to each step. Steps and tokens are written as differences.
+Values have six digits; null breaks the line.
+
+`axes` has, for each run, what its steps are on other axes. `marks` has the steps that charts mark,
+and `plan` the configured shares by channel.
 """
 
 from __future__ import annotations

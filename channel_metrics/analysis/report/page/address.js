@@ -40,8 +40,9 @@ const goTo = (hash) => {
   for (const [name, [, write]] of Object.entries(SETTINGS)) write(wanted.get(name) ?? usual[name]);
   state.zoomY = Object.create(null);
   for (const [name, text] of wanted) if (name.startsWith("y.") && range(text)) state.zoomY[name.slice(2)] = range(text);
-  recolor();
   orderLegend();
+  if (wanted.has("channels")) recolor();
+  else showTop();
   showControls();
   filterTables();
   drawLegend();

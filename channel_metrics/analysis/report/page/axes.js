@@ -31,7 +31,7 @@ const acrossTicks = (chart) => {
     return ticks.filter((_, i) => i % every === 0);
   }
   const [unit] = state.x === "time" ? timeUnit(high) : [1];
-  const { ticks } = linearTicks(low / unit, high / unit, (right - left) / 90, X_AXES[state.x].least);
+  const { ticks } = linearTicks(low / unit, high / unit, (right - left) / 72, X_AXES[state.x].least);
   return ticks.map((tick) => tick * unit);
 };
 
@@ -48,18 +48,23 @@ const drawEvents = (chart) => {
   return group;
 };
 
-// The configured shares, beside those that were reached.
+// The configured shares of what is drawn, which stand beside those that were reached.
+const planNow = (chart) =>
+  chart.metric !== "mix" || state.difference
+    ? []
+    : [...state.runs].flatMap((run) =>
+        visible()
+          .map((channel) => ({ channel, share: DATA.plan[run][channel] }))
+          .filter(({ share }) => share != null),
+      );
+
 const drawPlan = (chart) => {
   const group = drawn("g", { class: "plans" });
-  if (chart.metric !== "mix" || state.difference) return group;
   const { left, right } = chart.area;
   const [floor, roof] = chart.y.domain;
-  for (const run of state.runs) {
-    for (const channel of visible()) {
-      const share = DATA.plan[run][channel];
-      if (share == null || share < floor || share > roof) continue;
-      group.append(drawn("path", { class: `line plan ${colorOf(channel)}`, d: `M${left} ${chart.y(share).toFixed(1)}H${right}` }));
-    }
+  for (const { channel, share } of planNow(chart)) {
+    if (share < floor || share > roof) continue;
+    group.append(drawn("path", { class: `line plan ${colorOf(channel)}`, d: `M${left} ${chart.y(share).toFixed(1)}H${right}` }));
   }
   return group;
 };

@@ -85,6 +85,7 @@ class Chart {
         roof = Math.max(roof, value);
       }
     }
+    for (const { share } of planNow(this)) [floor, roof] = [Math.min(floor, share), Math.max(roof, share)];
     if (!Number.isFinite(floor)) return this.log ? [0.1, 1] : [0, 1];
     if (state.difference) [floor, roof] = [Math.min(floor, 0), Math.max(roof, 0)];
     if (this.log) return floor === roof ? [floor / 2, roof * 2] : [floor * 0.92, roof * 1.08];

@@ -12,7 +12,8 @@ const curvesNow = (metric) => {
       positions(curve) &&
       (!curve.smooth || curve.smooth === state.smooth),
   );
-  return state.difference ? differences(chosen) : chosen;
+  if (!state.difference) return chosen;
+  return differences(chosen.filter((curve) => !hasSmoothTwin(curve, chosen)));
 };
 
 const hasSmoothTwin = (curve, curves) =>
