@@ -1,9 +1,9 @@
 """Runs in a notebook: the log as a tidy DataFrame, and a figure of its channels.
 
-    from channel_metrics.analysis import load, plot_channels
+from channel_metrics.analysis import load, plot_channels
 
-    data = load("runs/debug")
-    plot_channels(data)
+data = load("runs/debug")
+plot_channels(data)
 """
 
 from __future__ import annotations

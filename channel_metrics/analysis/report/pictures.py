@@ -125,7 +125,7 @@ def _label(name: str) -> str:
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """The style of all pictures. Characters that the font lacks are drawn as boxes, and no warning."""
+    """The style of all pictures. Characters that the font lacks are drawn as boxes."""
     matplotlib: Any = need("matplotlib", extra="report")
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
