@@ -80,7 +80,7 @@ def plot_channels(
         data: what `load` returns, or rows of it.
         metric: its name in `data`.
         split: `train`, `eval`, `test` or `probe`.
-        channels: which are drawn. By default, the eight with the most values.
+        channels: which are drawn. By default, the eight with the most tokens.
         smooth: the number of values of a moving mean; it is weighted by tokens if they are known.
 
     Raises:
@@ -93,7 +93,7 @@ def plot_channels(
             f"expected values of metric {metric!r} in split {split!r}, but the data has "
             f"{', '.join(sorted(map(repr, data['metric'].unique())))}."
         )
-    names = _channels(rows) if channels is None else list(channels)
+    names = _channels(rows, data) if channels is None else list(channels)
     known_names = sorted(set(rows["channel"]) - {GLOBAL})
     for name in names:
         if name not in known_names:
@@ -119,6 +119,8 @@ def plot_channels(
         known = TOKENS.metric(metric)
         axis.set_title((known and known.label) or metric, loc="left", fontweight="bold")
         axis.set_xlabel("step")
+        if rows["value"].min() >= 0:
+            axis.set_ylim(bottom=0)
         axis.grid(axis="y")
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
         # A notebook shows what a cell returns, and would show an open figure once more.
@@ -127,11 +129,13 @@ def plot_channels(
     return result
 
 
-def _channels(rows: DataFrame) -> list[str]:
-    """The channels with the most values, `unlabeled` last."""
-    counts = rows[rows["channel"] != GLOBAL]["channel"].value_counts()
-    names = [str(name) for name, count in counts.items() if count]
-    return sorted(names[: len(PALETTE)], key=lambda name: name == UNLABELED)
+def _channels(rows: DataFrame, data: DataFrame) -> list[str]:
+    """The channels with the most tokens, as in the report; `unlabeled` is last."""
+    names = sorted(set(rows["channel"]) - {GLOBAL})
+    tokens = data[(data["metric"] == "tokens") & (data["split"] == "train")]
+    counts = tokens.groupby("channel", observed=True)["value"].sum()
+    names.sort(key=lambda name: (name == UNLABELED, -counts.get(name, 0.0)))
+    return names[: len(PALETTE)]
 
 
 def _line(own: DataFrame, data: DataFrame, smooth: int) -> tuple[Any, Any]:
