@@ -33,8 +33,8 @@ __all__ = [
     "run_names",
 ]
 
-# `channel-metrics train` writes the configured ratios and the sizes of the sources into this file of
-# the run folder.
+# `channel-metrics train` writes the configured ratios and the sizes of the sources into this file
+# of the run folder.
 RUN_FILE = "channel_metrics_run.json"
 
 

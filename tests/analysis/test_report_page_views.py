@@ -102,6 +102,20 @@ def test_the_values_are_zoomed_in_one_chart(report: Report, files: dict[str, Pat
     assert report.texts(levels) != before[0]
 
 
+def test_ticks_have_equal_distances(report: Report, files: dict[str, Path]) -> None:
+    report.open(files["four"])
+    levels = "[data-metric=loss] .axes text[text-anchor=end].tick"
+    distances = set()
+    # Distances of 1, 0.5, 0.25 and less: no tick is rounded to a value that it does not have.
+    for _ in range(5):
+        ticks = [float(text) for text in report.texts(levels)]
+        steps = {round(high - low, 6) for low, high in zip(ticks, ticks[1:], strict=False)}
+        assert len(steps) == 1, ticks
+        distances |= steps
+        report.read(UP)
+    assert 0.25 in distances and len(distances) > 2
+
+
 def test_the_difference_of_two_runs(report: Report, files: dict[str, Path]) -> None:
     base, other = (series_of(run_with(FOUR, seed=seed), "bbu", "loss") for seed in (0, 5))
     report.open(files["two"])
