@@ -10,6 +10,7 @@
 | `store`, `run` | readings on disk, a run |
 | `summary`, `write` | the table in the terminal; parquet, CSV, TensorBoard |
 | `estimate` | channel losses where only the loss of the whole run is known |
+| `judging` | findings: what became NaN, got worse, or is worse than in another run |
 | `report` | the report: one HTML file, and pictures |
 | `frames` | for notebooks: the log as a DataFrame, a figure of its channels |
 | `watch` | the log of a job that is running |

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from channel_metrics.analysis.report.command import add_report_command
+from channel_metrics.analysis.report.command import FailOnOption, add_report_command
 from channel_metrics.analysis.watch.command import add_watch_command
 from channel_metrics.errors import ChannelMetricsError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from channel_metrics.analysis.report.views import RunView
     from channel_metrics.analysis.run import Run
 
 __all__ = ["add_commands"]
@@ -74,6 +75,7 @@ def add_commands(
         batch_size: Annotated[
             int | None, typer.Option(min=1, help="Samples per step, over all ranks.")
         ] = None,
+        fail_on: FailOnOption = None,
     ) -> None:
         """Read the logs of runs, made with channel metrics or without, as one table.
 
@@ -82,7 +84,10 @@ def add_commands(
         estimated, with 95 % bands; points that the mix does not determine are left out.
         """
         with reported():
+            from channel_metrics.analysis.judging.finding import is_worse
+            from channel_metrics.analysis.judging.told import findings_of
             from channel_metrics.analysis.readers.sources import OUTPUT_FOLDER
+            from channel_metrics.analysis.report.views import views_of
             from channel_metrics.analysis.run import folder_of
             from channel_metrics.analysis.write import write_csv, write_events, write_parquet
 
@@ -91,11 +96,14 @@ def add_commands(
             folder = output_dir or folder_of(runs[0]) / OUTPUT_FOLDER
             write_parquet(loaded, folder / "metrics.parquet")
             write_csv(loaded, folder / "metrics.csv")
-            for run in loaded:
-                write_events(run, folder / "tensorboard" / run.name)
-                _show(run, console())
+            views = views_of(loaded)
+            for view in views:
+                write_events(view.run, folder / "tensorboard" / view.run.name)
+                _show(view, console())
             typer.echo(f"table:       {folder / 'metrics.parquet'}, {folder / 'metrics.csv'}")
             typer.echo(f"TensorBoard: {folder / 'tensorboard'}")
+            if fail_on and any(is_worse(findings_of(view)) for view in views):
+                raise typer.Exit(1)
 
     add_report_command(app, reported, _load)
     add_watch_command(app, reported, console)
@@ -160,10 +168,12 @@ def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
-def _show(run: Run, console: Console) -> None:
-    from channel_metrics.analysis.report.findings import final_rows
+def _show(view: RunView, console: Console) -> None:
+    from channel_metrics.analysis.judging.finding import lines_of
+    from channel_metrics.analysis.judging.told import findings_of
     from channel_metrics.analysis.summary import render
 
+    run = view.run
     typer.echo(f"{run.name}: {len(run.store):,} values of {len(run.channels())} channels")
     typer.echo(f"read from {run.origin}")
     for note in run.problems.notes:
@@ -172,8 +182,9 @@ def _show(run: Run, console: Console) -> None:
         typer.echo(f"{run.problems.count} places could not be read:", err=True)
         for example in run.problems.examples[:_MAX_PROBLEMS]:
             typer.echo(f"  {example}", err=True)
-    rows = final_rows(run)
+    rows = [row.row for row in view.rows]
     if rows:
         console.print(render(rows, console.width, ratios=run.ratios))
     else:
         typer.echo("no channel was found; name them with --channel, or see docs/analysis.md.")
+    typer.echo("\n".join(lines_of(findings_of(view))))

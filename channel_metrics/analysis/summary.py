@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,8 @@ class ChannelRow:
         """Relative change of the loss from the first to the last window."""
         if not self.first_loss or self.last_loss is None:
             return None
-        return self.last_loss / self.first_loss - 1
+        change = self.last_loss / self.first_loss - 1
+        return change if math.isfinite(change) else None
 
 
 def summarize(

@@ -77,7 +77,7 @@ def test_smooth_lines_are_ratios_of_sums(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "logging.jsonl", history)
     # Five points: half a window of 200 / (2 * 40) = 2 on both sides.
     steps, values = line_of(plot_channels(load(tmp_path), smooth=5), "bbu")
-    expected = MovingMeans(run_of(history)).of("bbu", "loss")
+    expected = MovingMeans(run_of(history), []).of("bbu", "loss")
     assert steps == expected[0].tolist()
     assert values == pytest.approx(expected[1].tolist(), rel=1e-9)
 

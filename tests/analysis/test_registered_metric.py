@@ -113,7 +113,7 @@ def test_a_smooth_count_is_a_plain_mean_of_windows() -> None:
     history = [{"step": s, "a_loss": 1.0, "a_tokens": s, "a_hits": s} for s in range(1, 121)]
     hits = Metric("hits", ("tokens",), lambda s: s["tokens"], label="Hits", adds_up=True)
     with registered(hits):
-        steps, means = MovingMeans(run_of(history)).of("a", "hits")
+        steps, means = MovingMeans(run_of(history), []).of("a", "hits")
     # A window is the step and the one on either side.
     assert means[1:-1].tolist() == pytest.approx(steps[1:-1].tolist(), rel=1e-12)
 

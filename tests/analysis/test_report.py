@@ -141,13 +141,14 @@ def test_tables_have_captions_and_heads_have_scopes(tmp_path: Path) -> None:
 def test_findings_are_told(tmp_path: Path) -> None:
     page = page_of([troubled_run()], tmp_path)
     kinds = [value for _, name, value in page.attributes if name == "data-kind"]
-    assert kinds == ["worse", "gap", "mix", "mix", "mix", "nonfinite", "check"]
+    assert kinds == ["worse", "gap", "mix", "mix", "mix", "nonfinite", "check", "trend"]
     text = " ".join(page.text.split())
-    assert "since step 30 its loss rose by 1." in text
-    assert "has no tokens in 20 logged windows, between steps 18 and 39" in text
-    assert "fine is 81.8% of the records, but was configured as 50.0%" in text
-    assert "worse has 6 tokens whose loss is not finite" in text
+    assert "worse: worse since step 30 (+1.43), from 0.5340 to 1.9593" in text
+    assert "no tokens in 20 logged windows, between steps 18 and 39" in text
+    assert "fine: 81.8% of the records, but configured as 50.0%" in text
+    assert "worse: 6 tokens have no finite loss" in text
     assert "give the trainer\u2019s loss: over 60 windows" in text
+    assert "ruled out: the whole run, fine, starved." in text
 
 
 def test_a_check_that_fails_is_told(tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_a_log_without_channels_is_a_report_of_the_run(tmp_path: Path) -> None:
     page = page_of([run_of([{"step": s, "loss": 1 / s} for s in range(1, 9)])], tmp_path)
     assert page.data["channels"] == []
     assert [curve["metric"] for curve in page.data["curves"]] == ["loss"]
-    assert "Self-check: not possible" in page.text
+    assert "self-check: unknown, because the log lacks tokens" in page.text
 
 
 def test_values_that_are_not_finite_break_lines(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_other_series_are_whole_metrics() -> None:
 
 
 def test_each_strength_is_one_curve_more() -> None:
-    run = run_of(make_history(200))
+    run = run_of(make_history(600))
     curves = [c for c in curves_of(run, ["bbu"], 2000, (1, 2, 3)) if c.split == "train"]
     of_loss = [c for c in curves if (c.channel, c.metric) == ("bbu", "loss")]
     assert [curve.smooth for curve in of_loss] == [0, 1, 2, 3]
@@ -88,7 +88,7 @@ def test_each_strength_is_one_curve_more() -> None:
     def roughness(values: Any) -> float:
         return float(np.abs(np.diff(values, n=2)).mean())
 
-    rough = [roughness(np.interp(range(1, 201), c.steps, c.values)) for c in of_loss]
+    rough = [roughness(np.interp(range(1, 601), c.steps, c.values)) for c in of_loss]
     assert rough == sorted(rough, reverse=True)
 
 

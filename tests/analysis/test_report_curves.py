@@ -14,6 +14,7 @@ from analysis.analysis_tools import make_history, run_of, series_of
 from analysis.report_runs import run_with, troubled_run
 from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.report.curves import Curve, curves_of, own_tokens, pick_points
+from channel_metrics.analysis.report.findings import find_gaps
 from channel_metrics.analysis.report.moving import MovingMeans
 from channel_metrics.analysis.run import Run
 
@@ -93,11 +94,11 @@ def test_without_counts_there_are_no_own_tokens() -> None:
 def naive_means(
     steps: Sequence[int], part: dict[int, float], whole: dict[int, float]
 ) -> dict[int, float]:
-    """Σ part / Σ whole over the points around each, by a double loop."""
-    half = max(1, len(steps) // 80)
+    """Σ part / Σ whole over a fortieth of the steps around each, by a double loop."""
+    half = (steps[-1] - steps[0]) / 80
     means = {}
-    for i, step in enumerate(steps):
-        window = [s for j, s in enumerate(steps) if abs(j - i) <= half]
+    for step in steps:
+        window = [s for s in steps if abs(s - step) <= half]
         weight = sum(whole[s] for s in window)
         means[step] = sum(part[s] for s in window) / weight if weight else math.nan
     return means
@@ -109,7 +110,7 @@ def test_smooth_curves_are_ratios_of_sums(metric: str) -> None:
     tokens, values = series_of(run, "lvis", "tokens"), series_of(run, "lvis", metric)
     part = {step: value * tokens[step] for step, value in values.items()}
     expected = naive_means(list(values), part, {step: tokens[step] for step in values})
-    steps, means = MovingMeans(run).of("lvis", metric)
+    steps, means = MovingMeans(run, find_gaps(run)).of("lvis", metric)
     assert len(steps) == 200
     for step, mean in zip(steps.tolist(), means.tolist(), strict=True):
         assert mean == pytest.approx(expected[step], rel=1e-12)
@@ -126,7 +127,7 @@ def test_the_smooth_share_counts_windows_without_the_channel() -> None:
     whole = {s: sum(t.get(s, 0.0) for t in tokens.values()) for s in range(1, 201)}
     part = {step: tokens["lvis"].get(step, 0.0) for step in whole}
     expected = naive_means(list(whole), part, whole)
-    steps, means = MovingMeans(run).of("lvis", "share")
+    steps, means = MovingMeans(run, find_gaps(run)).of("lvis", "share")
     for step, mean in zip(steps.tolist(), means.tolist(), strict=True):
         assert mean == pytest.approx(expected[step], rel=1e-12)
 
@@ -138,8 +139,43 @@ def test_the_smooth_loss_of_the_run_is_weighted_by_the_tokens_of_all() -> None:
     losses = series_of(run, GLOBAL, "loss")
     part = {step: losses[step] * whole[step] for step in whole}
     expected = naive_means(list(whole), part, whole)
-    steps, means = MovingMeans(run).of(GLOBAL, "loss")
+    steps, means = MovingMeans(run, find_gaps(run)).of(GLOBAL, "loss")
     assert means.tolist() == pytest.approx([expected[step] for step in steps.tolist()], rel=1e-12)
+
+
+def test_smooth_curves_stop_at_a_gap() -> None:
+    history = [
+        {"step": step, "a_loss": 3 - step / 400, "a_tokens": 7, "a_share": 0.5}
+        | {"b_loss": 2.0, "b_tokens": 7}
+        for step in range(1, 1001)
+    ]
+    for entry in history[400:599]:
+        del entry["a_loss"], entry["a_tokens"], entry["a_share"]
+    run = run_of(history)
+    for metric in ("loss", "share"):
+        smooth = curve_of(run, "a", metric, is_smooth=True)
+        for step, mean in zip(smooth.steps.tolist(), smooth.values.tolist(), strict=True):
+            if math.isnan(mean):
+                continue
+            side = range(1, 401) if step <= 400 else range(600, 1001)
+            near = [s for s in side if abs(s - step) <= 999 / 80]
+            if metric == "loss":
+                own = [3 - s / 400 for s in near]
+                assert mean == pytest.approx(sum(own) / len(own), rel=1e-12)
+            else:
+                assert mean == (0.0 if 400 < step < 600 else 0.5)
+        assert smooth.steps[smooth.steps <= 400][-1] > 390
+
+
+def test_the_window_of_a_smooth_curve_is_over_steps() -> None:
+    # Logged every step, then every tenth.
+    steps = [*range(1, 201), *range(210, 2001, 10)]
+    history = [{"step": step, "a_loss": step % 7, "a_tokens": 1 + step % 3} for step in steps]
+    part = {step: float(step % 7) * (1 + step % 3) for step in steps}
+    expected = naive_means(steps, part, {step: 1.0 + step % 3 for step in steps})
+    run = run_of(history)
+    found, means = MovingMeans(run, find_gaps(run)).of("a", "loss")
+    assert means.tolist() == pytest.approx([expected[step] for step in found.tolist()], rel=1e-12)
 
 
 def test_one_nan_takes_no_part_in_a_smooth_curve_and_breaks_the_other() -> None:

@@ -11,6 +11,7 @@ import pytest
 from analysis.analysis_tools import make_history, run_of, series_of
 from analysis.browser import END, ESCAPE, HOME, RIGHT, Report, needs_browser
 from analysis.report_runs import FOUR, HOSTILE_NAMES, run_with
+from channel_metrics.analysis.judging.versus import versus_of
 from channel_metrics.analysis.report.curves import charts
 from channel_metrics.analysis.report.more_curves import MIX
 from channel_metrics.analysis.report.views import rank_channels, shown
@@ -178,9 +179,11 @@ def test_runs_are_compared(report: Report, files: dict[str, Path]) -> None:
     report.click("#runs .chip", 1)
     assert len(report.lines()) == 5
     report.click("#runs .chip", 1)
-    base, other = (list(series_of(run, "bbu", "loss").values())[-1] for run in runs)
+    (found,) = (v for v in versus_of(runs[1], runs[0]) if (v.channel, v.split) == ("bbu", "train"))
     cells = report.texts("#final tbody tr:nth-child(2) td:last-child")
-    assert cells == [f"{other / base - 1:+.1%}".replace("-", "\N{MINUS SIGN}")]
+    assert cells == [found.interval.replace("-", "\N{MINUS SIGN}")]
+    base, other = (list(series_of(run, "bbu", "loss").values())[-13:] for run in runs)
+    assert found.change == pytest.approx(sum(other) / sum(base) - 1, abs=found.limit)
     report.click("#legend-list button")
     assert "bbu · base: " in (aloud := report.read(END)) and "bbu · other: " in aloud
 

@@ -72,7 +72,7 @@ def test_log_steps(report: Report, files: dict[str, Path]) -> None:
 def test_strengths_of_smoothing_are_means_of_the_log(
     report: Report, files: dict[str, Path]
 ) -> None:
-    means = MovingMeans(rich_run())
+    means = MovingMeans(rich_run(), [])
     report.open(files["rich"])
     for strength, part in enumerate(WINDOW_PARTS, 1):
         report.choose("#smooth", str(strength))

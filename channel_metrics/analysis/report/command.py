@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,9 +16,24 @@ from channel_metrics.errors import ChannelMetricsError
 if TYPE_CHECKING:
     from channel_metrics.analysis.run import Run
 
-__all__ = ["REPORT_FILE", "add_report_command", "report_of_training"]
+__all__ = ["REPORT_FILE", "FailOn", "FailOnOption", "add_report_command", "report_of_training"]
 
 REPORT_FILE = "report.html"
+
+
+class FailOn(str, Enum):
+    """Findings that end a command with exit code 1."""
+
+    worse = "worse"
+
+
+FailOnOption = Annotated[
+    FailOn | None,
+    typer.Option(
+        "--fail-on",
+        help="worse: exit code 1 if a loss became NaN, rose, or is above that of the first run.",
+    ),
+]
 
 Load = Callable[[Sequence[Path], "str | None", "Sequence[str] | None"], "list[Run]"]
 
@@ -53,14 +69,21 @@ def add_report_command(
         channel: Annotated[
             list[str] | None, typer.Option("--channel", help="A name that is a channel.")
         ] = None,
+        fail_on: FailOnOption = None,
     ) -> None:
         """Write one HTML file about runs, which needs no network: curves, mix, findings, table."""
         with reported():
+            from channel_metrics.analysis.judging.finding import is_worse, lines_of
+            from channel_metrics.analysis.judging.told import findings_of
             from channel_metrics.analysis.report.html import write_report
+            from channel_metrics.analysis.report.views import views_of
             from channel_metrics.analysis.run import folder_of
 
             loaded = load(runs, format, channel)
             file = output or folder_of(runs[0]) / REPORT_FILE
+            found = [findings_of(view) for view in views_of(loaded)]
+            for run, findings in zip(loaded, found, strict=True):
+                typer.echo("\n".join([f"{run.name}:", *lines_of(findings)]))
             size = write_report(loaded, file, title=title)
             typer.echo(f"report:   {file} ({size.num_bytes / 1e6:.1f} MB)")
             if size.num_left_out:
@@ -71,6 +94,8 @@ def add_report_command(
                 folder = file.parent / f"{file.stem}_pictures"
                 written = write_pictures(loaded, folder)
                 typer.echo(f"pictures: {folder} ({', '.join(path.name for path in written)})")
+            if fail_on and any(map(is_worse, found)):
+                raise typer.Exit(1)
 
 
 def report_of_training(folder: Path, format: str, channels: Sequence[str] = ()) -> str:

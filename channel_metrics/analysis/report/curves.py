@@ -101,10 +101,11 @@ def curves_of(
 
     strengths: how strongly curves are smoothed; each one gives a curve more.
     """
+    found = find_gaps(run)
     gaps = defaultdict(list)
-    for gap in find_gaps(run):
+    for gap in found:
         gaps[gap.channel].append(gap)
-    means = MovingMeans(run)
+    means = MovingMeans(run, found)
     for split in splits_of(run):
         for channel in (GLOBAL, *channels):
             for metric in charts():

@@ -1,4 +1,4 @@
-"""Findings about a run: the final table, channels that got worse, gaps, the self-check."""
+"""Facts about a run: the final table, gaps, the self-check."""
 
 from __future__ import annotations
 
@@ -19,33 +19,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Gap",
     "SelfCheck",
-    "Worse",
     "final_rows",
     "find_gaps",
-    "find_worse",
     "loss_metric",
     "self_check",
 ]
 
-# A rise is more than noise if it is this many standard errors of the two means.
-_MIN_SIGMAS = 3.0
-_MIN_POINTS = 8
 # A gap is this many times longer than the usual distance between two windows with the channel.
 _GAP_FACTOR = 4.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Worse:
-    """A channel whose loss rose over the later part of the run, while the run's own fell."""
-
-    channel: str
-    split: str
-    from_step: int
-    """The step of its lowest (smoothed) loss."""
-    rise: float
-    """The rise of its loss since this step, in nats."""
-    global_change: float
-    """The change of the run's own loss over the same steps, in nats; negative."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,43 +87,6 @@ def final_rows(run: Run) -> list[ChannelRow]:
             )
         )
     return rows
-
-
-def find_worse(run: Run, split: str = "train") -> list[Worse]:
-    """Channels whose loss rises over the later part of the run, while the run's own loss falls.
-
-    The means over a fifth of a channel's points are compared: the lowest one, and the last one. The
-    rise must be clearly larger than the noise, which is the scatter within both parts.
-    """
-    global_steps, global_losses = run.series(GLOBAL, "loss", split)
-    found = []
-    for name in run.channels(split):
-        steps, losses = run.series(name, loss_metric(run, name, split) or "loss", split)
-        keep = np.isfinite(losses)
-        steps, losses = steps[keep], losses[keep]
-        width = len(losses) // 5
-        if len(losses) < _MIN_POINTS or width < 2:
-            continue
-        sums = np.concatenate([[0.0], np.cumsum(losses)])
-        means = (sums[width:] - sums[:-width]) / width
-        low = int(means.argmin())
-        if low + width > len(losses) - width:
-            continue
-        before, after = losses[low : low + width], losses[-width:]
-        rise = float(after.mean() - before.mean())
-        error = math.sqrt(_scatter(before) / width + _scatter(after) / width)
-        change = _change(global_steps, global_losses, steps[low : low + width], steps[-width:])
-        if rise > _MIN_SIGMAS * error and change is not None and change < 0:
-            found.append(
-                Worse(
-                    channel=name,
-                    split=split,
-                    from_step=int(steps[low + width // 2]),
-                    rise=rise,
-                    global_change=change,
-                )
-            )
-    return sorted(found, key=lambda worse: -worse.rise)
 
 
 def find_gaps(run: Run) -> list[Gap]:
@@ -207,22 +151,6 @@ def _present(run: Run, name: str) -> Steps:
     metrics = [m for m in ("tokens", "samples", "loss") if run.has(name, m)]
     steps, values = run.series(name, metrics[0] if metrics else "loss")
     return steps if metrics[:1] == ["loss"] else steps[values > 0]
-
-
-def _change(steps: Steps, losses: Values, before: Steps, after: Steps) -> float | None:
-    """The change of a mean loss between two stretches of steps."""
-    means = []
-    for part in (before, after):
-        inside = (steps >= part[0]) & (steps <= part[-1]) & np.isfinite(losses)
-        if not inside.any():
-            return None
-        means.append(float(losses[inside].mean()))
-    return means[1] - means[0]
-
-
-def _scatter(values: Values) -> float:
-    """The variance of single points around a slow trend."""
-    return float(np.mean(np.diff(values) ** 2) / 2)
 
 
 def _finite(values: Values) -> list[float]:

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from channel_metrics.analysis.judging.finding import shortened
+from channel_metrics.analysis.judging.told import findings_of
 from channel_metrics.analysis.report.curves import charts
 from channel_metrics.analysis.report.more_curves import EPOCHS, MIX
 from channel_metrics.analysis.report.page_data import dump_json, page_data
@@ -123,7 +127,9 @@ def _first_limit(num_channels: int) -> int:
 
 def _views(runs: Sequence[Run], channels: Sequence[str]) -> list[RunView]:
     indices = {name: index for index, name in enumerate(channels)}
-    return [view_run(run, index, indices) for index, run in enumerate(runs)]
+    return [
+        view_run(run, index, indices, runs[0] if index else None) for index, run in enumerate(runs)
+    ]
 
 
 def _render(
@@ -136,6 +142,8 @@ def _render(
     text: str = _template().render(
         title=shown(title or " · ".join(view.run.name for view in views)),
         runs=views,
+        found=[findings_of(view) for view in views],
+        indices={name: index for index, name in enumerate(channels)},
         num_channels=len(channels),
         num_left_out=num_left_out,
         thinned=_thinned(data),
@@ -163,7 +171,8 @@ def _template() -> Any:
         "percent": _percent,
         "points": _points,
         "count": _count,
-        "tiny": _tiny,
+        "finite": _finite,
+        "shortened": shortened,
     }
     return environment.from_string(_file("page.html"))
 
@@ -211,7 +220,15 @@ def _widest(views: Sequence[RunView]) -> float:
 
 
 def _loss(value: float | None) -> str:
-    return _NOTHING if value is None else f"{value:.4f}"
+    if value is None:
+        return _NOTHING
+    return f"{value:.4f}" if math.isfinite(value) else "NaN" if math.isnan(value) else str(value)
+
+
+def _finite(values: Sequence[Any], attribute: str) -> list[Any]:
+    """The values of which an attribute, such as `row.last_loss`, is a finite number."""
+    found = [(value, attrgetter(attribute)(value)) for value in values]
+    return [value for value, number in found if number is not None and math.isfinite(number)]
 
 
 def _percent(value: float | None, spec: str = ".1%") -> str:
@@ -221,11 +238,6 @@ def _percent(value: float | None, spec: str = ".1%") -> str:
 def _points(value: float | None) -> str:
     """A difference of two shares, in percentage points."""
     return _NOTHING if value is None else f"{100 * value:+.1f}".replace("-", _MINUS)
-
-
-def _tiny(value: float) -> str:
-    """A relative difference."""
-    return "less than 0.001%" if value < 1e-5 else f"{value:.3%}"
 
 
 def _count(value: int | None) -> str:

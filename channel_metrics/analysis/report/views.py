@@ -5,26 +5,26 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from channel_metrics.analysis.judging.nonfinite import nonfinite_of
+from channel_metrics.analysis.judging.trends import trends_of
+from channel_metrics.analysis.judging.versus import versus_of
 from channel_metrics.analysis.readers.keys import GLOBAL
-from channel_metrics.analysis.report.curves import charts, splits_of
-from channel_metrics.analysis.report.findings import (
-    SelfCheck,
-    final_rows,
-    find_gaps,
-    find_worse,
-    self_check,
-)
+from channel_metrics.analysis.report.curves import charts
+from channel_metrics.analysis.report.findings import final_rows, find_gaps, self_check
 from channel_metrics.core.labels import UNLABELED
 
 if TYPE_CHECKING:
-    from channel_metrics.analysis.report.findings import Gap, Worse
+    from channel_metrics.analysis.judging.nonfinite import NonFinite
+    from channel_metrics.analysis.judging.trends import Trend
+    from channel_metrics.analysis.judging.versus import Versus
+    from channel_metrics.analysis.report.findings import Gap, SelfCheck
     from channel_metrics.analysis.run import Run
     from channel_metrics.analysis.summary import ChannelRow
 
-__all__ = ["ChannelView", "GapView", "RunView", "WorseView", "rank_channels", "shown", "view_run"]
+__all__ = ["ChannelView", "GapView", "RunView", "rank_channels", "shown", "view_run", "views_of"]
 
 _MAX_NAME = 160
 # The share of the records is off if it differs by more than random drawing explains.
@@ -65,6 +65,9 @@ class ChannelView:
     is_estimate: bool
     """Whether its loss is an estimate."""
 
+    versus: Versus | None
+    """Its loss compared with that of the first run."""
+
     @property
     def off(self) -> float | None:
         """The achieved share of the records minus the configured one."""
@@ -80,15 +83,6 @@ class ChannelView:
         whole = self.samples / self.row.record_share if self.row.record_share else self.samples
         sigma = math.sqrt(self.configured * (1 - self.configured) / whole)
         return abs(self.off) > max(_MIX_POINTS, _MIX_SIGMAS * sigma)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorseView:
-    """A channel that gets worse."""
-
-    index: int
-    name: str
-    worse: Worse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +109,16 @@ class RunView:
     """The first and the last loss of the run itself."""
 
     rows: Sequence[ChannelView]
-    worse: Sequence[WorseView]
+    trends: Sequence[Trend]
+    nonfinite_losses: Sequence[NonFinite]
     gaps: Sequence[GapView]
     check: SelfCheck | None
+
+    first_name: str = ""
+    """The name of the run that it is compared with."""
+
+    versus: Sequence[Versus] = ()
+    """The comparison with this run."""
 
     @property
     def tokens(self) -> int | None:
@@ -127,12 +128,14 @@ class RunView:
 
     @property
     def verdict(self) -> str:
-        """`exact`, `close` or `differs`; empty without a check."""
+        """`exact`, `close`, `uneven` (mostly close) or `differs`; empty without a check."""
         if self.check is None:
             return ""
         if self.check.largest <= _EXACT:
             return "exact"
-        return "close" if self.check.median <= _CLOSE else "differs"
+        if self.check.largest <= _CLOSE:
+            return "close"
+        return "uneven" if self.check.median <= _CLOSE else "differs"
 
     @property
     def off(self) -> list[ChannelView]:
@@ -145,16 +148,36 @@ class RunView:
         return [view for view in self.rows if view.nonfinite]
 
     @property
-    def num_findings(self) -> int:
-        """The number of findings."""
-        found = len(self.worse) + len(self.gaps) + len(self.off) + len(self.nonfinite)
-        return found + (self.verdict == "differs")
+    def lost(self) -> NonFinite | None:
+        """What became NaN or infinite for good: the loss of the whole run, else the first one."""
+        final = [item for item in self.nonfinite_losses if item.is_final]
+        return next((item for item in final if item.channel == GLOBAL), next(iter(final), None))
 
 
-def view_run(run: Run, index: int, channels: Mapping[str, int]) -> RunView:
-    """The contents about a run. channels: {channel that is shown: its index}."""
-    global_losses = [v for v in run.series(GLOBAL, "loss")[1].tolist() if math.isfinite(v)]
+def view_run(
+    run: Run, index: int, channels: Mapping[str, int], first_run: Run | None = None
+) -> RunView:
+    """The contents about a run.
+
+    Args:
+        run: the run.
+        index: its index in the report.
+        channels: {channel that is shown: its index}.
+        first_run: the run that it is compared with.
+    """
+    global_losses = run.series(GLOBAL, "loss")[1].tolist()
     first, last = _span(run)
+    shown_names = {GLOBAL, *channels}
+    nonfinite = [item for item in nonfinite_of(run) if item.channel in shown_names]
+    # Until it was lost, a loss may have been fine, but this is no comfort.
+    lost = {(item.channel, item.split) for item in nonfinite if item.is_final}
+    versus = [
+        found
+        for found in ([] if first_run is None else versus_of(run, first_run))
+        if found.channel in shown_names
+        and (found.is_worse or (found.channel, found.split) not in lost)
+    ]
+    compared = {found.channel: found for found in versus if found.split == "train"}
     return RunView(
         index=index,
         name=shown(run.name),
@@ -162,16 +185,23 @@ def view_run(run: Run, index: int, channels: Mapping[str, int]) -> RunView:
         steps=(first, last),
         losses=(global_losses[0], global_losses[-1]) if global_losses else None,
         rows=[
-            _channel(run, row, index, channels[row.channel])
+            _channel(
+                run,
+                replace(row, last_loss=math.nan) if (row.channel, "train") in lost else row,
+                index,
+                channels[row.channel],
+                compared.get(row.channel),
+            )
             for row in final_rows(run)
             if row.channel in channels
         ],
-        worse=[
-            WorseView(index=channels[worse.channel], name=shown(worse.channel), worse=worse)
-            for split in splits_of(run)
-            for worse in find_worse(run, split)
-            if worse.channel in channels
+        trends=[
+            trend
+            for trend in trends_of(run)
+            if trend.channel in shown_names
+            and (trend.is_bad or (trend.channel, trend.split) not in lost)
         ],
+        nonfinite_losses=nonfinite,
         gaps=[
             GapView(
                 index=channels[gap.channel],
@@ -183,7 +213,17 @@ def view_run(run: Run, index: int, channels: Mapping[str, int]) -> RunView:
             if gap.channel in channels
         ],
         check=self_check(run),
+        first_name="" if first_run is None else shown(first_run.name),
+        versus=versus,
     )
+
+
+def views_of(runs: Sequence[Run]) -> list[RunView]:
+    """The contents about runs with all their channels; all but the first are compared with it."""
+    channels = {name: index for index, name in enumerate(rank_channels(runs))}
+    return [
+        view_run(run, index, channels, runs[0] if index else None) for index, run in enumerate(runs)
+    ]
 
 
 def rank_channels(runs: Sequence[Run]) -> list[str]:
@@ -212,7 +252,9 @@ def _visible(character: str) -> str:
     return character
 
 
-def _channel(run: Run, row: ChannelRow, number: int, index: int) -> ChannelView:
+def _channel(
+    run: Run, row: ChannelRow, number: int, index: int, versus: Versus | None
+) -> ChannelView:
     whole = sum(run.ratios.values())
     ratio = run.ratios.get(row.channel)
     samples = [v for v in run.series(row.channel, "samples")[1].tolist() if math.isfinite(v)]
@@ -226,6 +268,7 @@ def _channel(run: Run, row: ChannelRow, number: int, index: int) -> ChannelView:
         samples=round(sum(samples)) if samples else None,
         nonfinite=round(sum(v for v in nonfinite if math.isfinite(v))),
         is_estimate=not run.has(row.channel, "loss") and run.has(row.channel, "loss_estimate"),
+        versus=versus,
     )
 
 
