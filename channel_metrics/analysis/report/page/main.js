@@ -16,7 +16,7 @@ const addChart = (metric) => {
   if (!others.includes(metric) || charts.some((chart) => chart.metric === metric)) return null;
   const figure = find("#other-chart").content.firstElementChild.cloneNode(true);
   figure.dataset.metric = metric;
-  figure.querySelector("h3").textContent = metric;
+  figure.querySelector("figcaption").prepend(element("h3", {}, metric));
   const plot = figure.querySelector(".plot");
   plot.setAttribute("aria-label", `${metric}. ${plot.getAttribute("aria-label")}`);
   for (const button of figure.querySelectorAll("[data-save]")) {
