@@ -52,11 +52,12 @@ def run() -> list[dict[str, object]]:
     names = [f"channel{i}" for i in tokens.ids.tolist()]
     distinct = sorted(set(names))
     on_meta = ChannelLossAccumulator(distinct, device="meta")
+    with_bars = ChannelLossAccumulator(distinct, device="meta", metrics=("loss", "loss_se"))
     ours = ChannelLossAccumulator(distinct)
 
-    def update() -> None:
+    def update(accumulator: ChannelLossAccumulator = on_meta) -> None:
         # The meta device holds no values: reading one is an error, whatever is counted.
-        on_meta.update(
+        accumulator.update(
             tokens.losses.to("meta"),
             channels=tokens.ids.to("meta"),
             cu_seqlens=tokens.bounds.to("meta"),
@@ -69,6 +70,7 @@ def run() -> list[dict[str, object]]:
     veomni = VeOmni.of_packed(tokens.ids.tolist(), tokens.bounds)
     return [
         _row("ours", update, lambda: sync(ours)),
+        _row("ours, error bars", lambda: update(with_bars), lambda: sync(ours)),
         _row(
             "ms-swift, HF", lambda: loop.update(tokens.losses, tokens.unshifted_labels()), loop.log
         ),

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import write_pages
+
 __all__ = ["write_report"]
 
 # By number of tokens: the most that `update` was meant to take.
@@ -14,11 +16,12 @@ _MARK = "<!-- tables: written by python -m benchmarks -->"
 
 
 def write_report(results: Path, docs: Path) -> None:
-    """Replace what follows the mark in docs/benchmarks.md, and draw the ratios of `update`."""
+    """Write the tables of the pages, and draw the ratios of `update`."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
     page = docs / "benchmarks.md"
     head = page.read_text().split(_MARK)[0]
     page.write_text(head + _MARK + "\n" + "\n".join(_sections(found)))
+    write_pages(found, docs)
     if "update" in found:
         _plot(found["update"]["rows"], docs / "benchmarks.svg")
 

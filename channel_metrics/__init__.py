@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from channel_metrics.core.boundaries import Boundaries, boundaries_from_batch
     from channel_metrics.core.keys import ChannelTable
     from channel_metrics.core.micro_batch import MicroBatch
-    from channel_metrics.core.schema import TOKENS, Column, Metric
+    from channel_metrics.core.registry import Column, Metric
+    from channel_metrics.core.schema import TOKENS
     from channel_metrics.data.collator import ChannelCollator
     from channel_metrics.errors import (
         BoundaryError,
@@ -73,9 +74,9 @@ _MODULES = {
     "ChannelMetrics": "session",
     "ChannelMetricsError": "errors",
     "ChannelTable": "core.keys",
-    "Column": "core.schema",
+    "Column": "core.registry",
     "ConfigError": "errors",
-    "Metric": "core.schema",
+    "Metric": "core.registry",
     "MetricsConfig": "config",
     "MicroBatch": "core.micro_batch",
     "Ranks": "ranks.ranks",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
+from channel_metrics.core.axes import axes_of, axis_fields, check_axis_format
 from channel_metrics.core.faults import OnError
 from channel_metrics.core.keys import ChannelTable
 from channel_metrics.core.labels import DEFAULT_FIELDS, Unknown
+from channel_metrics.core.objectives import OBJECTIVES, WEIGHTED
 from channel_metrics.core.schema import DEFAULT_METRICS, TOKENS
 from channel_metrics.errors import ConfigError, hint
 
@@ -24,6 +27,31 @@ class MetricsConfig:
 
     The first one that a record has is used."""
 
+    axes: Mapping[str, Any] = field(default_factory=dict)
+    """More labels of a record: {axis: field, list of fields, or {channel: label}}.
+
+    `{"domain": "metadata._fusion_domain"}` logs `domain/target_loss` and so on beside the
+    channels."""
+
+    cross: tuple[tuple[str, ...], ...] = ()
+    """Axes to combine, such as `[["channel", "domain"]]`; `channel` is the channel itself.
+
+    Combinations that occur are logged, as `channel.domain/bbu.target_loss`."""
+
+    tree: int = 0
+    """How many levels of names such as `code/python/web` are added up, from the first on.
+
+    `tree: 1` logs `tree/code_loss` over all tokens below `code`, and the mean of its children
+    as `tree_mean/code_loss`. 0 adds up nothing."""
+
+    top: int = 0
+    """How many channels, and labels of each axis, are logged: those with the most tokens so far.
+
+    The others are added up in `others`. 0 logs all of them."""
+
+    axis_format: str = "{axis}/{label}"
+    """What stands in place of `{channel}` in the log keys of an axis."""
+
     channels: tuple[str, ...] = ()
     """Declared channels. If empty, they are scanned from the dataset or learned from batches."""
 
@@ -33,7 +61,12 @@ class MetricsConfig:
     "add" declares it, "unlabeled" counts its tokens as unlabeled, "error" raises."""
 
     metrics: tuple[str, ...] = DEFAULT_METRICS
-    """Names of the metrics that are logged per channel, see `channel_metrics.core.schema`."""
+    """Names of the metrics that are logged per channel, see `channel_metrics.core.schema`.
+
+    Objectives over all channels may be among them, see `channel_metrics.core.objectives`."""
+
+    channel_weights: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """The weight of each channel in `weighted_loss_of_channels`; other channels have none."""
 
     eval_channels: tuple[str, ...] = ()
     """The channels that evaluations log. If empty, they log all of them."""
@@ -66,8 +99,49 @@ class MetricsConfig:
             )
         if not self.fields:
             raise ConfigError("fields must name at least one record field, but is empty.")
-        TOKENS.check(self.metrics)
+        axes, cross = axes_of(self.axes, self.cross)
+        object.__setattr__(self, "axes", axes)
+        object.__setattr__(self, "cross", cross)
+        check_axis_format(self.axis_format)
+        for name in ("tree", "top"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ConfigError(f"{name} must be a whole number, 0 or more, but is {value!r}.")
+        known = (*TOKENS.window_metrics, *TOKENS.run_metrics, *(one.name for one in OBJECTIVES))
+        TOKENS.check(self.metrics, known)
+        self._check_weights()
         self.new_table()
+
+    def _check_weights(self) -> None:
+        weights = self.channel_weights
+        numbers = isinstance(weights, Mapping) and all(
+            isinstance(w, (int, float)) and 0 < w < math.inf for w in weights.values()
+        )
+        if not numbers:
+            raise ConfigError(
+                "channel_weights must be a mapping of channels to numbers above 0, but is "
+                f"{weights!r}; leave out a channel that shall not count."
+            )
+        if bool(weights) != (WEIGHTED in self.metrics):
+            raise ConfigError(
+                f"channel_weights and the metric {WEIGHTED!r} need each other, but only "
+                f"{'channel_weights was' if weights else 'the metric was'} given."
+            )
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The entries of `metrics` that are one number for all channels."""
+        return tuple(one.name for one in OBJECTIVES if one.name in self.metrics)
+
+    @property
+    def label_fields(self) -> tuple[str, ...]:
+        """`fields`, and entries for the labels on further axes, as `channels_of` takes them."""
+        return (*self.fields, *axis_fields(self.axes))
+
+    def reading(self, column: str) -> MetricsConfig:
+        """This config for records whose joint names stand in one column."""
+        axes = {a: s if isinstance(s, Mapping) else () for a, s in self.axes.items()}
+        return replace(self, fields=(column,), axes=axes)
 
     @property
     def window_metrics(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.schema import Schema
 from channel_metrics.core.table import SumTable
+from channel_metrics.core.text_sizes import TextSizes
+from channel_metrics.core.token_text import text_sizes
 from channel_metrics.errors import ChannelMetricsError
 from channel_metrics.windows import Evaluation, OpenWindow
 
@@ -34,6 +37,8 @@ class Counting:
 
     Attributes:
         warned: the warnings that were logged.
+        with_targets: whether a metric needs the token that each loss is about.
+        text_sizes: the bytes and characters of the tokens, if they are known.
     """
 
     def __init__(
@@ -41,6 +46,8 @@ class Counting:
     ) -> None:
         self.labels, self.schema, self.guard = labels, schema, guard
         self.with_correct = with_correct
+        self.with_targets = "text_nll" in schema.column_names
+        self.text_sizes: TextSizes | None = None
         self.warned: set[str] = set()
         self._train = OpenWindow(self._new_table())
         self._evaluations: list[Evaluation] = []
@@ -67,7 +74,41 @@ class Counting:
             if self.measuring:
                 table = self._open_table()
                 assert isinstance(table, ChannelLossAccumulator)
+                table.text_sizes = self.text_sizes
                 batch.add_to(table)
+                if self.with_targets and (self.text_sizes is None or batch.labels is None):
+                    self._tell_of_text()
+                if table.in_parts:
+                    self._tell_of_parts()
+
+    def read_tokenizer(self, tokenizer: Any) -> None:
+        """Learn from a tokenizer how many bytes of text each token stands for.
+
+        It does nothing if no metric of the config needs this, or without a tokenizer.
+
+        Args:
+            tokenizer: a fast tokenizer of transformers, a processor that has one, or None.
+
+        Raises:
+            ConfigError: the bytes of its tokens cannot be told.
+        """
+        if self.with_targets and tokenizer is not None:
+            self.text_sizes = text_sizes(tokenizer)
+
+    def _tell_of_text(self) -> None:
+        lacks = "the labels" if self.text_sizes is not None else "a tokenizer"
+        self.warn_once(
+            f"bits_per_byte and bits_per_char need {lacks}, so they are left out; give "
+            "`metrics.read_tokenizer(tokenizer)` the tokenizer, and micro-batches their `labels`."
+        )
+
+    def _tell_of_parts(self) -> None:
+        left_out = {column.name for column in self.schema.columns if column.whole}
+        names = [m.name for m in self.schema.metrics if left_out.intersection(m.needs)]
+        self.warn_once(
+            f"{', '.join(names)} need whole sequences and float64: they are left out, because "
+            "sequences are cut across ranks, or because the device has no float64."
+        )
 
     def add(
         self,

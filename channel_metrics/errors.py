@@ -33,11 +33,11 @@ class ChannelError(ChannelMetricsError):
 
 
 class CollectiveError(ChannelMetricsError):
-    """A collective of ours that failed: always raised, for the ranks are out of step."""
+    """A collective of ours that failed. Always raised, because the ranks are out of step."""
 
 
 class ConfigError(ChannelMetricsError):
-    """A configuration that cannot be meant: unknown keys, wrong values, colliding names."""
+    """A wrong configuration: unknown keys, wrong values, names that would share a key."""
 
 
 class StoppedError(ChannelMetricsError):

@@ -142,7 +142,9 @@ class Seen:
                 "`observe` per forward."
             )
         mask = (targets != IGNORE_INDEX).to(nll.device)
-        values = TokenValues(nll, mask, correct).map(lambda v: v.reshape(targets.shape))
+        kept = targets.to(nll.device) if self._metrics.with_targets else None
+        values = TokenValues(nll, mask, correct, targets=kept)
+        values = values.map(lambda v: v.reshape(targets.shape))
         self.values = beside_labels(values, place, by_rows=False)
 
 
@@ -184,7 +186,14 @@ def observe(
         values, reported = seen.values, None
         if values is None:
             try:
-                values, reported = _captured(reader, seen.observation, model, labels, taken)
+                values, reported = _captured(
+                    reader,
+                    seen.observation,
+                    model,
+                    labels,
+                    taken,
+                    with_targets=metrics.with_targets,
+                )
             except UnsupportedVersionError as error:
                 raise UnsupportedVersionError(f"{error} {remedy}") from error
         real = _real_records(metrics, accelerator, real)
@@ -218,7 +227,13 @@ def _reader_of(metrics: Counting, model: torch.nn.Module) -> Any:
 
 
 def _captured(
-    reader: Any, observation: Any, model: torch.nn.Module, labels: Any, taken: BatchChannels
+    reader: Any,
+    observation: Any,
+    model: torch.nn.Module,
+    labels: Any,
+    taken: BatchChannels,
+    *,
+    with_targets: bool,
 ) -> tuple[TokenValues, Tensor | None]:
     """What the model's own loss was made of, and its sum."""
     if not isinstance(labels, Tensor):
@@ -231,7 +246,11 @@ def _captured(
 
     causal = None if reader.captured is not None else is_causal(model)
     found: tuple[TokenValues, Tensor | None] = reader.read(
-        observation, labels, causal=causal, by_rows=taken.cu_seqlens is None
+        observation,
+        labels,
+        causal=causal,
+        by_rows=taken.cu_seqlens is None,
+        with_targets=with_targets,
     )
     return found
 

@@ -37,7 +37,8 @@ from channel_metrics.ranks.agreed_names import Agreement
 from channel_metrics.ranks.exchange import GlobalSums
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.ranks.sync import sum_over_ranks
-from channel_metrics.windows import Evaluation, Window, WindowMaker
+from channel_metrics.window_maker import WindowMaker
+from channel_metrics.windows import Evaluation, Window
 
 __all__ = ["ChannelMetrics"]
 
@@ -71,11 +72,18 @@ class ChannelMetrics(Counting):
         on_window: Iterable[Callable[[Window], Any]] = (),
     ) -> None:
         self.config = config = config or MetricsConfig()
-        schema = schema.extended()  # a copy: columns and metrics are fixed from here on
+        schema = schema.narrowed(config.metrics)  # a copy: columns are fixed from here on
         labels = LabelTable(config.channels, unknown=config.unknown)
-        guard, correct = FaultGuard(config.on_error), "token_acc" in config.metrics
+        guard = FaultGuard(config.on_error)
+        correct = any("correct" in metric.needs for metric in schema.chosen(config.metrics))
         super().__init__(labels, schema, guard, with_correct=correct)
-        self.keys = KeyBook(config.key_format, reserved=reserved, schema=schema, rewrite=rewrite)
+        self.keys = KeyBook(
+            config.key_format,
+            reserved=reserved,
+            schema=schema,
+            objectives=config.objectives,
+            rewrite=rewrite,
+        )
         self._maker = WindowMaker(config, schema, self.keys, self.warn_once)
         self.ranks = ranks or Ranks()
         self.on_window = list(on_window)
@@ -133,7 +141,7 @@ class ChannelMetrics(Counting):
         """A collator like `base` that also adds the channels and boundaries for `observe`."""
         return ChannelCollator(
             base,
-            fields=self.config.fields,
+            fields=self.config.label_fields,
             table=self.labels if self.labels.names else None,
             bounds_key=BOUNDS_KEY,
             row_bounds=False,
@@ -179,7 +187,7 @@ class ChannelMetrics(Counting):
         Raises:
             ChannelError: no record of a training set has a channel; and as `declare_names`.
         """
-        fields = fields or self.config.fields
+        fields = fields or self.config.label_fields
         self.classes.update(class_names(dataset, fields))
         names = scan_channels(dataset, fields, split, needed=not self.config.channels)
         if names is not None:
@@ -197,6 +205,14 @@ class ChannelMetrics(Counting):
         names = [name for name in names if name != UNLABELED]
         self.labels.ids(names)
         self._maker.declare(name for name in names if name in self.labels)
+
+    def rows(self, names: Iterable[str | None]) -> set[str]:
+        """What is logged of records with these names: their channels, and labels of axes."""
+        return {row for name in names for row in self._maker.book.rows(name)}
+
+    def is_label(self, row: str) -> bool:
+        """Whether a row is a label on a further axis, such as `domain/target`."""
+        return row in self._maker.book.labels
 
     def check_eval_channels(self) -> None:
         """Raise `ConfigError` if an entry of `eval_channels` is none of the channels so far."""

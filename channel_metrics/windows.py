@@ -1,26 +1,16 @@
-"""From the sums of all ranks to a `Window`: which values are logged, under which keys."""
+"""Windows: what is counted between two log points."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from channel_metrics.config import MetricsConfig
-from channel_metrics.core.keys import KeyBook
 from channel_metrics.core.labels import UNLABELED
-from channel_metrics.core.schema import Schema
-from channel_metrics.core.table import SumTable, values_by_channel
-from channel_metrics.core.totals import RunTotals
-from channel_metrics.errors import ConfigError, hint
-from channel_metrics.ranks.exchange import MISMATCH_TOLERANCE, GlobalSums
-from channel_metrics.run_marks import mark
+from channel_metrics.core.table import SumTable
 
-__all__ = ["Evaluation", "OpenWindow", "Window", "WindowMaker"]
-
-Values = dict[str, dict[str, float]]
+__all__ = ["Evaluation", "OpenWindow", "Window"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +29,21 @@ class Window:
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     """{channel: {metric: value}} for the channels that are logged, `unlabeled` last."""
 
+    axes: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """{axis: {label: {metric: value}}} for the further axes of the config."""
+
     logs: dict[str, float] = field(default_factory=dict)
-    """The same values under their log keys."""
+    """The same values under their log keys, and the objectives over all channels."""
+
+    worst_channel: str = ""
+    """The channel of `worst_loss`, if this objective is logged."""
 
     final: bool = True
     """Whether the window has ended; a window of `peek` is still open."""
 
     names: tuple[str, ...] = ()
-    """The channels that the ranks know, in the order of `table`."""
+    """The channels that the ranks know, in the order of `table`, and then rows of the axes, such
+    as `domain/target`."""
 
     columns: tuple[str, ...] = ()
     """The columns of `table`."""
@@ -92,133 +89,3 @@ class Evaluation(OpenWindow):
     def logs(self) -> dict[str, float]:
         """The values under their log keys; empty if there is no window."""
         return {} if self.window is None else self.window.logs
-
-
-class WindowMaker:
-    """Makes the windows of one run. Each problem is warned of once.
-
-    Args:
-        config: which metrics are logged, and which channels in evaluation.
-        schema: the columns and metrics.
-        keys: learns the channels and splits of the run.
-        warn_once: that of the session.
-    """
-
-    def __init__(
-        self, config: MetricsConfig, schema: Schema, keys: KeyBook, warn_once: Callable[..., None]
-    ) -> None:
-        self.config, self.schema, self.keys, self.warn_once = config, schema, keys, warn_once
-        self._metrics = schema.chosen(config.metrics)
-        mark("session")
-
-    def make(
-        self,
-        found: GlobalSums,
-        *,
-        split: str,
-        step: int,
-        prefix: str,
-        totals: RunTotals | None,
-        final: bool,
-    ) -> Window:
-        """The window of these sums.
-
-        Args:
-            found: the sums of all ranks.
-            split, step, prefix, final: as in `Window`.
-            totals: those of the run, this window included. None for evaluations and open windows.
-        """
-        self.learn(found.names, prefix)
-        values = values_by_channel(self.schema, found.names, found.sums, self._metrics)
-        if set(values) - {UNLABELED}:
-            mark("channel")
-        if final:
-            self._warn_of(split, found.mismatch, values)
-        else:
-            self._drop_counts(values)
-        if split != "train":
-            self._choose(values, found.names)
-        elif totals is not None:
-            self._add_totals(values, totals)
-        keyed = (
-            (self.keys.key(channel, metric, prefix), value)
-            for channel, of_channel in values.items()
-            for metric, value in of_channel.items()
-        )
-        return Window(
-            split=split,
-            step=step,
-            prefix=prefix,
-            values=values,
-            logs={key: value for key, value in keyed if key not in self.keys.clashes},
-            final=final,
-            names=found.names,
-            columns=self.schema.column_names,
-            table=found.sums,
-        )
-
-    def declare(self, names: Iterable[str]) -> None:
-        """Learn names that are known beforehand.
-
-        Raises:
-            ConfigError, ChannelError: if two names would share a key, or if a key is the
-                trainer's.
-        """
-        for error in self.keys.learn(names):
-            raise error
-
-    def learn(self, names: Iterable[str], prefix: str) -> None:
-        """Learn names that came up during the run. Keys that two values share are not logged."""
-        for error in [*self.keys.learn(names), *self.keys.learn(prefix=prefix)]:
-            self.warn_once(f"{error} These keys are left out of the log.")
-
-    def check_eval_channels(self, names: Sequence[str]) -> None:
-        """Raise `ConfigError` for an entry of `eval_channels` that is not in `names`."""
-        for wrong in self._unknown_eval_channels(names):
-            raise ConfigError(wrong)
-
-    def _drop_counts(self, values: Values) -> None:
-        """Leave counts out of an open window, or the sum of the logged counts would be wrong."""
-        counts = {metric.name for metric in self._metrics if metric.adds_up}
-        for of_channel in values.values():
-            for name in counts.intersection(of_channel):
-                del of_channel[name]
-
-    def _add_totals(self, values: Values, totals: RunTotals) -> None:
-        chosen = [name for name in self.schema.run_metrics if name in self.config.metrics]
-        for channel, of_channel in values.items() if chosen else ():
-            of_run = totals.of(channel)
-            of_channel.update({name: of_run[name] for name in chosen})
-
-    def _choose(self, values: Values, names: Sequence[str]) -> None:
-        """Keep the channels that evaluation logs."""
-        if not self.config.eval_channels:
-            return
-        for wrong in self._unknown_eval_channels(names):
-            self.warn_once(wrong)
-        always = {metric.name for metric in self._metrics if metric.every_channel}
-        for channel in set(values).difference(self.config.eval_channels):
-            values[channel] = {m: v for m, v in values[channel].items() if m in always}
-            if not values[channel]:
-                del values[channel]
-
-    def _unknown_eval_channels(self, names: Sequence[str]) -> list[str]:
-        return [
-            f"eval_channels names {name!r}, which is no channel; {hint(name, names)}"
-            for name in self.config.eval_channels
-            if name not in names and name != UNLABELED
-        ]
-
-    def _warn_of(self, split: str, mismatch: float, values: Values) -> None:
-        if mismatch > MISMATCH_TOLERANCE:
-            self.warn_once(
-                "the channels of a window do not add up to the trainer's own loss: the relative "
-                "difference is %.1e. The tokens or the loss mask that were counted are not those "
-                "that were trained on; please report this with your model and trainer.",
-                mismatch,
-            )
-        if set(values) == {UNLABELED}:
-            self.warn_once(
-                f"no record of this {split} window had a channel (looked for "
-                f"{', '.join(self.config.fields)}); all {self.schema.unit} count as 'unlabeled'."
-            )

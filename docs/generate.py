@@ -19,7 +19,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from channel_metrics.core.objectives import OBJECTIVES
+from channel_metrics.core.percentiles import BINS
 from channel_metrics.core.schema import TOKENS, Schema
+
+# `python docs/generate.py` finds it beside this file, tests and mypy in the package.
+try:
+    from docs.signatures import interface_of
+except ModuleNotFoundError:
+    from signatures import interface_of  # type: ignore[import-not-found, no-redef]
+
+# In place of a line for each bin.
+_BINS = f"{BINS[0]}` to `{BINS[-1]}"
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("docs/REFERENCE.md", "docs/config.md")
@@ -48,6 +59,8 @@ def part_of(name: str) -> str:
         return settings_of(_imported(argument))
     if kind == "schema":
         return schema_of(_imported(argument))
+    if kind == "interface":
+        return interface_of(argument)
     return PARTS[kind]()
 
 
@@ -61,7 +74,11 @@ def schema_of(schema: Schema) -> str:
         for column in schema.columns
         if column.total
     ]
-    columns = [(f"`{column.name}`", column.unit, column.doc) for column in schema.columns]
+    columns = [
+        (f"`{name}`", column.unit, column.doc)
+        for name, column in ((c.name if c.name not in BINS else _BINS, c) for c in schema.columns)
+        if column.name not in BINS[1:]
+    ]
     return "\n".join(
         (
             table(("metric", "unit", "what it is"), metrics),
@@ -71,6 +88,12 @@ def schema_of(schema: Schema) -> str:
             table(("column", "unit", "what is added up"), columns),
         )
     )
+
+
+def objectives() -> str:
+    """The objectives over channels, as a table."""
+    rows = [(f"`{one.name}`", f"`eval_{one.name}`", one.doc) for one in OBJECTIVES]
+    return table(("objective", "in evaluation", "what it is"), rows)
 
 
 def settings_of(cls: type) -> str:
@@ -101,17 +124,6 @@ def commands() -> str:
     return "\n\n".join(parts)
 
 
-def interface() -> str:
-    """What `import channel_metrics` offers: signature and the first paragraph of the docstring."""
-    package = importlib.import_module("channel_metrics")
-    parts = []
-    for name in package.__all__:
-        value = getattr(package, name)
-        doc = inspect.cleandoc(_own_doc(value)).split("\n\n")[0].replace("\n", " ")
-        parts.append(f"- **`{name}`** (`{value_module(value)}`): {doc}")
-    return "\n".join(parts)
-
-
 def errors() -> str:
     """The error classes, as a table."""
     module = importlib.import_module("channel_metrics.errors")
@@ -122,8 +134,8 @@ def errors() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "metrics": lambda: schema_of(TOKENS),
+    "objectives": objectives,
     "commands": commands,
-    "interface": interface,
     "errors": errors,
 }
 
@@ -132,15 +144,6 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str | None]]) -> str:
     """A Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
-
-
-def value_module(value: Any) -> str:
-    """Where a public name is defined."""
-    return (value if hasattr(value, "__module__") else type(value)).__module__
-
-
-def _own_doc(value: Any) -> str:
-    return (value.__doc__ if callable(value) else type(value).__doc__) or ""
 
 
 def _imported(name: str) -> Any:
@@ -187,7 +190,11 @@ def _option(item: inspect.Parameter) -> tuple[str, str]:
     names = [name for name in (info.default, *(info.param_decls or ())) if isinstance(name, str)]
     if type(info).__name__ == "ArgumentInfo":
         return f"`{item.name.upper()}`", info.help
-    return f"`{', '.join(names) or '--' + item.name.replace('_', '-')}`", info.help
+    name = ", ".join(names) or "--" + item.name.replace("_", "-")
+    if item.default is True:
+        return f"`{name}`, `{name.replace('--', '--no-', 1)}`", f"{info.help} Default: yes."
+    shown = "" if item.default in (None, False, "", inspect.Parameter.empty) else item.default
+    return f"`{name}`", info.help + (f" Default: {shown}." if shown else "")
 
 
 def _cell(text: str | None) -> str:

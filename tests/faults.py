@@ -22,7 +22,7 @@ PLACES: dict[str, tuple[str, str]] = {
     "see the model's loss": ("channel_metrics.capture.transformers", "_two_steps"),
     "record a micro-batch": ("channel_metrics.core.micro_batch", "MicroBatch.add_to"),
     "sum over ranks": ("channel_metrics.session", "sum_over_ranks"),
-    "log": ("channel_metrics.windows", "WindowMaker.make"),
+    "log": ("channel_metrics.window_maker", "WindowMaker.make"),
     "save": ("channel_metrics.core.totals", "RunTotals.save"),
     "ask whether Ulysses is off": (
         "channel_metrics.trainers.hf.parallel",

@@ -6,8 +6,9 @@ and one bound per row, as in the batch contract.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 IGNORED = -100
@@ -21,11 +22,22 @@ class Sums:
     samples: int = 0
     nonfinite: int = 0
     nonfinite_weights: int = 0
-    correct: int = 0
-    judged: int = 0
+    hits: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     weighted: list[float] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+    of_sequences: list[tuple[int, float]] = field(default_factory=list)
+    """(tokens with a finite loss, their nll) of each sequence."""
+    text_losses: list[float] = field(default_factory=list)
+    """The finite losses of the tokens that stand for text."""
+    num_bytes: int = 0
+    num_chars: int = 0
+    hits_of_sequences: list[tuple[int, float]] = field(default_factory=list)
+    """(judged tokens, those predicted) of each sequence."""
+
+    @property
+    def correct(self) -> float:
+        return math.fsum(self.hits)
 
 
 @dataclass
@@ -45,6 +57,8 @@ class Batch:
     weights: Sequence[float] | None = None
     causal: bool = False
     row_length: int | None = None
+    text: Mapping[int, str] = field(default_factory=dict)
+    """The text of each token; empty for special ones."""
 
 
 def reference_sums(batches: Sequence[Batch]) -> dict[str, Sums]:
@@ -53,8 +67,12 @@ def reference_sums(batches: Sequence[Batch]) -> dict[str, Sums]:
     for batch in batches:
         for channel, start, end in _sequences(batch):
             sums = found.setdefault(channel or "unlabeled", Sums())
+            losses, hits = len(sums.losses), len(sums.hits)
             for target in range(start, end):
                 _add_token(sums, batch, target)
+            of_sequence, of_hits = sums.losses[losses:], sums.hits[hits:]
+            sums.of_sequences.append((len(of_sequence), math.fsum(of_sequence)))
+            sums.hits_of_sequences.append((len(of_hits), math.fsum(of_hits)))
         for channel, start, end in zip(
             batch.channels, batch.bounds, batch.bounds[1:], strict=False
         ):
@@ -93,12 +111,15 @@ def _add_token(sums: Sums, batch: Batch, target: int) -> None:
         return
     sums.tokens += 1
     if batch.correct is not None:
-        sums.correct += batch.correct[at]
-        sums.judged += 1
+        sums.hits.append(float(batch.correct[at]))
     if not math.isfinite(batch.losses[at]):
         sums.nonfinite += 1
         return
     sums.losses.append(batch.losses[at])
+    if batch.labels is not None and (text := batch.text.get(batch.labels[target])):
+        sums.text_losses.append(batch.losses[at])
+        sums.num_bytes += len(text.encode())
+        sums.num_chars += len(text)
     if batch.weights is None:
         return
     if not math.isfinite(batch.weights[at]):
@@ -119,8 +140,57 @@ def _values(sums: Sums, all_tokens: int) -> dict[str, float]:
         values["ppl"] = math.exp(values["loss"])
     if math.fsum(sums.weights):
         values["weighted_loss"] = math.fsum(sums.weighted) / math.fsum(sums.weights)
-    if sums.judged:
-        values["token_acc"] = sums.correct / sums.judged
+    if sums.hits:
+        values["token_acc"] = sums.correct / len(sums.hits)
+    if sums.num_bytes:
+        bits = math.fsum(sums.text_losses) / math.log(2)
+        values["bits_per_byte"] = bits / sums.num_bytes
+        values["bits_per_char"] = bits / sums.num_chars
+    means = sorted(y / n for n, y in sums.of_sequences if n)
+    for percent in (10, 50, 90) if means else ():
+        exact = means[math.ceil(percent / 100 * len(means)) - 1]
+        values[f"loss_p{percent}"] = min(max(exact, 2.0**-10), 2.0**5)
+    values |= error_bars("loss", sums.of_sequences, math.inf)
+    values |= error_bars("token_acc", sums.hits_of_sequences, 1.0)
     if sums.nonfinite + sums.nonfinite_weights:
         values["nonfinite"] = float(sums.nonfinite + sums.nonfinite_weights)
     return values
+
+
+def error_bars(
+    metric: str, sequences: Sequence[tuple[int, float]], highest: float = math.inf
+) -> dict[str, float]:
+    """Standard error and 95 % interval of a mean over tokens; sequences are the draws.
+
+    sequences: (tokens, sum of their values) of each.
+    """
+    sequences = [(n, y) for n, y in sequences if n]
+    m, tokens = len(sequences), sum(n for n, _ in sequences)
+    if m < 2:
+        return {}
+    mean = math.fsum(y for _, y in sequences) / tokens
+    error = math.sqrt(m / (m - 1) * math.fsum((y - mean * n) ** 2 for n, y in sequences)) / tokens
+    half = student_t(m - 1) * error
+    found = {f"{metric}_se": error}
+    if mean in (0.0, highest) and highest < math.inf:
+        half, found = 1 - 0.025 ** (1 / m), {}
+    found[f"{metric}_low"] = max(mean - half, 0.0)
+    found[f"{metric}_high"] = min(mean + half, highest)
+    return found
+
+
+@functools.cache
+def student_t(freedom: int) -> float:
+    """Student's t of the 95 % interval: the density of its angle is cos(angle)^(freedom - 1)."""
+
+    def between(angle: float, steps: int = 400) -> float:
+        points = (math.cos(angle * i / steps) ** (freedom - 1) for i in range(1, steps))
+        simpson = math.fsum(value * (4 if i % 2 else 2) for i, value in enumerate(points, 1))
+        return (1 + simpson + math.cos(angle) ** (freedom - 1)) * angle / steps / 3
+
+    low, high = 0.0, math.pi / 2
+    wanted = 0.95 * between(high)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if between(middle) < wanted else (low, middle)
+    return math.tan(low) * math.sqrt(freedom)

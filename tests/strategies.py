@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -11,9 +12,14 @@ from reference import IGNORED, Batch
 
 from channel_metrics import ChannelLossAccumulator, ChannelTable
 from channel_metrics.core.checks import token_values
+from channel_metrics.core.schema import DEFAULT_METRICS
 from channel_metrics.core.sums import TokenValues
+from channel_metrics.core.text_sizes import TextSizes
 
 NAMES = ("a", "b", "c")
+# The text of the tokens: two characters of three bytes, and a special token.
+TEXT = {0: "aß", 1: ""}
+TEXT_SIZES = TextSizes(torch.tensor([3, 0]), torch.tensor([2, 0]))
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,14 @@ def _optional(values: Any, dtype: torch.dtype) -> torch.Tensor | None:
     return None if values is None else torch.tensor(values, dtype=dtype)
 
 
-def accumulate(cases: list[Case], table: ChannelTable | None = None) -> ChannelLossAccumulator:
+def accumulate(
+    cases: list[Case],
+    table: ChannelTable | None = None,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+) -> ChannelLossAccumulator:
     """All cases in one new accumulator, channels by name."""
-    accumulator = ChannelLossAccumulator(NAMES if table is None else table)
+    accumulator = ChannelLossAccumulator(NAMES if table is None else table, metrics=metrics)
+    accumulator.text_sizes = TEXT_SIZES
     for case in cases:
         accumulator.update(**case.tensors())
     return accumulator
@@ -89,14 +100,16 @@ def cases(draw: st.DrawFn, finite: bool = False) -> Case:
         key: draw(st.none() | st.lists(values, min_size=num_tokens, max_size=num_tokens))
         for key, values in optional.items()
     }
-    return replace(case, batch=replace(case.batch, **drawn))
+    return replace(case, batch=replace(case.batch, text=TEXT, **drawn))
 
 
 def _losses(draw: st.DrawFn, num_tokens: int, finite: bool) -> list[float]:
-    values = st.floats(0, 100, width=32)
+    # float32 holds few digits of a subnormal number, so products with one are far off.
+    values = st.floats(0, 100, width=32, allow_subnormal=False)
     if not finite:
         odd = st.sampled_from([float("nan"), float("inf"), float("-inf")])
-        values = st.integers(0, 7).flatmap(lambda i: odd if i == 0 else st.floats(0, 100, width=32))
+        plain = values
+        values = st.integers(0, 7).flatmap(lambda i: odd if i == 0 else plain)
     return draw(st.lists(values, min_size=num_tokens, max_size=num_tokens))
 
 

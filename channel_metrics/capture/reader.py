@@ -76,6 +76,7 @@ class TokenLossReader:
         causal: bool | None = None,
         by_rows: bool = False,
         per_token: bool = False,
+        with_targets: bool = False,
     ) -> tuple[TokenValues, Tensor | None]:
         """Read the values of all tokens of one batch.
 
@@ -86,6 +87,7 @@ class TokenLossReader:
                 means as for the batch before, or unknown.
             by_rows: whether every row is one sequence. A shift inside a row then changes no sum.
             per_token: whether each label is already at the position of its logits.
+            with_targets: whether the values hold the targets.
 
         Returns:
             The values [B, S], each at the position of its target (with `by_rows`, possibly at the
@@ -115,6 +117,7 @@ class TokenLossReader:
             found.target != IGNORE_INDEX,
             found.correct,
             self.weights(found.nll, per_token=per_token),
+            found.target if with_targets else None,
         )
         shape = (*labels.shape[:-1], labels.shape[-1] + lead)
         values, place = values.map(lambda value: value.view(shape)), Place(shifts, lead)

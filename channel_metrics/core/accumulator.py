@@ -19,12 +19,20 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from channel_metrics.core.checks import channels_shape, check_layout, check_scalar, token_values
+from channel_metrics.core.checks import (
+    can_read,
+    channels_shape,
+    check_layout,
+    check_scalar,
+    token_values,
+)
 from channel_metrics.core.keys import ChannelTable, metric_key
 from channel_metrics.core.labels import LabelTable
+from channel_metrics.core.percentiles import BINS, sequence_bins
 from channel_metrics.core.schema import DEFAULT_METRICS, TOKENS, Schema
-from channel_metrics.core.sums import sequence_sums, token_sums
+from channel_metrics.core.sums import sequence_sums, table_rows, token_sums
 from channel_metrics.core.table import SumTable, values_by_channel
+from channel_metrics.core.text_sizes import TextSizes
 
 __all__ = ["ChannelLossAccumulator"]
 
@@ -40,6 +48,12 @@ class ChannelLossAccumulator(SumTable):
         dtype: of the sums, see `SumTable`.
         schema: the columns and metrics; by default the registered ones.
 
+    Attributes:
+        in_parts: whether an update could not fill the columns that need whole sequences and
+            float64. Their metrics are then absent.
+        text_sizes: the bytes and characters of the tokens. Without them, or if an update has no
+            labels, metrics per byte do not count its tokens.
+
     Raises:
         ConfigError: for an unknown metric, or a dtype that `SumTable` refuses.
         ChannelError: for a name that must not join the table.
@@ -54,15 +68,23 @@ class ChannelLossAccumulator(SumTable):
         dtype: torch.dtype | None = None,
         schema: Schema = TOKENS,
     ) -> None:
-        # A copy, because columns may be registered later: these are for later accumulators.
-        self.schema = schema.extended()
         self.metrics = schema.check(metrics, schema.window_metrics)
+        # A copy, because columns may be registered later: these are for later accumulators.
+        self.schema = schema = schema.narrowed(self.metrics)
+        self.in_parts = False
+        self.text_sizes: TextSizes | None = None
         labels = channels if isinstance(channels, LabelTable) else ChannelTable(channels)
         super().__init__(labels, schema.column_names, device=device, dtype=dtype)
 
     @classmethod
     def of_sums(
-        cls, channels: LabelTable, sums: Tensor, *, metrics: Sequence[str], mismatch: float
+        cls,
+        channels: LabelTable,
+        sums: Tensor,
+        *,
+        metrics: Sequence[str],
+        mismatch: float,
+        schema: Schema = TOKENS,
     ) -> ChannelLossAccumulator:
         """An accumulator on the host that holds the given sums.
 
@@ -71,8 +93,9 @@ class ChannelLossAccumulator(SumTable):
             sums: float64 [C + 1, K], in the form that `sums()` returns.
             metrics: what `compute` returns.
             mismatch: what `mismatch()` returns.
+            schema: the columns of `sums`.
         """
-        made = cls(channels, metrics=metrics)
+        made = cls(channels, metrics=metrics, schema=schema)
         made._sums.copy_(sums.t())
         made._mismatch.fill_(mismatch)
         return made
@@ -124,18 +147,29 @@ class ChannelLossAccumulator(SumTable):
             ChannelMetricsError: another tensor has the wrong type or shape.
         """
         values = token_values(token_losses, labels, loss_mask, correct, weights)
+        if labels is not None and self.text_sizes is not None and "text_nll" in self.columns:
+            num_bytes, num_chars = self.text_sizes.of(labels)
+            values = values._replace(num_bytes=num_bytes, num_chars=num_chars)
         if reported_sum is not None:
             check_scalar("reported_sum", reported_sum)
         shape = channels_shape(channels)
         # If there is one token and one id, it is the id of a sequence: [T] is one sequence.
         per_token = cu_seqlens is None and shape == token_losses.shape and shape != (1,)
+        columns = self.schema.columns
+        if per_token or self.dtype != torch.float64:
+            whole = [column for column in columns if not column.whole]
+            self.in_parts |= len(whole) < len(columns)
+            columns = whole
         if per_token:
-            sums = token_sums(values, self.dtype, self.schema.columns)
+            sums = token_sums(values, self.dtype, columns)
         else:
             check_layout(values.losses, shape, cu_seqlens)
-            sums = sequence_sums(values, cu_seqlens, self.dtype, self.schema.columns)
+            sums = sequence_sums(values, cu_seqlens, self.dtype, columns)
         # Names join the table here, so all checks must come before this line.
-        self._add(self._ids(channels), sums)
+        ids = self._ids(channels)
+        self._add(ids, sums)
+        if BINS[0] in self.columns and not per_token and self.dtype == torch.float64:
+            self._add_bins(ids, sums)
         if reported_sum is not None:
             nll = sums["nll"].sum()
             if "nonfinite" in sums:
@@ -143,6 +177,14 @@ class ChannelLossAccumulator(SumTable):
                 nll = nll.where(sums["nonfinite"].sum() == 0, torch.nan)
             self.compare(nll, reported_sum)
         return self
+
+    def _add_bins(self, ids: Tensor, sums: dict[str, Tensor]) -> None:
+        """Count each sequence in the bin of its mean loss: one scatter for all columns of bins."""
+        bins, used = sequence_bins(sums)
+        width = self._num_rows()
+        rows = table_rows(ids.flatten(), width, used.numel(), checked=can_read(ids))
+        places = (self.columns.index(BINS[0]) + bins) * width + rows
+        self._sums.view(-1).scatter_add_(0, places, used.to(self.dtype))
 
     def merge_state(self, others: Iterable[ChannelLossAccumulator]) -> ChannelLossAccumulator:
         """Add the sums of `others`. Channels are matched by name.

@@ -69,7 +69,8 @@ def token_values(
     if correct is not None and correct.dtype != torch.bool:
         raise ChannelMetricsError(f"correct must be bool, but is {correct.dtype}.")
     correct = None if correct is None else as_bool(correct)
-    return TokenValues(token_losses, _mask(token_losses, labels, loss_mask), correct, weights)
+    mask = _mask(token_losses, labels, loss_mask)
+    return TokenValues(token_losses, mask, correct, weights, targets=labels)
 
 
 def check_ids(ids: Tensor, num_channels: int) -> None:

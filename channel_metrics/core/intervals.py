@@ -43,11 +43,16 @@ _MAX_FREEDOM = 1_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % confidence interval, None where fewer than two sequences have tokens."""
+    """A mean, its 95 % confidence interval and its standard error.
+
+    low, high: None where fewer than two sequences have tokens. error: None there, too, and where
+    all values are the lowest or the highest possible ones.
+    """
 
     value: float
     low: float | None
     high: float | None
+    error: float | None = None
 
 
 def moments(values: Tensor, tokens: Tensor) -> Tensor:
@@ -82,8 +87,9 @@ def ratio_interval(
         width = (highest - lowest) * (1 - 0.025 ** (1 / m))
         return Interval(mean, max(mean - width, lowest), min(mean + width, highest))
     squares = max(y_squared - 2 * mean * y_times_n + mean * mean * n_squared, 0.0)
-    half = student_t(round(m) - 1) * math.sqrt(m / (m - 1) * squares) / n
-    return Interval(mean, max(mean - half, lowest), min(mean + half, highest))
+    error = math.sqrt(m / (m - 1) * squares) / n
+    half = student_t(round(m) - 1) * error
+    return Interval(mean, max(mean - half, lowest), min(mean + half, highest), error)
 
 
 @functools.cache

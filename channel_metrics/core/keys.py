@@ -16,8 +16,9 @@ import re
 import string
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
+from channel_metrics.core.key_steps import SAME, Step, step_between
 from channel_metrics.core.labels import UNLABELED, LabelTable, Unknown
 from channel_metrics.core.schema import TOKENS, Schema
 from channel_metrics.errors import ChannelError, ChannelMetricsError, ConfigError
@@ -59,24 +60,6 @@ def check_key_format(key_format: str) -> None:
 _Form = tuple[str, str]
 
 
-class _Step(NamedTuple):
-    """Turns a channel's name into the name that has the same key under another form."""
-
-    strip_left: str
-    add_left: str
-    strip_right: str
-    add_right: str
-
-    def __call__(self, name: str) -> str | None:
-        whole = self.add_left + name + self.add_right
-        end = len(whole) - len(self.strip_right)
-        fits = whole.startswith(self.strip_left) and whole.endswith(self.strip_right)
-        return whole[len(self.strip_left) : end] if fits and end > len(self.strip_left) else None
-
-
-_SAME = _Step("", "", "", "")
-
-
 class KeyBook:
     """All log keys of a run: those of channels, metrics and splits, and the trainer's own.
 
@@ -84,6 +67,7 @@ class KeyBook:
         key_format: built from `{channel}` and `{metric}`.
         reserved: keys that the trainer logs itself.
         schema: the metrics. All of them take part, so a config may ask for more of them later.
+        objectives: keys of one value for all channels, one in each split.
         rewrite: how the trainer's writers change a key (those of ms-swift turn "/" into "_").
             Keys that are equal afterwards are one key.
 
@@ -97,12 +81,13 @@ class KeyBook:
         *,
         reserved: Iterable[str] = (),
         schema: Schema = TOKENS,
+        objectives: Iterable[str] = (),
         rewrite: Callable[[str], str] = str,
     ) -> None:
         check_key_format(key_format)
         self.key_format, self.schema, self.reserved = key_format, schema, frozenset(reserved)
         self.clashes: set[str] = set()
-        self._rewrite, self._known = rewrite, set[str]()
+        self._objectives, self._rewrite, self._known = tuple(objectives), rewrite, set[str]()
         # {name as it is written: channel}
         self._names: dict[str, str] = {}
         self._prepare([""])
@@ -167,9 +152,11 @@ class KeyBook:
         error, keys = self._shared(name, safe)
         taken = {self.key(name, *form) for form in self._forbidden.get(safe, ())}
         if taken:
+            is_ours = min(taken).endswith(self._objectives) and min(taken) not in self.reserved
+            owner = "the key of an objective" if is_ours else "the trainer's own key"
             return ConfigError(
-                f"channel {name!r} would be logged as {min(taken)!r}, which is the trainer's own "
-                "key; rename the channel or choose another key_format."
+                f"channel {name!r} would be logged as {min(taken)!r}, which is {owner}; rename "
+                "the channel or choose another key_format."
             ), taken | keys
         return error, keys
 
@@ -199,11 +186,11 @@ class KeyBook:
             for metric in self.schema.metric_names
         }
         # {step: pairs (form of a name, form of the other name) that give one key}
-        steps: dict[_Step, list[tuple[_Form, _Form]]] = {}
+        steps: dict[Step, list[tuple[_Form, _Form]]] = {}
         for mine, ends in forms.items():
             for other, other_ends in forms.items():
-                step = None if mine == other else _step(ends, other_ends)
-                if step == _SAME and mine[1] == other[1]:  # In two splits: a clash of all.
+                step = None if mine == other else step_between(ends, other_ends)
+                if step == SAME and mine[1] == other[1]:  # In two splits: a clash of all.
                     raise ConfigError(
                         f"key_format {self.key_format!r} gives {mine[0]!r} and {other[0]!r} of a "
                         f"channel the same key {self.key('channel', *mine)!r}; choose another."
@@ -214,8 +201,9 @@ class KeyBook:
         # {name: the forms whose keys are taken}
         self._forbidden: dict[str, list[_Form]] = {}
         own = [metric.name for metric in self.schema.metrics if metric.key]
-        of_unlabeled = {self.key(UNLABELED, name, prefix) for name in own for prefix in prefixes}
-        for key in map(self._rewrite, self.reserved | of_unlabeled):
+        ours = {self.key(UNLABELED, name, prefix) for name in own for prefix in prefixes}
+        ours |= {prefix + name for name in self._objectives for prefix in prefixes}
+        for key in map(self._rewrite, self.reserved | ours):
             for form, (head, tail) in forms.items():
                 fits = key.startswith(head) and key.endswith(tail)
                 if fits and len(key) > len(head) + len(tail):
@@ -228,25 +216,6 @@ class KeyBook:
         key_format = own.key if own is not None and own.key else self.key_format
         head, tail = key_format.format(channel="\0", metric=metric).split("\0")
         return self._rewrite(prefix + head), self._rewrite(tail)
-
-
-def _step(ends: tuple[str, str], other: tuple[str, str]) -> _Step | None:
-    """Turns a name under `ends` into the name with the same key under `other`, if there is one."""
-    (head, tail), (other_head, other_tail) = ends, other
-    add_left = strip_left = add_right = strip_right = ""
-    if head.startswith(other_head):
-        add_left = head[len(other_head) :]
-    elif other_head.startswith(head):
-        strip_left = other_head[len(head) :]
-    else:
-        return None
-    if tail.endswith(other_tail):
-        add_right = tail[: len(tail) - len(other_tail)]
-    elif other_tail.endswith(tail):
-        strip_right = other_tail[: len(other_tail) - len(tail)]
-    else:
-        return None
-    return _Step(strip_left, add_left, strip_right, add_right)
 
 
 class ChannelTable(LabelTable):

@@ -7,12 +7,21 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from channel_metrics.core.names import (
+    MARK,
+    bare,
+    fields_of_channel,
+    first_names,
+    joint_name,
+    labels_of_axes,
+    look_up,
+    split_field,
+    split_name,
+)
 from channel_metrics.errors import ChannelError, ConfigError
 
 __all__ = [
@@ -23,12 +32,11 @@ __all__ = [
     "Unknown",
     "channel_of",
     "channels_of",
+    "field_columns",
     "field_roots",
     "look_up",
     "winning_field",
 ]
-
-logger = logging.getLogger("channel_metrics")
 
 DEFAULT_FIELDS = ("channel", "dataset_source", "metadata._fusion_source", "dataset_id")
 UNLABELED = "unlabeled"
@@ -36,13 +44,15 @@ UNLABELED_ID = -1
 
 Unknown = Literal["add", "unlabeled", "error"]
 
-# Names with spaces around them for which a warning has been logged.
-_told: set[str] = set()
-
 
 def field_roots(fields: Sequence[str]) -> tuple[str, ...]:
     """The top-level record keys of dotted `fields`, each once."""
-    return tuple(dict.fromkeys(field.split(".", 1)[0] for field in fields))
+    return tuple(dict.fromkeys(split_field(field)[1].split(".", 1)[0] for field in fields))
+
+
+def field_columns(fields: Sequence[str]) -> set[str]:
+    """The columns of a dataset that may hold `fields`: their roots, or flat dotted names."""
+    return {*field_roots(fields), *(split_field(field)[1] for field in fields)}
 
 
 def channels_of(
@@ -55,7 +65,8 @@ def channels_of(
     Args:
         record: a record of a dataset.
         fields: dotted fields. The first one that holds a channel is used. A list there means one
-            channel per packed sequence, or one per token.
+            channel per packed sequence, or one per token. With fields of axes among them, see
+            `channel_metrics.core.axes.axis_fields`, each channel is a joint name.
         classes: {field: names} for fields that hold class numbers, see
             `channel_metrics.data.scan.class_names`.
 
@@ -66,17 +77,12 @@ def channels_of(
     Raises:
         ChannelError: a field holds no name, or a class number without a name.
     """
-    for field in fields:
-        value = look_up(record, field)
-        names = (classes or {}).get(field, ())
-        if getattr(value, "ndim", 0) == 1:
-            value = value.tolist()
-        if isinstance(value, (list, tuple)):
-            return _as_names(value, field, names)
-        name = _as_name(value, field, names)
-        if name is not None:
-            return [name]
-    return [None]
+    own = fields_of_channel(fields)
+    names: list[str | None] = first_names(record, own, classes or {})
+    if len(own) == len(fields):
+        return names
+    labels = labels_of_axes(record, fields, classes or {}, len(names))
+    return [joint_name(name, of_name) for name, of_name in zip(names, labels, strict=True)]
 
 
 def winning_field(record: Mapping[str, Any], fields: Sequence[str] = DEFAULT_FIELDS) -> str | None:
@@ -144,18 +150,18 @@ class LabelTable:
 
         Raises `ChannelError` for a name that must not join.
         """
-        bare = _bare(name)
-        if bare == UNLABELED:
+        own = bare(name)
+        if own == UNLABELED:
             return UNLABELED_ID
-        if bare in self._ids:
-            return self._ids[bare]
-        if not isinstance(bare, str) or not bare:
+        if own in self._ids:
+            return self._ids[own]
+        if not isinstance(own, str) or not own:
             raise ChannelError(
                 f"a channel name must be a non-empty string, but is {name!r}; give the source a "
                 "name, or leave the field out to count its tokens as unlabeled."
             )
-        self._check(bare)
-        return self._ids.setdefault(bare, len(self._ids))
+        self._check(own)
+        return self._ids.setdefault(own, len(self._ids))
 
     def add_all(self, names: Iterable[str]) -> list[int]:
         """The ids of `names`, which join the table. If one is refused, none of them joins."""
@@ -172,8 +178,9 @@ class LabelTable:
 
     def knows_all(self, names: Iterable[str | None]) -> bool:
         """Whether `ids(names)` would leave the table as it is."""
-        return self.unknown != "add" or all(
-            n is None or n == UNLABELED or n in self._ids for n in names
+        grows = self.unknown == "add"
+        return all(
+            n is None or n == UNLABELED or n in self._ids or not (grows or MARK in n) for n in names
         )
 
     def _check(self, name: str) -> None:
@@ -195,74 +202,16 @@ class LabelTable:
             raise
 
     def _id(self, name: str) -> int:
-        known = _bare(name) in self._ids or _bare(name) == UNLABELED
+        known = bare(name) in self._ids or bare(name) == UNLABELED
         if known or self.unknown == "add":
             return self.add(name)
+        channel, labels = split_name(name)
+        if labels and (channel is None or channel in self._ids):
+            return self.add(name)
         if self.unknown == "unlabeled":
-            return UNLABELED_ID
+            others = joint_name(None, labels)
+            return UNLABELED_ID if others is None else self.add(others)
         raise ChannelError(
-            f"channel {name!r} is not in the declared table {list(self._ids)}; declare it, or set "
-            'unknown to "add" or "unlabeled".'
+            f"channel {channel!r} is not in the declared table {list(self._ids)}; declare it, or "
+            'set unknown to "add" or "unlabeled".'
         )
-
-
-def look_up(record: Mapping[str, Any], field: str) -> Any:
-    """The value of a dotted field of a record; None if the record does not have it."""
-    if field in record:
-        return record[field]
-    value: Any = record
-    for part in field.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return None
-        value = value[part]
-    return value
-
-
-def _as_names(values: Sequence[Any], field: str, classes: Sequence[str]) -> list[str | None]:
-    # A list with one channel per token is long, but holds few different values.
-    try:
-        names = {value: _as_name(value, field, classes) for value in set(values)}
-    except TypeError:  # not hashable, such as a tensor of one number
-        return [_as_name(value, field, classes) for value in values]
-    return [names[value] for value in values]
-
-
-def _as_name(value: Any, field: str, classes: Sequence[str] = ()) -> str | None:
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        value = value.item()
-    if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
-        # A column of integers in which some are missing arrives as floats.
-        value = None if math.isnan(value) else int(value)
-    if value is None or type(value).__name__ in ("NAType", "NaTType"):  # pd.NA, without pandas
-        return None
-    if isinstance(value, str):
-        return _stripped(value) or None
-    if isinstance(value, int) and not isinstance(value, bool):
-        return _class_name(value, field, classes) if classes else str(value)
-    raise ChannelError(
-        f"field {field!r} of a record must be a name or an integer, but is "
-        f"{type(value).__name__}; point `fields` at the entry that holds the channel."
-    )
-
-
-def _class_name(number: int, field: str, classes: Sequence[str]) -> str | None:
-    """The name of a class; -1 means no class."""
-    if -1 <= number < len(classes):
-        return None if number == -1 else classes[number]
-    raise ChannelError(
-        f"field {field!r} of a record must be the number of a class, -1 or 0 to "
-        f"{len(classes) - 1}, but is {number}; the column's ClassLabel has too few names."
-    )
-
-
-def _bare(name: Any) -> Any:
-    """A name without the spaces around it; anything else as it is."""
-    return name.strip() if isinstance(name, str) else name
-
-
-def _stripped(name: str) -> str:
-    found: str = _bare(name)
-    if found and found != name and not _told:
-        _told.add(name)
-        logger.warning("channel %r has spaces around it: it is counted as %r.", name, found)
-    return found

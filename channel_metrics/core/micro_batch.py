@@ -55,6 +55,7 @@ class MicroBatch:
             token_losses=values.losses,
             channels=channels,
             cu_seqlens=cu_seqlens,
+            labels=values.targets,
             loss_mask=values.mask,
             correct=values.correct,
             weights=values.weights,

@@ -32,12 +32,18 @@ class TokenValues(NamedTuple):
         mask: bool, the supervised positions.
         correct: bool, whether the target was predicted; None if not measured.
         weights: float; None if tokens are not weighted.
+        targets: int64, the token that each loss is about; None if no metric needs it.
+        num_bytes, num_chars: the UTF-8 bytes and the characters of this token, int64; None if they
+            are not known.
     """
 
     losses: Tensor
     mask: Tensor
     correct: Tensor | None = None
     weights: Tensor | None = None
+    targets: Tensor | None = None
+    num_bytes: Tensor | None = None
+    num_chars: Tensor | None = None
 
     def map(self, moved: Callable[[Tensor], Tensor]) -> TokenValues:
         """The values after `moved` was applied to each tensor."""
@@ -46,6 +52,7 @@ class TokenValues(NamedTuple):
             mask=moved(self.mask),
             correct=None if self.correct is None else moved(self.correct),
             weights=None if self.weights is None else moved(self.weights),
+            targets=None if self.targets is None else moved(self.targets),
         )
 
     def in_target_frame(self) -> TokenValues:
@@ -70,6 +77,8 @@ class TokenView:
         weight: the weight of a token, 0 if it or the loss is not finite.
         weighted_nll: weight * nll.
         nonfinite_weight: bool, whether the loss is finite but the weight is not.
+        text_bytes, text_chars, text_nll: bytes, characters and nll of the tokens that stand for
+            known text and have a finite loss.
     """
 
     def __init__(self, values: TokenValues, dtype: torch.dtype) -> None:
@@ -77,6 +86,7 @@ class TokenView:
         self.mask: Tensor = as_bool(values.mask)
         self.nonfinite = self.correct = self.judged = None
         self.weight = self.weighted_nll = self.nonfinite_weight = None
+        self.text_bytes = self.text_chars = self.text_nll = None
         finite, counted = self.losses, self.mask
         # On the host, one look at the sum shows whether all losses are finite.
         if not can_read(finite) or not math.isfinite(finite.sum().item()):
@@ -93,6 +103,11 @@ class TokenView:
             self.weight = weights.where(weighed, 0)
             self.weighted_nll = self.weight * self.nll
             self.nonfinite_weight = counted ^ weighed
+        if values.num_bytes is not None and values.num_chars is not None:
+            num_bytes = values.num_bytes * counted
+            self.text_nll = self.nll * (num_bytes > 0)
+            self.text_bytes = num_bytes.to(dtype)
+            self.text_chars = (values.num_chars * counted).to(dtype)
 
     def column(self, column: Column) -> Tensor | None:
         """The values of one column at the supervised positions, 0 elsewhere."""
@@ -133,8 +148,8 @@ def sequence_sums(
         cu_seqlens: int32 [N + 1]. Without it, each row of [B, S] is one sequence, and [T] is one
             sequence.
         dtype: of the sums.
-        columns: by default the registered ones. A column for which this micro-batch has no values
-            is left out.
+        columns: by default the registered ones that are not optional. A column for which this
+            micro-batch has no values is left out.
 
     Returns:
         {column: [N + 1]}. The last entry holds the tokens past the last bound. Without cu_seqlens
@@ -143,7 +158,7 @@ def sequence_sums(
     Raises:
         ChannelMetricsError: a column gave values of the wrong shape.
     """
-    columns = TOKENS.columns if columns is None else columns
+    columns = _always() if columns is None else columns
     view = TokenView(values, dtype)
     if cu_seqlens is None:
         shape = values.losses.shape
@@ -177,10 +192,10 @@ def token_sums(
     Args:
         values: of one micro-batch.
         dtype: of the values.
-        columns: by default the registered ones.
+        columns: by default the registered ones that are not optional.
     """
     view = TokenView(values, dtype)
-    found = _token_columns(view, TOKENS.columns if columns is None else columns)
+    found = _token_columns(view, _always() if columns is None else columns)
     return {name: _as_numbers(column).flatten().to(dtype) for name, column in found.items()}
 
 
@@ -200,6 +215,10 @@ def table_rows(ids: Tensor, num_rows: int, num_sums: int, *, checked: bool = Fal
     if not checked:
         rows = rows.where((rows > 0) & (rows < num_rows), 0)
     return torch.nn.functional.pad(rows, (0, 1)) if num_sums > ids.numel() else rows
+
+
+def _always() -> list[Column]:
+    return [column for column in TOKENS.columns if not column.optional]
 
 
 def _values_of(view: Any, way: str | Callable[[Any], Tensor | None] | None) -> Tensor | None:

@@ -238,19 +238,26 @@ class SumTable:
 
 
 def values_by_channel(
-    schema: Schema, names: Sequence[str], sums: Tensor, metrics: Sequence[Metric]
+    schema: Schema,
+    names: Sequence[str],
+    sums: Tensor,
+    metrics: Sequence[Metric],
+    num_channels: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """{channel: {metric: value}} of the channels that were counted; `unlabeled` comes last.
 
     names: of all rows but the first. sums: float64 [len(names) + 1, K] on the host; row 0 is
-    unlabeled, and columns are in the order of the schema.
+    unlabeled, and columns are in the order of the schema. num_channels: how many of the names are
+    channels, by default all; the rows after these hold the same tokens once more.
     """
     columns = schema.column_names
     # Move `unlabeled` from the first row to the last.
     ordered, rows = (*names, UNLABELED), sums.roll(-1, dims=0)
     counted = rows[:, columns.index(schema.count)]
     present = (counted > 0).nonzero().flatten()
-    total = float(counted.sum())
+    total = float(counted[:num_channels].sum())
+    if num_channels is not None:
+        total += float(counted[-1])
     return {
         ordered[index]: schema.values(dict(zip(columns, row, strict=True)), total, metrics)
         for index, row in zip(present.tolist(), rows[present].tolist(), strict=True)

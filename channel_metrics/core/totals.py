@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,15 @@ class RunTotals:
     def of(self, channel: str) -> dict[str, int]:
         """{"tokens_total": ..., "samples_total": ...} of one channel; zeros for an unknown one."""
         return {**dict.fromkeys(self.schema.run_metrics, 0), **self._totals.get(channel, {})}
+
+    def by_row(self, rows: Callable[[str | None], list[str]]) -> dict[str, dict[str, int]]:
+        """{row: totals}; `rows` gives the rows that a name belongs to."""
+        found: dict[str, dict[str, int]] = {}
+        for name, totals in self._totals.items():
+            for row in rows(None if name == UNLABELED else name):
+                of_row = found.setdefault(row, dict.fromkeys(self.schema.run_metrics, 0))
+                found[row] = {key: count + totals.get(key, 0) for key, count in of_row.items()}
+        return found
 
     def add(self, names: Sequence[str], sums: Tensor) -> RunTotals:
         """Add a window that has been summed over all ranks.

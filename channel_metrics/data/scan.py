@@ -9,7 +9,8 @@ from typing import Any
 
 from torch.utils.data import Subset
 
-from channel_metrics.core.labels import channels_of, field_roots, look_up
+from channel_metrics.core.labels import channels_of, field_columns, field_roots
+from channel_metrics.core.names import fields_of_channel, look_up, split_field, split_name
 from channel_metrics.errors import ChannelError
 
 __all__ = ["class_names", "count_channels", "scan_channels"]
@@ -40,23 +41,27 @@ def scan_channels(
     counts = count_channels(dataset, fields)
     if counts is None:
         return None
-    unlabeled = counts.pop(None, 0)
-    if not counts and unlabeled and needed and split == "train":
+    names = sorted(name for name in counts if name is not None)
+    of_channels: Counter[str | None] = Counter()
+    for name, count in counts.items():
+        of_channels[None if name is None else split_name(name)[0]] += count
+    unlabeled = of_channels.pop(None, 0)
+    if not of_channels and unlabeled and needed and split == "train":
         columns = getattr(dataset, "column_names", None) or sorted(dataset[0])
         raise ChannelError(
             f"none of the {unlabeled} records of the {split} set has a channel: looked for "
-            f"{', '.join(fields)}, found columns {', '.join(columns)}; set `fields` to the one "
-            "that names the source."
+            f"{', '.join(fields_of_channel(fields))}, found columns {', '.join(columns)}; set "
+            "`fields` to the one that names the source."
         )
-    names = sorted(name for name in counts if name is not None)
-    listed = ", ".join(f"{name} {counts[name]}" for name in names[:20])
-    more = f", and {len(names) - 20} more" if len(names) > 20 else ""
+    channels = sorted(name for name in of_channels if name is not None)
+    listed = ", ".join(f"{name} {of_channels[name]}" for name in channels[:20])
+    more = f", and {len(channels) - 20} more" if len(channels) > 20 else ""
     logger.info("%s set: %s%s; unlabeled %d", split, listed or "no channel", more, unlabeled)
     if unlabeled:
         logger.warning(
             "%d of %d records of the %s set have no channel; their tokens count as 'unlabeled'.",
             unlabeled,
-            unlabeled + sum(counts.values()),
+            counts.total(),
             split,
         )
     return names
@@ -93,7 +98,8 @@ def class_names(dataset: Any, fields: Sequence[str]) -> dict[str, tuple[str, ...
     found: dict[str, tuple[str, ...]] = {}
     if not isinstance(features, Mapping):
         return found
-    for field in fields:
+    for entry in fields:
+        field = split_field(entry)[1]
         feature = look_up(features, field)
         feature = getattr(feature, "feature", feature)
         if type(feature).__name__ == "ClassLabel" and feature.names:
@@ -103,7 +109,8 @@ def class_names(dataset: Any, fields: Sequence[str]) -> dict[str, tuple[str, ...
 
 def _records(dataset: Any, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
     roots = [root for root in field_roots(fields) if root in dataset.column_names]
-    roots += [field for field in fields if field in dataset.column_names and field not in roots]
+    columns = field_columns(fields) - {*roots}
+    roots += [column for column in dataset.column_names if column in columns]
     if not roots:
         yield from ({} for _ in range(len(dataset)))
         return

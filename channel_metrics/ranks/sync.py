@@ -57,7 +57,11 @@ def sync(
     same = like.names == found.names
     joined = like.open_copy() if same else ChannelTable(found.names, key_format=like.key_format)
     return ChannelLossAccumulator.of_sums(
-        joined, found.sums, metrics=accumulator.metrics, mismatch=found.mismatch
+        joined,
+        found.sums,
+        metrics=accumulator.metrics,
+        mismatch=found.mismatch,
+        schema=accumulator.schema,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from channel_metrics.core.labels import UNLABELED
+from channel_metrics.core.objectives import OBJECTIVES
 from channel_metrics.errors import ConfigError
 from channel_metrics.session import ChannelMetrics
 
@@ -29,7 +29,7 @@ def check_wanted(
     Raises:
         ConfigError: nothing will be logged under this key.
     """
-    known = {*session.labels.names, *session.config.eval_channels, UNLABELED}
+    known = session.rows([*session.labels.names, *session.config.eval_channels, None])
     for names in sets.values():
         known |= names or set()
     logged, refused = set(), ""
@@ -42,6 +42,11 @@ def check_wanted(
                     logged.add(key)
                 elif key == wanted:
                     refused = why
+    for prefix in sets:
+        logged |= {prefix + name for name in session.config.objectives}
+        if wanted in {prefix + one.name for one in OBJECTIVES} - logged:
+            name = wanted.removeprefix(prefix)
+            refused = f"{name!r} is not among `metrics` of the config; add it there."
     if refused and wanted not in logged:
         raise ConfigError(f"{setting} is {wanted!r}, but {refused}")
     return logged
@@ -52,7 +57,8 @@ def _why_not(
 ) -> str | None:
     """Why a metric of a channel is not logged for a set; None if it is logged."""
     where = "the training" if of_train else "an evaluation"
-    chosen = () if of_train else session.config.eval_channels
+    # Evaluations log all labels of further axes.
+    chosen = () if of_train or session.is_label(channel) else session.config.eval_channels
     logged = {metric.name for metric in session.schema.chosen(session.config.metrics)}
     if of_train:
         logged |= {*session.config.metrics} & {*session.schema.run_metrics}

@@ -59,6 +59,12 @@ def test_probes_are_a_split_of_their_own_and_a_name_alone_makes_none() -> None:
     keys = ["train/dataset_canary_loss", "train/dataset_canary_loss_low", "train/bbu_loss"]
     assert decode_keys(keys)[keys[0]] == Key("probe", "canary", "loss")
     assert decode_keys(["dataset_a_loss", "dataset_a_tokens"])["dataset_a_loss"].split == "train"
+    # A channel with error bars, whose name looks like a probe's.
+    bars = ["dataset_a_loss", "dataset_a_loss_low", "dataset_a_loss_se", "dataset_a_share"]
+    assert decode_keys(bars)["dataset_a_loss_low"] == Key("train", "dataset_a", "loss_low")
+    assert decode_keys(bars[:2], ["dataset_a"])["dataset_a_loss"] == Key(
+        "train", "dataset_a", "loss"
+    )
 
 
 def test_names_are_taken_as_declared_and_other_metrics_of_a_channel_are_its_own() -> None:

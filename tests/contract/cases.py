@@ -11,6 +11,7 @@ import pytest
 
 from channel_metrics import ChannelMetricsError, ConfigError, MetricsConfig
 from contract.script import (
+    ERROR_BARS,
     Evaluation,
     Harness,
     Ran,
@@ -55,13 +56,22 @@ def train_windows(found: Ran) -> list[dict[str, dict[str, float]]]:
     return [window.values for window in found.windows if window.split == "train"]
 
 
+def check_error_bars(harness: Harness, values: dict[str, dict[str, float]]) -> None:
+    """A trainer of tokens logs them where a channel has two sequences, others never."""
+    for of_channel in values.values():
+        has = unit(harness) == "tokens" and of_channel["samples"] > 1
+        assert set(ERROR_BARS) & set(of_channel) == (set(ERROR_BARS) if has else set())
+
+
 @case()
 def windows_add_up(harness: Harness, folder: Path) -> None:
-    script = Script(config=config(), steps=steps("aabb", "abab", "bb-a", "aaaa"))
+    chosen = config(metrics=(*ALL, *ERROR_BARS))
+    script = Script(config=chosen, steps=steps("aabb", "abab", "bb-a", "aaaa"))
     found = ran(harness, script, folder)
     wanted = [expected(harness, window) for window in window_sequences(script)]
     for values, of_window in zip(train_windows(found), wanted, strict=True):
         check_values(values, of_window)
+        check_error_bars(harness, values)
     for logs, values in zip(found.logs, train_windows(found), strict=True):
         for channel, of_channel in values.items():
             for metric, value in of_channel.items():
@@ -111,17 +121,26 @@ def eval_channels_are_respected(harness: Harness, folder: Path) -> None:
 
 @case()
 def evaluation_has_its_own_window_and_no_totals(harness: Harness, folder: Path) -> None:
+    names = ("macro_loss", "worst_loss", "weighted_loss_of_channels")
     script = Script(
-        config=config(),
+        config=config(metrics=(*ALL, *names, *ERROR_BARS), channel_weights={"a": 3, "b": 1}),
         steps=steps("ab", "aa", "bb", "ab"),
         evaluations=(Evaluation(1, steps("bbaa", first=40)[0]),),
     )
     found = ran(harness, script, folder)
     (evaluated,) = found.evaluations
+    of_a, of_b = (evaluated[f"eval_{channel}_loss"] for channel in "ab")
+    objectives = [(of_a + of_b) / 2, max(of_a, of_b), (3 * of_a + of_b) / 4]
+    assert [evaluated[f"eval_{name}"] for name in names] == pytest.approx(objectives)
+    assert "macro_loss" in found.logs[0]
     wanted = expected(harness, flat(script.evaluations[0].batches))
-    for channel, metrics in wanted.items():
-        for metric, value in metrics.items():
-            assert evaluated[f"eval_{channel}_{metric}"] == pytest.approx(value, rel=1e-5)
+    check_values(
+        {
+            channel: {metric: evaluated[f"eval_{channel}_{metric}"] for metric in metrics}
+            for channel, metrics in wanted.items()
+        },
+        wanted,
+    )
     assert not any(key.endswith("_total") for key in evaluated)
     for values, window in zip(train_windows(found), window_sequences(script), strict=True):
         check_values(values, expected(harness, window))
@@ -287,7 +306,8 @@ def a_loss_that_lies_is_told_once(harness: Harness, folder: Path) -> None:
 def ranks_agree_with_one_all_reduce(harness: Harness, folder: Path) -> None:
     """A channel that one rank alone has seen, and one that is new in the last window."""
     letters = ("aabb", "aaab", "abab", "aacc", "abab", "abab")
-    script = Script(config=config(), steps=steps(*letters), every=2)
+    chosen = config(metrics=(*ALL, *ERROR_BARS))
+    script = Script(config=chosen, steps=steps(*letters), every=2)
     per_rank = harness.run(script, folder, ranks=2)
     assert len(per_rank) == 2
     for found in per_rank:
@@ -295,6 +315,7 @@ def ranks_agree_with_one_all_reduce(harness: Harness, folder: Path) -> None:
         assert train_windows(found) == train_windows(per_rank[0])
     for values, window in zip(train_windows(per_rank[0]), window_sequences(script), strict=True):
         check_values(values, expected(harness, window))
+        check_error_bars(harness, values)
     # The first window meets the names, the second a new one; the third is the steady state.
     for found in per_rank:
         assert found.collectives[0] <= 4 and found.collectives[1] <= 4

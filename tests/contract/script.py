@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from reference import error_bars
 
 from channel_metrics import MetricsConfig, Window
 from channel_metrics.core.table import SumTable
 from channel_metrics.counting import Counting
+
+ERROR_BARS = ("loss_se", "loss_low", "loss_high")
 
 ROWS = 2
 """Sequences in each micro-batch: trainers want batches of one size."""
@@ -59,7 +62,8 @@ def renamed(all_steps: Iterable[Step], names: Mapping[str, str]) -> tuple[Step, 
     """The same steps with other names of channels."""
     return tuple(
         tuple(
-            tuple(replace(one, channel=names[one.channel or ""]) for one in batch) for batch in step
+            tuple(replace(one, channel=names[one.channel or ""] or None) for one in batch)
+            for batch in step
         )
         for step in all_steps
     )
@@ -150,23 +154,22 @@ def size(harness: Harness, sequence: OneSequence) -> int:
 
 
 def expected(harness: Harness, sequences: Iterable[OneSequence]) -> dict[str, dict[str, float]]:
-    """{channel: loss, share, samples, and tokens where they are counted} of a window, by counting
-    one after the other."""
-    sums: dict[str, list[float]] = {}
+    """{channel: loss, share, samples, and where tokens are counted, these and the error bars of
+    the loss} of a window, by counting one after the other."""
+    found: dict[str, list[tuple[int, float]]] = {}
     for sequence in sequences:
-        of_channel = sums.setdefault(sequence.channel or "unlabeled", [0.0, 0.0, 0.0])
-        of_channel[0] += harness.nll(sequence)
-        of_channel[1] += size(harness, sequence)
-        of_channel[2] += 1
-    total = sum(counted for _, counted, _ in sums.values())
+        of_channel = found.setdefault(sequence.channel or "unlabeled", [])
+        of_channel.append((size(harness, sequence), harness.nll(sequence)))
+    counted = {name: sum(n for n, _ in of_channel) for name, of_channel in found.items()}
     return {
         name: {
-            "loss": nll / counted,
-            "share": counted / total,
-            "samples": count,
-            unit(harness): counted,
+            "loss": sum(nll for _, nll in of_channel) / counted[name],
+            "share": counted[name] / sum(counted.values()),
+            "samples": len(of_channel),
+            unit(harness): counted[name],
+            **(error_bars("loss", of_channel) if unit(harness) == "tokens" else {}),
         }
-        for name, (nll, counted, count) in sums.items()
+        for name, of_channel in found.items()
     }
 
 
@@ -182,11 +185,15 @@ def window_sequences(script: Script) -> list[list[OneSequence]]:
 
 
 def check_values(found: dict[str, dict[str, float]], wanted: dict[str, dict[str, float]]) -> None:
-    """The same channels, and equal values of the metrics that both have."""
+    """The same channels, and equal values of the metrics that both have.
+
+    The error bars of few short sequences magnify the rounding of the losses.
+    """
     assert set(found) == set(wanted)
     for channel, values in found.items():
         for metric in set(values) & set(wanted[channel]):
-            assert values[metric] == pytest.approx(wanted[channel][metric], rel=1e-5), channel
+            rtol = 1e-3 if metric in ERROR_BARS else 1e-5
+            assert values[metric] == pytest.approx(wanted[channel][metric], rel=rtol), channel
 
 
 @contextmanager

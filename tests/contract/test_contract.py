@@ -8,7 +8,7 @@ import pytest
 from lightning_tools import quiet
 from rank_cases import RanksOf
 
-from contract.cases import CASES, NEEDS
+from contract.cases_axes import CASES, NEEDS
 from contract.harness import Forking
 from contract.harness_hf import HFHarness
 from contract.harness_lightning import LightningHarness

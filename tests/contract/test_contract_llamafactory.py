@@ -8,7 +8,7 @@ import pytest
 from llamafactory_tools import ONLY_HERE
 from rank_cases import RanksOf
 
-from contract.cases import CASES, NEEDS
+from contract.cases_axes import CASES, NEEDS
 from contract.harness_llamafactory import LlamaFactoryHarness
 
 pytestmark = ONLY_HERE

@@ -8,7 +8,7 @@ import pytest
 from rank_cases import RanksOf
 from swift_tools import needs_swift
 
-from contract.cases import CASES, NEEDS
+from contract.cases_axes import CASES, NEEDS
 from contract.harness_megatron import MegatronHarness
 from contract.harness_swift_megatron import SwiftMegatronHarness
 

@@ -9,7 +9,7 @@ import pytest
 from rank_cases import RanksOf
 from swift_tools import needs_swift
 
-from contract.cases import CASES, NEEDS
+from contract.cases_axes import CASES, NEEDS
 from contract.harness_swift import SwiftDPOHarness, SwiftHarness
 
 pytestmark = needs_swift

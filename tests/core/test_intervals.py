@@ -77,7 +77,7 @@ def test_without_tokens_or_with_one_sequence() -> None:
 
 def test_limits_cut_the_interval() -> None:
     found = interval_of([(0.0, 4), (4.0, 4)], lowest=0.0, highest=1.0)
-    assert found == Interval(0.5, 0.0, 1.0)
+    assert found == Interval(0.5, 0.0, 1.0, error=0.5)
 
 
 @pytest.mark.parametrize(("right", "low", "high"), [(0, 0.0, 0.6024), (1, 0.3976, 1.0)])

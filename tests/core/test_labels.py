@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from channel_metrics import ChannelError, ChannelTable, ConfigError
-from channel_metrics.core import labels
+from channel_metrics.core import names
 from channel_metrics.core.keys import metric_key, sanitize
 from channel_metrics.core.labels import (
     DEFAULT_FIELDS,
@@ -87,7 +87,7 @@ def test_integers_that_number_classes() -> None:
 def test_spaces_around_a_name_are_left_out_and_told_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(labels, "_told", set())
+    monkeypatch.setattr(names, "_told", set())
     assert channels_of({"channel": "web "}) == channels_of({"channel": ["web"]}) == ["web"]
     assert channels_of({"channel": "\tbooks"}) == ["books"]
     assert [record.getMessage() for record in caplog.records] == [

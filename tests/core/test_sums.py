@@ -19,7 +19,7 @@ from channel_metrics.core.boundaries import token_channel_ids
 from channel_metrics.core.schema import TOKENS
 from channel_metrics.core.sums import TokenValues, sequence_sums, table_rows, token_sums
 
-ALL = set(TOKENS.column_names)
+ALL = {column.name for column in TOKENS.columns if not column.optional}
 
 
 def group_sums(sums: dict[str, Tensor], ids: Tensor, num_rows: int) -> dict[str, Tensor]:

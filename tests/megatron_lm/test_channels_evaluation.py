@@ -159,8 +159,13 @@ def test_an_evaluation_that_runs_an_iteration_again_counts_it_once(
 
 def test_the_test_set_has_its_own_prefix(launcher: Launcher, data: Data) -> None:
     args = (*data.blend()[:-2], "--split", "70,20,10", *EVERY_3)
-    run = launcher.run("dp1", *args, *CHANNELS, patch=True)
+    run = launcher.run("dp1", *args, *CHANNELS, "macro_loss", "worst_loss", patch=True)
     (log,) = by_step(run, "test_").values()
+    losses = {name: log[f"{name}_loss"] for name in oracle.NAMES if f"{name}_loss" in log}
+    assert log["macro_loss"] == pytest.approx(sum(losses.values()) / len(losses), rel=1e-5)
+    (line,) = [line for line in run.ranks[-1].out.splitlines() if "test_macro_loss: " in line]
+    worst = max(losses, key=losses.__getitem__)
+    assert line.endswith(f"| worst channel: {worst} |")
     assert sum(log[f"{name}_tokens"] for name in oracle.NAMES) == 2 * STEP_TOKENS
     # The final validation is at the last iteration; its values stand beside the test set's.
     assert log["web_loss"] != by_step(run, "eval_")[6]["web_loss"]

@@ -144,6 +144,28 @@ def test_a_conversation_without_a_channel_is_unlabeled(
     assert sum(both) == 48
 
 
+def test_labels_of_further_axes(launcher: Launcher, data: Data, tmp_path: Path) -> None:
+    """One axis is read from the field of the channel, so its values are those of the channels."""
+    config = tmp_path / "config.yaml"
+    kinds = "{web: text, math: text}"
+    config.write_text(f"axes: {{again: channel, kind: {kinds}}}\ncross: [[channel, kind]]\n")
+    axes = tmp_path / "axes.yaml"
+    axes.write_text("other: {code: x}\n")
+    given = ("--channels", "--channels-config", str(config), "--channels-axes", str(axes))
+    run = launcher.run("tp2_cp2", *data.sft(), *given, *METRICS, patch=True)
+    names = ("web", "code", "math")
+    for name in names:
+        for metric in METRICS[1:]:
+            assert run.scalars[f"again/{name}_{metric}"] == run.scalars[f"{name}_{metric}"]
+    crossed = {name: "unlabeled" if name == "code" else "text" for name in names}
+    for name, kind in crossed.items():
+        of_both = run.scalars[f"channel.kind/{name}.{kind}_loss"]
+        assert of_both == run.scalars[f"{name}_loss"]
+    tokens = [sum(run.scalars[f"{name}_tokens"].values()) for name in ("web", "math", "kind/text")]
+    assert tokens[0] + tokens[1] == tokens[2]
+    assert run.scalars["other/x_loss"] == run.scalars["code_loss"]
+
+
 def test_pack_channel_ids_against_a_loop() -> None:
     from channel_metrics.trainers.megatron.data import pack_channel_ids
 

@@ -55,8 +55,12 @@ NOT_RUN = {
 }
 
 
+TRAINERS = (
+    *("hf_trainer", "trl", "ms_swift", "ms_swift_megatron"),
+    *("megatron", "lightning", "llamafactory", "own_loop"),
+)
 # Pages with >>> in their blocks.
-WITH_EXAMPLES = ("docs/REFERENCE.md",)
+WITH_EXAMPLES = ("docs/REFERENCE.md", "docs/axes.md")
 
 
 class Block(NamedTuple):
@@ -123,6 +127,25 @@ def test_commands_are_found_and_wrong_ones_fail() -> None:
     group: Any = typer.main.get_command(app)
     with pytest.raises(Exception, match="--patches"):
         parse(group.commands["run"], ["--patches", "x"])
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_pages_of_trainers_open_with_code_and_list_their_metrics(name: str) -> None:
+    text = (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
+    first, *others = re.split(r"^## ", text, flags=re.MULTILINE)
+    assert "```" in first
+    (metrics, *_) = [part for part in others if part.startswith("Logged metrics")]
+    assert "\n|---|---" in metrics
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    text = re.sub(r"^```diff.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    folders = "benchmarks|channel_metrics|configs|constraints|docs|patches|scripts|tests"
+    names = re.findall(rf"`((?:{folders})/[\w./]+)`", text)
+    others = ("tests/trainer/", "patches/NAME.py")  # transformers', and a placeholder
+    assert not [n for n in names if not (ROOT / n).exists() and not n.startswith(others)]
 
 
 def parse(command: Any, arguments: list[str]) -> None:

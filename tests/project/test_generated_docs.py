@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
 from schema_tools import EASY, registered
 
+from channel_metrics.core.percentiles import BINS
 from channel_metrics.core.schema import TOKENS
 from channel_metrics.data.yaml import load_metrics_config
 from channel_metrics.demo.config import load_config
 from docs.generate import PAGES, ROOT, generated, schema_of, settings_of
+from docs.signatures import interface_of
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -25,7 +29,9 @@ def test_every_metric_and_column_has_a_row_with_all_cells() -> None:
     assert "| `easy_share` | 0 to 1 | easy / tokens |" in text
     assert "| `easy` | tokens | tokens with a loss below 1 |" in text
     rows = [line for line in text.splitlines() if line.startswith("| `")]
-    assert len(rows) == len(TOKENS.metric_names) + len(TOKENS.column_names) + len(EASY)
+    # All bins have one line.
+    columns = len(TOKENS.column_names) - len(BINS) + 1
+    assert len(rows) == len(TOKENS.metric_names) + columns + len(EASY)
     for row in rows:
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert len(cells) == 3 and all(cells), row
@@ -57,3 +63,38 @@ def test_the_files_on_the_page_of_settings_are_valid(tmp_path: Path) -> None:
     settings = load_config(path)
     assert settings.metrics_of_run().eval_channels == ("bbu",)
     assert settings.probe is not None and list(settings.probe.sources) == ["canary"]
+
+
+def test_every_environment_variable_is_in_the_reference() -> None:
+    code = "\n".join(path.read_text() for path in (ROOT / "channel_metrics").rglob("*.py"))
+    names = set(re.findall(r'environ(?:\.get\(|\[)"(\w+)"', code))
+    names |= set(re.findall(r'^\w+_VARIABLE = "(\w+)"', code, re.MULTILINE))
+    assert {"CHANNEL_METRICS_CONFIG", "RANK"} <= names
+    page = (ROOT / "docs/REFERENCE.md").read_text(encoding="utf-8")
+    section = page.split("### Environment variables")[1].split("\n## ")[0]
+    assert {name for name in names if f"`{name}`" not in section} == set()
+
+
+def test_every_public_package_is_in_the_reference() -> None:
+    """With all its names, and what they do."""
+    page = (ROOT / "docs/REFERENCE.md").read_text(encoding="utf-8")
+    for init in (ROOT / "channel_metrics").rglob("__init__.py"):
+        package = ".".join(init.parent.relative_to(ROOT).parts)
+        found = re.search(r"^__all__ = (\[.*?\])", init.read_text(), re.DOTALL | re.MULTILINE)
+        if found is None or package == "channel_metrics.cli":
+            continue
+        assert f"<!-- generated: interface {package} -->" in page, package
+        lines = interface_of(package).splitlines()
+        assert all(re.match(r"(    )?- (\*\*)?`.+`(\*\*)?: .", line) for line in lines)
+        names = [line.split("`")[1].split("(")[0] for line in lines if line.startswith("- ")]
+        assert names == ast.literal_eval(found[1])
+
+
+def test_signatures_are_those_of_the_code() -> None:
+    line = (
+        "- **`attach(trainer: TrainerT, config: MetricsConfig | None=None, *, "
+        "whole_script: bool=False) -> TrainerT`**: Give `trainer` channel metrics."
+    )
+    assert line in interface_of("channel_metrics.trainers.hf")
+    text = interface_of("channel_metrics.trainers.megatron")
+    assert "    - `end_step(*, discard: bool=False) -> None`: End a training step." in text

@@ -38,10 +38,8 @@ class Key(NamedTuple):
     """A metric such as `loss`; for the run's own values, their whole key."""
 
 
-# Metrics of probes and estimates, which are not in the schema.
+# Metrics of estimates, which are not in the schema.
 _OF_ESTIMATES = (
-    "loss_low",
-    "loss_high",
     "loss_stderr",
     "loss_estimate",
     "loss_estimate_low",
@@ -57,8 +55,9 @@ _SPLITS = (
     ("test_", "test"),
 )
 _PROBE = "dataset_"
-# Only a probe logs an interval, so a channel named `dataset_x` is not taken for a probe.
+# A probe logs an interval, but no share and no standard error; a channel `dataset_x` may.
 _PROBED = re.compile(r"(?:^|/)dataset_(.+)_loss_low$")
+_NOT_PROBED = re.compile(r"(?:^|/)dataset_(.+)_(?:share|tokens|loss_se)$")
 # Names of trainers for our metrics.
 _SYNONYMS = {
     "lm loss": "loss",
@@ -72,8 +71,8 @@ _OWN_KEYS = {*_SYNONYMS, "grad_norm", "learning_rate", "loss_scale", "num_tokens
 _NO_CHANNELS = """
 train eval test val valid validation aux aux_moe moe_aux router_aux router z router_z mtp lm
 total main load_balancing seq_load_balancing global_load_balancing kl policy value entropy
-contrastive reg scale scaler sum mean avg nll sft dpo ce mlm nsp per_token best running ema
-smoothed"""
+contrastive reg scale scaler macro worst sum mean avg nll sft dpo ce mlm nsp per_token best running
+ema smoothed"""
 
 
 def decode_keys(keys: Iterable[str | Key], channels: Iterable[str] = ()) -> dict[str | Key, Key]:
@@ -89,6 +88,8 @@ def decode_keys(keys: Iterable[str | Key], channels: Iterable[str] = ()) -> dict
     keys = list(keys)
     texts = [key for key in keys if not isinstance(key, Key)]
     probed = {match[1] for key in texts if (match := _PROBED.search(key))}
+    probed -= {match[1] for key in texts if (match := _NOT_PROBED.search(key))}
+    probed -= {name.removeprefix(_PROBE) for name in channels if name.startswith(_PROBE)}
     said = [key.channel for key in keys if isinstance(key, Key) and key.channel]
     declared = {sanitize(name): name for name in (*channels, *said)}
     certain = declared.keys() | probed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from channel_metrics.core.labels import LabelTable, field_roots
+from channel_metrics.core.labels import LabelTable, field_columns, field_roots
 from channel_metrics.data.batch_channels import COLUMNS_KEY, BatchChannels
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
 from channel_metrics.errors import ChannelError
@@ -33,7 +33,7 @@ class TokenBatchCollator(ChannelCollator):
         given = "channels" in batch
         batch = super()._with_channels(lambda _: batch, records)
         columns = {key for one in records if isinstance(one, Mapping) for key in one}
-        if columns and not given and columns.isdisjoint({*self.fields, *self.roots}):
+        if columns and not given and columns.isdisjoint(field_columns(self.fields)):
             batch[COLUMNS_KEY] = sorted(columns)
         return batch
 

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from channel_metrics.core.objectives import WEIGHTED
 from channel_metrics.errors import ConfigError
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.wanted import check_wanted
@@ -62,6 +63,11 @@ def check_best_metric(trainer: Any, session: ChannelMetrics) -> None:
     wanted = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
     if wanted in session.keys.reserved:
         return
+    if wanted.endswith(WEIGHTED) and trainer.args.greater_is_better:
+        raise ConfigError(
+            f"metric_for_best_model is {wanted!r}, a loss, but greater_is_better is True, which "
+            'transformers assumes for names that do not end in "loss"; set it to False.'
+        )
     held = {prefix: trainer.channel_names(session, dataset) for prefix, dataset in sets.items()}
     logged = check_wanted(session, wanted, held, "metric_for_best_model")
     near = difflib.get_close_matches(wanted, logged, n=1, cutoff=_CLOSE)

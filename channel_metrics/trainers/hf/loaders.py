@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from channel_metrics.core.labels import UNLABELED
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.data.repeats import repeats_unseen
 from channel_metrics.data.scan import class_names, count_channels
@@ -155,8 +154,8 @@ class ChannelLoadersMixin(_TrainerBase):
 
     def channel_names(self, session: ChannelMetrics, dataset: Any) -> set[str] | None:
         """The channels of a dataset, `unlabeled` included; None if it cannot be scanned."""
-        counts = count_channels(dataset, session.config.fields)
-        return None if counts is None else {name or UNLABELED for name in counts}
+        counts = count_channels(dataset, session.config.label_fields)
+        return None if counts is None else session.rows(counts)
 
     def _with_channels(self, session: ChannelMetrics, dataset: Any, description: str) -> Any:
         """The trainer's own collator, wrapped for a data loader of `dataset`."""
@@ -170,10 +169,10 @@ class ChannelLoadersMixin(_TrainerBase):
         self._set_signature_columns_if_needed()
         return wrap_collator(
             self.data_collator,
-            fields=session.config.fields,
+            fields=session.config.label_fields,
             table=session.labels if known else None,
             signature_columns=self._signature_columns,
             remove_unused_columns=self.args.remove_unused_columns,
             kind=kind,
-            classes=class_names(dataset, session.config.fields),
+            classes=class_names(dataset, session.config.label_fields),
         )

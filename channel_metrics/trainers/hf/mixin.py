@@ -80,6 +80,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         # Loaders that are kept for persistent workers have the collator of an old session.
         vars(self).pop("_eval_dataloaders", None)
         session = self._new_session(config)
+        session.read_tokenizer(getattr(self, "processing_class", None))
         self.channel_metrics, self.channel_scratch = session, self._new_scratch(session)
         self.pop_callback(LiveTable)
         if config.live_table and wants_live_table(self):
@@ -235,6 +236,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
             causal=None if reader.captured is not None else self._is_causal(),
             by_rows=batch.cu_seqlens is None,
             per_token=batch.per_token,
+            with_targets=session.with_targets,
         )
         of_all = values
         real = self._real_records(session)

@@ -9,7 +9,6 @@ from typing import Any
 from torch.utils._pytree import tree_leaves
 
 from channel_metrics import swap
-from channel_metrics.core.labels import UNLABELED
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.data.scan import class_names, count_channels
 from channel_metrics.errors import ChannelError, ConfigError
@@ -53,16 +52,16 @@ class Known:
         return dataloader
 
     def _learn(self, loaders: list[Any], stage: str) -> None:
-        fields = self.session.config.fields
+        fields = self.session.config.label_fields
         for loader in loaders:
             _name_classes(loader, fields)
         # Lightning may ask again in later epochs, for data sets like these.
         if stage in self.sets:
             return
         counts = [count_channels(getattr(one, "dataset", None), fields) for one in loaders]
-        names = [None if found is None else {n or UNLABELED for n in found} for found in counts]
-        self.sets[stage] = names
-        self.session.declare_names(sorted(name for of_set in names for name in of_set or ()))
+        rows = self.session.rows
+        self.sets[stage] = [None if found is None else rows(found) for found in counts]
+        self.session.declare_names(sorted(n for found in counts for n in found or () if n))
 
     def check(self, trainer: Any) -> None:
         """Check the settings that name channels or keys, as far as they can be known now.

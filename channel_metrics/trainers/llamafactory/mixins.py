@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib import import_module
 
 from channel_metrics.config import MetricsConfig
@@ -46,7 +45,7 @@ class LlamaFactoryMixin(ChannelMetricsMixin):
     """For stages sft and pt. The patch has put all channels into the column `channel`."""
 
     def start_channel_metrics(self, config: MetricsConfig) -> None:
-        super().start_channel_metrics(replace(config, fields=(CHANNEL,)))
+        super().start_channel_metrics(config.reading(CHANNEL))
 
     def _collator_kind(
         self, dataset: object, description: str, known: bool

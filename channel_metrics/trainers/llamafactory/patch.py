@@ -76,10 +76,10 @@ def _name(original: Callable[..., Any], names: list[str] | None, *args: Any, **k
 
 def _aligning(config: MetricsConfig) -> Callable[..., Any]:
     def align(original: Callable[..., Any], dataset: Any, attributes: Any, *args: Any) -> Any:
-        classes = class_names(dataset, config.fields)
+        classes = class_names(dataset, config.label_fields)
 
         def named(make: Callable[..., Any], *given: Any) -> NamedConverter:
-            return NamedConverter(make(*given), attributes.channel, config.fields, classes)
+            return NamedConverter(make(*given), attributes.channel, config.label_fields, classes)
 
         with swap.wrapped(converter, "get_dataset_converter", named):
             return original(dataset, attributes, *args)

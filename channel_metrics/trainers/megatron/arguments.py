@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -58,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="YAML with fields, metrics, key_format and so on.",
     )
     group.add_argument(
+        "--channels-axes",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="YAML with further labels of the channels: {axis: {channel: label}}.",
+    )
+    group.add_argument(
         "--channels-metrics",
         nargs="+",
         default=None,
@@ -86,6 +93,11 @@ def config_of(args: Any) -> MetricsConfig:
         from channel_metrics.data.yaml import load_metrics_config
 
         config = load_metrics_config(args.channels_config)
+    if getattr(args, "channels_axes", None) is not None:
+        from channel_metrics.data.yaml import load_yaml, mapping
+
+        axes = mapping(load_yaml(args.channels_axes), str(args.channels_axes))
+        config = dataclasses.replace(config, axes={**config.axes, **axes})
     if args.channels_metrics is not None:
         config = dataclasses.replace(config, metrics=tuple(args.channels_metrics))
     return config
@@ -102,7 +114,7 @@ def validate(args: Any) -> None:
         UnsupportedVersionError: `--channels` was given together with `--yaml-cfg`.
     """
     if not is_on(args):
-        for option in ("channels_config", "channels_metrics"):
+        for option in ("channels_config", "channels_axes", "channels_metrics"):
             if getattr(args, option, None) is not None:
                 name = "--" + option.replace("_", "-")
                 raise ConfigError(f"{name} was given without --channels; add --channels.")
@@ -268,8 +280,15 @@ def _refuse_unsupported(args: Any, config: MetricsConfig) -> None:
             "samples cannot be counted with --hybrid-context-parallel, which spreads one sequence "
             "over several micro-batches of several ranks; leave samples out of the metrics."
         )
-    names = config.channels
-    if names and not getattr(args, "sft", False):
+    if getattr(args, "sft", False):
+        return
+    by_field = [axis for axis, source in config.axes.items() if not isinstance(source, Mapping)]
+    if by_field:
+        raise ConfigError(
+            f"the axis {by_field[0]!r} is read from a field, but the data files of Megatron have "
+            "no fields without --sft; map channels to labels, or use --channels-axes."
+        )
+    if config.channels:
         raise ConfigError(
             "the file of --channels-config lists channels, but the data options name them here; "
             "give the names to --channels."

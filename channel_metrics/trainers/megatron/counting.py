@@ -84,12 +84,12 @@ class MegatronChannelMetrics:
         return self.session.totals
 
     def watch(self, model: Any) -> None:
-        """Measure token accuracy from now on, if `token_acc` is among the metrics.
+        """Measure token accuracy from now on, if a metric needs it.
 
         Args:
             model: the model of the forward step.
         """
-        if self._measures_accuracy:
+        if self.session.with_correct:
             self._correctness.watch(model)
 
     def count(
@@ -102,6 +102,7 @@ class MegatronChannelMetrics:
         packed_seq_params: Any = None,
         sequences: Tensor | None = None,
         weights: Tensor | None = None,
+        labels: Tensor | None = None,
         reports_sum: bool = True,
         num_crossings: int = 0,
     ) -> Callable[..., Any]:
@@ -120,6 +121,8 @@ class MegatronChannelMetrics:
             sequences: int64 [N], the channel of each sequence, if `channels` has one id per token.
                 The metric `samples` needs it.
             weights: the factor of each loss in `loss_func`, in the shape of the losses.
+            labels: the token that each loss is about, in the shape of the losses. Metrics per byte
+                need it.
             reports_sum: whether the sum that `loss_func` reports is the unweighted sum of these
                 losses. If so, the two are compared.
             num_crossings: how many supervised targets belong to the sequence after that of the
@@ -147,6 +150,7 @@ class MegatronChannelMetrics:
                     batch,
                     sequences=sequences if _is_first_shard() else None,
                     weights=None if weights is None else weights.reshape(batch.token_losses.shape),
+                    labels=None if labels is None else labels.reshape(batch.token_losses.shape),
                     reported_sum=_reported_sum(result) if reports_sum else None,
                 )
                 self.session.count(batch)
@@ -187,15 +191,11 @@ class MegatronChannelMetrics:
         window = self.session.close(step) if reset else self.session.peek(step)
         return window.logs
 
-    @property
-    def _measures_accuracy(self) -> bool:
-        return "token_acc" in self.session.config.metrics
-
     def _micro_batch(
         self, losses: Tensor, channels: Channels, loss_mask: Tensor, cu_seqlens: Tensor | None
     ) -> MicroBatch:
         """The micro-batch of these losses, in the layout of their channels."""
-        correct = self._correctness.of(losses) if self._measures_accuracy else None
+        correct = self._correctness.of(losses) if self.session.with_correct else None
         if loss_mask.numel() != losses.numel():
             raise BoundaryError(
                 f"loss_mask of shape {list(loss_mask.shape)} does not fit losses of shape "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from channel_metrics.core.labels import UNLABELED_ID, LabelTable, channels_of
+from channel_metrics.core.names import fields_of_channel, joint_name, labels_of_axes
 from channel_metrics.errors import ChannelError, ConfigError
 from channel_metrics.trainers.megatron.ids import (
     BATCH_KEY,
@@ -162,18 +163,22 @@ def _names(
     conversations: Sequence[Sequence[Mapping[str, Any]]],
     fields: Sequence[str],
 ) -> list[str | None]:
-    """The channel of each conversation: that of its first message with a channel, or the line's."""
-    of_line = channels_of(record, fields)
+    """The joint name of each conversation: from its first message with a label, or the line's."""
+    own = fields_of_channel(fields)
+    of_line = channels_of(record, own)
     if len(of_line) not in (1, len(conversations)):
         raise ChannelError(
             f"a line of the SFT file lists {len(of_line)} channels for {len(conversations)} "
             "conversations; give one for the line, or one for each conversation."
         )
     shared = of_line * len(conversations) if len(of_line) == 1 else of_line
+    labels = labels_of_axes(record, fields, {}, len(conversations))
     found = []
-    for messages, otherwise in zip(conversations, shared, strict=True):
-        own = (name for message in messages for name in channels_of(message, fields)[:1] if name)
-        found.append(next(own, otherwise))
+    for messages, otherwise, others in zip(conversations, shared, labels, strict=True):
+        names = (name for message in messages for name in channels_of(message, own)[:1] if name)
+        of_messages = (labels_of_axes(message, fields, {}, 1)[0] for message in messages)
+        first = next((labels for labels in of_messages if labels), others)
+        found.append(joint_name(next(names, otherwise), first))
     return found
 
 
@@ -185,7 +190,16 @@ def _declare_names(
     Workers of the data loader cannot do this, because they are other processes with a table of
     their own.
     """
-    names = sft_channel_names(_lines(part), fields)
+    lines = _lines(part)
+    if len(fields_of_channel(fields)) < len(fields):
+        # Which labels occur together is seen in whole lines only.
+        of_lines = (
+            _names(lines[i], part._split_conversations(part.dataset[i]), fields)
+            for i in range(len(lines))
+        )
+        names = {name for of_line in of_lines for name in of_line if name is not None}
+    else:
+        names = sft_channel_names(lines, fields)
     declare(sorted(names))
     return bool(names)
 
@@ -193,6 +207,6 @@ def _declare_names(
 def _no_channel(dataset: Any, fields: Sequence[str]) -> str:
     return (
         f"no line of the SFT file {getattr(dataset, 'dataset_path', None)!r} has a channel: "
-        f"looked for {', '.join(fields)} in its lines and in their messages. Add one of them, or "
-        "name the field under `fields` in the file of --channels-config."
+        f"looked for {', '.join(fields_of_channel(fields))} in lines and in their messages. Add "
+        "one of them, or name the field under `fields` in the file of --channels-config."
     )

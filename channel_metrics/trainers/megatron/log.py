@@ -38,7 +38,8 @@ def write(title: str, window: Window) -> None:
 
     if not window.logs:
         return
-    print_rank_last(log_line(title, window.logs))
+    worst = f" worst channel: {window.worst_channel} |" if window.worst_channel else ""
+    print_rank_last(log_line(title, window.logs) + worst)
     writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
     if writer is not None:
         for key, value in window.logs.items():

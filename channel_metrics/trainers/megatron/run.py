@@ -42,7 +42,7 @@ class MegatronRun:
             self.session.labels,
             self._id_of,
             declare=self.session.declare_names,
-            fields=self.session.config.fields,
+            fields=self.session.config.label_fields,
             # Hybrid context parallelism spreads the tokens of a sequence over several ranks.
             per_token=bool(getattr(self.args, "hybrid_context_parallel", False)),
         )

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from channel_metrics.config import MetricsConfig
-from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.schema import TOKENS
 from channel_metrics.data.batch_channels import BatchChannels
 from channel_metrics.data.scan import count_channels
@@ -69,7 +68,7 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
     def _new_scratch(self, session: ChannelMetrics) -> Scratch:
         return Scratch(
             SwiftReader(
-                with_correct="token_acc" in session.config.metrics,
+                with_correct=session.with_correct,
                 guard=session.guard,
                 always_weights=self._logs_own_loss(),
             )
@@ -83,7 +82,7 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
     def channel_names(self, session: ChannelMetrics, dataset: Any) -> set[str] | None:
         """The channels of a dataset, in the column that ms-swift keeps."""
         counts = count_channels(records_of(dataset), (CHANNEL_COLUMN,))
-        return None if counts is None else {name or UNLABELED for name in counts}
+        return None if counts is None else session.rows(counts)
 
     def _with_channels(self, session: ChannelMetrics, dataset: Any, description: str) -> Any:
         self._declare(session, dataset, description)

@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -123,9 +124,10 @@ def _filling(config: MetricsConfig) -> Callable[..., Any]:
         given = [c for c, name in preprocessor.origin_columns.items() if name == CHANNEL_COLUMN]
         with FaultGuard(config.on_error).guarded():
             for column in given:
-                dataset = with_channel_column(dataset, (column,), column)
+                fields = replace(config, fields=(column,)).label_fields
+                dataset = with_channel_column(dataset, fields, column)
             if not given:
-                dataset = with_channel_column(dataset, config.fields)
+                dataset = with_channel_column(dataset, config.label_fields)
         return original(preprocessor, dataset, *args, **kw)
 
     return preprocess

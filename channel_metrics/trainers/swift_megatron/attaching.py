@@ -67,6 +67,7 @@ def attach(trainer: TrainerT, config: MetricsConfig | None = None) -> TrainerT:
     session = _new_session(config or MetricsConfig(), changed.args)
     if not isinstance(trainer, SwiftMegatronMixin):
         changed.__class__ = with_mixin(original, SwiftMegatronMixin)
+    session.read_tokenizer(getattr(getattr(trainer, "template", None), "tokenizer", None))
     changed.channel_metrics = session
     changed.channel_counting = MegatronChannelMetrics(session=session)
     return trainer

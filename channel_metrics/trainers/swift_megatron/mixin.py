@@ -82,6 +82,7 @@ class SwiftMegatronMixin(BaseMegatronTrainer):  # type: ignore[misc]  # ms-swift
                     cu_seqlens=_to(channels.cu_seqlens, labels),
                     sequences=channels.sequences,
                     weights=self._token_weights(output_tensor, loss_scale),
+                    labels=labels if session.with_targets else None,
                     reports_sum=loss_scale is None and not self.args.enable_dft_loss,
                     num_crossings=channels.num_crossings,
                 )

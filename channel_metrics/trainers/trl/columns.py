@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
-from channel_metrics.core.labels import field_roots
+from channel_metrics.core.labels import field_columns
 
 __all__ = ["column_names", "columns_left", "prepare_for_liger"]
 
@@ -65,7 +65,7 @@ def prepare_for_liger(
     prepared = prepare(**(arguments | {"args": unfused}))
     columns = column_names(prepared)
     left = columns_left(prepare, arguments, columns)
-    kept = [name for name in columns if name in {*left, *fields, *field_roots(fields)}]
+    kept = [name for name in columns if name in {*left, *field_columns(fields)}]
     return prepared if kept == columns else prepared.select_columns(kept)
 
 

@@ -113,7 +113,7 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
         """TRL's own completions, whose rewards are counted."""
         session, scratch = self.channel_metrics, self.channel_scratch
         assert session is not None
-        fields, classes = session.config.fields, session.classes
+        fields, classes = session.config.label_fields, session.classes
         channels = [channel_of(record, fields, classes) for record in inputs]
         scratch.scored = None
         output = generate(inputs)

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 
 from channel_metrics.config import MetricsConfig
-from channel_metrics.core.labels import UNLABELED_ID, LabelTable, channel_of, field_roots
+from channel_metrics.core.labels import LabelTable, channel_of, field_columns
 from channel_metrics.data.scan import class_names, scan_channels
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.trainers.trl.collator import TOKEN_FIELD
@@ -88,7 +88,7 @@ def pack_with_channels(
     if args.max_length is None:
         raise ValueError("When packing is enabled, `max_length` can't be `None`.")
     table = LabelTable([*config.channels, *known], unknown=config.unknown)
-    scanned = scan_channels(dataset, config.fields, arguments["dataset_name"])
+    scanned = scan_channels(dataset, config.label_fields, arguments["dataset_name"])
     table.ids(scanned or ())
     if scanned is None and not config.channels:
         raise ChannelError(
@@ -107,7 +107,7 @@ def pack_with_channels(
     # trl has this option since 0.25.
     shuffles = getattr(args, "shuffle_dataset", False)
     with PartialState().main_process_first():
-        rows = _with_token_channels(tokens, kept, config.fields, table)
+        rows = _with_token_channels(tokens, kept, config.label_fields, table)
         if shuffles:
             rows = rows.shuffle(seed=args.seed)
         packed = pack(rows, args.max_length, args.packing_strategy, map_kwargs)
@@ -122,7 +122,7 @@ def _pack_dataset_of(trainer_class: type) -> Any:
 def _with_token_channels(
     tokens: Any, kept: list[str], fields: Sequence[str], table: LabelTable
 ) -> Any:
-    sources = [n for n in column_names(tokens) if n in field_roots(fields) or n in fields]
+    sources = [name for name in column_names(tokens) if name in field_columns(fields)]
     options = {
         "fields": tuple(fields),
         "names": table.names,
@@ -181,5 +181,10 @@ def _indices(
     # All names have their numbers already. A name that would be added now is an error.
     table = LabelTable(names, unknown="error" if unknown == "add" else unknown)
     indices = table.ids(found)
-    assert all(UNLABELED_ID <= index < len(names) for index in indices)
+    if len(table) > len(names):
+        raise ChannelError(
+            "a stream that is packed can have no labels of further axes in its records, because "
+            "combinations get their numbers before it is read; map channels to labels in `axes`, "
+            "or set packing=False."
+        )
     return indices

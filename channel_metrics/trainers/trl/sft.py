@@ -15,7 +15,7 @@ from torch import Tensor
 from channel_metrics.capture.logits import shifted_labels
 from channel_metrics.capture.reader import TokenLossReader
 from channel_metrics.config import MetricsConfig
-from channel_metrics.core.labels import field_roots
+from channel_metrics.core.labels import field_columns
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.data.batch_channels import BatchChannels
 from channel_metrics.data.collator import ChannelCollator
@@ -101,8 +101,8 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
         super().start_channel_metrics(config)
 
     def _new_scratch(self, session: ChannelMetrics) -> _SFTScratch:
-        with_correct = "token_acc" in session.config.metrics
-        return _SFTScratch(_SFTReader(with_correct=with_correct, guard=session.guard))
+        reader = _SFTReader(with_correct=session.with_correct, guard=session.guard)
+        return _SFTScratch(reader)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         prepared = super()._prepare_inputs(inputs)
@@ -207,7 +207,7 @@ def prepare_dataset(
     if arguments.get("packing"):
         prepared, names = pack_with_channels(trainer, prepare, arguments, config, names)
     elif arguments["args"].use_liger_kernel:
-        prepared = prepare_for_liger(prepare, arguments, config.fields)
+        prepared = prepare_for_liger(prepare, arguments, config.label_fields)
     else:
         return prepare(*args, **kwargs)
     setattr(trainer, _NAMES_ATTRIBUTE, names)
@@ -234,7 +234,7 @@ def _check_channels_left(
     if dataset is None:
         return
     columns = column_names(dataset)
-    if TOKEN_FIELD in columns or set(columns) & {*config.fields, *field_roots(config.fields)}:
+    if TOKEN_FIELD in columns or set(columns) & field_columns(config.label_fields):
         return
     done, why = ("packed", "packing=True") if packing else ("prepared", "use_liger_kernel=True")
     raise ChannelError(

@@ -125,25 +125,26 @@ def test_the_best_model_is_chosen_by_a_channel(tmp_path: Path) -> None:
     assert [e["eval_bbu_loss"] for e in state if "eval_bbu_loss" in e] == [3.0, 1.0, 2.0]
 
 
-def test_the_best_model_is_chosen_by_the_measured_loss(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["eval_bbu_loss", "eval_macro_loss"])
+def test_the_best_model_is_chosen_by_the_measured_loss(tmp_path: Path, key: str) -> None:
+    config = MetricsConfig(metrics=("loss", "macro_loss"))
     trainer = evaluated(
         tmp_path,
+        prepare=lambda trainer: attach(trainer, config),
         max_steps=6,
         save_strategy="best",
         load_best_model_at_end=True,
-        metric_for_best_model="eval_bbu_loss",
+        metric_for_best_model=key,
         greater_is_better=False,
         trainer_arguments={"eval_dataset": Dataset.from_list(SETS["far"])},
     )
-    losses = {
-        e["step"]: e["eval_bbu_loss"] for e in trainer.state.log_history if "eval_bbu_loss" in e
-    }
+    losses = {e["step"]: e[key] for e in trainer.state.log_history if key in e}
     assert len(losses) == 3
     best = min(losses, key=losses.__getitem__)
     assert trainer.state.best_metric == losses[best]
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     # What was loaded at the end is what was measured then.
-    assert trainer.evaluate()["eval_bbu_loss"] == pytest.approx(losses[best], rel=1e-6)
+    assert trainer.evaluate()[key] == pytest.approx(losses[best], rel=1e-6)
 
 
 def test_early_stopping_by_a_channel(tmp_path: Path) -> None:

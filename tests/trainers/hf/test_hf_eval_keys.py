@@ -56,6 +56,7 @@ def best(
     [
         ("eval_lvis_loss", "eval_channels leaves out 'lvis'"),
         ("bbu_ppl", "add 'ppl' to `metrics`"),
+        ("eval_macro_loss", "'macro_loss' is not among `metrics`"),
         ("bbu_los", "did you mean 'eval_bbu_loss'"),
         ("eval_ruu_loss", "did you mean 'eval_rru_loss'"),
     ],
@@ -65,6 +66,13 @@ def test_a_best_metric_that_is_never_logged_is_said_at_the_start(
 ) -> None:
     with pytest.raises(ConfigError, match=says):
         best(tmp_path, metric, config=MetricsConfig(eval_channels=("bbu", "rru")))
+
+
+def test_a_loss_that_is_better_if_greater_is_refused(tmp_path: Path) -> None:
+    """transformers assumes this for names that do not end in `loss`."""
+    chosen = MetricsConfig(metrics=("weighted_loss_of_channels",), channel_weights={"bbu": 1})
+    with pytest.raises(ConfigError, match="a loss, but greater_is_better is True"):
+        best(tmp_path, "eval_weighted_loss_of_channels", config=chosen)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +135,15 @@ def test_callbacks_monitor_the_values(tmp_path: Path) -> None:
     of_train = ModelCheckpoint(
         tmp_path, monitor="bbu_loss", every_n_train_steps=2, filename="train-{step}"
     )
+    of_all = ModelCheckpoint(tmp_path, monitor="val_macro_loss", filename="of_all-{epoch}")
     # A threshold that no loss is below: it stops after the first validation.
     stop = EarlyStopping(monitor="val_bbu_loss", patience=1, min_delta=100.0)
     found = run(
         RECORDS,
         held_out=[HELD_OUT],
         module=Module(still_model(), 1e-2),
-        callbacks=[best, of_train, stop],
+        callbacks=[best, of_train, of_all, stop],
+        config=MetricsConfig(metrics=("loss", "tokens", "macro_loss")),
         enable_checkpointing=True,
         max_epochs=9,
     )
@@ -148,6 +151,12 @@ def test_callbacks_monitor_the_values(tmp_path: Path) -> None:
     losses = [logs["val_bbu_loss"] for logs in found.logs("val")]
     assert best.best_model_score == pytest.approx(min(losses), rel=1e-6)
     assert f"val_bbu_loss={min(losses):.4f}" in best.best_model_path
+    validations = [window for window in found.windows if window.split != "train"]
+    macro = [
+        statistics.fmean(v["loss"] for name, v in window.values.items() if name != "unlabeled")
+        for window in validations
+    ]
+    assert of_all.best_model_score == pytest.approx(min(macro), rel=1e-6)
     assert of_train.best_model_score == pytest.approx(
         min(logs["bbu_loss"] for logs in found.logs("train")[:-1] if "bbu_loss" in logs), rel=1e-6
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum, auto
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,3 +56,14 @@ def test_graphs_of_whole_iterations_are_refused(graphs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("graphs", OTHERS.values(), ids=OTHERS.keys())
 def test_graphs_of_layers_are_not(graphs: dict[str, Any]) -> None:
     validate(arguments(**graphs))
+
+
+def test_an_axis_by_field_needs_a_file_with_fields(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("axes: {domain: domain}\n")
+    given = arguments()
+    given.channels_config = config
+    with pytest.raises(ConfigError, match="have no fields without --sft; map channels to labels"):
+        validate(given)
+    config.write_text("axes: {domain: {a: target}}\n")
+    validate(given)

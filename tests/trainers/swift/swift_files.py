@@ -52,7 +52,8 @@ def make_data(folder: Path) -> dict[str, Path]:
         plain.append({"messages": [*messages, said(words)], "channel": channel})
         react.append({"messages": [*messages, said(answer)], "channel": channel})
         source = None if index % 7 == 0 else channel
-        metadata = {"_fusion_source": source, "index": index}
+        domain = ("target", "source", None)[index % 3]
+        metadata = {"_fusion_source": source, "_fusion_domain": domain, "index": index}
         fused.append({"messages": [*messages, said(words)], "metadata": metadata})
     paths = {}
     for name, records in (("plain", plain), ("fused", fused), ("react", react)):

@@ -227,3 +227,28 @@ def test_no_host_sync_for_a_sample(ranks_of: RanksOf) -> None:
         without, theirs, ours = (found[f"{kind}, {who}"] for who in ("without", "theirs", "ours"))
         assert len(ours) == 6 and ours == without
         assert all(t >= w + samples for t, w in zip(theirs, without, strict=True))
+
+
+AXES = MetricsConfig(axes={"domain": "metadata._fusion_domain", "kind": {"bbu": "x"}})
+
+
+@alone
+def axes(folder: Path) -> Any:
+    """The same runs with the domain as an axis, and as the channel."""
+    options = {**PACKED, "enable_channel_loss": False}
+    by_domain = MetricsConfig(fields=("metadata._fusion_domain",))
+    logs = [run(given(folder, "fused", **options), config)["log"] for config in (AXES, by_domain)]
+    return [windows(log) for log in logs]
+
+
+def test_labels_from_columns_that_ms_swift_drops(ranks_of: RanksOf) -> None:
+    (found,) = ranks_of(axes)
+    for entry, alone in zip(*found, strict=True):
+        labels = ("target", "source", "unlabeled")
+        assert {key for key in entry if key.startswith("domain/")} == {
+            f"domain/{key}" for key in alone if key.startswith(labels)
+        }
+        for key in (key for key in alone if key.startswith(labels)):
+            assert entry[f"domain/{key}"] == alone[key]
+        assert entry.get("kind/x_loss") == entry.get("bbu_loss")
+    assert len(found[0]) > 1

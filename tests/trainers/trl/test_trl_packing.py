@@ -191,3 +191,36 @@ def test_a_collator_that_cuts_or_adds_tokens_of_packs_is_refused(length: int) ->
     fault = collate([record])["channels"]
     assert isinstance(fault, CollatorFault) and isinstance(fault.error, ChannelError)
     assert f"the packs hold 5 tokens, but the batch {length}" in str(fault.error)
+
+
+def with_axes(folder: Path, config: MetricsConfig, records: Any, **options: Any) -> list[Any]:
+    found: list[Any] = []
+
+    def prepare(trainer: Any) -> None:
+        trainer.channel_metrics.on_window.append(found.append)
+
+    given = {"packing": True, "packing_strategy": BFD, "channel_metrics": config, **options}
+    sft(folder, MySFT, records, prepare=prepare, **given)
+    return found
+
+
+def test_labels_of_further_axes_in_packs(tmp_path: Path) -> None:
+    """An axis is what its column is as the channel."""
+    records = [
+        record | {"lang": ("de", "en", None)[i % 3]} for i, record in enumerate(text_records(96))
+    ]
+    axes = MetricsConfig(axes={"lang": "lang", "kind": {"bbu": "x"}})
+    ours = with_axes(tmp_path, axes, records)
+    alone = with_axes(tmp_path, MetricsConfig(fields=("lang",)), records)
+    assert len(ours) > 1
+    for window, other in zip(ours, alone, strict=True):
+        assert window.axes["lang"] == other.values
+        assert window.axes["kind"]["x"] == window.values["bbu"]
+
+
+def test_a_packed_stream_has_no_labels_in_its_records(tmp_path: Path) -> None:
+    records = [record | {"lang": "de"} for record in text_records(24)]
+    config = MetricsConfig(axes={"lang": "lang"}, channels=CHANNELS)
+    stream = Dataset.from_list(records).to_iterable_dataset()
+    with pytest.raises(ChannelError, match="map channels to labels in `axes`"):
+        with_axes(tmp_path, config, stream, max_steps=2)

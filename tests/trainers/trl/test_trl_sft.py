@@ -79,6 +79,22 @@ def test_windows_hold_what_the_model_saw(tmp_path: Path, layout: str) -> None:
     )
 
 
+def test_the_best_model_is_chosen_by_an_objective(tmp_path: Path) -> None:
+    trainer = sft(
+        tmp_path,
+        MySFT,
+        channel_metrics=MetricsConfig(metrics=("loss", "macro_loss")),
+        eval_dataset=Dataset.from_list(text_records(29, seed=5)),
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="best",
+        metric_for_best_model="eval_macro_loss",
+    )
+    history = trainer.state.log_history
+    losses = [entry["eval_macro_loss"] for entry in history if "eval_macro_loss" in entry]
+    assert len(losses) == 2 and trainer.state.best_metric == min(losses)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_is_the_same_with_and_without(tmp_path: Path, layout: str) -> None:
     """Data and weights, bit for bit, with dropout."""

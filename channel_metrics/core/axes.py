@@ -1,0 +1,274 @@
+"""More than one label per record: its channel, and a label on each axis of the config.
+
+While they travel with the tokens, the labels of a record are one string, its joint name. So
+whatever cuts, packs or sorts channels does the same to the labels of all axes, and the tokens are
+added up once. When a window is closed, the sums of the joint names are added up per channel and
+per label. Only combinations that occur have a joint name.
+
+>>> from channel_metrics.core.axes import AxisBook, joint_name
+>>> name = joint_name("bbu", [("domain", "target")])
+>>> AxisBook({"domain": ()}).rows(name)
+['bbu', 'domain/target']
+
+Letters: J joint names, R rows, K columns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from channel_metrics.core.labels import UNLABELED
+from channel_metrics.core.names import MARK, split_name
+from channel_metrics.errors import ChannelError, ConfigError, hint
+
+__all__ = [
+    "CHANNEL",
+    "OTHERS",
+    "TREE",
+    "TREE_MEAN",
+    "AxisBook",
+    "Projected",
+    "axes_of",
+    "axis_fields",
+    "check_axis_format",
+    "groups_of",
+]
+
+# What the first axis is called in `cross`.
+CHANNEL = "channel"
+# The axis of the groups that the names of channels show, and the row of what `top` leaves out.
+TREE, TREE_MEAN, OTHERS = "tree", "tree_mean", "others"
+_TAKEN = (CHANNEL, TREE, TREE_MEAN)
+_AXIS_NAME = re.compile(r"[A-Za-z_][\w-]*")
+
+# Fields that hold the label, or {channel: label}.
+Source = tuple[str, ...] | Mapping[str, str]
+
+
+class Projected(NamedTuple):
+    """Sums per row.
+
+    names: of all rows but the first; those of channels come before those of the axes. sums:
+    float64 [R + 1, K]; row 0 is the channel `unlabeled`. num_channels: how many names are
+    channels.
+    """
+
+    names: tuple[str, ...]
+    sums: Tensor
+    num_channels: int
+
+
+class AxisBook:
+    """Finds the rows that a joint name belongs to: its channel, and one per axis and label.
+
+    Args:
+        axes: {axis: source}. A label comes from the joint name, or from {channel: label}.
+        cross: axes to combine; `channel` is the first axis.
+        tree: how many levels of names such as `code/python` are added up, from the first on.
+        form: the name of a row, built from `{axis}` and `{label}`.
+    """
+
+    def __init__(
+        self,
+        axes: Mapping[str, Source],
+        cross: Iterable[Sequence[str]] = (),
+        tree: int = 0,
+        form: str = "{axis}/{label}",
+    ) -> None:
+        self.axes, self.cross, self.form = dict(axes), [tuple(names) for names in cross], form
+        self.tree = tree
+        # {row: (axis, label)}
+        self.labels: dict[str, tuple[str, str]] = {}
+        self._cached: tuple[tuple[str, ...], Any] | None = None
+
+    def rows(self, name: str | None) -> list[str]:
+        """The rows of a joint name; the first one is its channel, or `unlabeled`."""
+        channel, own = (None, []) if name is None else split_name(name)
+        found = {CHANNEL: [channel or UNLABELED]}
+        for axis, source in self.axes.items():
+            if isinstance(source, Mapping):
+                labels = [source[channel]] if channel and channel in source else []
+            else:
+                labels = [label for of, label in own if of == axis]
+            found[axis] = labels or [UNLABELED]
+        rows = [self.row(axis, label) for axis in self.axes for label in found[axis]]
+        for axes in self.cross:
+            combined = product(*(found[axis] for axis in axes))
+            rows += [self.row(".".join(axes), ".".join(labels)) for labels in combined]
+        rows += [self.row(TREE, group) for group in groups_of(channel or "")[: self.tree]]
+        return [*found[CHANNEL], *dict.fromkeys(rows)]
+
+    def by_axis(self, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """{axis: {label: value}} from {row: value}."""
+        found: dict[str, dict[str, Any]] = {}
+        for row, value in values.items():
+            axis, label = self.labels[row]
+            found.setdefault(axis, {})[label] = value
+        return found
+
+    def top(self, found: Projected, counts: Mapping[str, float], top: int) -> Projected:
+        """Keep the `top` channels, and labels of each axis, with the highest counts.
+
+        The others are added up in the row `others`, and in one of each axis. `unlabeled` stays.
+        Raises `ChannelError` if a channel or a label is called `others`.
+        """
+        names, sums, num_channels = found
+        groups: dict[str, list[str]] = {}
+        for place, name in enumerate(names):
+            axis, label = (CHANNEL, name) if place < num_channels else self.labels[name]
+            if label == OTHERS:
+                raise ChannelError(
+                    f"{name!r} is the name of what `top` leaves out; rename this channel or label."
+                )
+            if label != UNLABELED:
+                groups.setdefault(axis, []).append(name)
+        target = {name: name for name in names}
+        for axis, members in groups.items():
+            ranked = sorted(members, key=lambda name: (-counts.get(name, 0), name))
+            others = OTHERS if axis == CHANNEL else self.row(axis, OTHERS)
+            target |= {name: name if i < top else others for i, name in enumerate(ranked)}
+        channels = dict.fromkeys(target[name] for name in names[:num_channels])
+        rows = [*channels, *dict.fromkeys(target[name] for name in names[num_channels:])]
+        place_of = {row: i for i, row in enumerate(rows, 1)}
+        targets = torch.tensor([0, *(place_of[target[name]] for name in names)], device="cpu")
+        added = sums.new_zeros(len(rows) + 1, sums.shape[1]).index_add_(0, targets, sums)
+        return Projected(tuple(rows), added, len(channels))
+
+    def row(self, axis: str, label: str) -> str:
+        """The name of the row of a label."""
+        row = self.form.format(axis=axis, label=label)
+        self.labels[row] = axis, label
+        return row
+
+    def names(self, names: Iterable[str]) -> list[str]:
+        """All rows of these joint names but `unlabeled`: first the channels, then the axes'.
+
+        Raises:
+            ChannelError: a channel has the name of a row of an axis.
+        """
+        rows = [self.rows(name) for name in names]
+        channels = dict.fromkeys(of_name[0] for of_name in rows if of_name[0] != UNLABELED)
+        others = dict.fromkeys(row for of_name in rows for row in of_name[1:])
+        for row in others:
+            if row in channels:
+                axis, label = self.labels[row]
+                raise ChannelError(
+                    f"channel {row!r} has the name of the label {label!r} on the axis {axis!r}; "
+                    "rename one of them, or choose another axis_format."
+                )
+        return [*channels, *others]
+
+    def project(self, names: tuple[str, ...], sums: Tensor) -> Projected:
+        """Add up the sums of J joint names, float64 [J + 1, K] on the host, per row.
+
+        Raises:
+            ChannelError: as `names`.
+        """
+        if not self.axes and not self.tree:
+            return Projected(names, sums, len(names))
+        if self._cached is None or self._cached[0] != names:
+            self._cached = names, self._plan(names)
+        rows, sources, targets = self._cached[1]
+        added = sums.new_zeros(len(rows) + 1, sums.shape[1])
+        added.index_add_(0, targets, sums[sources])
+        num_channels = sum(row not in self.labels for row in rows)
+        return Projected(tuple(rows), added, num_channels)
+
+    def _plan(self, names: tuple[str, ...]) -> tuple[list[str], Tensor, Tensor]:
+        """The rows, and which joint name is added to which row."""
+        of_unlabeled = self.rows(None)
+        rows = self.names(names)
+        rows += [row for row in of_unlabeled[1:] if row not in rows]
+        place = {UNLABELED: 0, **{row: i for i, row in enumerate(rows, start=1)}}
+        pairs = [(0, place[row]) for row in of_unlabeled]
+        pairs += [(i, place[row]) for i, name in enumerate(names, 1) for row in self.rows(name)]
+        sources, targets = torch.tensor(pairs, dtype=torch.int64, device="cpu").unbind(1)
+        return rows, sources, targets
+
+
+def groups_of(channel: str) -> list[str]:
+    """The groups that a name such as `code/python/web` is in: `code` and `code/python`."""
+    return list(accumulate(channel.split("/")[:-1], "{}/{}".format))
+
+
+def axis_fields(axes: Mapping[str, Source]) -> tuple[str, ...]:
+    """The entries for `channels_of` that read the labels of these axes."""
+    return tuple(
+        f"{axis}{MARK}{field}"
+        for axis, source in axes.items()
+        if not isinstance(source, Mapping)
+        for field in source
+    )
+
+
+def axes_of(given: Any, cross: Any = ()) -> tuple[dict[str, Source], tuple[tuple[str, ...], ...]]:
+    """The settings `axes` and `cross`, checked.
+
+    Args:
+        given: {axis: field, fields, or {channel: label}}.
+        cross: lists of axes.
+
+    Raises:
+        ConfigError: one of them has another form, or an axis is unknown.
+    """
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"axes must map the name of an axis to its field, but is {given!r}.")
+    axes = {_axis_name(axis): _source(axis, source) for axis, source in given.items()}
+    if not isinstance(cross, (list, tuple)):
+        raise ConfigError(f"cross must be a list of lists of axes, but is {cross!r}.")
+    known = [CHANNEL, *axes]
+    for names in cross:
+        if not isinstance(names, (list, tuple)) or len({*names}) != len(names) or len(names) < 2:
+            raise ConfigError(
+                f"an entry of cross must list two or more different axes, but is {names!r}."
+            )
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"cross names the axis {name!r}; {hint(str(name), known)}")
+    return axes, tuple(tuple(names) for names in cross)
+
+
+def check_axis_format(form: Any) -> None:
+    """Raise `ConfigError` unless `form` has `{axis}` and `{label}`."""
+    try:
+        whole = form.format(axis="\1", label="\2")
+    except (AttributeError, LookupError, ValueError):
+        whole = ""
+    if "\1" not in whole or "\2" not in whole:
+        raise ConfigError(
+            f"axis_format must be built from {{axis}} and {{label}}, but is {form!r}."
+        )
+
+
+def _axis_name(name: Any) -> str:
+    if not isinstance(name, str) or not _AXIS_NAME.fullmatch(name) or name in _TAKEN:
+        raise ConfigError(
+            f"the name of an axis must be letters, digits, _ and -, and none of "
+            f"{', '.join(_TAKEN)}, but is {name!r}."
+        )
+    return name
+
+
+def _source(axis: Any, source: Any) -> Source:
+    if isinstance(source, str):
+        return (source,)
+    if isinstance(source, Mapping):
+        for channel, label in source.items():
+            if not isinstance(channel, str) or not isinstance(label, str) or not label.strip():
+                raise ConfigError(
+                    f"axes.{axis} must map names of channels to names of labels, but maps "
+                    f"{channel!r} to {label!r}."
+                )
+        return {channel.strip(): label.strip() for channel, label in source.items()}
+    if isinstance(source, (list, tuple)) and all(isinstance(field, str) for field in source):
+        return tuple(source)
+    raise ConfigError(
+        f"axes.{axis} must be a field, a list of fields, or a mapping of channels to labels, but "
+        f"is {source!r}."
+    )

@@ -1,0 +1,242 @@
+"""From the sums of all ranks to a `Window`: which values are logged, under which keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
+
+from channel_metrics.config import MetricsConfig
+from channel_metrics.core.axes import CHANNEL, TREE, TREE_MEAN, AxisBook, Projected, groups_of
+from channel_metrics.core.keys import KeyBook
+from channel_metrics.core.labels import UNLABELED
+from channel_metrics.core.objectives import WEIGHTED, objective, worst_channel
+from channel_metrics.core.schema import Schema
+from channel_metrics.core.table import values_by_channel
+from channel_metrics.core.totals import RunTotals
+from channel_metrics.errors import ConfigError, hint
+from channel_metrics.ranks.exchange import MISMATCH_TOLERANCE, GlobalSums
+from channel_metrics.run_marks import mark
+from channel_metrics.windows import Window
+
+__all__ = ["WindowMaker"]
+
+# The metrics of a channel whose mean over channels is logged.
+_MEANS = ("loss", "weighted_loss", "token_acc")
+
+Values = dict[str, dict[str, float]]
+
+
+class WindowMaker:
+    """Makes the windows of one run. Each problem is warned of once.
+
+    Args:
+        config: which metrics are logged, and which channels in evaluation.
+        schema: the columns and metrics.
+        keys: learns the channels and splits of the run.
+        warn_once: that of the session.
+    """
+
+    def __init__(
+        self, config: MetricsConfig, schema: Schema, keys: KeyBook, warn_once: Callable[..., None]
+    ) -> None:
+        self.config, self.schema, self.keys, self.warn_once = config, schema, keys, warn_once
+        self.book = AxisBook(config.axes, config.cross, config.tree, config.axis_format)
+        self._metrics = schema.chosen(config.metrics)
+        mark("session")
+
+    def make(
+        self,
+        found: GlobalSums,
+        *,
+        split: str,
+        step: int,
+        prefix: str,
+        totals: RunTotals | None,
+        final: bool,
+    ) -> Window:
+        """The window of these sums.
+
+        Args:
+            found: the sums of all ranks.
+            split, step, prefix, final: as in `Window`.
+            totals: those of the run, this window included. None for evaluations and open windows.
+        """
+        rows = self.book.project(found.names, found.sums)
+        names, sums, num_channels = self._at_most_top(rows, totals)
+        values = values_by_channel(self.schema, names, sums, self._metrics, num_channels)
+        of_axes = {name: values.pop(name) for name in names[num_channels:] if name in values}
+        if set(values) - {UNLABELED}:
+            mark("channel")
+        if final:
+            self._warn_of(split, found.mismatch, values)
+        else:
+            self._drop_counts(values, of_axes)
+        if split != "train":
+            self._choose(values, names[:num_channels])
+        elif totals is not None:
+            self._add_totals(totals, values, of_axes)
+        means = self._means_of_groups({**values, **of_axes})
+        of_axes |= means
+        self.learn([*names, *means], prefix)
+        keyed = (
+            (self.keys.key(row, metric, prefix), value)
+            for row, of_row in {**values, **of_axes}.items()
+            for metric, value in of_row.items()
+        )
+        logs = {key: value for key, value in keyed if key not in self.keys.clashes}
+        losses = self._losses(rows, split) if self.config.objectives else {}
+        logs.update(self._objectives(losses, prefix))
+        return Window(
+            split=split,
+            step=step,
+            prefix=prefix,
+            values=values,
+            axes=self.book.by_axis(of_axes),
+            logs=logs,
+            worst_channel=worst_channel(losses) if "worst_loss" in self.config.objectives else "",
+            final=final,
+            names=rows.names,
+            columns=self.schema.column_names,
+            table=rows.sums,
+        )
+
+    def _losses(self, rows: Projected, split: str) -> dict[str, float]:
+        """The loss of each channel that counts in the objectives."""
+        loss = self.schema.metric("loss")
+        if loss is None:
+            self.warn_once(
+                f"{', '.join(self.config.objectives)} need a loss, which {self.schema.unit} do "
+                "not have here; they are left out."
+            )
+            return {}
+        names, sums, num_channels = rows
+        values = values_by_channel(
+            self.schema, names[:num_channels], sums[: num_channels + 1], [loss]
+        )
+        chosen = () if split == "train" else self.config.eval_channels
+        return {
+            name: of_channel["loss"]
+            for name, of_channel in values.items()
+            if "loss" in of_channel and name != UNLABELED and (not chosen or name in chosen)
+        }
+
+    def _objectives(self, losses: dict[str, float], prefix: str) -> dict[str, float]:
+        weights = self.config.channel_weights
+        absent = sorted(set(weights) - set(losses)) if losses else []
+        if absent:
+            self.warn_once(
+                f"{WEIGHTED} is left out of a window without a loss of {', '.join(absent)}, which "
+                f"channel_weights names; {hint(absent[0], list(losses))}"
+            )
+        names = self.config.objectives if losses else ()
+        found = {name: objective(name).formula(losses, weights) for name in names}
+        return {prefix + name: value for name, value in found.items() if value is not None}
+
+    def declare(self, names: Iterable[str]) -> None:
+        """Learn names that are known beforehand.
+
+        Raises:
+            ConfigError, ChannelError: if two names would share a key, or if a key is the
+                trainer's.
+        """
+        for error in self.keys.learn(self.book.names(names)):
+            raise error
+
+    def learn(self, names: Iterable[str], prefix: str) -> None:
+        """Learn rows that came up during the run. Keys that two values share are not logged."""
+        for error in [*self.keys.learn(names), *self.keys.learn(prefix=prefix)]:
+            self.warn_once(f"{error} These keys are left out of the log.")
+
+    def check_eval_channels(self, names: Sequence[str]) -> None:
+        """Raise `ConfigError` for an entry of `eval_channels` that is not in `names`."""
+        rows = [row for row in self.book.names(names) if row not in self.book.labels]
+        for wrong in self._unknown_eval_channels(rows):
+            raise ConfigError(wrong)
+
+    def _at_most_top(self, rows: Projected, totals: RunTotals | None) -> Projected:
+        """The rows that `top` allows, and `others`."""
+        top = self.config.top
+        if not top or len(rows.names) <= top:
+            return rows
+        if totals is None:
+            counted = rows.sums[1:, self.schema.column_names.index(self.schema.count)]
+            counts = dict(zip(rows.names, counted.tolist(), strict=True))
+        else:
+            count = f"{self.schema.count}_total"
+            counts = {row: t[count] for row, t in totals.by_row(self.book.rows).items()}
+        kept = self.book.top(rows, counts, top)
+        left = sorted({*rows.names} - {*kept.names})
+        if left:
+            self.warn_once(
+                "%d channels or labels are more than `top` (%d) and counted in `others`: %s ...",
+                len(left),
+                top,
+                ", ".join(left[:5]),
+            )
+        return kept
+
+    def _means_of_groups(self, values: Values) -> Values:
+        """For each group of `tree` the means of its children, channels or groups."""
+        children: dict[str, list[dict[str, float]]] = {}
+        for row, of_row in values.items():
+            axis, name = self.book.labels.get(row, (CHANNEL, row))
+            parents = groups_of(name)[: self.config.tree]
+            if axis in (CHANNEL, TREE) and parents and len(parents) == name.count("/"):
+                children.setdefault(parents[-1], []).append(of_row)
+        return {
+            self.book.row(TREE_MEAN, group): {
+                metric: fmean(of_row[metric] for of_row in rows if metric in of_row)
+                for metric in _MEANS
+                if any(metric in of_row for of_row in rows)
+            }
+            for group, rows in children.items()
+        }
+
+    def _drop_counts(self, *groups: Values) -> None:
+        """Leave counts out of an open window, or the sum of the logged counts would be wrong."""
+        counts = {metric.name for metric in self._metrics if metric.adds_up}
+        for values in groups:
+            for of_row in values.values():
+                for name in counts.intersection(of_row):
+                    del of_row[name]
+
+    def _add_totals(self, totals: RunTotals, *groups: Values) -> None:
+        chosen = [name for name in self.schema.run_metrics if name in self.config.metrics]
+        of_rows = totals.by_row(self.book.rows) if chosen else {}
+        for values in groups if chosen else ():
+            for row, of_row in values.items():
+                # The members of `others` change, so it has no totals.
+                of_row.update({name: of_rows[row][name] for name in chosen if row in of_rows})
+
+    def _choose(self, values: Values, names: Sequence[str]) -> None:
+        """Keep the channels that evaluation logs."""
+        if not self.config.eval_channels:
+            return
+        for wrong in self._unknown_eval_channels(names):
+            self.warn_once(wrong)
+        always = {metric.name for metric in self._metrics if metric.every_channel}
+        for channel in set(values).difference(self.config.eval_channels):
+            values[channel] = {m: v for m, v in values[channel].items() if m in always}
+            if not values[channel]:
+                del values[channel]
+
+    def _unknown_eval_channels(self, names: Sequence[str]) -> list[str]:
+        return [
+            f"eval_channels names {name!r}, which is no channel; {hint(name, names)}"
+            for name in self.config.eval_channels
+            if name not in names and name != UNLABELED
+        ]
+
+    def _warn_of(self, split: str, mismatch: float, values: Values) -> None:
+        if mismatch > MISMATCH_TOLERANCE:
+            self.warn_once(
+                "the channels of a window do not add up to the trainer's own loss: the relative "
+                "difference is %.1e. The tokens or the loss mask that were counted are not those "
+                "that were trained on; please report this with your model and trainer.",
+                mismatch,
+            )
+        if set(values) == {UNLABELED}:
+            self.warn_once(
+                f"no record of this {split} window had a channel (looked for "
+                f"{', '.join(self.config.fields)}); all {self.schema.unit} count as 'unlabeled'."
+            )

@@ -1,0 +1,116 @@
+"""Names, signatures and docstrings of a package, read from its source without importing it.
+
+A page may list a trainer that is not installed.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+Definition = ast.ClassDef | ast.FunctionDef
+
+
+def interface_of(package: str) -> str:
+    """A list of all names in `__all__` of a package; methods stand below their class."""
+    return "\n".join(line for name in _all_of(_tree(package)) for line in _entry(package, name))
+
+
+def _entry(package: str, name: str) -> Iterator[str]:
+    found = _find(package, name)
+    if found is None:
+        raise ValueError(f"{package}: no class or function {name!r} was found.")
+    module, node = found
+    if isinstance(node, ast.Assign):
+        yield f"- **`{name}`**: a `{_called(node.value)}`"
+        return
+    yield f"- **`{_signature(node)}`**: {_summary(node)}"
+    if isinstance(node, ast.ClassDef) and not name.endswith("Mixin"):
+        for method in _methods(module, node):
+            yield f"    - `{_signature(method, bound=True)}`: {_summary(method)}"
+
+
+def _methods(module: str, owner: ast.ClassDef) -> Iterator[ast.FunctionDef]:
+    """The public methods of a class, and of our classes that it extends."""
+    for node in owner.body:
+        if isinstance(node, ast.FunctionDef) and _is_public(node):
+            yield node
+    for base in owner.bases:
+        found = _find(module, ast.unparse(base))
+        if found is not None and isinstance(found[1], ast.ClassDef):
+            yield from _methods(found[0], found[1])
+
+
+def _is_public(method: ast.FunctionDef) -> bool:
+    # A trainer calls the hooks of a callback.
+    return not method.name.startswith(("_", "on_")) and ast.get_docstring(method) is not None
+
+
+def _signature(node: Definition, *, bound: bool = False) -> str:
+    if isinstance(node, ast.ClassDef):
+        return f"{node.name}{_maker(node)}"
+    decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+    if decorators & {"property", "cached_property"}:
+        return node.name
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f"{node.name}({_arguments(node.args, bound=bound)}){returns}"
+
+
+def _maker(node: ast.ClassDef) -> str:
+    """The arguments that make an object; of a dataclass, its fields."""
+    for method in node.body:
+        if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+            return f"({_arguments(method.args, bound=True)})"
+    if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        fields = (field for field in node.body if isinstance(field, ast.AnnAssign))
+        return f"({', '.join(ast.unparse(field) for field in fields)})"
+    return ""
+
+
+def _arguments(given: ast.arguments, *, bound: bool) -> str:
+    text = ast.unparse(given)
+    if not bound:
+        return text
+    own, _, rest = text.partition(", ")
+    return rest if own in ("self", "cls") else text
+
+
+def _summary(node: Definition) -> str:
+    """The first paragraph of the docstring."""
+    return (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _called(value: ast.expr) -> str:
+    return ast.unparse(value.func) if isinstance(value, ast.Call) else ast.unparse(value)
+
+
+def _find(module: str, name: str) -> tuple[str, Definition | ast.Assign] | None:
+    """The definition of a name, which a module may import from another one of ours."""
+    tree = _tree(module)
+    for node in tree.body:
+        if isinstance(node, Definition) and node.name == name:
+            return module, node
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return module, node
+    for each in ast.walk(tree):
+        if isinstance(each, ast.ImportFrom) and any(alias.name == name for alias in each.names):
+            source = each.module or ""
+            return _find(source, name) if source.startswith("channel_metrics") else None
+    return None
+
+
+def _all_of(tree: ast.Module) -> list[str]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            names: list[str] = ast.literal_eval(node.value)
+            return names
+    raise ValueError("expected a package with __all__.")
+
+
+def _tree(module: str) -> ast.Module:
+    path = ROOT / module.replace(".", "/")
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return ast.parse(file.read_text(encoding="utf-8"))

@@ -1,0 +1,91 @@
+"""More cases: labels on further axes. It holds all cases, those of cases.py and its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from channel_metrics.core.names import joint_name
+from contract.cases import CASES, NEEDS, case, config, ran
+from contract.script import (
+    Evaluation,
+    Harness,
+    OneSequence,
+    Script,
+    check_values,
+    expected,
+    renamed,
+    steps,
+    window_sequences,
+)
+
+__all__ = ["CASES", "NEEDS"]
+
+KINDS = {"a": "x", "b": "x", "c": "y"}
+# {letter of the script: channel, language}
+LABELS: dict[str, tuple[str | None, str | None]] = {
+    "a": ("a", "en"),
+    "b": ("b", "en"),
+    "c": ("c", None),
+    "d": ("a", "de"),
+    "e": (None, "de"),
+    "": (None, None),
+}
+NAMES = {
+    letter: joint_name(channel, [] if language is None else [("lang", language)]) or ""
+    for letter, (channel, language) in LABELS.items()
+}
+LETTERS = {name: letter for letter, name in NAMES.items()}
+
+
+@case()
+def labels_on_two_axes(harness: Harness, folder: Path) -> None:
+    """One axis follows from the channel, the other one stands in the joint names."""
+    script = Script(
+        config=config(axes={"kind": KINDS, "lang": ()}, cross=(("channel", "lang"),)),
+        steps=renamed(steps("abcd", "dea-", "aabb", "ceba"), NAMES),
+        evaluations=(Evaluation(1, renamed(steps("adce", first=40), NAMES)[0]),),
+    )
+    found = ran(harness, script, folder)
+    windows = [window for window in found.windows if window.split == "train"]
+    for window, sequences in zip(windows, window_sequences(script), strict=True):
+        check_values(window.values, by(harness, sequences, channel))
+        check_values(window.axes["kind"], by(harness, sequences, kind))
+        check_values(window.axes["lang"], by(harness, sequences, language))
+        check_values(window.axes["channel.lang"], by(harness, sequences, both))
+        assert window.logs["kind/x_loss"] == window.axes["kind"]["x"]["loss"]
+        crossed = window.axes["channel.lang"]["a.en"]
+        assert window.logs["channel.lang/a.en_share"] == crossed["share"]
+    everything = by(harness, [s for w in window_sequences(script) for s in w], language)
+    assert windows[-1].axes["lang"]["en"]["samples_total"] == everything["en"]["samples"]
+    (evaluation,) = [window for window in found.windows if window.split != "train"]
+    of_evaluation = list(script.evaluations[0].batches[0] + script.evaluations[0].batches[1])
+    check_values(evaluation.axes["lang"], by(harness, of_evaluation, language))
+    de = evaluation.axes["lang"]["de"]["loss"]
+    assert found.evaluations[0]["eval_lang/de_loss"] == pytest.approx(de)
+
+
+def by(
+    harness: Harness, sequences: list[OneSequence], label: Callable[[OneSequence], str | None]
+) -> dict[str, dict[str, float]]:
+    """What a window holds per label, by counting one sequence after the other."""
+    return expected(harness, [replace(one, channel=label(one)) for one in sequences])
+
+
+def channel(sequence: OneSequence) -> str | None:
+    return LABELS[LETTERS[sequence.channel or ""]][0]
+
+
+def language(sequence: OneSequence) -> str | None:
+    return LABELS[LETTERS[sequence.channel or ""]][1]
+
+
+def kind(sequence: OneSequence) -> str | None:
+    return KINDS.get(channel(sequence) or "")
+
+
+def both(sequence: OneSequence) -> str | None:
+    return f"{channel(sequence) or 'unlabeled'}.{language(sequence) or 'unlabeled'}"

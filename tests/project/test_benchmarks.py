@@ -1,0 +1,95 @@
+"""The tables of the pages are those of benchmarks/results, and the benchmarks run."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from paths import ROOT
+
+from benchmarks import head, scale, step
+from benchmarks.__main__ import PARTS
+from benchmarks.pages import PAGES, filled
+from benchmarks.peers import found_package
+
+RESULTS = {
+    path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("*.json")
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_tables_are_those_of_the_results(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert "<!-- benchmarks: " in text
+    assert text == filled(text, RESULTS), "run: python -m benchmarks report"
+
+
+def test_every_part_has_results() -> None:
+    assert set(RESULTS) == set(PARTS)
+
+
+def test_the_numbers_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    ratios = {row["variant"]: row["ratio"] for row in RESULTS["step"]["rows"]}
+    loss, accuracy = map(float, re.findall(r"\b1\.\d\d\b(?= times)", text))
+    assert abs(loss - ratios["loss"]) < 0.01
+    assert abs(accuracy - ratios["loss and accuracy"]) < 0.01
+    counts = {row["variant"]: row for row in RESULTS["counts"]["rows"]}
+    variants = ("ours", "ms-swift, HF", "VeOmni")
+    for words, key in (
+        ("waits for the device per micro-batch", "syncs_per_micro_batch"),
+        ("all-reduces per log", "collectives_per_log"),
+    ):
+        cells = " | ".join(str(counts[variant][key]) for variant in variants)
+        assert f"| {words} | {cells} |" in text
+
+
+def keys(rows: list[dict[str, Any]]) -> set[tuple[str, ...]]:
+    """The columns of a table."""
+    return {tuple(row) for row in rows}
+
+
+def has(package: str) -> bool:
+    try:
+        return found_package(package) is not None
+    except StopIteration:
+        return False
+
+
+needs_peers = pytest.mark.skipif(
+    not (has("ms-swift") and has("veomni")),
+    reason="ms-swift is only in the main environment: `make test` runs this",
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes of a step that takes no time."""
+    for module in (step, head):
+        for name, size in (("ROW_LENGTH", 16), ("HIDDEN", 16), ("VOCABULARY", 64)):
+            monkeypatch.setattr(module, name, size)
+
+
+@needs_peers
+def test_step(tiny: None) -> None:
+    rows = step.run(num_rounds=1, max_seconds=5)
+    assert [row["variant"] for row in rows] == [row["variant"] for row in RESULTS["step"]["rows"]]
+    assert keys(rows) == keys(RESULTS["step"]["rows"])
+    assert keys(step.peak_memory()) == keys(RESULTS["step"]["memory"])
+
+
+@needs_peers
+def test_head(tiny: None) -> None:
+    head._tensors.cache_clear()
+    rows = head.run(max_seconds=1)
+    head._tensors.cache_clear()
+    assert [row["variant"] for row in rows] == [row["variant"] for row in RESULTS["head"]["rows"]]
+    assert keys(rows) == keys(RESULTS["head"]["rows"])
+
+
+def test_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "CHANNELS", (3,))
+    rows = scale.host(num_rounds=1)
+    assert keys(rows) == keys(RESULTS["scale"]["host"])
