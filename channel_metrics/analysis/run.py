@@ -33,7 +33,8 @@ __all__ = [
     "run_names",
 ]
 
-# `channel-metrics train` writes the configured ratios into this file of the run folder.
+# `channel-metrics train` writes the configured ratios and the sizes of the sources into this file
+# of the run folder.
 RUN_FILE = "channel_metrics_run.json"
 
 # So many resumes are named in a note.
@@ -61,6 +62,9 @@ class Run:
 
     ratios: dict[str, float] = field(default_factory=dict)
     """The configured ratios of the records, by channel, relative to each other."""
+
+    records: dict[str, int] = field(default_factory=dict)
+    """The number of different records of each source, by channel, if the run folder tells it."""
 
     @property
     def keys(self) -> tuple[Key, ...]:
@@ -160,6 +164,7 @@ def load_run(
         problems=problems,
         channels=[*channels, *ratios],
         ratios=ratios,
+        records=_source_sizes(path),
     )
 
 
@@ -191,6 +196,7 @@ def _run_of(
     problems: Problems,
     channels: Iterable[str],
     ratios: dict[str, float] | None,
+    records: dict[str, int] | None = None,
 ) -> Run:
     if not len(store):
         first = f" The first problem: {problems.examples[0]}" if problems.examples else ""
@@ -214,6 +220,7 @@ def _run_of(
         store=store,
         meanings=meanings,
         ratios=ratios or {},
+        records=records or {},
     )
 
 
@@ -243,4 +250,15 @@ def configured_ratios(path: Path, problems: Problems) -> dict[str, float]:
         return {str(name): float(ratio) for name, ratio in ratios.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         problems.add(file, None, f"cannot be read ({error!r})")
+        return {}
+
+
+def _source_sizes(path: Path) -> dict[str, int]:
+    """The sizes of the sources in the run folder; empty if there are none."""
+    file = folder_of(path) / RUN_FILE
+    try:
+        records = json.loads(file.read_text(encoding="utf-8"))["records"]
+        return {str(name): int(count) for name, count in records.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        # `configured_ratios` tells what is wrong with the file. Older ones have no sizes.
         return {}

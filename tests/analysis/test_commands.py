@@ -59,7 +59,7 @@ def test_analyze_and_report_as_json(run: Path) -> None:
         assert [row["channel"] for row in found["channels"]] == list(rows)
         for row in found["channels"]:
             # The last loss of `bbu` is NaN, which JSON does not have.
-            lost = {"last_loss": None} if row["channel"] == "bbu" else {}
+            lost: dict[str, Any] = {"last_loss": None} if row["channel"] == "bbu" else {}
             check_row(row, replace(rows[row["channel"]], **lost))
         nan = found["findings"][0]
         assert (nan["kind"], nan["level"], nan["channel"]) == ("nan", "bad", "bbu")

@@ -242,7 +242,9 @@ def rank_channels(runs: Sequence[Run]) -> list[str]:
 
 
 def shown(name: str) -> str:
-    """A name as it is shown: on one line, not too long, with control characters made visible."""
+    """A name as it is shown: on one line, not too long, with controls and blanks made visible."""
+    if name.isspace():
+        return f"({len(name):,} blank{'' if len(name) == 1 else 's'})"
     cut = name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}… ({len(name):,} characters)"
     return "".join(map(_visible, cut)) or "(no name)"
 
