@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from channel_metrics.analysis.report.command import FailOnOption, add_report_command
+from channel_metrics.analysis.report.command import AxisOption, FailOnOption, add_report_command
 from channel_metrics.analysis.watch.command import add_watch_command
 from channel_metrics.errors import ChannelMetricsError
 
@@ -74,6 +74,7 @@ def add_commands(
         batch_size: Annotated[
             int | None, typer.Option(min=1, help="Samples per step, over all ranks.")
         ] = None,
+        axis: AxisOption = "",
         fail_on: FailOnOption = None,
         csv: Annotated[
             bool, typer.Option("--csv", help="Write metrics.csv, too; it is larger than the log.")
@@ -87,6 +88,7 @@ def add_commands(
         95 % bands; points that the mix does not determine are left out.
         """
         with reported():
+            from channel_metrics.analysis.axes import with_axis
             from channel_metrics.analysis.judging.finding import is_worse
             from channel_metrics.analysis.judging.told import findings_of
             from channel_metrics.analysis.readers.sources import OUTPUT_FOLDER
@@ -98,7 +100,7 @@ def add_commands(
             loaded = _load(runs, format, channel)
             loaded = _with_estimates(loaded, samples, sample_data, batch_size)
             folder = output_dir or folder_of(runs[0]) / OUTPUT_FOLDER
-            views = views_of(loaded)
+            views = views_of([with_axis(run, axis) for run in loaded] if axis else loaded)
             found = [findings_of(view) for view in views]
             files = _write(loaded, folder, with_csv=csv)
             if as_json:

@@ -25,7 +25,8 @@ def final_rows(run: Run) -> list[ChannelRow]:
     samples = {name: total_of(run, name, "samples") for name in trained}
     rows = []
     for name in trained:
-        share = part_of(tokens, name)
+        # The labels of an axis need not add up to the whole run.
+        share = None if run.axis else part_of(tokens, name)
         rows.append(
             _row(
                 run,
@@ -43,7 +44,7 @@ def final_rows(run: Run) -> list[ChannelRow]:
 def whole_row(run: Run) -> ChannelRow:
     """The same values of the whole run."""
     counts = [total_of(run, name, "tokens") for name in run.channels("train")]
-    known = [count for count in counts if count is not None]
+    known = [count for count in counts if count is not None and not run.axis]
     return _row(run, GLOBAL, "train", tokens=sum(known) if known else None)
 
 

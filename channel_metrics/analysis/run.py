@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from channel_metrics.analysis.axes import axis_of, without_labels
 from channel_metrics.analysis.readers.keys import Key, decode_keys
 from channel_metrics.analysis.readers.readings import Problems, Progress, Reading
 from channel_metrics.analysis.readers.sources import pick_source
@@ -60,6 +61,12 @@ class Run:
     meanings: dict[str | Key, Key] = field(repr=False)
     """{key of the log: its meaning}"""
 
+    labels: dict[str | Key, Key] = field(default_factory=dict, repr=False)
+    """The same for labels of axes such as `domain/target`, see `axes`. They are no channels."""
+
+    axis: str = ""
+    """The axis whose labels are shown as channels, if any."""
+
     ratios: dict[str, float] = field(default_factory=dict)
     """The configured ratios of the records, by channel, relative to each other."""
 
@@ -96,6 +103,11 @@ class Run:
         return self.store.series(key)
 
     @property
+    def axes(self) -> list[str]:
+        """The axes that the log has labels of, besides the channel."""
+        return list(dict.fromkeys(axis_of(means.channel) for means in self.labels.values()))
+
+    @property
     def resumes(self) -> tuple[int, ...]:
         """The first steps after each resume that the log shows."""
         return self.store.resumes
@@ -112,8 +124,8 @@ class Run:
         )
 
     def all_series(self) -> Iterator[tuple[Key, Steps, Values]]:
-        """Every series with its meaning."""
-        for key, meaning in self.meanings.items():
+        """Every series with its meaning; labels of axes, too."""
+        for key, meaning in (self.meanings | self.labels).items():
             steps, values = self.store.series(key)
             yield meaning, steps, values
 
@@ -201,7 +213,8 @@ def _run_of(
     if not len(store):
         first = f" The first problem: {problems.examples[0]}" if problems.examples else ""
         raise ChannelMetricsError(f"expected values in {origin}, but there are none.{first}")
-    meanings = decode_keys(store.keys, [*channels, UNLABELED] if (channels := [*channels]) else ())
+    channels = [*channels]
+    meanings = decode_keys(store.keys, [*channels, UNLABELED] if channels else ())
     # Only channels are counted: trainers repeat their own values, such as the epoch.
     repeated = sum(store.num_repeated(key) for key, means in meanings.items() if means.channel)
     if store.resumes:
@@ -213,7 +226,7 @@ def _run_of(
         )
     elif repeated:
         problems.note(f"{repeated} values were logged twice for one step; the last counts")
-    return Run(
+    run = Run(
         name=name,
         origin=origin,
         problems=problems,
@@ -222,6 +235,7 @@ def _run_of(
         ratios=ratios or {},
         records=records or {},
     )
+    return without_labels(run, declared=channels)
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:

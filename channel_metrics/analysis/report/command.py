@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from channel_metrics.analysis.report.views import RunView
     from channel_metrics.analysis.run import Run
 
-__all__ = ["REPORT_FILE", "FailOn", "FailOnOption", "add_report_command", "report_of_training"]
+__all__ = [
+    "REPORT_FILE",
+    "AxisOption",
+    "FailOn",
+    "FailOnOption",
+    "add_report_command",
+    "report_of_training",
+]
 
 REPORT_FILE = "report.html"
 
@@ -36,6 +43,10 @@ FailOnOption = Annotated[
         "--fail-on",
         help="worse: exit code 1 if a loss became NaN, rose, or is above that of the first run.",
     ),
+]
+
+AxisOption = Annotated[
+    str, typer.Option("--axis", help="Show the labels of this axis in place of the channels.")
 ]
 
 Load = Callable[[Sequence[Path], "str | None", "Sequence[str] | None"], "list[Run]"]
@@ -76,11 +87,13 @@ def add_report_command(
         channel: Annotated[
             list[str] | None, typer.Option("--channel", help="A name that is a channel.")
         ] = None,
+        axis: AxisOption = "",
         fail_on: FailOnOption = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
         """Write one HTML file about runs, which needs no network: curves, mix, findings, table."""
         with reported():
+            from channel_metrics.analysis.axes import with_axis
             from channel_metrics.analysis.judging.finding import is_worse, lines_of
             from channel_metrics.analysis.judging.told import findings_of
             from channel_metrics.analysis.progress import phase
@@ -92,6 +105,7 @@ def add_report_command(
             drawn_with = ("matplotlib",) if pictures else ()
             check_installed("numpy", "jinja2", *drawn_with, extra="report")
             loaded = load(runs, format, channel)
+            loaded = [with_axis(run, axis) for run in loaded] if axis else loaded
             file = output or folder_of(runs[0]) / REPORT_FILE
             views = views_of(loaded)
             found = [findings_of(view) for view in views]

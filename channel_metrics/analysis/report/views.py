@@ -127,8 +127,7 @@ class RunView:
     @property
     def tokens(self) -> int | None:
         """The tokens of all channels."""
-        counts = [view.row.tokens for view in self.rows if view.row.tokens is not None]
-        return sum(counts) if counts else None
+        return self.whole.tokens
 
     @property
     def verdict(self) -> str:
