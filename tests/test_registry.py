@@ -54,7 +54,7 @@ def test_a_registered_metric_is_in_the_hf_log_in_analyze_and_in_the_report(tmp_p
             assert entry[f"{channel}_hard_share"] == pytest.approx(share)
         log = tmp_path / "logging.jsonl"
         log.write_text("".join(json.dumps(line) + "\n" for line in trainer.state.log_history))
-        for command in (["analyze", str(log)], ["report", str(log)]):
+        for command in (["analyze", str(log), "--csv"], ["report", str(log)]):
             result = CliRunner().invoke(app, command)
             assert result.exit_code == 0, result.output
     with (tmp_path / "channel_analysis" / "metrics.csv").open(newline="") as file:

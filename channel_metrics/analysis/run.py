@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from channel_metrics.analysis.axes import axis_of, without_labels
 from channel_metrics.analysis.readers.keys import Key, decode_keys
 from channel_metrics.analysis.readers.readings import Problems, Progress, Reading
 from channel_metrics.analysis.readers.sources import pick_source
@@ -33,8 +34,12 @@ __all__ = [
     "run_names",
 ]
 
-# `channel-metrics train` writes the configured ratios into this file of the run folder.
+# `channel-metrics train` writes the configured ratios and the sizes of the sources into this file
+# of the run folder.
 RUN_FILE = "channel_metrics_run.json"
+
+# So many resumes are named in a note.
+_MAX_RESUMES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +61,17 @@ class Run:
     meanings: dict[str | Key, Key] = field(repr=False)
     """{key of the log: its meaning}"""
 
+    labels: dict[str | Key, Key] = field(default_factory=dict, repr=False)
+    """The same for labels of axes such as `domain/target`, see `axes`. They are no channels."""
+
+    axis: str = ""
+    """The axis whose labels are shown as channels, if any."""
+
     ratios: dict[str, float] = field(default_factory=dict)
     """The configured ratios of the records, by channel, relative to each other."""
+
+    records: dict[str, int] = field(default_factory=dict)
+    """The number of different records of each source, by channel, if the run folder tells it."""
 
     @property
     def keys(self) -> tuple[Key, ...]:
@@ -88,9 +102,30 @@ class Run:
             return np.empty(0, dtype=np.int64), np.empty(0)
         return self.store.series(key)
 
+    @property
+    def axes(self) -> list[str]:
+        """The axes that the log has labels of, besides the channel."""
+        return list(dict.fromkeys(axis_of(means.channel) for means in self.labels.values()))
+
+    @property
+    def resumes(self) -> tuple[int, ...]:
+        """The first steps after each resume that the log shows."""
+        return self.store.resumes
+
+    def overwritten(self, channel: str, metric: str, split: str = "train") -> tuple[Steps, Values]:
+        """The values that were logged for steps which a resume has done again."""
+        import numpy as np
+
+        key = self._key_of.get(Key(split, channel, metric))
+        return (
+            (np.empty(0, dtype=np.int64), np.empty(0))
+            if key is None
+            else self.store.overwritten(key)
+        )
+
     def all_series(self) -> Iterator[tuple[Key, Steps, Values]]:
-        """Every series with its meaning."""
-        for key, meaning in self.meanings.items():
+        """Every series with its meaning; labels of axes, too."""
+        for key, meaning in (self.meanings | self.labels).items():
             steps, values = self.store.series(key)
             yield meaning, steps, values
 
@@ -101,6 +136,7 @@ def load_run(
     format: str | None = None,
     channels: Iterable[str] = (),
     progress: Progress = lambda _: None,
+    expect: Callable[[int], object] = lambda _: None,
 ) -> Run:
     """Read a log.
 
@@ -109,23 +145,38 @@ def load_run(
         format: which log to read, if a folder has several.
         channels: names that are channels. By default, they are inferred from the keys.
         progress: is called with the number of bytes that were read.
+        expect: is called with the size of a log before it is read.
 
     Raises:
         ChannelMetricsError: if there is no log, or no value in it.
     """
-    source, others = pick_source(path, format)
-    problems = Problems()
+    sources, formats = pick_source(path, format)
+    notes: list[str] = []
+    for number, source in enumerate(sources, 1):
+        if source.missing and number < len(sources):
+            notes = [*notes, f"{source.files[-1]} was left aside: {source.missing}"]
+            continue
+        problems = Problems(notes=notes)
+        expect(source.num_bytes)
+        store = store_of(source.readings(problems, progress), in_order=source.in_order)
+        if len(store) or number == len(sources):
+            break
+        notes = [*notes, f"{source.files[-1]} holds no values ({source.format})"]
     ratios = configured_ratios(path, problems)
+    others = [name for name in formats if name != source.format]
     if others:
         problems.note(f"read as {source.format}; the run also has {', '.join(others)}")
+    for note in source.notes:
+        problems.note(note)
     files = f" ({len(source.files)} files)" if len(source.files) > 1 else ""
-    return run_from_readings(
-        source.readings(problems, progress),
+    return _run_of(
+        store,
         name=path.resolve().name,
         origin=f"{source.files[-1]}{files}, {source.format}",
         problems=problems,
         channels=[*channels, *ratios],
         ratios=ratios,
+        records=_source_sizes(path),
     )
 
 
@@ -139,25 +190,52 @@ def run_from_readings(
     ratios: dict[str, float] | None = None,
 ) -> Run:
     """A run from the readings of a reader."""
-    store = store_of(readings)
+    return _run_of(
+        store_of(readings),
+        name=name,
+        origin=origin,
+        problems=problems,
+        channels=channels,
+        ratios=ratios,
+    )
+
+
+def _run_of(
+    store: SeriesStore,
+    *,
+    name: str,
+    origin: str,
+    problems: Problems,
+    channels: Iterable[str],
+    ratios: dict[str, float] | None,
+    records: dict[str, int] | None = None,
+) -> Run:
     if not len(store):
         first = f" The first problem: {problems.examples[0]}" if problems.examples else ""
         raise ChannelMetricsError(f"expected values in {origin}, but there are none.{first}")
-    meanings = decode_keys(store.keys, [*channels, UNLABELED] if (channels := [*channels]) else ())
+    channels = [*channels]
+    meanings = decode_keys(store.keys, [*channels, UNLABELED] if channels else ())
     # Only channels are counted: trainers repeat their own values, such as the epoch.
     repeated = sum(store.num_repeated(key) for key, means in meanings.items() if means.channel)
-    if repeated:
+    if store.resumes:
+        steps = ", ".join(f"{step:,}" for step in store.resumes[:_MAX_RESUMES])
+        more = "" if len(store.resumes) <= _MAX_RESUMES else " and later"
         problems.note(
-            f"{repeated} values were logged twice for one step, as after a resume; the last counts"
+            f"the log goes back to step {steps}{more}, as after a resume: {repeated} values of "
+            "channels that were logged before are left out"
         )
-    return Run(
+    elif repeated:
+        problems.note(f"{repeated} values were logged twice for one step; the last counts")
+    run = Run(
         name=name,
         origin=origin,
         problems=problems,
         store=store,
         meanings=meanings,
         ratios=ratios or {},
+        records=records or {},
     )
+    return without_labels(run, declared=channels)
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
@@ -186,4 +264,15 @@ def configured_ratios(path: Path, problems: Problems) -> dict[str, float]:
         return {str(name): float(ratio) for name, ratio in ratios.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         problems.add(file, None, f"cannot be read ({error!r})")
+        return {}
+
+
+def _source_sizes(path: Path) -> dict[str, int]:
+    """The sizes of the sources in the run folder; empty if there are none."""
+    file = folder_of(path) / RUN_FILE
+    try:
+        records = json.loads(file.read_text(encoding="utf-8"))["records"]
+        return {str(name): int(count) for name, count in records.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        # `configured_ratios` tells what is wrong with the file. Older ones have no sizes.
         return {}

@@ -1,5 +1,8 @@
 """Keeps readings on disk, so that a log of any size can be sorted in little memory.
 
+If the steps of a log go back, the job was resumed from a checkpoint. What was logged before for the
+steps after that checkpoint belongs to no model that was kept: it is set aside as `overwritten`.
+
 >>> with SeriesWriter() as writer:
 ...     writer.add(2, "loss", 1.5)
 ...     writer.add(1, "loss", 2.5)
@@ -13,12 +16,15 @@ import shutil
 import tempfile
 import weakref
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from channel_metrics.analysis.branches import Branches
 from channel_metrics.analysis.readers.keys import Key
 from channel_metrics.analysis.readers.readings import Reading
+from channel_metrics.errors import ChannelMetricsError
 from channel_metrics.extras import need
 
 if TYPE_CHECKING:
@@ -43,9 +49,14 @@ class _Folder:
 
 
 class SeriesWriter:
-    """Takes readings in any order; `finish` sorts them by key."""
+    """Takes readings in any order; `finish` sorts them by key.
 
-    def __init__(self) -> None:
+    Args:
+        in_order: whether they come in the order of time. Only then resumes can be seen.
+    """
+
+    def __init__(self, *, in_order: bool = True) -> None:
+        self._branches = Branches(in_order)
         self._np: Any = need("numpy", extra="report")
         self._folder = _Folder()
         self._names = {"steps": "q", "keys": "q", "values": "d"}
@@ -63,8 +74,15 @@ class SeriesWriter:
     def add(self, step: int, key: str | Key, value: float) -> None:
         """Add one reading."""
         columns = self._columns
-        columns["steps"].append(step)
-        columns["keys"].append(self._ids.setdefault(key, len(self._ids)))
+        number = self._ids.setdefault(key, len(self._ids))
+        self._branches.see(step, number, key)
+        try:
+            columns["steps"].append(step)
+        except OverflowError:
+            raise ChannelMetricsError(
+                f"expected a step below 2**63, but {key!r} has {step}."
+            ) from None
+        columns["keys"].append(number)
         columns["values"].append(value)
         if len(columns["steps"]) >= _CHUNK:
             self._flush()
@@ -73,28 +91,47 @@ class SeriesWriter:
         """The readings, sorted by key. The writer takes no more."""
         self._flush()
         self.__exit__()
-        counts = self._np.zeros(len(self._ids), dtype="int64")
-        for keys, _, _ in self._chunks():
-            counts += self._np.bincount(keys, minlength=len(counts))
-        ends = self._np.cumsum(counts)
+        resumes = self._branches.resumes
+        kept = self._sorted(is_kept=True)
+        aside = self._sorted(is_kept=False) if resumes else None
+        for name in self._names:
+            self._path(name).unlink()
+        return SeriesStore(self._folder, kept, aside, resumes)
+
+    def _sorted(self, *, is_kept: bool) -> _Columns:
+        """The readings that are kept, or those that are set aside."""
+        np = self._np
+        counts = np.zeros(len(self._ids), dtype="int64")
+        for keys, _, _ in self._parts(is_kept):
+            counts += np.bincount(keys, minlength=len(counts))
+        ends = np.cumsum(counts)
         total = int(ends[-1]) if len(ends) else 0
-        steps = self._sorted_file("sorted_steps", "int64", total)
-        values = self._sorted_file("sorted_values", "float64", total)
+        name = "kept" if is_kept else "aside"
+        steps = self._sorted_file(f"{name}_steps", "int64", total)
+        values = self._sorted_file(f"{name}_values", "float64", total)
         free = ends - counts
-        for keys, chunk_steps, chunk_values in self._chunks():
-            order = self._np.argsort(keys, kind="stable")
-            found, starts, sizes = self._np.unique(
-                keys[order], return_index=True, return_counts=True
-            )
-            places = self._np.empty(len(keys), dtype="int64")
-            offsets = self._np.arange(len(keys)) - self._np.repeat(starts, sizes)
+        for keys, chunk_steps, chunk_values in self._parts(is_kept):
+            order = np.argsort(keys, kind="stable")
+            found, starts, sizes = np.unique(keys[order], return_index=True, return_counts=True)
+            places = np.empty(len(keys), dtype="int64")
+            offsets = np.arange(len(keys)) - np.repeat(starts, sizes)
             places[order] = free[keys[order]] + offsets
             steps[places], values[places] = chunk_steps, chunk_values
             free[found] += sizes
-        for name in self._names:
-            self._path(name).unlink()
         bounds = dict(zip(self._ids, zip(ends - counts, ends, strict=True), strict=True))
-        return SeriesStore(self._folder, steps, values, bounds)
+        return _Columns(steps, values, bounds)
+
+    def _parts(self, is_kept: bool) -> Iterator[tuple[Any, Any, Any]]:
+        """The chunks, of which only some readings are taken."""
+        position = 0
+        for keys, steps, values in self._chunks():
+            limits = self._branches.limits(self._np, position, keys)
+            position += len(keys)
+            if limits is None:
+                yield keys, steps, values
+                continue
+            taken = (steps < limits) == is_kept
+            yield keys[taken], steps[taken], values[taken]
 
     def _path(self, name: str) -> Path:
         return self._folder.path / name
@@ -126,53 +163,70 @@ class SeriesWriter:
             offset += len(parts["keys"])
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """Readings that are sorted by key."""
+
+    steps: Steps
+    values: Values
+    bounds: dict[str | Key, tuple[int, int]]
+
+
 class SeriesStore:
     """Sorted readings: one series of steps and values per key."""
 
     def __init__(
         self,
         folder: _Folder,
-        steps: Steps,
-        values: Values,
-        bounds: dict[str | Key, tuple[int, int]],
+        kept: _Columns,
+        aside: _Columns | None = None,
+        resumes: Sequence[int] = (),
     ) -> None:
         self._np: Any = need("numpy", extra="report")
         self._folder = folder
-        self._steps = steps
-        self._values = values
-        self._bounds = bounds
+        self._kept, self._aside = kept, aside
+        self.resumes = tuple(resumes)
+        """The first steps after each resume."""
 
     @property
     def keys(self) -> tuple[str | Key, ...]:
         """All keys, in the order of their first readings."""
-        return tuple(self._bounds)
+        return tuple(self._kept.bounds)
 
     def __len__(self) -> int:
         """The number of readings."""
-        return len(self._steps)
+        return len(self._kept.steps)
 
     def series(self, key: str | Key) -> tuple[Steps, Values]:
         """Steps (int64 [N], strictly increasing) and values (float64 [N]) of one key.
 
-        If a step was logged twice, as after a resume, the last value is kept.
+        If a step was logged twice, the last value is kept.
         """
-        first, end = self._bounds[key]
-        steps, values = self._steps[first:end], self._values[first:end]
+        return self._series(self._kept, key)
+
+    def overwritten(self, key: str | Key) -> tuple[Steps, Values]:
+        """What a key had before a resume overwrote it, in the same form."""
+        return self._series(self._aside or self._kept, key if self._aside else None)
+
+    def num_repeated(self, key: str | Key) -> int:
+        """The number of readings of `key` that later ones replace."""
+        first, end = self._kept.bounds[key]
+        aside = self._aside.bounds[key] if self._aside else (0, 0)
+        return int(end - first) - len(self.series(key)[0]) + int(aside[1] - aside[0])
+
+    def _series(self, columns: _Columns, key: str | Key | None) -> tuple[Steps, Values]:
+        first, end = (0, 0) if key is None else columns.bounds[key]
+        steps, values = columns.steps[first:end], columns.values[first:end]
         if len(steps) > 1 and not (self._np.diff(steps) > 0).all():
             order = self._np.argsort(steps, kind="stable")
             last = self._np.append(self._np.diff(steps[order]) > 0, True)
             steps, values = steps[order][last], values[order][last]
         return self._np.asarray(steps), self._np.asarray(values)
 
-    def num_repeated(self, key: str | Key) -> int:
-        """The number of readings of `key` that a later one for the same step replaces."""
-        first, end = self._bounds[key]
-        return int(end - first) - len(self.series(key)[0])
 
-
-def store_of(readings: Iterable[Reading]) -> SeriesStore:
+def store_of(readings: Iterable[Reading], *, in_order: bool = True) -> SeriesStore:
     """All readings of a reader, sorted."""
-    with SeriesWriter() as writer:
+    with SeriesWriter(in_order=in_order) as writer:
         for step, key, value in readings:
             writer.add(step, key, value)
         return writer.finish()

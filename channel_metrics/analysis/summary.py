@@ -20,9 +20,21 @@ from channel_metrics.core.labels import UNLABELED
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["ChannelRow", "count", "number", "part_of", "percent", "render", "summarize"]
+__all__ = [
+    "WHOLE_RUN",
+    "ChannelRow",
+    "count",
+    "number",
+    "part_of",
+    "percent",
+    "render",
+    "summarize",
+]
 
 Log = Mapping[str, Any]
+
+# The name of the whole run in a table.
+WHOLE_RUN = "(whole run)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +42,10 @@ class ChannelRow:
     """The values of one channel at the end of a run. Those that are not logged are None."""
 
     channel: str
-    """The name, as declared."""
+    """The name, as declared; empty for the whole run."""
+
+    split: str = "train"
+    """The split that the values are from; `eval` for a channel that is only evaluated."""
 
     first_loss: float | None
     """The loss of its first window."""
@@ -104,12 +119,12 @@ def render(
     ratios, domains = ratios or {}, domains or {}
     whole = sum(ratios.values())
     columns = [
-        TableColumn("channel", [row.channel for row in rows], is_name=True),
+        TableColumn("channel", [_name(row) for row in rows], is_name=True),
         TableColumn("domain", [domains.get(row.channel, EMPTY) for row in rows], 7, is_name=True),
         TableColumn("first loss", [number(row.first_loss) for row in rows], 2),
         TableColumn("last loss", [number(row.last_loss) for row in rows]),
         TableColumn("change", [percent(row.change, "+.1%") for row in rows], 3),
-        TableColumn("token acc", [percent(row.token_acc) for row in rows], 4),
+        TableColumn("token acc", [percent(row.token_acc) for row in rows], 10),
         TableColumn("eval loss", [number(row.eval_loss) for row in rows], 1),
         TableColumn("tokens", [count(row.tokens) for row in rows], 6),
         TableColumn("token share", [percent(row.share) for row in rows], 5),
@@ -130,6 +145,11 @@ def _values(log_history: Sequence[Log], key: str) -> list[float]:
 def _total(log_history: Sequence[Log], key: str) -> int | None:
     values = _values(log_history, key)
     return int(sum(values)) if values else None
+
+
+def _name(row: ChannelRow) -> str:
+    name = row.channel or WHOLE_RUN
+    return name if row.split == "train" else f"{name} ({row.split})"
 
 
 def part_of(totals: Mapping[str, int | None], name: str) -> float | None:

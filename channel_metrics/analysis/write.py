@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from channel_metrics.analysis.readers.keys import Key
 from channel_metrics.analysis.run import Run
+from channel_metrics.analysis.whole_file import whole_file
 from channel_metrics.core.keys import metric_key
 from channel_metrics.extras import need
 
@@ -27,15 +28,19 @@ COLUMNS = ("run", "split", "channel", "metric", "step", "value")
 _CHUNK = 1 << 16
 
 
-def write_parquet(runs: Sequence[Run], path: Path) -> None:
-    """Write the table of all runs as parquet, series by series."""
+def write_parquet(
+    runs: Sequence[Run], path: Path, progress: Callable[[int], None] = lambda _: None
+) -> None:
+    """Write the table of all runs as parquet, series by series.
+
+    progress is called with the number of values that were written.
+    """
     arrow: Any = need("pyarrow", extra="report")
     parquet: Any = need("pyarrow.parquet", extra="report")
     words = arrow.dictionary(arrow.int32(), arrow.string())
     types = [words] * 4 + [arrow.int64(), arrow.float64()]
     schema = arrow.schema(list(zip(COLUMNS, types, strict=True)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with parquet.ParquetWriter(path, schema) as writer:
+    with whole_file(path) as part, parquet.ParquetWriter(part, schema) as writer:
         for run in runs:
             # Several series are written together, because most are short.
             waiting: list[Any] = []
@@ -43,6 +48,7 @@ def write_parquet(runs: Sequence[Run], path: Path) -> None:
                 texts = (run.name, *key)
                 names = [arrow.array([text] * len(steps)).dictionary_encode() for text in texts]
                 columns = [*names, arrow.array(steps), arrow.array(values)]
+                progress(len(steps))
                 waiting.append(arrow.Table.from_arrays(columns, schema=schema))
                 if sum(map(len, waiting)) >= _CHUNK:
                     writer.write_table(arrow.concat_tables(waiting).unify_dictionaries())
@@ -51,19 +57,21 @@ def write_parquet(runs: Sequence[Run], path: Path) -> None:
                 writer.write_table(arrow.concat_tables(waiting).unify_dictionaries())
 
 
-def write_csv(runs: Sequence[Run], path: Path) -> None:
+def write_csv(
+    runs: Sequence[Run], path: Path, progress: Callable[[int], None] = lambda _: None
+) -> None:
     """Write the same table as CSV. Values have all digits of a float64."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with whole_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for run in runs:
             for key, steps, values in run.all_series():
+                progress(len(steps))
                 for step, value in zip(steps.tolist(), values.tolist(), strict=True):
                     writer.writerow((run.name, *map(_cell, key), step, repr(value)))
 
 
-def write_events(run: Run, folder: Path) -> None:
+def write_events(run: Run, folder: Path, progress: Callable[[int], None] = lambda _: None) -> None:
     """Write `run` as TensorBoard events, with the tags of the transformers Trainer.
 
     Tags are `train/bbu_loss` and `eval/loss`, for instance. Steps are in order, as TensorBoard
@@ -81,6 +89,7 @@ def write_events(run: Run, folder: Path) -> None:
         # The wall time is the step, so that old runs do not look like new ones.
         event = protos.Event(step=step, wall_time=float(step), summary={"value": values})
         writer.add_event(event)
+        progress(len(values))
     writer.close()
 
 

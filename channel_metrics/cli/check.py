@@ -24,7 +24,7 @@ from channel_metrics.errors import ChannelError, ChannelMetricsError, ConfigErro
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["CheckResult", "check_data", "check_records", "find_problems", "render"]
+__all__ = ["CheckResult", "as_json_text", "check_data", "check_records", "find_problems", "render"]
 
 _BYTES_PER_TOKEN = 4
 
@@ -167,6 +167,25 @@ def _train_records(config: TrainConfig) -> Iterator[Located]:
     for source in config.sources:
         for number, record in enumerate(source_records(source), 1):
             yield f"source {source.name!r}, record {number}", record
+
+
+def as_json_text(result: CheckResult) -> str:
+    """The result as JSON, for scripts. Records without a channel are under `no_channel`."""
+    names = sorted(name for name in result.num_records if name is not None)
+    content = {
+        "fields": {name: result.found_in[name] for name in result.fields},
+        "tokens_by": result.tokens_by,
+        "channels": {
+            name: {"records": result.num_records[name], "tokens": round(result.num_tokens[name])}
+            for name in names
+        },
+        "no_channel": {
+            "records": result.num_records[None],
+            "tokens": round(result.num_tokens.get(None, 0.0)),
+        },
+        "problems": result.problems,
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False)
 
 
 def render(result: CheckResult) -> Table:

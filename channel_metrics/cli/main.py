@@ -95,17 +95,22 @@ def check_command(
         Path | None,
         typer.Option(help="YAML of the metrics, or of a run: its tokenizer and sources, too."),
     ] = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show which channels the data has: field, records, tokens, names that would be refused.
 
     Exit code 0 if training could use the channels; 1 if there are none, or some would be refused;
     2 if the data cannot be read.
     """
-    with _reported_errors():
-        from channel_metrics.cli.check import check_data
+    with _reported_file_errors():
+        from channel_metrics.cli.check import as_json_text, check_data
 
         result = check_data(data or [], fields=field or [], config_path=config)
-        _show_check(result)
+        if as_json:
+            typer.echo(as_json_text(result))
+        else:
+            _show_check(result)
     if result.problems or not result.has_channel:
         raise typer.Exit(1)
 
@@ -194,7 +199,19 @@ def _reported_errors() -> Iterator[None]:
         _fail(error)
 
 
-def _fail(error: ChannelMetricsError) -> NoReturn:
+@contextmanager
+def _reported_file_errors() -> Iterator[None]:
+    """The same for what the disk refuses: a file that cannot be read or written, no room."""
+    with _reported_errors():
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
     typer.echo(f"error: {error}", err=True)
     raise SystemExit(2) from None
 
@@ -207,7 +224,7 @@ def _console() -> Console:
     return Console(width=width, highlight=False, markup=False)
 
 
-add_commands(app, _reported_errors, _console)
+add_commands(app, _reported_file_errors, _console)
 
 
 def _show_run(summary: TrainSummary, settings: TrainConfig) -> None:

@@ -18,14 +18,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, product
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.names import MARK, split_name
 from channel_metrics.errors import ChannelError, ConfigError, hint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "CHANNEL",
@@ -119,6 +119,8 @@ class AxisBook:
         Raises `ChannelError` if a channel or a label is called `others`.
         """
         names, sums, num_channels = found
+        import torch  # the config and the commands do not wait for it
+
         groups: dict[str, list[str]] = {}
         for place, name in enumerate(names):
             axis, label = (CHANNEL, name) if place < num_channels else self.labels[name]
@@ -182,6 +184,8 @@ class AxisBook:
 
     def _plan(self, names: tuple[str, ...]) -> tuple[list[str], Tensor, Tensor]:
         """The rows, and which joint name is added to which row."""
+        import torch
+
         of_unlabeled = self.rows(None)
         rows = self.names(names)
         rows += [row for row in of_unlabeled[1:] if row not in rows]

@@ -79,7 +79,7 @@ def train(
     trainer.train()
     _finish(trainer)
     if trainer.is_world_process_zero():
-        _write_ratios(config, output_dir)
+        _write_plan(config, mixture, output_dir)
     logs: list[dict[str, Any]] = trainer.state.log_history
     return TrainSummary(
         rows=summarize(logs, channels, config.metrics.key_format),
@@ -196,10 +196,11 @@ def _finish(trainer: Trainer) -> None:
     trainer.save_state()
 
 
-def _write_ratios(config: TrainConfig, output_dir: Path) -> None:
-    """Write the configured ratios for the report. The trainer's own files do not have them."""
+def _write_plan(config: TrainConfig, mixture: Mixture, output_dir: Path) -> None:
+    """Write the ratios and sizes of the sources for the report. The trainer's files lack them."""
     ratios = {source.name: source.ratio for source in config.sources}
-    (output_dir / RUN_FILE).write_text(json.dumps({"ratios": ratios}) + "\n", encoding="utf-8")
+    plan = {"ratios": ratios, "records": dict(mixture.records)}
+    (output_dir / RUN_FILE).write_text(json.dumps(plan) + "\n", encoding="utf-8")
 
 
 def _channels(config: TrainConfig, mixture: Mixture) -> Sequence[str]:

@@ -93,6 +93,23 @@ class Report:
         self.run("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
         element.click()
 
+    def go_to(self, view: str) -> None:
+        """Change the part of the address that holds the view."""
+        self.driver.execute_async_script(
+            "const done = arguments[1]; addEventListener('hashchange', () => setTimeout(done), "
+            "{ once: true }); location.hash = arguments[0]",
+            view,
+        )
+
+    def choose(self, selector: str, value: str) -> None:
+        """Choose an option of a select."""
+        self.run(
+            "const select = document.querySelector(arguments[0]); select.value = arguments[1];"
+            "select.dispatchEvent(new Event('change'))",
+            selector,
+            value,
+        )
+
     def keys(self, *keys: str) -> None:
         """Type, wherever the focus is."""
         self.driver.switch_to.active_element.send_keys(*keys)

@@ -24,6 +24,7 @@ HOSTILE_NAMES = (
     "_hidden",
     "javascript:alert(1)",
     "\ud800 lone",
+    "   ",
 )
 
 
@@ -86,3 +87,26 @@ def troubled_run(steps: int = 60) -> Run:
             entry["worse_nonfinite"] = 3
         history.append(entry)
     return run_of(history, name="troubled", ratios={"fine": 0.5, "worse": 0.25, "starved": 0.25})
+
+
+def rich_run(name: str = "rich", seed: int = 0, steps: int = 160) -> Run:
+    """Epochs, a clock, intervals, an alert and series of the trainer's own, with a known plan."""
+    rng = random.Random(seed)
+    history = []
+    for step in range(1, steps + 1):
+        entry: dict[str, float] = {"step": step, "epoch": step / 40, "_runtime": 100 + 7 * step}
+        entry |= {"grad_norm": 1 + rng.random(), "learning_rate": 1e-4 / step}
+        tokens = {"a": rng.randint(200, 400), "b": rng.randint(50, 150)}
+        for place, (channel, count) in enumerate(tokens.items()):
+            loss = 1 + place + 2 * math.exp(-step / 30) + rng.gauss(0, 0.05)
+            entry |= {f"{channel}_loss": loss, f"{channel}_tokens": count}
+            entry |= {f"{channel}_loss_low": loss - 0.1, f"{channel}_loss_high": loss + 0.1}
+            entry[f"{channel}_samples"] = count // 10
+        whole = sum(entry[f"{channel}_loss"] * count for channel, count in tokens.items())
+        entry["loss"] = whole / sum(tokens.values())
+        if step == 50:
+            entry["alert_rising"] = 1
+        history.append(entry)
+        if step % 40 == 0:
+            history.append({"step": step, "eval_loss": 2.0, "eval_a_loss": 1.5, "eval_b_loss": 2.5})
+    return run_of(history, name=name, ratios={"a": 3, "b": 1})

@@ -30,7 +30,7 @@ print(peak - before, len(run.store), run.problems.count)
 def test_tables_and_events_hold_what_the_log_holds(tmp_path: Path) -> None:
     history = make_history()
     write_jsonl(tmp_path / "run" / "logging.jsonl", history)
-    done = CliRunner().invoke(app, ["analyze", str(tmp_path / "run")])
+    done = CliRunner().invoke(app, ["analyze", str(tmp_path / "run"), "--csv"])
     assert done.exit_code == 0, done.output
     folder = tmp_path / "run" / "channel_analysis"
     expected = series_of(run_of(history), "bbu", "loss")
@@ -62,7 +62,7 @@ def test_samples_give_estimates_and_the_output_says_so(tmp_path: Path) -> None:
     ]
     samples = write_jsonl(tmp_path / "samples.log", lines)
     done = CliRunner().invoke(
-        app, ["analyze", str(tmp_path / "logging.jsonl"), "--samples", str(samples)]
+        app, ["analyze", str(tmp_path / "logging.jsonl"), "--csv", "--samples", str(samples)]
     )
     assert done.exit_code == 0, done.output
     assert "estimated from 60 windows" in done.output

@@ -7,6 +7,7 @@ import pytest
 from analysis.analysis_tools import HOSTILE
 from channel_metrics.analysis.readers.keys import GLOBAL, Key, decode_keys
 from channel_metrics.core.keys import metric_key
+from channel_metrics.core.objectives import OBJECTIVES
 from channel_metrics.core.schema import TOKENS
 
 OWN = ("loss", "grad_norm", "learning_rate", "epoch", "train_loss", "num_tokens", "loss_scale")
@@ -67,7 +68,44 @@ def test_probes_are_a_split_of_their_own_and_a_name_alone_makes_none() -> None:
     )
 
 
+def test_objectives_are_of_the_whole_run_and_statistics_of_their_channel() -> None:
+    objectives = [o.name for o in OBJECTIVES]
+    statistics = ("loss_se", "loss_low", "loss_high", "loss_p50", "bits_per_byte", "token_acc_se")
+    own = [f"a_{metric}" for metric in ("loss", "tokens", *statistics)]
+    decoded = decode_keys([*objectives, *(f"eval_{name}" for name in objectives), *own])
+    for name in objectives:
+        assert decoded[name] == Key("train", GLOBAL, name)
+        assert decoded[f"eval_{name}"] == Key("eval", GLOBAL, name)
+    for metric in statistics:
+        assert decoded[f"a_{metric}"] == Key("train", "a", metric)
+    # Neither is an objective a channel where the losses are all that there is.
+    alone = decode_keys(["loss", "loss_web", *objectives])
+    assert {key.channel for key in alone.values()} == {GLOBAL, "web"}
+
+
 def test_names_are_taken_as_declared_and_other_metrics_of_a_channel_are_its_own() -> None:
     decoded = decode_keys(["b_u_loss", "b_u_reward_margin"], ["b u", HOSTILE])
     assert decoded["b_u_loss"] == Key("train", "b u", "loss")
     assert decoded["b_u_reward_margin"] == Key("train", "b u", "reward_margin")
+
+
+def test_tokens_of_several_names_are_a_mix_and_those_of_trainers_are_none() -> None:
+    """So `bbu_tokens` beside the loss of the run is enough for an estimate."""
+    mix = decode_keys(["loss", "bbu_tokens", "rru_tokens", "num_tokens", "aux_loss"])
+    assert mix["bbu_tokens"] == Key("train", "bbu", "tokens")
+    assert mix["num_tokens"] == Key("train", GLOBAL, "num_tokens")
+    assert {key.channel for key in mix.values()} == {"bbu", "rru", GLOBAL}
+    own = ["loss", "num_tokens", "prompt_tokens", "completion_tokens", "total_tokens", "bbu_tokens"]
+    assert {key.channel for key in decode_keys(own).values()} == {GLOBAL}
+    # Losses of channels say more than a mix of other names.
+    losses = decode_keys(["loss", "bbu_loss", "bbu_token_acc", "a_tokens", "b_tokens"])
+    assert {key.channel for key in losses.values()} == {"bbu", GLOBAL}
+
+
+def test_evaluation_sets_of_transformers_are_channels_beside_those_of_the_training() -> None:
+    keys = ["loss", "bbu_loss", "bbu_tokens", "eval_bbu_loss", "eval_web_loss", "eval_web_runtime"]
+    decoded = decode_keys([*keys, "eval_loss", "eval_runtime", "eval_aux_loss"])
+    assert decoded["eval_web_loss"] == Key("eval", "web", "loss")
+    assert decoded["eval_bbu_loss"] == Key("eval", "bbu", "loss")
+    assert decoded["eval_runtime"] == Key("eval", GLOBAL, "runtime")
+    assert decoded["eval_aux_loss"] == Key("eval", GLOBAL, "aux_loss")

@@ -154,3 +154,20 @@ def test_half_of_what_an_order_needs_is_an_error(tmp_path: Path) -> None:
         load_mix(order, batch_size=3)
     with pytest.raises(ChannelMetricsError, match="is no file"):
         load_mix(tmp_path)
+
+
+def test_the_tokens_of_channels_in_the_log_are_enough_for_an_estimate(tmp_path: Path) -> None:
+    """No loss of a channel, no other metric, no configured mix."""
+    rng = np.random.default_rng(0)
+    log = []
+    for step in range(1, 121):
+        tokens = rng.integers(0, 400, 2) + 1
+        loss = float((tokens * [1.0, 3.0]).sum() / tokens.sum() + rng.normal(0, 0.01))
+        log.append({"step": step, "loss": loss, "a_tokens": int(tokens[0])})
+        log[-1] |= {"b_tokens": int(tokens[1]), "num_tokens": 1000 * step}
+    run = with_estimates(load_run(write_jsonl(tmp_path / "a.jsonl", log)))
+    assert run.channels() == ["a", "b"]
+    for name, expected in (("a", 1.0), ("b", 3.0)):
+        values = list(series_of(run, name, "loss_estimate").values())
+        assert len(values) > 20
+        assert values == pytest.approx([expected] * len(values), abs=0.1)

@@ -18,7 +18,8 @@ from analysis.analysis_tools import (
 from analysis.reader_tools import HISTORY, check
 from channel_metrics import ChannelMetricsError
 from channel_metrics.analysis.readers.keys import GLOBAL
-from channel_metrics.analysis.readers.readings import Problems, lines_of
+from channel_metrics.analysis.readers.lines import lines_of
+from channel_metrics.analysis.readers.readings import Problems
 from channel_metrics.analysis.run import RUN_FILE, load_run, run_names
 from channel_metrics.analysis.store import SeriesWriter
 from channel_metrics.trainers.megatron.log import log_line
@@ -109,6 +110,15 @@ def test_broken_lines_are_counted_with_their_numbers_and_not_fatal(tmp_path: Pat
     assert lines == [2, 4, 5, 6]
 
 
+def test_two_records_on_one_line(tmp_path: Path) -> None:
+    """Two processes may write at the same time; the third record is cut off."""
+    path = tmp_path / "logging.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}{"step": 2, "loss": 2.0} {"step": 3, "lo\n')
+    run = load_run(path)
+    assert series_of(run, GLOBAL, "loss") == {1: 1.0, 2: 2.0}
+    assert run.problems.count == 1
+
+
 def test_many_broken_lines_are_all_counted_and_a_few_shown(tmp_path: Path) -> None:
     path = tmp_path / "logging.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\n' + "no\n" * 5000)
@@ -118,7 +128,7 @@ def test_many_broken_lines_are_all_counted_and_a_few_shown(tmp_path: Path) -> No
 
 
 def test_a_line_without_end_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("channel_metrics.analysis.readers.readings.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("channel_metrics.analysis.readers.lines.MAX_LINE_BYTES", 100)
     path = tmp_path / "a"
     path.write_text("x" * 1050 + "\nnext\n")
     problems = Problems()
@@ -134,7 +144,9 @@ def test_a_step_that_was_logged_twice_keeps_the_last(tmp_path: Path) -> None:
     ]
     run = load_run(write_jsonl(tmp_path / "logging.jsonl", entries))
     assert series_of(run, "bbu", "loss") == {1: 1.0, 2: 4.0, 3: 5.0}
-    assert "2 values were logged twice" in run.problems.notes[0]
+    assert "goes back to step 2, as after a resume: 2 values" in run.problems.notes[0]
+    assert run.resumes == (2,)
+    assert [part.tolist() for part in run.overwritten("bbu", "loss")] == [[2, 3], [2.0, 3.0]]
 
 
 def test_the_configured_mix_names_the_channels(tmp_path: Path) -> None:

@@ -114,8 +114,12 @@ def test_mlflow_database_by_its_schema(tmp_path: Path) -> None:
     assert series[2] == 2.0
     with sqlite3.connect(path) as database:
         database.execute("INSERT INTO metrics VALUES ('loss', 3.0, 1, 'b', 1, 0)")
-    with pytest.raises(ChannelMetricsError, match="holds 2 runs"):
-        load_run(path)
+    # The newest run is read, and a note says so.
+    newest = load_run(path)
+    assert series_of(newest, GLOBAL, "loss").keys() == {1, 2}
+    assert "has 2 runs; this is a. Others are read as mlflow.db#RUN" in newest.problems.notes[0]
+    with pytest.raises(ChannelMetricsError, match=r"has no run 'c'; there are b, a"):
+        load_run(Path(f"{path}#c"))
     assert series_of(load_run(Path(f"{path}#b")), GLOBAL, "loss") == {1: 3.0}
 
 

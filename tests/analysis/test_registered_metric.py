@@ -80,7 +80,7 @@ def test_a_metric_that_needs_the_nll_is_no_evidence_of_a_channel() -> None:
 def test_analyze_writes_it(tmp_path: Path) -> None:
     history = history_with_easy_share()
     log = write_jsonl(tmp_path / "run" / "logging.jsonl", history)
-    result = CliRunner().invoke(app, ["analyze", str(log)])
+    result = CliRunner().invoke(app, ["analyze", str(log), "--csv"])
     assert result.exit_code == 0, result.output
     with (tmp_path / "run" / "channel_analysis" / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "easy_share"]

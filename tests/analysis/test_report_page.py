@@ -13,6 +13,7 @@ from analysis.browser import END, ESCAPE, HOME, RIGHT, Report, needs_browser
 from analysis.report_runs import FOUR, HOSTILE_NAMES, run_with
 from channel_metrics.analysis.judging.versus import versus_of
 from channel_metrics.analysis.report.curves import charts
+from channel_metrics.analysis.report.more_curves import MIX
 from channel_metrics.analysis.report.views import rank_channels, shown
 
 pytestmark = needs_browser
@@ -34,7 +35,7 @@ def test_it_draws_and_the_console_is_silent(report: Report, files: dict[str, Pat
     )
     assert min(room for box in boxes for room in box) >= 0, "a line leaves its chart"
     assert sorted(report.texts("#legend-list bdi")) == sorted(FOUR)
-    assert report.texts("figcaption h3") == [metric.label for metric in charts()]
+    assert report.texts("figcaption h3") == [metric.label for metric in (*charts(), MIX)]
 
 
 def test_nothing_leaves_the_page_even_if_a_script_tries(
@@ -217,6 +218,6 @@ def test_long_runs_have_smooth_lines_over_their_points(
     raw = "return document.querySelectorAll('[data-metric=loss] path.raw').length"
     assert report.run(raw) == 5
     assert report.lines() == [-1, 0, 1, 2, 3]
-    report.click("#smooth")
+    report.choose("#smooth", "0")
     assert report.run(raw) == 0
     assert report.lines() == [-1, 0, 1, 2, 3]

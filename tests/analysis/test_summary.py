@@ -61,7 +61,7 @@ def test_numbers_are_whole_however_narrow_the_terminal_is(width: int) -> None:
     assert all(cell_len(line) <= width for line in text.splitlines())
     heads, bbu = [line for line in text.splitlines() if "last loss" in line or " bbu " in line]
     assert "1.0000" in bbu
-    assert ("eval loss" in heads, "ratio" in heads) == (width >= 40, width >= 120)
+    assert ("eval loss" in heads, "ratio" in heads) == (width >= 40, width >= 100)
 
 
 def test_a_long_name_is_cut_before_a_number() -> None:

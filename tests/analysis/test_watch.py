@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from analysis.analysis_tools import HOSTILE, make_history, run_of, write_jsonl
 from analysis.watch_tools import HISTORY, append, lines
-from channel_metrics.analysis.report.findings import final_rows
+from channel_metrics.analysis.rows import final_rows
 from channel_metrics.analysis.run import RUN_FILE, load_run
 from channel_metrics.cli.main import app
 

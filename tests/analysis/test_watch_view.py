@@ -11,7 +11,7 @@ import pytest
 from analysis.report_runs import HOSTILE_NAMES
 from analysis.watch_tools import printed, shares
 from channel_metrics.analysis.watch.screen import line_of, sparkline, view_of
-from channel_metrics.analysis.watch.traces import Trace
+from channel_metrics.analysis.watch.traces import Trace, traces_of
 
 # What a terminal would obey.
 CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -91,3 +91,14 @@ def test_hostile_names_are_text(name: str) -> None:
     assert len(table) == len(printed(view_of(shares({"a": 1, "b": 2}))).splitlines())
     if name.startswith("["):
         assert name in printed(view) and name in line_of(view)
+
+
+def test_channels_that_are_only_evaluated_have_rows_of_their_evaluations() -> None:
+    readings = [(1, "loss", 2.5), (1, "a_loss", 2.0), (1, "a_tokens", 3.0)]
+    readings += [(2, "eval_b_loss", 1.5), (4, "eval_b_loss", 1.25), (4, "eval_b_runtime", 0.5)]
+    text = printed(view_of(traces_of(readings)))
+    (line,) = (line for line in text.splitlines() if "b (eval)" in line)
+    assert line.split()[2:4] == ["1.2500", "-16.7%"]
+    only = view_of(traces_of([reading for reading in readings if not reading[1].startswith("a_")]))
+    assert (only.split, only.whole.loss) == ("eval", 2.5)
+    assert [(row.name, row.loss) for row in only.rows] == [("b", 1.25)]

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from analysis.analysis_tools import Entry, make_history, run_of
 from channel_metrics.analysis.readers.keys import Key
-from channel_metrics.analysis.report.findings import final_rows
+from channel_metrics.analysis.rows import final_rows
 from channel_metrics.analysis.watch.follow import Follower
 from channel_metrics.analysis.watch.screen import render, view_of
 from channel_metrics.analysis.watch.traces import traces_of

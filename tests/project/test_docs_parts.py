@@ -85,9 +85,12 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path("runs/debug")
     folder.mkdir(parents=True)
     logs = [{"step": i, "loss": 1 / i, "bbu_loss": 2 / i, "bbu_tokens": 5} for i in range(1, 9)]
+    logs = [log | {"bbu_token_acc": 1 - log["loss"]} for log in logs]
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
     run("docs/report.md", "write_report")
     assert "bbu" in Path("report.html").read_text(encoding="utf-8")
+    names = run("docs/report.md", "plot_channels")
+    assert set(names["data"]["channel"]) == {"", "bbu"}
 
 
 def test_attach(trainer: Any) -> None:

@@ -37,7 +37,7 @@ def findings_of(view: RunView) -> list[Finding]:
         *_mix(view),
         *losses.not_finite(view, is_final=False),
         *_nonfinite_tokens(view),
-        _self_check(view),
+        *([] if view.run.axis else [_self_check(view)]),
         *losses.unknown(view),
         *losses.not_worse(view),
         *_no_gaps(view),

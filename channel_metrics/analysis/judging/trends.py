@@ -15,8 +15,8 @@ import numpy as np
 from channel_metrics.analysis.judging.means import MIN_VALUES, Rise, rise_of
 from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.report.curves import splits_of
-from channel_metrics.analysis.report.findings import loss_metric
 from channel_metrics.analysis.report.moving import values_at
+from channel_metrics.analysis.rows import loss_metric
 
 if TYPE_CHECKING:
     from channel_metrics.analysis.run import Run

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from channel_metrics.analysis.readers.format import Files, Folder, Format
 from channel_metrics.analysis.readers.readings import Problems, Progress, Reading
 from channel_metrics.extras import need
 
-__all__ = ["read_event_file"]
+__all__ = ["TENSORBOARD", "read_event_file"]
 
 # The bytes around a record: its length, and the checksums of the length and of the record.
 _FRAME_BYTES = 16
@@ -56,3 +57,21 @@ def _scalar(value: Any) -> float | None:
         return None
     array = need("tensorboard.util.tensor_util", extra="report").make_ndarray(value.tensor)
     return float(array) if array.ndim == 0 and array.dtype.kind in "fiu" else None
+
+
+def _starts(folder: Folder) -> list[Files]:
+    """A folder of event files is one start: a job writes into one folder."""
+    found: dict[Path, list[Path]] = {}
+    for path in folder.named("events.out.tfevents.*"):
+        found.setdefault(path.parent, []).append(path)
+    return [tuple(files) for files in found.values()]
+
+
+TENSORBOARD = Format(
+    name="tensorboard",
+    what="event files of TensorBoard",
+    read=read_event_file,
+    names=("events.out.tfevents.*",),
+    starts=_starts,
+    needs=("tensorboard", "report"),
+)

@@ -3,7 +3,9 @@
 A key does not say which part of it is a channel. A name is a channel if
 - it was declared, or
 - two metrics of ours have it, and one of them is no loss (`bbu_loss` and `bbu_tokens`), or
-- no such name is in the log, and the name has a loss (`loss_bbu`, as ms-swift writes it).
+- it is a set that transformers evaluates (`eval_web_loss` and `eval_web_runtime`), or
+- no such name is in the log, and several names have tokens (`bbu_tokens` beside `rru_tokens`), or
+- none of these is in the log, and the name has a loss (`loss_bbu`, as ms-swift writes it).
 
 >>> decode_keys(["loss", "bbu_loss", "bbu_tokens", "aux_loss"])["bbu_loss"]
 Key(split='train', channel='bbu', metric='loss')
@@ -20,7 +22,7 @@ from typing import NamedTuple
 from channel_metrics.core.keys import sanitize
 from channel_metrics.core.schema import TOKENS
 
-__all__ = ["GLOBAL", "Key", "decode_keys"]
+__all__ = ["GLOBAL", "Key", "decode_keys", "is_over_steps", "is_training"]
 
 GLOBAL = ""
 
@@ -51,6 +53,9 @@ _SPLITS = (
     ("eval/", "eval"),
     ("eval_", "eval"),
     ("val_", "eval"),
+    ("val/", "eval"),
+    ("validation/", "eval"),
+    ("valid_", "eval"),
     ("test/", "test"),
     ("test_", "test"),
 )
@@ -63,8 +68,22 @@ _SYNONYMS = {
     "lm loss": "loss",
     "lm_loss": "loss",
     "mean_token_accuracy": "token_acc",
-    "lm loss validation": "loss",
+    "reduced_train_loss": "loss",
 }
+# Whole keys of trainers that would look like those of a channel.
+_OF_TRAINERS = {
+    "loss_metrics/global_avg_loss": ("train", "loss"),  # torchtitan
+    "loss_metrics/global_max_loss": ("train", "loss_metrics/global_max_loss"),
+    "validation_metrics/loss": ("eval", "loss"),
+    "train/CE loss": ("train", "loss"),  # OLMo-core
+    "train/PPL": ("train", "ppl"),
+}
+# Megatron's tag of an evaluation, with the name of the set: `lm loss validation-web`.
+_MEGATRON = re.compile(
+    r"(?:lm-loss-validation/)?(?P<key>.+) validation(?:-(?P<set>.+?))?(?P<ppl> ppl)?"
+)
+# Megatron logs some of its values a second time, over samples or tokens in place of steps.
+_OTHER_SCALE = re.compile(r" vs (samples|tokens|gigaflos)\b")
 # Keys of trainers, even if a channel is named `loss` or `grad`.
 _OWN_KEYS = {*_SYNONYMS, "grad_norm", "learning_rate", "loss_scale", "num_tokens"}
 # Words before `_loss` or after `loss_` that are no channels.
@@ -72,7 +91,12 @@ _NO_CHANNELS = """
 train eval test val valid validation aux aux_moe moe_aux router_aux router z router_z mtp lm
 total main load_balancing seq_load_balancing global_load_balancing kl policy value entropy
 contrastive reg scale scaler macro worst sum mean avg nll sft dpo ce mlm nsp per_token best running
-ema smoothed"""
+ema smoothed reduced_train predict"""
+# Words before `_tokens` that are no channels.
+_NO_SOURCES = """
+num total n input inputs output prompt completion generated trained seen consumed supervised padding
+pad padded valid loss target label text image video vision audio response reasoning thinking cached
+effective step batch global local max min real active dropped special new context"""
 
 
 def decode_keys(keys: Iterable[str | Key], channels: Iterable[str] = ()) -> dict[str | Key, Key]:
@@ -86,19 +110,22 @@ def decode_keys(keys: Iterable[str | Key], channels: Iterable[str] = ()) -> dict
         channels: names that are channels, as declared.
     """
     keys = list(keys)
-    texts = [key for key in keys if not isinstance(key, Key)]
+    fixed = {key: means for key in keys if (means := _fixed(key)) is not None}
+    texts = [key for key in keys if not isinstance(key, Key) and key not in fixed]
     probed = {match[1] for key in texts if (match := _PROBED.search(key))}
     probed -= {match[1] for key in texts if (match := _NOT_PROBED.search(key))}
     probed -= {name.removeprefix(_PROBE) for name in channels if name.startswith(_PROBE)}
-    said = [key.channel for key in keys if isinstance(key, Key) and key.channel]
+    said = [means.channel for means in fixed.values() if means.channel]
     declared = {sanitize(name): name for name in (*channels, *said)}
     certain = declared.keys() | probed
     split_of = {key: _split(key, probed, certain) for key in texts}
-    known = _names_with_evidence(split_of.values()) | certain or _names_by_loss(split_of.values())
+    splits = list(split_of.values())
+    known = (
+        _names_with_evidence(splits) | certain or _names_by_mix(splits) or _names_by_loss(splits)
+    )
+    known = known | _evaluation_sets(splits)
     # {meaning: (number of the format, key)}
-    best: dict[Key, tuple[int, str | Key]] = {
-        key: (-1, key) for key in keys if isinstance(key, Key)
-    }
+    best: dict[Key, tuple[int, str | Key]] = {means: (-1, key) for key, means in fixed.items()}
     for key, (split, rest) in split_of.items():
         rank, channel, metric = _best(rest, known)
         meaning = Key(split, declared.get(channel, channel), _SYNONYMS.get(metric, metric))
@@ -107,10 +134,37 @@ def decode_keys(keys: Iterable[str | Key], channels: Iterable[str] = ()) -> dict
     return {key: meaning for meaning, (_, key) in best.items()}
 
 
+def is_over_steps(key: str | Key) -> bool:
+    """Whether a key is logged over steps, going by its name."""
+    return isinstance(key, Key) or not _OTHER_SCALE.search(key)
+
+
+def is_training(key: str | Key) -> bool:
+    """Whether a key is logged over steps by the training, not by an evaluation."""
+    if isinstance(key, Key):
+        return key.split == "train"
+    if not is_over_steps(key) or _MEGATRON.fullmatch(key):
+        return False
+    return not any(key.startswith(head) for head, split in _SPLITS if split != "train")
+
+
+def _fixed(key: str | Key) -> Key | None:
+    """The meaning of a key that does not depend on the others; None if it does."""
+    if isinstance(key, Key):
+        return key
+    if key in _OF_TRAINERS:
+        split, metric = _OF_TRAINERS[key]
+        return Key(split, GLOBAL, metric)
+    match = _MEGATRON.fullmatch(key)
+    if match is None:
+        return None
+    metric = "ppl" if match["ppl"] else _SYNONYMS.get(match["key"], match["key"])
+    return Key("eval", match["set"] or GLOBAL, metric)
+
+
 def _split(key: str, probed: Container[str], declared: Container[str]) -> tuple[str, str]:
     """The split, and the key without it."""
-    split = "eval" if key == "lm loss validation" else "train"
-    rest = key
+    split, rest = "train", key
     for prefix, name in _SPLITS:
         if key.startswith(prefix) and len(key) > len(prefix):
             rest, split = key[len(prefix) :], name
@@ -165,6 +219,25 @@ def _names_with_evidence(splits: Iterable[tuple[str, str]]) -> set[str]:
         for rank, name, metric in _first_of_each_format(rest):
             metrics[rank, name].add(metric)
     return {name for (_, name), found in metrics.items() if len(found) > 1 and found - losses}
+
+
+def _evaluation_sets(splits: Iterable[tuple[str, str]]) -> set[str]:
+    """Names of sets: transformers logs a loss and a runtime for each (`eval_web_runtime`)."""
+    rests = {rest for split, rest in splits if split == "eval"}
+    names = {rest.removesuffix("_runtime") for rest in rests if rest.endswith("_runtime")}
+    return {name for name in names if f"{name}_loss" in rests}
+
+
+def _names_by_mix(splits: Iterable[tuple[str, str]]) -> set[str]:
+    """Names that have tokens: one alone would not be a mix."""
+    names = {
+        name
+        for split, rest in splits
+        for rank, name, metric in _first_of_each_format(rest)
+        if split == "train" and rank == 0 and metric == "tokens"
+    }
+    names = {n for n in names if not set(re.split(r"[\W_]+", n.lower())) & set(_NO_SOURCES.split())}
+    return names if len(names) > 1 else set()
 
 
 def _names_by_loss(splits: Iterable[tuple[str, str]]) -> set[str]:

@@ -21,7 +21,6 @@ __all__ = [
     "Progress",
     "Reader",
     "Reading",
-    "lines_of",
 ]
 
 Reading = tuple[int, "str | Key", float]
@@ -66,27 +65,3 @@ class Problems:
 
 
 Reader = Callable[[Path, Problems, Progress], Iterator[Reading]]
-
-
-def lines_of(path: Path, problems: Problems, progress: Progress) -> Iterator[tuple[int, str]]:
-    """(number from 1, text) of every line that is not blank, of a file of any size.
-
-    Bytes that are no UTF-8 are replaced.
-    """
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES):
-            number += 1
-            progress(len(line))
-            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                problems.add(path, number, f"is longer than {MAX_LINE_BYTES:,} bytes")
-                _skip_line(file.readline, progress)
-            elif line.strip():
-                yield number, line.decode("utf-8-sig", errors="replace").rstrip("\r\n")
-
-
-def _skip_line(readline: Callable[[int], bytes], progress: Progress) -> None:
-    while part := readline(MAX_LINE_BYTES):
-        progress(len(part))
-        if part.endswith(b"\n"):
-            return

@@ -15,13 +15,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from channel_metrics.analysis.readers.json_logs import parse_object, step_of
+from channel_metrics.analysis.readers.format import Format, in_folder
+from channel_metrics.analysis.readers.json_logs import first_with_step, parse_object, step_of
 from channel_metrics.analysis.readers.keys import GLOBAL, Key
-from channel_metrics.analysis.readers.readings import Problems, Progress, Reading, lines_of
+from channel_metrics.analysis.readers.lines import lines_of
+from channel_metrics.analysis.readers.readings import Problems, Progress, Reading
 from channel_metrics.core.labels import DEFAULT_FIELDS, UNLABELED, channel_of
 from channel_metrics.errors import ChannelMetricsError
 
-__all__ = ["is_sample_record", "read_sample_log", "read_sample_order"]
+__all__ = ["SAMPLES", "is_sample_record", "read_sample_log", "read_sample_order"]
 
 _FIELDS = ("dataset", *DEFAULT_FIELDS, "source")
 _LOSS_KEYS = ("loss", "nll", "sample_loss")
@@ -168,3 +170,20 @@ def _first(record: Mapping[str, Any], keys: tuple[str, ...]) -> float | None:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
     return None
+
+
+def _lacks_dataset(path: Path) -> str:
+    record = first_with_step(path)
+    if record is None:
+        return "it has no JSON lines with a step"
+    return "" if is_sample_record(record) else f"it has none of: {', '.join(_FIELDS)}"
+
+
+SAMPLES = Format(
+    name="samples",
+    what="JSON lines with step and dataset of each sample",
+    read=read_sample_log,
+    check=_lacks_dataset,
+    suffixes=(".jsonl", ".json", ".log", ".txt"),
+    starts=in_folder("*.jsonl", check=_lacks_dataset, depth=1),
+)

@@ -1,41 +1,58 @@
 """Finds the logs in a file or a run folder, and their readers.
 
 A folder often has the same numbers several times: as JSON, as event files, in a tracker. Only one
-source is read, because two would count everything twice. It is the first in the order of
-`_FINDERS`, or that of `format`.
+source is read, because two would count everything twice. It is the first in the order of `FORMATS`
+that has values, or that of `format`.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from channel_metrics.analysis.readers.event_files import read_event_file
-from channel_metrics.analysis.readers.json_logs import (
-    first_record,
-    read_jsonl_log,
-    read_trainer_state,
-    step_of,
+from channel_metrics.analysis.readers.csv_tables import CSV
+from channel_metrics.analysis.readers.databases import MLFLOW_DB, TRACKIO
+from channel_metrics.analysis.readers.event_files import TENSORBOARD
+from channel_metrics.analysis.readers.files import is_regular
+from channel_metrics.analysis.readers.format import OUTPUT_FOLDER, Files, Folder, Format
+from channel_metrics.analysis.readers.json_logs import JSONL, TRAINER_LOG
+from channel_metrics.analysis.readers.mlflow_files import MLFLOW
+from channel_metrics.analysis.readers.parts import joined
+from channel_metrics.analysis.readers.readings import (
+    Problems,
+    Progress,
+    Reader,
+    Reading,
 )
-from channel_metrics.analysis.readers.readings import Problems, Progress, Reader, Reading
-from channel_metrics.analysis.readers.samples import is_sample_record, read_sample_log
-from channel_metrics.analysis.readers.text_logs import is_metric_line, read_text_log
-from channel_metrics.analysis.readers.trackers import (
-    read_mlflow_database,
-    read_mlflow_metric,
-    read_wandb_file,
-)
+from channel_metrics.analysis.readers.samples import SAMPLES
+from channel_metrics.analysis.readers.swanlab_files import SWANLAB
+from channel_metrics.analysis.readers.text_logs import TEXT
+from channel_metrics.analysis.readers.trainer_state import TRAINER_STATE
+from channel_metrics.analysis.readers.wandb_files import WANDB
 from channel_metrics.errors import ChannelMetricsError
 
-__all__ = ["FORMATS", "OUTPUT_FOLDER", "Source", "find_sources", "pick_source"]
+__all__ = ["FORMATS", "OUTPUT_FOLDER", "Source", "check_format", "find_sources", "pick_source"]
 
-# The default folder of results. It is not read as a run.
-OUTPUT_FOLDER = "channel_analysis"
-
-_LINES_TO_LOOK_AT = 2000
+_ALL = (
+    JSONL,
+    TRAINER_STATE,
+    TRAINER_LOG,
+    TENSORBOARD,
+    WANDB,
+    MLFLOW,
+    TRACKIO,
+    SWANLAB,
+    MLFLOW_DB,
+    CSV,
+    TEXT,
+    SAMPLES,
+)
+FORMATS = tuple(format.name for format in _ALL)
+# A file that is named by itself may be one of these, whatever its name.
+_BY_CONTENT = (SAMPLES, JSONL, TEXT)
+_SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +62,25 @@ class Source:
     format: str
     """One of `FORMATS`."""
 
-    files: tuple[Path, ...]
+    files: Files
     """In the order in which they were written."""
 
     reader: Reader
     """Reads one of the files."""
 
+    in_order: bool = True
+    """Whether the readings of all keys come in the order of time."""
+
+    missing: str = ""
+    """How to install what the reader needs; empty if nothing is missing."""
+
+    notes: tuple[str, ...] = ()
+    """What was taken for what, and what was left aside."""
+
     def readings(self, problems: Problems, progress: Progress) -> Iterator[Reading]:
-        """All readings of all files."""
+        """All readings of all files. Raises `ChannelMetricsError` if a package is missing."""
+        if self.missing:
+            raise ChannelMetricsError(f"{self.files[0]}: {self.missing}")
         for file in self.files:
             yield from self.reader(file, problems, progress)
 
@@ -62,144 +90,112 @@ class Source:
         return sum(file.stat().st_size for file in self.files)
 
 
+def check_format(format: str | None) -> None:
+    """Raise `ChannelMetricsError` for a name that is no format."""
+    if format is not None and format not in FORMATS:
+        raise ChannelMetricsError(
+            f"expected one of the formats {', '.join(FORMATS)}, but got {format!r}."
+        )
+
+
 def find_sources(run: Path) -> list[Source]:
     """All sources of `run`, the best first.
 
-    A path may end with `#RUN_ID`, for MLflow's database. Raises `ChannelMetricsError` if there is
-    no source.
+    A path may end with `#RUN`, for files with several runs. Raises `ChannelMetricsError` if there
+    is no source.
     """
     path, _, run_id = str(run).partition("#") if not run.exists() else (str(run), "", "")
     root = Path(path)
     if not root.exists():
         raise ChannelMetricsError(f"expected a log or a run folder, but {run} does not exist.")
-    if root.is_file():
-        found = [source] if (source := _of_file(root, run_id or None)) else []
-    else:
-        found = [
-            Source(format=name, files=files, reader=_READERS[name])
-            for name, find in _FINDERS.items()
-            if (files := tuple(find(root)))
-        ]
-    if not found:
-        raise ChannelMetricsError(
-            f"{run} holds no log that can be read: expected logging.jsonl, trainer_state.json, "
-            "TensorBoard event files, a .wandb file, an MLflow run, or a Megatron log."
-        )
-    return found
+    if root.is_dir():
+        return _of_folder(root)
+    if not is_regular(root):
+        raise ChannelMetricsError(f"expected a log or a run folder, but {run} is a pipe or device.")
+    return [_of_file(root, run_id)]
 
 
-def pick_source(run: Path, format: str | None = None) -> tuple[Source, list[str]]:
-    """The source to read, and the formats of the other sources."""
+def pick_source(run: Path, format: str | None = None) -> tuple[list[Source], list[str]]:
+    """The sources to try, the best first, and the formats of all sources."""
+    check_format(format)
     found = find_sources(run)
+    formats = [source.format for source in found]
     wanted = [source for source in found if format in (None, source.format)]
     if not wanted:
         raise ChannelMetricsError(
-            f"{run} has no log of format {format!r}, but {', '.join(s.format for s in found)}."
+            f"{run} has no log of format {format!r}, but {', '.join(formats)}."
         )
-    return wanted[0], [source.format for source in found if source is not wanted[0]]
+    return wanted, formats
 
 
-def _of_file(path: Path, run_id: str | None) -> Source | None:
-    if path.name.startswith("events.out.tfevents"):
-        name = "tensorboard"
-    elif path.suffix == ".wandb":
-        name = "wandb"
-    elif path.suffix in (".db", ".sqlite", ".sqlite3"):
-        reader = partial(read_mlflow_database, run_id=run_id)
-        return Source(format="mlflow-db", files=(path,), reader=reader)
-    elif path.suffix == ".json":
-        name = "trainer_state"
-    else:
-        record = first_record(path)
-        if is_sample_record(record):
-            name = "samples"
-        elif record is not None and step_of(record) is not None:
-            name = "jsonl"
-        elif _has_metric_lines(path):
-            name = "text"
-        else:
-            return None
-    return Source(format=name, files=(path,), reader=_READERS[name])
+def _of_folder(root: Path) -> list[Source]:
+    folder = Folder(root)
+    found = [_newest(format, runs) for format in _ALL if (runs := _runs(format, folder))]
+    if not found:
+        left = f" Left aside: {'; '.join(folder.notes[:_SHOWN])}." if folder.notes else ""
+        raise ChannelMetricsError(
+            f"{root} holds no log that can be read. Looked for: "
+            f"{', '.join(format.what for format in _ALL)}.{left}"
+        )
+    return [replace(source, notes=(*source.notes, *folder.notes)) for source in found]
 
 
-def _has_metric_lines(path: Path) -> bool:
-    with path.open(errors="replace") as file:
-        return any(map(is_metric_line, itertools.islice(file, _LINES_TO_LOOK_AT)))
+def _runs(format: Format, folder: Folder) -> list[Files]:
+    try:
+        return joined(format, format.starts(folder))
+    except OSError as error:
+        folder.note(f"{error.filename}: {error.strerror}")
+        return []
 
 
-def _jsonl(root: Path) -> Sequence[Path]:
-    named = [root / "logging.jsonl", *sorted(root.glob("*/logging.jsonl"), key=_age)[::-1]]
-    return [path for path in named if path.is_file()][:1] or _other_jsonl(root, "jsonl")
-
-
-def _other_jsonl(root: Path, name: str) -> list[Path]:
-    files = sorted(root.glob("*.jsonl"))
-    sources = (_of_file(path, None) for path in files)
-    return [s.files[0] for s in sources if s is not None and s.format == name][:1]
-
-
-def _trainer_state(root: Path) -> Sequence[Path]:
-    checkpoints = sorted(root.glob("checkpoint-*/trainer_state.json"), key=_checkpoint_step)
-    found = [root / "trainer_state.json", *reversed(checkpoints)]
-    return [path for path in found if path.is_file()][:1]
-
-
-def _checkpoint_step(path: Path) -> int:
-    number = path.parent.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1
-
-
-def _event_files(root: Path) -> Sequence[Path]:
-    return sorted(
-        (
-            p
-            for p in root.rglob("events.out.tfevents.*")
-            if OUTPUT_FOLDER not in p.relative_to(root).parts
-        ),
-        key=_age,
+def _newest(format: Format, runs: Sequence[Files]) -> Source:
+    """The run that was written to last. The notes name the others."""
+    files = max(runs, key=lambda files: max(file.stat().st_mtime for file in files))
+    notes = []
+    if len({file.parent if format is TENSORBOARD else file for file in files}) > 1:
+        notes.append(f"joined as one run: {_listed(files)}")
+    others = [other[-1] for other in runs if other is not files]
+    if others:
+        notes.append(f"other runs in the folder, read if you name them: {_listed(others)}")
+    return Source(
+        format=format.name,
+        files=files,
+        reader=format.read,
+        in_order=format.in_order,
+        missing=format.missing,
+        notes=tuple(notes),
     )
 
 
-def _wandb(root: Path) -> Sequence[Path]:
-    return sorted(root.rglob("*.wandb"), key=_age)[-1:]
+def _listed(files: Sequence[Path]) -> str:
+    more = f" and {len(files) - _SHOWN:,} more" if len(files) > _SHOWN else ""
+    return ", ".join(str(file) for file in files[:_SHOWN]) + more
 
 
-def _mlflow(root: Path) -> Sequence[Path]:
-    runs = sorted({path.parent for path in root.rglob("metrics") if path.is_dir()})
-    runs = [run for run in runs if (run / "meta.yaml").is_file() and ".trash" not in run.parts]
-    if len(runs) > 1:
-        raise ChannelMetricsError(
-            f"{root} holds {len(runs)} runs of MLflow, expected one; name its folder: "
-            f"{', '.join(str(run) for run in runs[:8])}."
+def _of_file(path: Path, run_id: str) -> Source:
+    """The source that a file is. Raises `ChannelMetricsError` that says what was tried."""
+    named = [format for format in _ALL if format.may_be(path)]
+    # The most telling names first; then what a file without a telling name may be.
+    tried: dict[str, str] = {}
+    for format in dict.fromkeys([*_ranked(named), *_BY_CONTENT]):
+        if reason := format.check(path):
+            tried[format.name] = reason
+            continue
+        read: Callable[..., Iterator[Reading]] = format.read
+        reader = partial(read, run_id=run_id) if run_id else format.read
+        if run_id and format not in (CSV, MLFLOW_DB, TRACKIO):
+            raise ChannelMetricsError(f"{path} holds one run; leave #{run_id} out.")
+        return Source(
+            format=format.name,
+            files=(path,),
+            reader=reader,
+            in_order=format.in_order,
+            missing=format.missing,
         )
-    return [path for run in runs for path in sorted((run / "metrics").rglob("*")) if path.is_file()]
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in tried.items())
+    raise ChannelMetricsError(f"{path} is no log that can be read. Tried {reasons}.")
 
 
-def _text(root: Path) -> Sequence[Path]:
-    files = (p for suffix in ("log", "txt", "out") for p in sorted(root.glob(f"*.{suffix}")))
-    return [path for path in files if _has_metric_lines(path)][:1]
-
-
-def _age(path: Path) -> tuple[float, str]:
-    return path.stat().st_mtime, str(path)
-
-
-_FINDERS: dict[str, Callable[[Path], Sequence[Path]]] = {
-    "jsonl": _jsonl,
-    "trainer_state": _trainer_state,
-    "tensorboard": _event_files,
-    "wandb": _wandb,
-    "mlflow": _mlflow,
-    "text": _text,
-    "samples": partial(_other_jsonl, name="samples"),
-}
-_READERS: dict[str, Reader] = {
-    "jsonl": read_jsonl_log,
-    "trainer_state": read_trainer_state,
-    "tensorboard": read_event_file,
-    "wandb": read_wandb_file,
-    "mlflow": read_mlflow_metric,
-    "text": read_text_log,
-    "samples": read_sample_log,
-}
-FORMATS = (*_READERS, "mlflow-db")
+def _ranked(formats: Sequence[Format]) -> list[Format]:
+    """A log of samples is JSON lines, too, so it is looked at before them."""
+    return sorted(formats, key=lambda format: (not format.names, format is not SAMPLES))

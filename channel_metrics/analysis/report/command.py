@@ -14,9 +14,19 @@ import typer
 from channel_metrics.errors import ChannelMetricsError
 
 if TYPE_CHECKING:
+    from channel_metrics.analysis.judging.finding import Finding
+    from channel_metrics.analysis.report.html import ReportSize
+    from channel_metrics.analysis.report.views import RunView
     from channel_metrics.analysis.run import Run
 
-__all__ = ["REPORT_FILE", "FailOn", "FailOnOption", "add_report_command", "report_of_training"]
+__all__ = [
+    "REPORT_FILE",
+    "AxisOption",
+    "FailOn",
+    "FailOnOption",
+    "add_report_command",
+    "report_of_training",
+]
 
 REPORT_FILE = "report.html"
 
@@ -35,11 +45,18 @@ FailOnOption = Annotated[
     ),
 ]
 
+AxisOption = Annotated[
+    str, typer.Option("--axis", help="Show the labels of this axis in place of the channels.")
+]
+
 Load = Callable[[Sequence[Path], "str | None", "Sequence[str] | None"], "list[Run]"]
 
 
 def add_report_command(
-    app: typer.Typer, reported: Callable[[], AbstractContextManager[None]], load: Load
+    app: typer.Typer,
+    reported: Callable[[], AbstractContextManager[None]],
+    load: Load,
+    show_notes: Callable[[Run], None],
 ) -> None:
     """Add `report` to `app`.
 
@@ -47,6 +64,7 @@ def add_report_command(
         app: the command line.
         reported: makes a context that turns our errors into messages.
         load: reads runs, given their paths, a format, and names that are channels.
+        show_notes: prints what was read of a run, and what was left aside.
     """
 
     @app.command("report")
@@ -69,33 +87,70 @@ def add_report_command(
         channel: Annotated[
             list[str] | None, typer.Option("--channel", help="A name that is a channel.")
         ] = None,
+        axis: AxisOption = "",
         fail_on: FailOnOption = None,
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
         """Write one HTML file about runs, which needs no network: curves, mix, findings, table."""
         with reported():
+            from channel_metrics.analysis.axes import with_axis
             from channel_metrics.analysis.judging.finding import is_worse, lines_of
             from channel_metrics.analysis.judging.told import findings_of
+            from channel_metrics.analysis.progress import phase
             from channel_metrics.analysis.report.html import write_report
             from channel_metrics.analysis.report.views import views_of
             from channel_metrics.analysis.run import folder_of
+            from channel_metrics.extras import check_installed
 
+            drawn_with = ("matplotlib",) if pictures else ()
+            check_installed("numpy", "jinja2", *drawn_with, extra="report")
             loaded = load(runs, format, channel)
+            loaded = [with_axis(run, axis) for run in loaded] if axis else loaded
             file = output or folder_of(runs[0]) / REPORT_FILE
-            found = [findings_of(view) for view in views_of(loaded)]
-            for run, findings in zip(loaded, found, strict=True):
-                typer.echo("\n".join([f"{run.name}:", *lines_of(findings)]))
-            size = write_report(loaded, file, title=title)
-            typer.echo(f"report:   {file} ({size.num_bytes / 1e6:.1f} MB)")
-            if size.num_left_out:
-                typer.echo(f"note:     {size.num_left_out} small channels were left out", err=True)
+            views = views_of(loaded)
+            found = [findings_of(view) for view in views]
+            with phase(f"writing {file.name}"):
+                size = write_report(loaded, file, title=title)
+            drawn: list[Path] = []
             if pictures:
                 from channel_metrics.analysis.report.pictures import write_pictures
 
-                folder = file.parent / f"{file.stem}_pictures"
-                written = write_pictures(loaded, folder)
-                typer.echo(f"pictures: {folder} ({', '.join(path.name for path in written)})")
+                with phase("drawing the pictures"):
+                    drawn = write_pictures(loaded, file.parent / f"{file.stem}_pictures")
+            if as_json:
+                _print_json(views, found, file, drawn)
+            else:
+                for run, findings in zip(loaded, found, strict=True):
+                    show_notes(run)
+                    typer.echo("\n".join(lines_of(findings)))
+                _show_files(size, file, drawn)
             if fail_on and any(map(is_worse, found)):
                 raise typer.Exit(1)
+
+
+def _show_files(size: ReportSize, file: Path, pictures: Sequence[Path]) -> None:
+    typer.echo(f"report:   {file} ({size.num_bytes / 1e6:.1f} MB)")
+    if size.num_left_out:
+        typer.echo(f"note:     {size.num_left_out} small channels were left out", err=True)
+    if pictures:
+        names = ", ".join(path.name for path in pictures)
+        typer.echo(f"pictures: {pictures[0].parent} ({names})")
+
+
+def _print_json(
+    views: Sequence[RunView],
+    found: Sequence[Sequence[Finding]],
+    file: Path,
+    pictures: Sequence[Path],
+) -> None:
+    from channel_metrics.analysis.as_json import runs_json, text_of
+
+    content = {
+        "runs": runs_json(views, found),
+        "report": str(file),
+        "pictures": [str(picture) for picture in pictures],
+    }
+    typer.echo(text_of(content))
 
 
 def report_of_training(folder: Path, format: str, channels: Sequence[str] = ()) -> str:

@@ -8,7 +8,7 @@ broken at a gap of its channel.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from channel_metrics.analysis.readers.keys import GLOBAL
-from channel_metrics.analysis.report.findings import Gap, find_gaps, loss_metric
-from channel_metrics.analysis.report.moving import MAX_MEANS, MovingMeans, values_at
+from channel_metrics.analysis.report.findings import Gap, find_gaps
+from channel_metrics.analysis.report.moving import MAX_MEANS, WINDOW_PARTS, MovingMeans, values_at
+from channel_metrics.analysis.rows import loss_metric
 from channel_metrics.core.schema import TOKENS
 
 if TYPE_CHECKING:
@@ -29,12 +30,15 @@ if TYPE_CHECKING:
 
     Indices = NDArray[np.int64]
 
-__all__ = ["Curve", "charts", "curves_of", "own_tokens", "pick_points", "splits_of"]
+__all__ = ["MEDIUM", "Curve", "charts", "curves_of", "own_tokens", "pick_points", "splits_of"]
 
 _SPLITS = ("train", "eval", "test", "probe")
 
 # A shorter curve gets no smooth curve.
 _MIN_SMOOTHED = 120
+
+# Strengths of smoothing are numbered from 1, see `WINDOW_PARTS`.
+MEDIUM = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +72,13 @@ class Curve:
     is_estimate: bool = False
     """Whether the values are estimated from the loss of the whole run."""
 
-    is_smooth: bool = False
-    """Whether it is a moving mean of all points."""
+    smooth: int = 0
+    """How strongly it is smoothed, from 1; 0 if it has the points of the log."""
+
+    @property
+    def is_smooth(self) -> bool:
+        """Whether it is a moving mean of all points."""
+        return self.smooth > 0
 
 
 def charts() -> list[Metric]:
@@ -84,10 +93,14 @@ def splits_of(run: Run) -> list[str]:
     return [split for split in _SPLITS if split in found]
 
 
-def curves_of(run: Run, channels: Iterable[str], limit: int) -> Iterator[Curve]:
+def curves_of(
+    run: Run, channels: Iterable[str], limit: int, strengths: Sequence[int] = (MEDIUM,)
+) -> Iterator[Curve]:
     """All curves of `channels` and of the run's own values, with at most `limit` points each.
 
-    `limit` is at least 5. A smooth curve follows the curve that it is computed from.
+    `limit` is at least 5. Smooth curves follow the curve that they are computed from.
+
+    strengths: how strongly curves are smoothed; each one gives a curve more.
     """
     found = find_gaps(run)
     gaps = defaultdict(list)
@@ -106,7 +119,8 @@ def curves_of(run: Run, channels: Iterable[str], limit: int) -> Iterator[Curve]:
                 broken_at = gaps[channel] if split == "train" else []
                 yield _broken(curve, broken_at)
                 if split == "train" and curve.num_points >= _MIN_SMOOTHED:
-                    yield _broken(_smooth(run, curve, means, min(limit, MAX_MEANS)), broken_at)
+                    for strength in strengths:
+                        yield _broken(_smooth(run, curve, means, limit, strength), broken_at)
 
 
 def own_tokens(run: Run, channel: str, steps: Steps) -> Steps | None:
@@ -164,11 +178,13 @@ def _curve(run: Run, channel: str, metric: str, split: str, limit: int) -> Curve
     )
 
 
-def _smooth(run: Run, curve: Curve, means: MovingMeans, limit: int) -> Curve:
+def _smooth(run: Run, curve: Curve, means: MovingMeans, limit: int, strength: int) -> Curve:
     metric = "loss_estimate" if curve.is_estimate else curve.metric
-    steps, values = means.of(curve.channel, metric, limit)
+    # A wide window needs fewer points to look smooth.
+    count = min(limit, MAX_MEANS if strength <= MEDIUM else MAX_MEANS // 2)
+    steps, values = means.of(curve.channel, metric, count, WINDOW_PARTS[strength - 1])
     tokens = _tokens(run, curve.channel, steps)
-    return replace(curve, steps=steps, values=values, tokens=tokens, band=None, is_smooth=True)
+    return replace(curve, steps=steps, values=values, tokens=tokens, band=None, smooth=strength)
 
 
 def _tokens(run: Run, channel: str, steps: Steps) -> Steps | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,17 +10,14 @@ import numpy as np
 from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.report.moving import values_at
 from channel_metrics.analysis.run import Run
-from channel_metrics.analysis.summary import ChannelRow, part_of
 
 if TYPE_CHECKING:
-    from channel_metrics.analysis.store import Steps, Values
+    from channel_metrics.analysis.store import Steps
 
 __all__ = [
     "Gap",
     "SelfCheck",
-    "final_rows",
     "find_gaps",
-    "loss_metric",
     "self_check",
 ]
 
@@ -56,39 +52,6 @@ class SelfCheck:
     """The step of the largest difference."""
 
 
-def loss_metric(run: Run, channel: str, split: str = "train") -> str | None:
-    """The name of a channel's loss: measured, else estimated; None if it has none."""
-    return next((m for m in ("loss", "loss_estimate") if run.has(channel, m, split)), None)
-
-
-def final_rows(run: Run) -> list[ChannelRow]:
-    """The final table, by channel; values that the log does not have are None."""
-    names = run.channels("train") or run.channels()
-    tokens = {name: _total(run, name, "tokens") for name in names}
-    samples = {name: _total(run, name, "samples") for name in names}
-    shares = {name: _mean_share(run, name) for name in names}
-    rows = []
-    for name in names:
-        metric = loss_metric(run, name) or "loss"
-        losses = _finite(run.series(name, metric)[1])
-        accuracies = _finite(run.series(name, "token_acc")[1])
-        eval_losses = _finite(run.series(name, "loss", "eval")[1])
-        share = part_of(tokens, name)
-        rows.append(
-            ChannelRow(
-                channel=name,
-                first_loss=losses[0] if losses else None,
-                last_loss=losses[-1] if losses else None,
-                token_acc=accuracies[-1] if accuracies else None,
-                eval_loss=eval_losses[-1] if eval_losses else None,
-                tokens=tokens[name],
-                share=shares[name] if share is None else share,
-                record_share=part_of(samples, name),
-            )
-        )
-    return rows
-
-
 def find_gaps(run: Run) -> list[Gap]:
     """Stretches without a channel that are unusually long for it; the longest first."""
     windows = np.unique(
@@ -121,8 +84,11 @@ def self_check(run: Run) -> SelfCheck | None:
     """Compare Σ loss·tokens / Σ tokens with the trainer's loss; None if the log lacks one of them.
 
     They are equal if a window is one step. For several steps, most trainers log the mean of the
-    means of the steps, which differs a little.
+    means of the steps, which differs a little. Labels of an axis are not checked: a token may have
+    several, or none.
     """
+    if run.axis:
+        return None
     steps, losses = run.series(GLOBAL, "loss")
     nll, tokens, tokens_without_loss = (np.zeros(len(steps)) for _ in range(3))
     for name in run.channels("train"):
@@ -151,17 +117,3 @@ def _present(run: Run, name: str) -> Steps:
     metrics = [m for m in ("tokens", "samples", "loss") if run.has(name, m)]
     steps, values = run.series(name, metrics[0] if metrics else "loss")
     return steps if metrics[:1] == ["loss"] else steps[values > 0]
-
-
-def _finite(values: Values) -> list[float]:
-    return [value for value in values.tolist() if math.isfinite(value)]
-
-
-def _total(run: Run, name: str, metric: str) -> int | None:
-    values = _finite(run.series(name, metric)[1])
-    return int(sum(values)) if values else None
-
-
-def _mean_share(run: Run, name: str) -> float | None:
-    shares = _finite(run.series(name, "share")[1])
-    return sum(shares) / len(shares) if shares else None

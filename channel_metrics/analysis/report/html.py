@@ -22,8 +22,16 @@ from typing import TYPE_CHECKING, Any
 from channel_metrics.analysis.judging.finding import shortened
 from channel_metrics.analysis.judging.told import findings_of
 from channel_metrics.analysis.report.curves import charts
+from channel_metrics.analysis.report.more_curves import EPOCHS, MIX
 from channel_metrics.analysis.report.page_data import dump_json, page_data
-from channel_metrics.analysis.report.views import RunView, rank_channels, shown, view_run
+from channel_metrics.analysis.report.views import (
+    ChannelView,
+    RunView,
+    rank_channels,
+    shown,
+    view_run,
+)
+from channel_metrics.analysis.whole_file import whole_file
 from channel_metrics.errors import ChannelMetricsError
 from channel_metrics.extras import need
 
@@ -41,7 +49,23 @@ _MIN_POINTS = 20
 # The points of all curves together, at first. If the page is too large, there are fewer.
 _ALL_POINTS = 200_000
 _NOTHING, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
-_SCRIPTS = ("data", "format", "state", "lines", "cursor", "chart", "legend", "tables", "main")
+_SCRIPTS = (
+    "data",
+    "format",
+    "state",
+    "places",
+    "compare",
+    "lines",
+    "cursor",
+    "axes",
+    "chart",
+    "legend",
+    "tables",
+    "save",
+    "dashes",
+    "main",
+    "address",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +111,8 @@ def write_report(runs: Sequence[Run], path: Path, *, title: str = "") -> ReportS
             fitting = len(channels) * MAX_BYTES / len(page)
             channels = channels[: int(fitting * 0.9)]
             views = _views(runs, channels)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(page)
+    with whole_file(path) as part:
+        part.write_bytes(page)
     return ReportSize(
         num_bytes=len(page),
         max_points=points,
@@ -125,7 +149,8 @@ def _render(
         num_left_out=num_left_out,
         thinned=_thinned(data),
         max_points=points,
-        charts=[metric for metric in charts() if metric.name in drawn],
+        charts=[metric for metric in (*charts(), MIX, EPOCHS) if metric.name in drawn],
+        table=_table(views, len(channels)),
         names=data["channels"],
         widest=_widest(views),
         style=markup(style),
@@ -169,9 +194,18 @@ def _hash(text: str) -> str:
 
 def _thinned(data: dict[str, Any]) -> int:
     """The largest number of points of a curve in the log, if some are not drawn; else 0."""
-    curves = [curve for curve in data["curves"] if "smooth" not in curve]
+    names = {metric.name for metric in charts()}
+    curves = [c for c in data["curves"] if "smooth" not in c and c["metric"] in names]
     longest = max((curve["points"] for curve in curves), default=0)
     return longest if any(c["points"] > len(c["steps"]) for c in curves) else 0
+
+
+def _table(
+    views: Sequence[RunView], num_channels: int
+) -> list[tuple[int, RunView, ChannelView | None]]:
+    """The rows of a table: each channel in each run. A channel that a run lacks has no view."""
+    found = {(row.index, view.index): row for view in views for row in view.rows}
+    return [(i, view, found.get((i, view.index))) for i in range(num_channels) for view in views]
 
 
 def _widest(views: Sequence[RunView]) -> float:

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from channel_metrics.analysis.run import Run
     from channel_metrics.analysis.store import Steps, Values
 
-__all__ = ["MAX_MEANS", "MovingMeans", "values_at"]
+__all__ = ["MAX_MEANS", "WINDOW_PARTS", "MovingMeans", "values_at"]
 
 MAX_MEANS = 200
-# The moving window is one part in so many of the curve's steps.
-_WINDOW_PART = 40
+# The moving window is one part in so many of the curve's steps: light, medium, strong.
+WINDOW_PARTS = (120, 40, 12)
 
 
 class MovingMeans:
@@ -37,8 +37,12 @@ class MovingMeans:
         for steps, tokens in counts:
             self._whole += np.nan_to_num(values_at(self._steps, steps, tokens))
 
-    def of(self, channel: str, metric: str, num_points: int = MAX_MEANS) -> tuple[Steps, Values]:
+    def of(
+        self, channel: str, metric: str, num_points: int = MAX_MEANS, part: int = WINDOW_PARTS[1]
+    ) -> tuple[Steps, Values]:
         """Steps [N] and moving means [N] of a series, at N <= num_points of its steps.
+
+        part: the moving window has one part in so many of the curve's steps.
 
         The means are not weighted if there are no tokens, and for metrics that are counts.
         """
@@ -46,22 +50,30 @@ class MovingMeans:
         if metric == "share" and len(own_steps):
             # If the channel is absent, its share is 0, but it is not logged.
             parts = np.nan_to_num(values_at(self._steps, own_steps, own))
-            return self._means(channel, self._steps, parts, self._whole, num_points)
+            whole = self._whole
+            return self._means(channel, self._steps, parts, whole, num_points=num_points, part=part)
         steps, values = self._run.series(channel, metric)
         weights = self._weights(channel, metric, steps)
         usable = np.isfinite(values)
         weights = np.where(usable, weights, 0.0)
         parts = np.where(usable, values, 0.0) * weights
-        return self._means(channel, steps, parts, weights, num_points)
+        return self._means(channel, steps, parts, weights, num_points=num_points, part=part)
 
     def _means(
-        self, channel: str, steps: Steps, parts: Values, wholes: Values, num_points: int
+        self,
+        channel: str,
+        steps: Steps,
+        parts: Values,
+        wholes: Values,
+        *,
+        num_points: int,
+        part: int,
     ) -> tuple[Steps, Values]:
         gaps = [gap for gap in self._gaps if gap.channel == channel]
         begins = [np.searchsorted(steps, gap.first_step, side="right") for gap in gaps]
         ends = [np.searchsorted(steps, gap.last_step) for gap in gaps]
         edges = np.unique([0, *begins, *ends, len(steps)])
-        return _moving_ratio(steps, parts, wholes, edges, num_points)
+        return _moving_ratio(steps, parts, wholes, edges, num_points=num_points, part=part)
 
     def _weights(self, channel: str, metric: str, steps: Steps) -> Values:
         """The tokens of each step; 1 if they are not logged, and for counts."""
@@ -75,14 +87,14 @@ class MovingMeans:
 
 
 def _moving_ratio(
-    steps: Steps, parts: Values, wholes: Values, edges: Steps, num_points: int
+    steps: Steps, parts: Values, wholes: Values, edges: Steps, *, num_points: int, part: int
 ) -> tuple[Steps, Values]:
-    """Σ parts / Σ wholes over a fortieth of the steps each; NaN where the whole is 0.
+    """Σ parts / Σ wholes over one part of the steps each; NaN where the whole is 0.
 
     edges: places [E] in `steps`, from 0 to its length, which no window crosses.
     """
     middles = np.unique(np.linspace(0, len(steps) - 1, num_points).astype(np.int64))
-    half = (steps[-1] - steps[0]) / (2 * _WINDOW_PART)
+    half = (steps[-1] - steps[0]) / (2 * part)
     stretch = np.searchsorted(edges, middles, side="right")
     first = np.searchsorted(steps, steps[middles] - half)
     end = np.searchsorted(steps, steps[middles] + half, side="right")

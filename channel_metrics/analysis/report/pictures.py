@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from channel_metrics.analysis.run import Run
     from channel_metrics.core.schema import Metric
 
-__all__ = ["PALETTE", "write_pictures"]
+__all__ = ["DASHES", "PALETTE", "WHOLE_RUN", "styled", "write_pictures"]
 
 # The colours of the report on a light page. They differ for every kind of colour blindness.
 PALETTE = (
@@ -36,8 +36,8 @@ PALETTE = (
     "#a463ee",
     "#3f3a00",
 )
-_DASHES = ("-", "--", ":", "-.")
-_WHOLE_RUN = "#6b7178"
+DASHES = ("-", "--", ":", "-.")
+WHOLE_RUN = "#6b7178"
 _MAX_POINTS = 1500
 _MAX_NAME = 28
 _STYLE = {
@@ -56,7 +56,6 @@ _STYLE = {
 
 def write_pictures(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Write a .png and a .svg for each metric that has a chart and that the runs have."""
-    matplotlib: Any = need("matplotlib", extra="report")
     figures: Any = need("matplotlib.figure", extra="report")
     ranked = rank_channels(runs)
     channels = ranked[: len(PALETTE)]
@@ -67,12 +66,12 @@ def write_pictures(runs: Sequence[Run], folder: Path) -> list[Path]:
         found = [(i, c) for i, c in curves if c.metric == metric.name and c.split == "train"]
         if not found:
             continue
-        with matplotlib.rc_context(_STYLE), _any_script():
+        with styled():
             figure = figures.Figure(figsize=(9, 4.4), layout="constrained")
             _draw(figure.subplots(), metric, found, channels, runs)
             if len(ranked) > len(channels):
                 note = f"the {len(channels)} largest of {len(ranked)} channels"
-                figure.text(0.01, 0.01, note, fontsize=8, color=_WHOLE_RUN)
+                figure.text(0.01, 0.01, note, fontsize=8, color=WHOLE_RUN)
             for suffix, more in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):
                 path = folder / f"{metric.name.replace('/', '_')}.{suffix}"
                 figure.savefig(path, **more)
@@ -91,14 +90,14 @@ def _draw(
     named: dict[str, Any] = {}
     for number, curve in curves:
         raw = not curve.is_smooth and (number, curve.channel) in smooth
-        color = _WHOLE_RUN if curve.channel == GLOBAL else PALETTE[channels.index(curve.channel)]
+        color = WHOLE_RUN if curve.channel == GLOBAL else PALETTE[channels.index(curve.channel)]
         (line,) = axis.plot(
             curve.steps,
             curve.values,
             color=color,
             linewidth=0.6 if raw else 1.8,
             alpha=0.3 if raw else 1.0,
-            linestyle="--" if curve.channel == GLOBAL else _DASHES[number % len(_DASHES)],
+            linestyle="--" if curve.channel == GLOBAL else DASHES[number % len(DASHES)],
         )
         if not raw:
             named.setdefault(curve.channel, line)
@@ -110,7 +109,7 @@ def _draw(
     if not metric.unit:
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     if len(runs) > 1:
-        for run, dash in zip(runs, itertools.cycle(_DASHES), strict=False):
+        for run, dash in zip(runs, itertools.cycle(DASHES), strict=False):
             (line,) = axis.plot([], [], color="black", linewidth=1.2, linestyle=dash)
             named[f"{_label(run.name)} (run)"] = line
     # matplotlib leaves out names that begin with "_", so each name gets a blank before it.
@@ -125,8 +124,9 @@ def _label(name: str) -> str:
 
 
 @contextmanager
-def _any_script() -> Iterator[None]:
-    """Suppress the warnings about characters that the font lacks. They are drawn as boxes."""
-    with warnings.catch_warnings():
+def styled() -> Iterator[None]:
+    """The style of all pictures. Characters that the font lacks are drawn as boxes."""
+    matplotlib: Any = need("matplotlib", extra="report")
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,8 @@ from channel_metrics.analysis.judging.trends import trends_of
 from channel_metrics.analysis.judging.versus import versus_of
 from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.report.curves import charts
-from channel_metrics.analysis.report.findings import final_rows, find_gaps, self_check
+from channel_metrics.analysis.report.findings import find_gaps, self_check
+from channel_metrics.analysis.rows import final_rows, total_of, whole_row
 from channel_metrics.core.labels import UNLABELED
 
 if TYPE_CHECKING:
@@ -108,6 +109,9 @@ class RunView:
     losses: tuple[float, float] | None
     """The first and the last loss of the run itself."""
 
+    whole: ChannelRow
+    """The values of the whole run."""
+
     rows: Sequence[ChannelView]
     trends: Sequence[Trend]
     nonfinite_losses: Sequence[NonFinite]
@@ -123,8 +127,7 @@ class RunView:
     @property
     def tokens(self) -> int | None:
         """The tokens of all channels."""
-        counts = [view.row.tokens for view in self.rows if view.row.tokens is not None]
-        return sum(counts) if counts else None
+        return self.whole.tokens
 
     @property
     def verdict(self) -> str:
@@ -184,10 +187,11 @@ def view_run(
         run=run,
         steps=(first, last),
         losses=(global_losses[0], global_losses[-1]) if global_losses else None,
+        whole=_without_lost(whole_row(run), lost),
         rows=[
             _channel(
                 run,
-                replace(row, last_loss=math.nan) if (row.channel, "train") in lost else row,
+                _without_lost(row, lost),
                 index,
                 channels[row.channel],
                 compared.get(row.channel),
@@ -231,13 +235,15 @@ def rank_channels(runs: Sequence[Run]) -> list[str]:
     tokens: dict[str, float] = {}
     for run in runs:
         for name in run.channels():
-            count = float(run.series(name, "tokens")[1].sum())
+            count = float(total_of(run, name, "tokens") or 0)
             tokens[name] = max(tokens.get(name, 0.0), count)
     return sorted(tokens, key=lambda name: (name == UNLABELED, -tokens[name]))
 
 
 def shown(name: str) -> str:
-    """A name as it is shown: on one line, not too long, with control characters made visible."""
+    """A name as it is shown: on one line, not too long, with controls and blanks made visible."""
+    if name.isspace():
+        return f"({len(name):,} blank{'' if len(name) == 1 else 's'})"
     cut = name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}… ({len(name):,} characters)"
     return "".join(map(_visible, cut)) or "(no name)"
 
@@ -255,7 +261,6 @@ def _channel(
 ) -> ChannelView:
     whole = sum(run.ratios.values())
     ratio = run.ratios.get(row.channel)
-    samples = [v for v in run.series(row.channel, "samples")[1].tolist() if math.isfinite(v)]
     nonfinite = run.series(row.channel, "nonfinite")[1].tolist()
     return ChannelView(
         run=number,
@@ -263,11 +268,16 @@ def _channel(
         name=shown(row.channel),
         row=row,
         configured=ratio / whole if ratio is not None and whole else None,
-        samples=round(sum(samples)) if samples else None,
+        samples=total_of(run, row.channel, "samples"),
         nonfinite=round(sum(v for v in nonfinite if math.isfinite(v))),
         is_estimate=not run.has(row.channel, "loss") and run.has(row.channel, "loss_estimate"),
         versus=versus,
     )
+
+
+def _without_lost(row: ChannelRow, lost: Collection[tuple[str, str]]) -> ChannelRow:
+    """The row, without the last number of a loss that was lost."""
+    return replace(row, last_loss=math.nan) if (row.channel, row.split) in lost else row
 
 
 def _span(run: Run) -> tuple[int, int]:

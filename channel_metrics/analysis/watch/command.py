@@ -53,6 +53,9 @@ def add_watch_command(
         channel: Annotated[
             list[str] | None, typer.Option("--channel", help="A name that is a channel.")
         ] = None,
+        as_json: Annotated[
+            bool, typer.Option("--json", help="With --once: print JSON instead of a table.")
+        ] = False,
     ) -> None:
         """Follow the log of a running job: the channels as a table that is kept up to date.
 
@@ -60,9 +63,11 @@ def add_watch_command(
         it, with exit code 0; with --once, exit code 2 if there is nothing to show.
         """
         with reported():
+            if as_json and not once:
+                raise ChannelMetricsError("--json is one answer; give --once, too.")
             _Watch(
                 run, format=format, channels=channel or [], order=sort, top=top, console=console()
-            ).start(interval, once)
+            ).start(interval, once, as_json)
 
 
 class _Watch:
@@ -96,13 +101,13 @@ class _Watch:
         self._top = top
         self._view: View | None = None
 
-    def start(self, interval: float, once: bool) -> None:
+    def start(self, interval: float, once: bool, as_json: bool) -> None:
         if isinstance(sys.stdout, io.TextIOWrapper):
             # Names may have characters that the terminal cannot show.
             sys.stdout.reconfigure(errors="replace")
         try:
             if once:
-                self._show_once()
+                self._show_once(as_json)
             elif self.console.is_terminal and not self.console.is_dumb_terminal:
                 self._draw(interval)
             else:
@@ -112,11 +117,16 @@ class _Watch:
         finally:
             self.follower.close()
 
-    def _show_once(self) -> None:
-        self._look(to_end=True)
+    def _show_once(self, as_json: bool) -> None:
+        view = self._look(to_end=True)
         if not self.follower.traces:
             raise ChannelMetricsError(self.follower.waiting_for)
-        self.console.print(self._screen(self._top))
+        if as_json:
+            from channel_metrics.analysis.watch.as_json import view_text
+
+            typer.echo(view_text(self.follower, view, self._top))
+        else:
+            self.console.print(self._screen(self._top))
 
     def _draw(self, interval: float) -> None:
         from rich.live import Live
@@ -174,7 +184,9 @@ class _Watch:
         if not self.follower.traces:
             return Group(*map(Text, lines))
         texts = [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
-        return Group(*texts, render(view, max_rows=max_rows, is_ascii=is_ascii))
+        return Group(
+            *texts, render(view, width=self.console.width, max_rows=max_rows, is_ascii=is_ascii)
+        )
 
     def _name(self) -> str:
         from channel_metrics.analysis.report.views import shown

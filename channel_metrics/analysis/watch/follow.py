@@ -11,16 +11,17 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from channel_metrics.analysis.readers.files import is_plain
 from channel_metrics.analysis.readers.readings import Problems, Reading
-from channel_metrics.analysis.readers.sources import FORMATS, Source, find_sources
+from channel_metrics.analysis.readers.sources import Source, check_format, find_sources
 from channel_metrics.analysis.watch.tail import LINE_FORMATS, Tail
 from channel_metrics.analysis.watch.traces import Trace, Traces, traces_of
 from channel_metrics.errors import ChannelMetricsError
 
 __all__ = ["Follower"]
 
-# Formats that are written only with checkpoints. Other formats are preferred.
-_WRITTEN_LATE = ("trainer_state",)
+# Formats that are written only with checkpoints, or have no channels. Others are preferred.
+_LAST = ("trainer_state", "trainer_log")
 _SECONDS_BETWEEN_SEARCHES = 10.0
 # After reading a whole log, the follower waits for this many times as long as it took.
 _REST = 10.0
@@ -33,14 +34,11 @@ class Follower:
     Args:
         run: a run folder or a log file.
         format: which log, if a folder has several. By default it is the first in the order of
-            `sources`, except that the state of a trainer comes last.
+            `sources`, except that the state of a trainer comes last, and empty files.
     """
 
     def __init__(self, run: Path, format: str | None = None) -> None:
-        if format is not None and format not in FORMATS:
-            raise ChannelMetricsError(
-                f"expected one of the formats {', '.join(FORMATS)}, but got {format!r}."
-            )
+        check_format(format)
         self.run = run
         self.format = format
         self.problems = Problems()
@@ -99,7 +97,7 @@ class Follower:
             others = ", ".join(source.format for source in found)
             self.waiting_for = f"{self.run} has no log of format {self.format!r} yet, but {others}"
             return
-        self._choose(min(wanted, key=lambda source: source.format in _WRITTEN_LATE))
+        self._choose(min(wanted, key=_rank))
 
     def _choose(self, source: Source) -> None:
         is_same = self.source is not None and self.source.format == source.format
@@ -108,7 +106,8 @@ class Follower:
         if self._tail:
             self._tail.close()
         self.source, self._tail = source, None
-        if source.format in LINE_FORMATS:
+        # The parts before a resume, and compressed files, can only be read as a whole.
+        if source.format in LINE_FORMATS and len(source.files) == 1 and is_plain(source.files[0]):
             self._tail = Tail(source.files[-1], source.format, self.problems)
 
     def _look_at_lines(self, tail: Tail, to_end: bool) -> bool:
@@ -153,7 +152,8 @@ class Follower:
         self.problems.count = 0
         self.problems.examples.clear()
         # A file that is written again is empty for a moment; the old values are kept then.
-        traces = traces_of(readings)
+        in_order = self.source is None or self.source.in_order
+        traces = traces_of(readings, in_order=in_order)
         self.traces = traces or self.traces
         self._is_behind = False
         end = time.monotonic()
@@ -162,3 +162,8 @@ class Follower:
 
     def _last_step(self) -> int | None:
         return max((t.step for t in self.traces.values() if t.step is not None), default=None)
+
+
+def _rank(source: Source) -> tuple[bool, bool, bool]:
+    """The lowest is followed. An empty file may be a leftover."""
+    return bool(source.missing), not source.num_bytes, source.format in _LAST

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from channel_metrics.analysis.readers.keys import GLOBAL, Key, decode_keys
 from channel_metrics.analysis.report.curves import charts
 from channel_metrics.analysis.report.views import shown
-from channel_metrics.analysis.summary import number, percent
+from channel_metrics.analysis.summary import WHOLE_RUN, number, percent
+from channel_metrics.analysis.tables import EMPTY, TableColumn, fitted
 from channel_metrics.analysis.watch.traces import Trace, Traces
 from channel_metrics.core.labels import UNLABELED
 
@@ -34,6 +35,7 @@ _ASCII_BARS = "_.-=+*#@"
 _CURVE_COLUMNS = 24
 _MAX_NAME_COLUMNS = 40
 _LINE_CHANNELS = 8
+_NOTES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,9 @@ class Row:
 
     curve: Sequence[float]
     """The losses for the sparkline."""
+
+    split: str = "train"
+    """The split of these values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +99,9 @@ def view_of(traces: Traces, *, channels: Sequence[str] = (), order: str = "share
     names = dict.fromkeys(key.channel for key in by_key if key.channel and key.split == split)
     shares = _shares(by_key, split, names)
     rows = [_row(by_key, split, name, shares[name]) for name in names]
+    # Channels that only another split has.
+    others = {k.channel: k.split for k in by_key if k.channel and k.channel not in names}
+    rows += [_row(by_key, other, name, None) for name, other in others.items()]
     # Megatron logs some values of its own over samples instead of steps.
     over_steps = {metric.name for metric in charts()}
     steps = (
@@ -103,7 +111,9 @@ def view_of(traces: Traces, *, channels: Sequence[str] = (), order: str = "share
     )
     return View(
         rows=_ordered(rows, order),
-        whole=_row(by_key, split, GLOBAL, None),
+        whole=_row(
+            by_key, split if Key(split, GLOBAL, "loss") in by_key else "train", GLOBAL, None
+        ),
         step=max((step for step in steps if step is not None), default=None),
         split=split,
     )
@@ -120,33 +130,48 @@ def sparkline(values: Sequence[float], *, width: int, bars: str = _BARS) -> str:
     return "".join(bars[round((mean - low) / (high - low) * (len(bars) - 1))] for mean in means)
 
 
-def render(view: View, *, max_rows: int | None = None, is_ascii: bool = False) -> Table:
-    """A rich table of at most `max_rows` channels. Names are not interpreted as markup."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
+def render(
+    view: View, *, width: int = 160, max_rows: int | None = None, is_ascii: bool = False
+) -> Table:
+    """A rich table of at most this width, and of at most `max_rows` channels."""
     bars = _ASCII_BARS if is_ascii else _BARS
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(
-        "channel", no_wrap=True, overflow="ellipsis", max_width=_MAX_NAME_COLUMNS, style="bold"
+    rows = [view.whole, *view.rows[:max_rows]]
+    curves = [sparkline(row.curve, width=_CURVE_COLUMNS, bars=bars) for row in rows]
+    columns = [
+        TableColumn(
+            "channel",
+            [_name(row, view) for row in rows],
+            is_name=True,
+            max_width=_MAX_NAME_COLUMNS,
+        ),
+        TableColumn("loss", [number(row.loss) for row in rows]),
+        TableColumn("change", [percent(row.change, "+.1%") for row in rows], 1),
+        TableColumn("token acc", [percent(row.token_acc) for row in rows], 4),
+        TableColumn("share", [percent(row.share) for row in rows], 2),
+        TableColumn("at step", [EMPTY if row.step is None else f"{row.step:,}" for row in rows], 5),
+        TableColumn("loss over the run", curves, 3, is_left=True),
+    ]
+    left = len(view.rows) - len(rows) + 1
+    return fitted(
+        columns,
+        width,
+        caption=f" and {left:,} more" if left else None,
+        styles=[_style(row, view) for row in rows],
+        has_total=True,
     )
-    for heading in ("loss", "change", "token acc", "share", "at step"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("loss over the run", no_wrap=True, min_width=8, max_width=_CURVE_COLUMNS)
-    rows = view.rows[:max_rows]
-    for row in (view.whole, *rows):
-        name = shown(row.name) if row.name else "(whole run)"
-        cells = [name, *_cells(row), sparkline(row.curve, width=_CURVE_COLUMNS, bars=bars)]
-        # A channel that was not in the last window shows its older values.
-        style = "dim" if row.name and row.step != view.step else ""
-        if row.loss is not None and not math.isfinite(row.loss):
-            style = "red"
-        table.add_row(*(Text(cell, style=style) for cell in cells), end_section=not row.name)
-    if len(rows) < len(view.rows):
-        more = f"and {len(view.rows) - len(rows):,} more"
-        table.add_row(Text(more, style="dim"))
-    return table
+
+
+def _name(row: Row, view: View) -> str:
+    if not row.name:
+        return WHOLE_RUN
+    return shown(row.name) if row.split == view.split else f"{shown(row.name)} ({row.split})"
+
+
+def _style(row: Row, view: View) -> str:
+    if row.loss is not None and not math.isfinite(row.loss):
+        return "red"
+    # A channel that was not in the last window shows its older values.
+    return "dim" if row.name and row.step != view.step else ""
 
 
 def header(follower: Follower, view: View) -> list[str]:
@@ -155,6 +180,7 @@ def header(follower: Follower, view: View) -> list[str]:
     if follower.source is not None:
         file = shown(str(follower.source.files[-1]))
         lines.append(f"{file} ({follower.source.format})")
+        lines += [shown(note) for note in follower.source.notes[:_NOTES]]
     if view.step is not None:
         split = "" if view.split == "train" else f", channels of {view.split}"
         lines.append(f"step {view.step:,}{_age(follower)}{split}")
@@ -192,22 +218,32 @@ def _row(by_key: Mapping[Key, Trace], split: str, name: str, share: float | None
         share=share,
         step=max(steps, default=None),
         curve=loss.curve,
+        split=split,
     )
 
 
 def _shares(
     by_key: Mapping[Key, Trace], split: str, names: Mapping[str, None]
 ) -> dict[str, float | None]:
-    tokens = {name: by_key.get(Key(split, name, "tokens")) for name in names}
-    whole = sum(trace.total for trace in tokens.values() if trace)
+    tokens = {name: _tokens(by_key, split, name) for name in names}
+    whole = sum(count for count in tokens.values() if count is not None)
     shares: dict[str, float | None] = {}
-    for name, trace in tokens.items():
+    for name, count in tokens.items():
         share = by_key.get(Key(split, name, "share"))
-        if trace and whole:
-            shares[name] = trace.total / whole
+        if count is not None and whole:
+            shares[name] = count / whole
         else:
             shares[name] = share.total / share.count if share and share.count else None
     return shares
+
+
+def _tokens(by_key: Mapping[Key, Trace], split: str, name: str) -> float | None:
+    """The tokens of a channel since the run began; a resumed run goes on with the logged total."""
+    total = by_key.get(Key(split, name, "tokens_total"))
+    if total and total.last is not None and math.isfinite(total.last):
+        return total.last
+    windows = by_key.get(Key(split, name, "tokens"))
+    return windows.total if windows else None
 
 
 def _ordered(rows: Sequence[Row], order: str) -> list[Row]:
@@ -219,14 +255,6 @@ def _ordered(rows: Sequence[Row], order: str) -> list[Row]:
         return row.name == UNLABELED, value is None, -size, name
 
     return sorted(rows, key=place)
-
-
-def _cells(row: Row) -> Iterator[str]:
-    yield number(row.loss)
-    yield percent(row.change, "+.1%")
-    yield percent(row.token_acc)
-    yield percent(row.share)
-    yield "-" if row.step is None else f"{row.step:,}"
 
 
 def _age(follower: Follower) -> str:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from channel_metrics.analysis.readers.json_logs import read_json_line
+from channel_metrics.analysis.readers.line_reader import LineReader
 from channel_metrics.analysis.readers.readings import MAX_LINE_BYTES, Problems, Reading
-from channel_metrics.analysis.readers.text_logs import read_text_line
+from channel_metrics.analysis.readers.text_logs import dialect_of, parts_of, read_part
 
 __all__ = ["LINE_FORMATS", "Tail"]
 
-LINE_FORMATS = ("jsonl", "text")
+LINE_FORMATS = ("jsonl", "trainer_log", "text")
 
 # If these bytes before our place have changed, the file was overwritten.
 _MARK_BYTES = 256
@@ -24,7 +25,9 @@ class Tail:
 
     def __init__(self, path: Path, format: str, problems: Problems) -> None:
         self.path = path
-        self._read_line = read_json_line if format == "jsonl" else read_text_line
+        self._is_text = format == "text"
+        # A text whose lines have no known form yet has no reader.
+        self._lines: LineReader | None = None
         self._problems = problems
         self._file: BinaryIO | None = None
         self._offset = self._number = 0
@@ -43,7 +46,7 @@ class Tail:
         self.close()
         self._file = file
         self._offset = self._number = 0
-        self._mark, self._is_inside = b"", False
+        self._mark, self._is_inside, self._lines = b"", False, None
 
     def close(self) -> None:
         """Close the file."""
@@ -77,22 +80,34 @@ class Tail:
         A last line without an end is still being written. It is read only with `to_end`.
         """
         assert self._file is not None
+        if self._is_text and self._lines is None:
+            dialect = dialect_of(self.path)
+            if dialect is None:
+                return
+            self._lines = dialect()
         self._file.seek(self._offset)
         while line := self._file.readline(MAX_LINE_BYTES):
             is_whole = line.endswith(b"\n")
             if not is_whole and len(line) < MAX_LINE_BYTES and not to_end:
-                return
+                break
             self._offset += len(line)
             self._mark = (self._mark + line)[-_MARK_BYTES:]
             if not self._is_inside:
                 self._number += 1
                 yield from self._parse(line, is_whole)
             self._is_inside = not is_whole
+        if to_end and self._lines is not None:
+            yield from self._lines.end()
 
     def _parse(self, raw: bytes, is_whole: bool) -> Iterator[Reading]:
         if not is_whole and len(raw) == MAX_LINE_BYTES:
             self._problems.add(self.path, self._number, f"is longer than {len(raw):,} bytes")
             return
         line = raw.decode("utf-8-sig", errors="replace").rstrip("\r\n")
-        if line.strip():
-            yield from self._read_line(line, self.path, self._number, self._problems)
+        if not line.strip():
+            return
+        if self._lines is None:
+            yield from read_json_line(line, self.path, self._number, self._problems)
+            return
+        for part in parts_of(line):
+            yield from read_part(self._lines, part, self.path, self._number, self._problems)

@@ -92,9 +92,9 @@ class Trace:
 Traces = dict["str | Key", Trace]
 
 
-def traces_of(readings: Iterable[Reading]) -> Traces:
-    """The traces of a whole log in any order. If a step was logged twice, the last value counts."""
-    store = store_of(readings)
+def traces_of(readings: Iterable[Reading], *, in_order: bool = True) -> Traces:
+    """The traces of a whole log. If a step was logged twice, the last value counts."""
+    store = store_of(readings, in_order=in_order)
     traces: Traces = {}
     for key in store.keys:
         trace = traces[key] = Trace()

@@ -118,7 +118,10 @@ def test_trackio(folder: Path, logged: Curves) -> None:
     check(stored, logged)
 
 
-@pytest.mark.parametrize(("format", "below"), [("wandb", "."), ("mlflow", "mlflow")])
+@pytest.mark.parametrize(
+    ("format", "below"),
+    [("wandb", "."), ("mlflow", "mlflow"), ("swanlab", "swanlab"), ("trackio", "trackio")],
+)
 def test_the_analysis_reads_what_they_stored(
     folder: Path, logged: Curves, format: str, below: str
 ) -> None:

@@ -1,4 +1,4 @@
-// One chart: axes, curves, a cursor that reads values, zoom.
+// One chart: scales, curves, a cursor that reads values, zoom.
 const MAX_LABELS = 12;
 const MAX_READ = 10;
 
@@ -7,6 +7,8 @@ class Chart {
     this.number = number;
     this.metric = figure.dataset.metric;
     this.percent = "percent" in figure.dataset;
+    this.label = figure.querySelector("h3").textContent;
+    this.isExtra = "extra" in figure.dataset;
     this.figure = figure;
     this.plot = figure.querySelector(".plot");
     this.tip = figure.querySelector(".tip");
@@ -17,7 +19,7 @@ class Chart {
     this.plot.addEventListener("pointerleave", () => this.setCursor(null));
     this.plot.addEventListener("pointerdown", (event) => this.onDown(event));
     this.plot.addEventListener("pointerup", (event) => this.onUp(event));
-    this.plot.addEventListener("dblclick", () => zoomTo(null));
+    this.plot.addEventListener("dblclick", () => resetZoom());
     this.plot.addEventListener("keydown", (event) => this.onKey(event));
     this.plot.addEventListener("blur", () => this.setCursor(null));
   }
@@ -26,13 +28,14 @@ class Chart {
     const width = this.plot.clientWidth;
     const height = this.plot.clientHeight;
     const curves = curvesNow(this.metric);
+    this.drawn = curves;
     this.curves = curves.filter((curve) => !hasSmoothTwin(curve, curves));
     const labels = width > 560 && new Set(curves.map((c) => c.channel)).size <= MAX_LABELS;
-    this.area = { left: 50, right: width - (labels ? 118 : 14), top: 10, bottom: height - 40 };
+    this.area = { left: 50, right: width - (labels ? 118 : 30), top: 10, bottom: height - 40 };
     this.setScales(curves);
     this.svg?.remove();
     this.svg = drawn("svg", { width, height, "aria-hidden": "true" });
-    this.svg.append(this.axes(), this.lines(curves));
+    this.svg.append(drawAxes(this), drawPlan(this), drawEvents(this), this.lines(curves));
     if (labels) this.svg.append(this.labels());
     this.mark = drawn("g", { class: "cursor" });
     this.svg.append(this.mark);
@@ -42,24 +45,35 @@ class Chart {
   }
 
   setScales(curves) {
-    const all = curves.flatMap((curve) => [positions(curve)[0], positions(curve).at(-1)]);
-    let [low, high] = state.zoom ?? [Math.min(...all), Math.max(...all)];
-    if (!state.zoom && state.x === "tokens") low = 0;
+    const ends = curves.map(positions).filter((at) => at.length);
+    const first = (at) => (state.logX ? at.find((place) => place > 0) ?? Infinity : at[0]);
+    let [low, high] = state.zoom ?? [Math.min(...ends.map(first)), Math.max(...ends.map((at) => at.at(-1)))];
+    if (state.logX && low <= 0) low = Math.min(...ends.map(first));
+    if (!state.zoom && !state.logX && state.x !== "steps") low = 0;
     if (!Number.isFinite(low) || !Number.isFinite(high)) [low, high] = [0, 1];
-    if (low === high) [low, high] = [low - 1, high + 1];
+    if (low === high) [low, high] = state.logX ? [low / 2, high * 2] : [low - 1, high + 1];
     const { left, right, top, bottom } = this.area;
-    this.x = (value) => left + ((value - low) / (high - low)) * (right - left);
-    this.x.invert = (pixel) => low + ((pixel - left) / (right - left)) * (high - low);
+    const [there, back] = state.logX ? [Math.log, Math.exp] : [Number, Number];
+    const [from, size] = [there(low), there(high) - there(low)];
+    this.x = (value) => left + ((there(value) - from) / size) * (right - left);
+    this.x.invert = (pixel) => back(from + ((pixel - left) / (right - left)) * size);
     this.x.domain = [low, high];
+    this.x.log = state.logX;
     const [floor, roof] = this.yDomain(curves, low, high);
     const bend = this.log ? Math.log : (value) => value;
     this.y = (value) => bottom - ((bend(value) - bend(floor)) / (bend(roof) - bend(floor))) * (bottom - top);
+    this.y.invert = (pixel) => {
+      const bent = bend(floor) + ((bottom - pixel) / (bottom - top)) * (bend(roof) - bend(floor));
+      return this.log ? Math.exp(bent) : bent;
+    };
     this.y.domain = [floor, roof];
     this.y.log = this.log;
   }
 
   yDomain(curves, low, high) {
-    this.log = state.log && this.metric === "loss";
+    this.log = state.log && this.metric === "loss" && !state.difference;
+    const chosen = state.zoomY[this.metric];
+    if (chosen && (!this.log || chosen[0] > 0)) return chosen;
     let floor = Infinity;
     let roof = -Infinity;
     for (const curve of curves) {
@@ -71,42 +85,22 @@ class Chart {
         roof = Math.max(roof, value);
       }
     }
+    for (const { share } of planNow(this)) [floor, roof] = [Math.min(floor, share), Math.max(roof, share)];
     if (!Number.isFinite(floor)) return this.log ? [0.1, 1] : [0, 1];
+    if (state.difference) [floor, roof] = [Math.min(floor, 0), Math.max(roof, 0)];
     if (this.log) return floor === roof ? [floor / 2, roof * 2] : [floor * 0.92, roof * 1.08];
-    if (state.fromZero && floor >= 0) {
+    if (state.fromZero && floor >= 0 && !state.difference) {
       return [0, this.metric === "token_acc" && roof <= 1 ? 1 : roof * 1.04 || 1];
     }
     const room = (roof - floor || Math.abs(roof) || 1) * 0.05;
     return [floor - room, roof + room];
   }
 
-  axes() {
-    const group = drawn("g", { class: "axes" });
-    const { left, right, top, bottom } = this.area;
-    const [floor, roof] = this.y.domain;
-    const across = linearTicks(...this.x.domain, (right - left) / 90, 1).ticks;
-    const up = this.log ? logTicks(floor, roof) : linearTicks(floor, roof, (bottom - top) / 48).ticks;
-    const step = this.log ? null : linearTicks(floor, roof, (bottom - top) / 48).step;
-    const text = this.log ? (value) => String(value) : tickText(this.percent, step);
-    for (const tick of up) {
-      const y = Math.round(this.y(tick)) + 0.5;
-      group.append(drawn("line", { class: tick === 0 ? "base" : "grid", x1: left, x2: right, y1: y, y2: y }));
-      group.append(drawn("text", { class: "tick", x: left - 8, y: y + 4, "text-anchor": "end" }, text(tick)));
-    }
-    for (const tick of across) {
-      const x = Math.round(this.x(tick)) + 0.5;
-      group.append(drawn("line", { class: "base", x1: x, x2: x, y1: bottom, y2: bottom + 4 }));
-      group.append(drawn("text", { class: "tick", x, y: bottom + 18, "text-anchor": "middle" }, asTick(tick, this.x.domain[1])));
-    }
-    const title = state.x === "tokens" ? "supervised tokens of the channel itself" : "step";
-    group.append(drawn("text", { class: "title", x: right, y: bottom + 35, "text-anchor": "end" }, title));
-    return group;
-  }
-
   lines(curves) {
     const { left, right, top, bottom } = this.area;
     const id = `clip-${this.number}`;
-    const group = drawn("g", { "clip-path": `url(#${id})` });
+    const alone = curves.length > 0 && curves.every((curve) => curve.channel === WHOLE_RUN);
+    const group = drawn("g", { "clip-path": `url(#${id})`, class: alone ? "alone" : "curves" });
     const clip = drawn("clipPath", { id });
     const size = { x: left - 4, y: top - 6, width: right - left + 8, height: bottom - top + 10 };
     clip.append(drawn("rect", size));
@@ -145,32 +139,47 @@ class Chart {
   }
 
   onMove(event) {
-    const pixel = event.clientX - this.plot.getBoundingClientRect().left;
-    if (this.dragFrom !== undefined) this.drag(pixel);
+    const [pixel, height] = this.pixels(event);
+    if (this.dragFrom !== undefined) this.drag(pixel, height);
     const inside = pixel >= this.area.left - 6 && pixel <= this.area.right + 6;
     this.setCursor(inside ? this.x.invert(pixel) : null);
   }
 
   onDown(event) {
     if (event.button !== 0 || event.pointerType === "touch") return;
-    this.dragFrom = event.clientX - this.plot.getBoundingClientRect().left;
-    this.box = drawn("rect", { class: "zoom", y: this.area.top, height: this.area.bottom - this.area.top });
+    this.dragFrom = this.pixels(event);
+    this.box = drawn("rect", { class: "zoom" });
     this.svg.append(this.box);
   }
 
-  drag(pixel) {
-    this.box.setAttribute("x", Math.min(pixel, this.dragFrom));
-    this.box.setAttribute("width", Math.abs(pixel - this.dragFrom));
+  pixels(event) {
+    const { left, top } = this.plot.getBoundingClientRect();
+    return [event.clientX - left, event.clientY - top];
+  }
+
+  // Ends on both axes; null for an axis along which the pointer has hardly moved.
+  dragged(x, y) {
+    const { top, bottom } = this.area;
+    const ends = ([a, b], least) => (Math.abs(a - b) > least ? [Math.min(a, b), Math.max(a, b)] : null);
+    const inside = (pixel) => Math.max(top, Math.min(bottom, pixel));
+    return [ends([this.dragFrom[0], x], 8), ends([inside(this.dragFrom[1]), inside(y)], 24)];
+  }
+
+  drag(x, y) {
+    const { left, right, top, bottom } = this.area;
+    const [across, up] = this.dragged(x, y);
+    const [[x0, x1], [y0, y1]] = [across ?? [left, right], up ?? [top, bottom]];
+    for (const [name, value] of Object.entries({ x: x0, width: x1 - x0, y: y0, height: y1 - y0 })) this.box.setAttribute(name, value);
   }
 
   onUp(event) {
     if (this.dragFrom === undefined) return;
-    const to = event.clientX - this.plot.getBoundingClientRect().left;
-    const ends = [this.dragFrom, to].sort((a, b) => a - b).map((pixel) => this.x.invert(pixel));
-    const wide = Math.abs(to - this.dragFrom) > 8;
+    const [across, up] = this.dragged(...this.pixels(event));
     this.dragFrom = undefined;
     this.box.remove();
-    if (wide) zoomTo(ends);
+    if (up) state.zoomY[this.metric] = [this.y.invert(up[1]), this.y.invert(up[0])];
+    if (across) state.zoom = across.map((pixel) => this.x.invert(pixel));
+    if (up || across) changed("view");
   }
 
   onKey(event) {
@@ -183,10 +192,20 @@ class Chart {
       End: () => this.setCursor(high, true),
       "+": () => zoomTo([at - (at - low) / 2, at + (high - at) / 2]),
       "-": () => zoomTo(null),
+      ArrowUp: () => this.zoomUp(0.5),
+      ArrowDown: () => this.zoomUp(2),
     };
     if (!moves[event.key] || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     moves[event.key]();
+  }
+
+  // Half or twice the values, around the highest one at the cursor.
+  zoomUp(factor) {
+    const middle = (this.cursor === null ? null : readAt(this, this.cursor)[0]?.value) ?? (this.y.domain[0] + this.y.domain[1]) / 2;
+    const [low, high] = this.y.domain.map((end) => middle + (end - middle) * factor);
+    if (!this.log || low > 0) state.zoomY[this.metric] = [low, high];
+    changed("view");
   }
 
   // The next point of any curve, at least a fiftieth of the axis away where there are many.
@@ -223,4 +242,9 @@ const cutName = (name, length) => {
 const zoomTo = (ends) => {
   state.zoom = ends;
   changed("view");
+};
+
+const resetZoom = () => {
+  state.zoomY = Object.create(null);
+  zoomTo(null);
 };

@@ -9,7 +9,7 @@ const nearest = (sorted, value) => {
   return low > 0 && value - sorted[low - 1] < sorted[low] - value ? low - 1 : low;
 };
 
-const cursorTitle = (at) => (state.x === "tokens" ? `${asCount(at)} tokens` : `step ${asCount(at)}`);
+const cursorTitle = (at) => X_AXES[state.x].say(at);
 
 // The values of all curves near `at`, the highest first; those without a point near it are left out.
 const readAt = (chart, at) => {
@@ -21,7 +21,9 @@ const readAt = (chart, at) => {
   places = chart.curves.map((curve) => ({ curve, i: nearest(positions(curve), exact) }));
   const near = places.filter(
     ({ curve, i }) =>
-      Math.abs(positions(curve)[i] - exact) <= (high - low) / 60 && drawable(curve.values[i], chart.y),
+      Math.abs(positions(curve)[i] - exact) <= (high - low) / 60 &&
+      isOn(chart.x, positions(curve)[i]) &&
+      drawable(curve.values[i], chart.y),
   );
   return near
     .sort((a, b) => b.curve.values[b.i] - a.curve.values[a.i])
@@ -49,6 +51,9 @@ const drawCursor = (chart, read) => {
   for (const { curve, value } of read) {
     chart.mark.append(drawn("circle", { class: colorOf(curve.channel), cx: x, cy: chart.y(value), r: 3.5 }));
   }
+  const [low, high] = chart.x.domain;
+  const near = marksNow().filter((mark) => Math.abs(mark.at - read[0].at) <= (high - low) / 120);
+  const events = [...new Set(near.map((mark) => mark.text))].slice(0, MAX_READ);
   const rows = read.slice(0, MAX_READ).map(({ curve, label, text }) =>
     element(
       "li",
@@ -59,6 +64,7 @@ const drawCursor = (chart, read) => {
     ),
   );
   if (read.length > MAX_READ) rows.push(element("li", { class: "more" }, `and ${read.length - MAX_READ} more`));
+  for (const text of events) rows.push(element("li", { class: "more" }, element("bdi", {}, cutName(text, 40))));
   chart.tip.replaceChildren(element("strong", {}, cursorTitle(read[0].at)), element("ul", {}, ...rows));
   chart.tip.hidden = false;
   const room = chart.plot.clientWidth - chart.tip.offsetWidth - 4;

@@ -11,8 +11,9 @@ for (const curve of DATA.curves) {
   curve.steps = integrate(curve.steps);
   if (curve.tokens) curve.tokens = integrate(curve.tokens);
 }
+for (const axes of DATA.axes) for (const axis of Object.values(axes)) axis.steps = integrate(axis.steps);
 
-const hasTokens = DATA.curves.some((curve) => curve.tokens);
+const severalRuns = DATA.runs.length > 1;
 const hasSmooth = DATA.curves.some((curve) => curve.smooth);
 const splits = [...new Set(DATA.curves.map((curve) => curve.split))];
 

@@ -18,7 +18,9 @@ const asPercent = (value) => `${(100 * value).toFixed(1)}%`;
 
 const tickText = (percent, step) => (value) => {
   if (percent) return `${Number((100 * value).toFixed(6))}%`;
-  const digits = Math.max(0, Math.min(6, -Math.floor(Math.log10(step))));
+  // As many digits as the distance between ticks has: two for 0.25.
+  const exact = (count) => Math.abs(step * 10 ** count - Math.round(step * 10 ** count)) < 1e-6;
+  const digits = [0, 1, 2, 3, 4, 5].find(exact) ?? 6;
   return value >= 1e5 ? value.toExponential(0) : value.toFixed(digits);
 };
 

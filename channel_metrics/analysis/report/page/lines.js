@@ -1,19 +1,19 @@
 // Curves as SVG paths.
-const positions = (curve) => (state.x === "tokens" ? curve.tokens : curve.steps);
-
 // The curves of one metric that are to be drawn now; smooth ones beside what they are made of.
 const curvesNow = (metric) => {
   const channels = new Set(visible());
   channels.add(WHOLE_RUN); // It has no tokens of its own, so it is drawn over steps only.
-  return DATA.curves.filter(
+  const chosen = DATA.curves.filter(
     (curve) =>
       curve.metric === metric &&
       channels.has(curve.channel) &&
       state.runs.has(curve.run) &&
       state.splits.has(curve.split) &&
       positions(curve) &&
-      (state.smooth || !curve.smooth),
+      (!curve.smooth || curve.smooth === state.smooth),
   );
+  if (!state.difference) return chosen;
+  return differences(chosen.filter((curve) => !hasSmoothTwin(curve, chosen)));
 };
 
 const hasSmoothTwin = (curve, curves) =>
@@ -27,6 +27,7 @@ const hasSmoothTwin = (curve, curves) =>
   );
 
 const drawable = (value, scale) => value !== null && (!scale.log || value > 0);
+const isOn = (scale, at) => !scale.log || at > 0;
 
 const linePath = (curve, x, y) => {
   const at = positions(curve);
@@ -34,7 +35,7 @@ const linePath = (curve, x, y) => {
   let pen = false;
   for (let i = 0; i < at.length; i++) {
     const value = curve.values[i];
-    if (!drawable(value, y)) {
+    if (!drawable(value, y) || !isOn(x, at[i])) {
       pen = false;
       continue;
     }
@@ -49,7 +50,7 @@ const bandPath = (curve, x, y) => {
   const top = [];
   const bottom = [];
   for (let i = 0; i < at.length; i++) {
-    if (!drawable(curve.low[i], y) || !drawable(curve.high[i], y)) continue;
+    if (!drawable(curve.low[i], y) || !drawable(curve.high[i], y) || !isOn(x, at[i])) continue;
     top.push(`${x(at[i]).toFixed(1)} ${y(curve.high[i]).toFixed(1)}`);
     bottom.unshift(`${x(at[i]).toFixed(1)} ${y(curve.low[i]).toFixed(1)}`);
   }
@@ -87,7 +88,7 @@ const drawCurves = (group, curves, x, y) => {
     const marked = curve.split === "train" ? lonePoints(curve) : [...curve.values.keys()];
     if (marked.length > MAX_MARKS) continue;
     for (const i of marked) {
-      if (!drawable(curve.values[i], y)) continue;
+      if (!drawable(curve.values[i], y) || !isOn(x, positions(curve)[i])) continue;
       const [cx, cy] = [x(positions(curve)[i]).toFixed(1), y(curve.values[i]).toFixed(1)];
       group.append(drawn("circle", { class: `mark ${colorOf(curve.channel)}`, cx, cy, r: 3 }));
     }

@@ -4,14 +4,55 @@ const charts = findAll(".chart").map((figure, number) => new Chart(figure, numbe
 const renderCharts = () => {
   highlight(null); // The lines that stood out are gone.
   for (const chart of charts) chart.render();
-  find("#reset-zoom").hidden = state.zoom === null;
+  find("#reset-zoom").hidden = state.zoom === null && !Object.keys(state.zoomY).length;
+  find("#minus").hidden = !state.difference;
 };
+
+// A chart of a series that has none of its own, for as long as somebody wants it.
+const others = [...new Set(DATA.curves.map((curve) => curve.metric))].filter(
+  (metric) => !charts.some((chart) => chart.metric === metric),
+);
+const addChart = (metric) => {
+  if (!others.includes(metric) || charts.some((chart) => chart.metric === metric)) return null;
+  const figure = find("#other-chart").content.firstElementChild.cloneNode(true);
+  figure.dataset.metric = metric;
+  figure.querySelector("figcaption").prepend(element("h3", {}, metric));
+  const plot = figure.querySelector(".plot");
+  plot.setAttribute("aria-label", `${metric}. ${plot.getAttribute("aria-label")}`);
+  for (const button of figure.querySelectorAll("[data-save]")) {
+    button.setAttribute("aria-label", `Save ${metric} as ${button.textContent}`);
+  }
+  find("#charts").append(figure);
+  const chart = new Chart(figure, charts.length);
+  figure.querySelector(".remove").setAttribute("aria-label", `Remove ${metric}`);
+  figure.querySelector(".remove").addEventListener("click", () => {
+    charts.splice(charts.indexOf(chart), 1);
+    figure.remove();
+    find("#other").focus();
+    changed("view");
+  });
+  charts.push(chart);
+  return chart;
+};
+find("#other").append(...others.map((metric) => element("option", { value: metric }, cutName(metric, 50))));
+find("#other-label").hidden = others.length === 0;
+find("#other").addEventListener("change", () => {
+  const chart = addChart(find("#other").value);
+  find("#other").value = "";
+  if (!chart) return;
+  changed("view");
+  chart.figure.scrollIntoView({ block: "nearest" });
+});
 
 listeners.push((what) => {
   if (what !== "view") drawLegend();
   if (what === "search") filterTables();
   else renderCharts();
 });
+
+// Shows what is chosen in all controls.
+const controls = [];
+const showControls = () => controls.forEach((show) => show());
 
 // A press button that turns `read` on and off.
 const pressable = (button, read, write) => {
@@ -21,6 +62,7 @@ const pressable = (button, read, write) => {
     show();
     changed("view");
   });
+  controls.push(show);
   show();
 };
 
@@ -37,29 +79,41 @@ choose("x", (value) => {
   state.x = value;
   state.zoom = null;
 });
+controls.push(() => {
+  for (const input of findAll('input[name="x"]')) input.checked = input.value === state.x;
+  for (const name of ["order", "top", "smooth"]) find(`#${name}`).value = state[name] === Infinity ? "all" : state[name];
+  find("#search").value = state.query;
+});
+pressable(find("#log-x"), () => state.logX, (on) => (state.logX = on));
+pressable(find("#difference"), () => state.difference, (on) => {
+  state.difference = on;
+  state.zoomY = Object.create(null);
+});
+pressable(find("#marks"), () => state.marks, (on) => (state.marks = on));
+find("#smooth").addEventListener("change", (event) => {
+  state.smooth = Number(event.target.value);
+  changed("view");
+});
+find("#difference").hidden = !severalRuns;
+find("#marks").hidden = !DATA.marks.some((marks) => marks.length);
 pressable(find("#log"), () => state.log, (on) => (state.log = on));
 pressable(find("#zero"), () => state.fromZero, (on) => (state.fromZero = on));
-pressable(find("#smooth"), () => state.smooth, (on) => (state.smooth = on));
-find("#smooth").hidden = !hasSmooth;
-find("#x-axis").hidden = !hasTokens;
-find("#reset-zoom").addEventListener("click", () => zoomTo(null));
+find("#smooth-label").hidden = !hasSmooth;
+for (const input of findAll('input[name="x"]')) input.parentElement.hidden = !hasAxis(input.value);
+find("#x-axis").hidden = !Object.keys(X_AXES).some((name) => name !== "steps" && hasAxis(name));
+find("#reset-zoom").addEventListener("click", resetZoom);
 
 const choices = (host, values, chosen, make) => {
   host.hidden = values.length < 2;
   for (const value of values) {
     const button = element("button", { type: "button", class: "chip" }, ...make(value));
-    const write = (on) => (on ? chosen.add(value) : chosen.delete(value));
-    pressable(button, () => chosen.has(value), write);
+    const write = (on) => (on ? chosen().add(value) : chosen().delete(value));
+    pressable(button, () => chosen().has(value), write);
     host.append(button);
   }
 };
-const runSample = (run) => {
-  const svg = drawn("svg", { width: 28, height: 10, "aria-hidden": "true" });
-  svg.append(drawn("path", { class: `line whole-sample run${run}`, d: "M1 5H27" }));
-  return svg;
-};
-choices(find("#runs"), [...DATA.runs.keys()], state.runs, (run) => [runSample(run), element("bdi", {}, DATA.runs[run])]);
-choices(find("#splits"), splits, state.splits, (split) => [split]);
+choices(find("#runs"), [...DATA.runs.keys()], () => state.runs, (run) => [sample(`whole-sample run${run}`), element("bdi", {}, DATA.runs[run])]);
+choices(find("#splits"), splits, () => state.splits, (split) => [split]);
 
 // The theme: that of the system, until somebody chooses.
 const THEMES = ["auto", "light", "dark"];
@@ -89,7 +143,7 @@ applyTheme(THEMES.includes(remembered()) ? remembered() : "auto");
 
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && state.isolated !== null) isolate(state.isolated);
-  else if (event.key === "Escape" && state.zoom) zoomTo(null);
+  else if (event.key === "Escape" && (state.zoom || Object.keys(state.zoomY).length)) resetZoom();
   else if (event.key === "/" && !event.target.matches("input, select")) {
     event.preventDefault();
     find("#search").focus();
@@ -106,9 +160,8 @@ new ResizeObserver(() => {
   resizing = requestAnimationFrame(renderCharts);
 }).observe(find("#charts"));
 
-find("#top").value = state.top === Infinity ? "all" : String(state.top);
 orderLegend();
 showTop();
+showControls();
 drawLegend();
 renderCharts();
-document.documentElement.dataset.ready = "true";

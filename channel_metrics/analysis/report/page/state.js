@@ -1,10 +1,13 @@
 // What is chosen: which channels and runs are drawn, and how. Everything else follows from it.
 const NUM_COLORS = 8;
 const state = {
-  x: "steps", // or "tokens"
+  x: "steps", // one of X_AXES
+  logX: false,
   log: false,
   fromZero: true,
-  smooth: hasSmooth,
+  smooth: hasSmooth ? 2 : 0, // The strength; 0 is none.
+  difference: false, // Later runs minus the first, in place of the runs.
+  marks: true,
   splits: new Set(splits),
   runs: new Set(DATA.runs.keys()),
   shown: new Set(),
@@ -13,6 +16,7 @@ const state = {
   order: "tokens",
   top: DATA.channels.length <= 12 ? Infinity : NUM_COLORS,
   zoom: null, // [low, high] on the x axis
+  zoomY: Object.create(null), // {metric: [low, high]}
 };
 
 const listeners = [];

@@ -29,6 +29,7 @@ const filterTables = () => {
 };
 
 const drawSpark = (cell) => {
+  sparks.unobserve(cell);
   const own = DATA.curves.filter(
     (curve) =>
       curve.metric === "loss" &&
@@ -36,7 +37,7 @@ const drawSpark = (cell) => {
       curve.channel === Number(cell.dataset.spark) &&
       curve.run === Number(cell.dataset.run),
   );
-  const curve = own.find((c) => c.smooth) ?? own[0];
+  const curve = own.find((c) => c.smooth === 2) ?? own[0];
   if (!curve) return;
   const values = curve.values.filter((value) => value !== null);
   const [low, high] = [Math.min(...values), Math.max(...values)];
@@ -63,12 +64,11 @@ const sparkPath = (curve, x, y) => {
 // Many small curves take a while: drawn when they come into view.
 const sparks = new IntersectionObserver((entries) => {
   for (const { isIntersecting, target } of entries) {
-    if (!isIntersecting) continue;
-    sparks.unobserve(target);
-    drawSpark(target);
+    if (isIntersecting) drawSpark(target);
   }
 });
 for (const cell of findAll("[data-spark]")) sparks.observe(cell);
+addEventListener("beforeprint", () => findAll("[data-spark]:empty").forEach(drawSpark));
 
 for (const button of findAll("button[data-isolate]")) {
   button.addEventListener("click", () => {

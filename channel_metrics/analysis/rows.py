@@ -1,0 +1,118 @@
+"""The final table of a run: one row for each channel, and one for the whole run."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from channel_metrics.analysis.readers.keys import GLOBAL
+from channel_metrics.analysis.summary import ChannelRow, part_of
+
+if TYPE_CHECKING:
+    from channel_metrics.analysis.run import Run
+    from channel_metrics.analysis.store import Values
+
+__all__ = ["final_rows", "loss_metric", "total_of", "whole_row"]
+
+
+def final_rows(run: Run) -> list[ChannelRow]:
+    """The final table, by channel; values that the log does not have are None.
+
+    Channels that are only evaluated come last, with the values of their evaluations.
+    """
+    trained = run.channels("train")
+    tokens = {name: total_of(run, name, "tokens") for name in trained}
+    samples = {name: total_of(run, name, "samples") for name in trained}
+    rows = []
+    for name in trained:
+        # The labels of an axis need not add up to the whole run.
+        share = None if run.axis else part_of(tokens, name)
+        rows.append(
+            _row(
+                run,
+                name,
+                "train",
+                tokens=tokens[name],
+                share=_mean(_finite(run.series(name, "share")[1])) if share is None else share,
+                record_share=part_of(samples, name),
+            )
+        )
+    others = [name for name in run.channels() if name not in tokens]
+    return rows + [_evaluated_row(run, name, alone=not trained) for name in others]
+
+
+def whole_row(run: Run) -> ChannelRow:
+    """The same values of the whole run."""
+    counts = [total_of(run, name, "tokens") for name in run.channels("train")]
+    known = [count for count in counts if count is not None and not run.axis]
+    return _row(run, GLOBAL, "train", tokens=sum(known) if known else None)
+
+
+def loss_metric(run: Run, channel: str, split: str = "train") -> str | None:
+    """The name of a channel's loss: measured, else estimated; None if it has none."""
+    return next((m for m in ("loss", "loss_estimate") if run.has(channel, m, split)), None)
+
+
+def total_of(run: Run, channel: str, metric: str) -> int | None:
+    """The tokens or samples of a channel since the run began; None if they are not logged.
+
+    That is the logged total, which a resumed run continues, and what was counted after it. If no
+    total is logged, it is the sum of all windows.
+    """
+    total_steps, totals = run.series(channel, f"{metric}_total")
+    steps, counts = run.series(channel, metric)
+    before = _finite(totals)
+    if before:
+        counts = counts[steps > total_steps[-1]]
+    known = _finite(counts)
+    return int((before[-1] if before else 0) + sum(known)) if before or known else None
+
+
+def _evaluated_row(run: Run, name: str, *, alone: bool) -> ChannelRow:
+    """The row of a channel that only evaluations have. alone: whether all channels are such."""
+    split = next(key.split for key in run.keys if key.channel == name)
+    # Each evaluation counts the same tokens again.
+    sizes = {
+        other: _last(run, other, split, "tokens")
+        for other in run.channels(split)
+        if alone or other == name
+    }
+    counts = {other: None if size is None else int(size) for other, size in sizes.items()}
+    share = part_of(counts, name) if alone else None
+    return _row(run, name, split, tokens=counts[name], share=share)
+
+
+def _row(
+    run: Run,
+    name: str,
+    split: str,
+    *,
+    tokens: int | None = None,
+    share: float | None = None,
+    record_share: float | None = None,
+) -> ChannelRow:
+    losses = _finite(run.series(name, loss_metric(run, name, split) or "loss", split)[1])
+    return ChannelRow(
+        channel=name,
+        split=split,
+        first_loss=losses[0] if losses else None,
+        last_loss=losses[-1] if losses else None,
+        token_acc=_last(run, name, split, "token_acc"),
+        eval_loss=_last(run, name, "eval", "loss"),
+        tokens=tokens,
+        share=share,
+        record_share=record_share,
+    )
+
+
+def _last(run: Run, name: str, split: str, metric: str) -> float | None:
+    values = _finite(run.series(name, metric, split)[1])
+    return values[-1] if values else None
+
+
+def _finite(values: Values) -> list[float]:
+    return [value for value in values.tolist() if math.isfinite(value)]
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,183 @@
+"""Labels of axes in the log of a session, told apart from channels with a "/" in their names."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from analysis.analysis_tools import run_of, write_jsonl
+from channel_metrics import ChannelMetrics, MetricsConfig
+from channel_metrics.analysis.axes import with_axis
+from channel_metrics.analysis.judging.told import findings_of
+from channel_metrics.analysis.report.views import views_of
+from channel_metrics.analysis.rows import final_rows
+from channel_metrics.analysis.run import Run, load_run
+from channel_metrics.cli.main import app
+from channel_metrics.core.micro_batch import MicroBatch
+from channel_metrics.core.names import joint_name
+from channel_metrics.errors import ChannelMetricsError
+
+ALL = ("loss", "token_acc", "tokens", "share")
+AXES: dict[str, Any] = {"domain": {"bbu": "target", "code/rust": "target"}, "lang": ()}
+PLAIN = ("bbu", "rru", "lvis")
+SLASHED = ("code/python", "code/rust", "web/de")
+
+
+def history(
+    channels: Sequence[str], *, steps: int = 12, metrics: Sequence[str] = ALL, **config: Any
+) -> list[dict[str, Any]]:
+    """The log of a session: tokens with a language, losses that fall, the exact loss of all."""
+    rng = random.Random(0)
+    session = ChannelMetrics(MetricsConfig(metrics=tuple(metrics), **config))
+    entries = []
+    for step in range(1, steps + 1):
+        names, losses, ends = [], [], [0]
+        for place, channel in enumerate(channels):
+            # The last channel is missing from half of the steps.
+            if step % 2 and channel == channels[-1]:
+                continue
+            for lang in ("en", "de"):
+                size = rng.randint(1, 30)
+                names.append(joint_name(channel, [("lang", lang)] if "axes" in config else []))
+                losses += [2.0 + place + rng.random() - step / 100 for _ in range(size)]
+                ends.append(len(losses))
+        values = torch.tensor(losses, dtype=torch.float64)
+        session.count(
+            MicroBatch(
+                token_losses=values,
+                correct=values < 3,
+                channels=names,
+                cu_seqlens=torch.tensor(ends, dtype=torch.int32),
+            )
+        )
+        logs = session.close(step).logs
+        entries.append({"loss": float(values.mean()), **logs, "step": step})
+    return entries
+
+
+def run_with(tmp_path: Path, channels: Sequence[str], **more: Any) -> Run:
+    return load_run(write_jsonl(tmp_path / "logging.jsonl", history(channels, **more)))
+
+
+def notes_about_axes(run: Run) -> list[str]:
+    return [note for note in run.problems.notes if "--axis" in note]
+
+
+def check(run: Run) -> tuple[int, float]:
+    """The windows of the self-check, and its largest difference."""
+    (view,) = views_of([run])
+    assert view.check is not None
+    return view.check.windows, view.check.largest
+
+
+@pytest.mark.parametrize("metrics", [ALL, ("loss", "tokens")])
+def test_labels_are_no_channels(tmp_path: Path, metrics: Sequence[str]) -> None:
+    run = run_with(tmp_path, PLAIN, metrics=metrics, axes=AXES, cross=[["channel", "domain"]])
+    assert run.channels() == list(PLAIN)
+    assert run.axes == ["domain", "lang", "channel.domain"]
+    assert sum(row.share or 0 for row in final_rows(run)) == pytest.approx(1)
+    windows, largest = check(run)
+    assert windows == 12 and largest == pytest.approx(0, abs=1e-6)
+    assert notes_about_axes(run) == [
+        "labels of the axes domain, lang, channel.domain are left aside; --axis domain shows them"
+    ]
+    # The values are kept, also for the tables that are written.
+    assert "lang/en" in {key.channel for key, _, _ in run.all_series()}
+
+
+@pytest.mark.parametrize("metrics", [ALL, ("loss", "tokens")])
+@pytest.mark.parametrize("channels", [SLASHED, (*SLASHED, "bbu"), ("bbu", "web/de", "web/en")])
+def test_channels_with_a_slash_stay_channels(
+    tmp_path: Path, channels: Sequence[str], metrics: Sequence[str]
+) -> None:
+    run = run_with(tmp_path, channels, metrics=metrics)
+    assert set(run.channels()) == set(channels)
+    assert run.axes == notes_about_axes(run) == []
+
+
+@pytest.mark.parametrize("metrics", [ALL, ("loss", "tokens")])
+@pytest.mark.parametrize("channels", [SLASHED, (*SLASHED, "bbu"), ("code/rust", "code/python")])
+def test_channels_with_a_slash_beside_labels(
+    tmp_path: Path, channels: Sequence[str], metrics: Sequence[str]
+) -> None:
+    run = run_with(tmp_path, channels, metrics=metrics, axes=AXES)
+    assert set(run.channels()) == set(channels)
+    assert run.axes == ["domain", "lang"]
+    assert check(run)[1] == pytest.approx(0, abs=1e-6)
+
+
+def test_groups_of_trees_are_labels(tmp_path: Path) -> None:
+    run = run_with(tmp_path, (*SLASHED, "bbu"), tree=1)
+    assert set(run.channels()) == {*SLASHED, "bbu"}
+    assert run.axes == ["tree", "tree_mean"]
+    tree, mean = with_axis(run, "tree"), with_axis(run, "tree_mean")
+    assert tree.channels() == mean.channels() == ["code", "web"]
+    python, rust = (run.series(f"code/{name}", "loss")[1] for name in ("python", "rust"))
+    assert mean.series("code", "loss")[1] == pytest.approx((python + rust) / 2)
+    # The groups do not hold `bbu`, so their shares are those of the log.
+    code, web = final_rows(tree)
+    assert code.share == pytest.approx(tree.series("code", "share")[1].mean())
+    assert (code.share or 0) + (web.share or 0) < 0.9
+    # Without such channels, it is a name as any other.
+    alone = run_of([{"step": s, "tree/oak_loss": 1.0, "tree/oak_tokens": 4} for s in (1, 2, 3)])
+    assert alone.channels() == ["tree/oak"]
+
+
+def test_one_group_of_channels_with_as_many_tokens_as_another_one() -> None:
+    """Both have half of the tokens, and the log has no shares: the losses tell."""
+    log = [
+        {"step": s, "loss": 2.0, "code_loss": 1.0, "code_tokens": 8}
+        | {"web/en_loss": 2.0, "web/en_tokens": 4, "web/de_loss": 4.0, "web/de_tokens": 4}
+        for s in range(1, 9)
+    ]
+    assert run_of(log).channels() == ["code", "web/en", "web/de"]
+
+
+def test_names_that_are_declared_are_channels(tmp_path: Path) -> None:
+    """Both prefixes hold all tokens here, and keys in alphabetical order do not tell which."""
+    names = ("read/wiki", "read/news")
+    entries = [dict(sorted(e.items())) for e in history(names, axes={"domain": {names[0]: "a"}})]
+    log = write_jsonl(tmp_path / "logging.jsonl", entries)
+    run = load_run(log, channels=names)
+    assert (run.axes, set(run.channels())) == (["domain"], set(names))
+    assert load_run(log).axes == ["read"]
+
+
+def test_an_axis_in_place_of_the_channels(tmp_path: Path) -> None:
+    entries = history(PLAIN, axes=AXES)
+    run = run_of(entries)
+    shown = with_axis(run, "domain")
+    assert shown.channels() == ["target", "unlabeled"]
+    assert shown.series("target", "loss")[1].tolist() == [e["domain/target_loss"] for e in entries]
+    rows = {row.channel: row for row in final_rows(shown)}
+    assert rows["target"].tokens == sum(entry["bbu_tokens"] for entry in entries)
+    # The mean of the shares of the whole run, which need not be one of the labels alone.
+    assert rows["target"].share == pytest.approx(shown.series("target", "share")[1].mean())
+    (view,) = views_of([shown])
+    assert not any(finding.kind == "check" for finding in findings_of(view))
+    with pytest.raises(ChannelMetricsError, match=r"got 'role'; its log has domain, lang"):
+        with_axis(run, "role")
+    with pytest.raises(ChannelMetricsError, match="its log has labels of no axis"):
+        with_axis(run_of(history(PLAIN)), "domain")
+
+
+@pytest.mark.parametrize("command", [("analyze",), ("report", "--no-pictures")])
+def test_the_option_of_the_commands(tmp_path: Path, command: tuple[str, ...]) -> None:
+    log = write_jsonl(tmp_path / "logging.jsonl", history(PLAIN, axes=AXES))
+
+    def channels(*more: str) -> list[str]:
+        done = CliRunner().invoke(app, [*command, str(log), "--json", *more])
+        assert done.exit_code == 0, done.output
+        return [row["channel"] for row in json.loads(done.stdout)["runs"][0]["channels"]]
+
+    assert set(channels()) == set(PLAIN)
+    assert channels("--axis", "lang") == ["en", "de"]
+    wrong = CliRunner().invoke(app, [*command, str(log), "--axis", "role"])
+    assert wrong.exit_code == 2 and "got 'role'" in wrong.output

@@ -1,0 +1,47 @@
+"""axe-core in the browser: no violation of any impact, whatever is drawn."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis.browser import HOME, Report, needs_browser
+
+AXE = Path(sys.prefix) / "sources" / "axe_playwright_python" / "axe.min.js"
+
+pytestmark = needs_browser
+
+
+def violations(report: Report) -> list[Any]:
+    """(rule, impact, first element) of each violation."""
+    report.run(AXE.read_text(encoding="utf-8"))
+    return report.driver.execute_async_script(
+        "const done = arguments[0]; axe.run().then((result) => done(result.violations.map("
+        "(found) => [found.id, found.impact, found.nodes[0].html])))"
+    )
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing(report: Report, files: dict[str, Path], theme: str, width: int) -> None:
+    for name in ("lacking", "hostile", "troubled"):
+        report.open(files[name], theme=theme, width=width)
+        assert violations(report) == [], name
+
+
+def test_axe_finds_nothing_in_a_page_that_is_used(report: Report, files: dict[str, Path]) -> None:
+    report.open(files["rich"])
+    report.click("#difference")
+    report.choose("#other", "grad_norm")
+    report.click("#legend-list button")
+    report.read(HOME)
+    assert violations(report) == []
+
+
+def test_axe_would_find_two_landmarks_of_one_name(report: Report, files: dict[str, Path]) -> None:
+    report.open(files["two"])
+    report.run("document.querySelector('.scroll').setAttribute('role', 'region')")
+    assert [found[:2] for found in violations(report)] == [["landmark-unique", "moderate"]]

@@ -1,0 +1,113 @@
+"""What a chart stands over, what it marks, the mix so far, and series without a chart."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from analysis.analysis_tools import make_history, run_of, series_of, write_jsonl
+from analysis.report_runs import rich_run, run_with
+from channel_metrics.analysis.report.axes import axes_of, marks_of
+from channel_metrics.analysis.report.curves import curves_of
+from channel_metrics.analysis.report.more_curves import mix_curves, other_curves
+from channel_metrics.analysis.report.page_data import page_data
+from channel_metrics.analysis.report.views import shown, view_run
+from channel_metrics.analysis.run import RUN_FILE, Run, load_run
+
+
+def test_axes_are_those_of_the_log() -> None:
+    run = run_of(make_history(40))
+    assert set(axes_of(run)) == {"all_tokens"}
+    steps, values = axes_of(run)["all_tokens"]
+    tokens = [series_of(run, name, "tokens") for name in run.channels("train")]
+    sums = np.cumsum([sum(series.get(step, 0) for series in tokens) for step in range(1, 41)])
+    assert (steps.tolist(), values.tolist()) == (list(range(1, 41)), sums.tolist())
+    assert set(axes_of(rich_run())) == {"all_tokens", "epoch", "time"}
+
+
+def test_an_axis_never_goes_back_and_is_short() -> None:
+    # The clock of a resumed job begins anew.
+    clock = [*range(1000), *range(500)]
+    entries = [{"step": s, "loss": 1.0, "_runtime": t} for s, t in enumerate(clock)]
+    steps, values = axes_of(run_of(entries))["time"]
+    assert len(steps) == 300 and (steps[0], steps[-1]) == (0, 1499)
+    assert (np.diff(values) >= 0).all() and values[-1] == 999
+
+
+def test_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Run, "resumes", (21,), raising=False)
+    marks = marks_of(rich_run())
+    assert marks[:2] == [
+        {"kind": "resume", "step": 21, "text": "resumed"},
+        {"kind": "alert", "step": 50, "text": "alert_rising"},
+    ]
+    assert [mark["step"] for mark in marks[2:]] == [40, 80, 120, 160]
+
+
+def test_the_mix_so_far_counts_windows_without_a_channel() -> None:
+    history = [{"step": s, "a_loss": 1, "a_tokens": 5, "a_samples": 3} for s in (1, 2, 3)]
+    history[1] |= {"b_loss": 1, "b_tokens": 5, "b_samples": 1}
+    curves = {curve.channel: curve for curve in mix_curves(run_of(history), ["a", "b"], 100)}
+    assert curves["a"].values.tolist() == [1, 6 / 7, 9 / 10]
+    assert curves["b"].values.tolist() == [0, 1 / 7, 1 / 10]
+
+
+def test_epochs_over_each_source_need_its_size(tmp_path: Path) -> None:
+    history = [{"step": s, "a_loss": 1, "a_tokens": 5, "a_samples": 3} for s in (1, 2, 3)]
+    log = write_jsonl(tmp_path / "logging.jsonl", history)
+    assert {c.metric for c in mix_curves(load_run(tmp_path), ["a"], 100)} == {"mix"}
+    (tmp_path / RUN_FILE).write_text(json.dumps({"ratios": {"a": 1}, "records": {"a": 6}}))
+    for path in (tmp_path, log):
+        _, epochs = mix_curves(load_run(path), ["a"], 100)
+        assert (epochs.metric, epochs.values.tolist()) == ("epochs", [0.5, 1.0, 1.5])
+
+
+def test_other_series_are_whole_metrics() -> None:
+    curves = list(other_curves(rich_run(), ["a", "b"], 100))
+    names = {(curve.channel, curve.metric) for curve in curves}
+    assert {("", "grad_norm"), ("", "learning_rate"), ("a", "tokens"), ("b", "samples")} <= names
+    assert not {metric for _, metric in names} & {"loss", "loss_low", "loss_high", "share"}
+    assert max(len(curve.steps) for curve in curves) <= 50
+    # Of 250 channels, one metric has room, and a second would not be complete.
+    many = [f"c{i}" for i in range(250)]
+    found = [curve.metric for curve in other_curves(run_with(many, steps=4), many, 100)]
+    assert sorted(set(found)) == ["tokens"] and len(found) == 250
+
+
+def test_each_strength_is_one_curve_more() -> None:
+    run = run_of(make_history(600))
+    curves = [c for c in curves_of(run, ["bbu"], 2000, (1, 2, 3)) if c.split == "train"]
+    of_loss = [c for c in curves if (c.channel, c.metric) == ("bbu", "loss")]
+    assert [curve.smooth for curve in of_loss] == [0, 1, 2, 3]
+
+    def roughness(values: Any) -> float:
+        return float(np.abs(np.diff(values, n=2)).mean())
+
+    rough = [roughness(np.interp(range(1, 601), c.steps, c.values)) for c in of_loss]
+    assert rough == sorted(rough, reverse=True)
+
+
+def test_the_page_has_tokens_once_for_each_channel() -> None:
+    run = run_of(make_history(200))
+    data = page_data([view_run(run, 0, {"bbu": 0, "rru": 1, "lvis": 2})], run.channels(), 2000)
+    with_tokens = [(c["channel"], c["metric"]) for c in data["curves"] if "tokens" in c]
+    assert sorted(with_tokens) == [(0, "loss"), (1, "loss"), (2, "loss")]
+
+
+def test_a_name_of_blanks_is_shown_as_such() -> None:
+    assert [shown(name) for name in ("", " ", "  \u00a0", "a b")] == [
+        "(no name)",
+        "(1 blank)",
+        "(3 blanks)",
+        "a b",
+    ]
+
+
+def test_a_clock_that_stands_still_is_no_error() -> None:
+    run = replace(run_of([{"step": s, "loss": 1.0, "_runtime": 5} for s in (1, 2)]), name="x")
+    assert axes_of(run)["time"][1].tolist() == [0, 0]
