@@ -38,7 +38,7 @@ from channel_metrics.ranks.exchange import GlobalSums
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.ranks.sync import sum_over_ranks
 from channel_metrics.window_maker import WindowMaker
-from channel_metrics.windows import Evaluation, Window
+from channel_metrics.windows import Evaluation, Window, tell
 
 __all__ = ["ChannelMetrics"]
 
@@ -295,14 +295,6 @@ class ChannelMetrics(Counting):
         return Window(split=split, step=step, prefix=prefix, final=final)
 
     def _tell(self, window: Window) -> None:
-        if not self.measuring or not window.table.any():
-            return  # A trainer may log twice at one step: a window that holds nothing.
-        for observer in list(self.on_window):
-            try:
-                observer(window)
-            except Exception as error:
-                # Of any kind, but only a display may fail: other observers steer the training.
-                if not getattr(observer, "is_display", False):
-                    raise
-                self.on_window.remove(observer)
-                self.warn_once(f"{observer!r} failed, and shows nothing from now on: {error!r}")
+        # A trainer may log twice at one step: a window that holds nothing.
+        if self.measuring and window.table.any():
+            tell(window, self.on_window, self.warn_once)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.table import SumTable
 
-__all__ = ["Evaluation", "OpenWindow", "Window"]
+__all__ = ["Evaluation", "OpenWindow", "Window", "tell"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,3 +91,18 @@ class Evaluation(OpenWindow):
     def logs(self) -> dict[str, float]:
         """The values under their log keys; empty if there is no window."""
         return {} if self.window is None else self.window.logs
+
+
+def tell(
+    window: Window, observers: list[Callable[[Window], Any]], warn_once: Callable[..., None]
+) -> None:
+    """Call the observers. A display that fails is removed from them, with a warning."""
+    for observer in list(observers):
+        try:
+            observer(window)
+        except Exception as error:
+            # Of any kind, but only a display may fail: other observers steer the training.
+            if not getattr(observer, "is_display", False):
+                raise
+            observers.remove(observer)
+            warn_once(f"{observer!r} failed, and shows nothing from now on: {error!r}")

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -266,10 +267,6 @@ def test_colors_are_told_apart_with_every_kind_of_color_blindness(theme: int, gr
         seen = [oklab([sum(map(mul, row, linear(c))) for row in matrix]) for c in colors]
         nearest = min(math.dist(a, b) for i, a in enumerate(seen) for b in seen[:i])
         assert nearest > 0.07
-
-
-def mul(a: float, b: float) -> float:
-    return a * b
 
 
 def linear(color: str) -> list[float]:
