@@ -1,12 +1,13 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env env-latest env-llamafactory demo demo-megatron test test-core test-latest \
-	test-llamafactory test-upstream matrix lint check docs bench clean
+.PHONY: help env env-latest env-llamafactory env-axolotl demo demo-megatron test test-core \
+	test-latest test-llamafactory test-axolotl test-upstream matrix lint check docs bench clean
 
 BIN := .venv/bin
 BIN_LATEST := .venv-latest/bin
 BIN_LLAMAFACTORY := .venv-llamafactory/bin
+BIN_AXOLOTL := .venv-axolotl/bin
 # Two test processes: the multi-process tests start more of their own. By file, because the runs that
 # a file shares would else be started in both.
 PYTEST := -m pytest -n 2 --dist loadfile --durations=15 --durations-min=5
@@ -28,13 +29,18 @@ SOURCES := pyproject.toml scripts/make_env constraints/sources.txt constraints/v
 .venv/.stamp: $(SOURCES) constraints/main.in constraints/main.txt
 	@scripts/make_env main
 
-.venv-latest/.stamp: $(SOURCES) constraints/latest.in constraints/latest.txt
+.venv-latest/.stamp: $(SOURCES) constraints/latest.in constraints/latest.txt constraints/unresolved.txt
 	@scripts/make_env latest
 
 env-llamafactory: .venv-llamafactory/.stamp ## Create .venv-llamafactory: a small one over .venv
 
 .venv-llamafactory/.stamp: .venv/.stamp constraints/llamafactory.txt
 	@scripts/make_env llamafactory
+
+env-axolotl: .venv-axolotl/.stamp ## Create .venv-axolotl: a small one over .venv-latest
+
+.venv-axolotl/.stamp: .venv-latest/.stamp constraints/axolotl.txt
+	@scripts/make_env axolotl
 
 demo: env ## Train a tiny model on four channels and show their losses
 	DS_ACCELERATOR=cpu $(BIN)/channel-metrics train configs/fused_data/debug.yaml
@@ -51,6 +57,10 @@ test-latest: env-latest ## Run the tests in .venv-latest
 test-llamafactory: env-llamafactory ## Run the tests of LLaMA-Factory in it
 	$(TEST_ENV) $(BIN_LLAMAFACTORY)/python -m pytest \
 		tests/trainers/llamafactory tests/contract/test_contract_llamafactory.py $(ARGS)
+
+test-axolotl: env-axolotl ## Run the tests of Axolotl in it
+	$(TEST_ENV) $(BIN_AXOLOTL)/python -m pytest \
+		tests/trainers/axolotl tests/contract/test_contract_axolotl.py $(ARGS)
 
 test-upstream: env ## Run TRL's or transformers' tests with and without our patch (TRL_PATH=...)
 	$(TEST_ENV) TRL_PATH=$(TRL_PATH) TRANSFORMERS_PATH=$(TRANSFORMERS_PATH) \
@@ -79,6 +89,6 @@ bench: env ## Measure what it costs, beside others; writes benchmarks/results/ a
 	$(BIN)/python -m benchmarks
 
 clean: ## Remove environments, caches and build products
-	rm -rf .venv .venv-latest .venv-llamafactory .venv-matrix build dist site *.egg-info .hypothesis .import_linter_cache
+	rm -rf .venv .venv-latest .venv-llamafactory .venv-axolotl .venv-matrix build dist site *.egg-info .hypothesis .import_linter_cache
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

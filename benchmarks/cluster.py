@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from channel_metrics.core.schema import TOKENS
+from channel_metrics.core.schema import DEFAULT_METRICS, TOKENS
 from channel_metrics.ranks.exchange import FIRST_SIZE, HEADER_SIZE
 from channel_metrics.ranks.name_union import union_of_names
 
@@ -46,7 +46,7 @@ def vectors(
     num_ranks: int, num_channels: int, *, name_bytes: int = NAME_BYTES
 ) -> dict[str, list[int]]:
     """{event: bytes of each vector that is all-reduced}; `num_channels` are agreed on before."""
-    row = 8 * len(TOKENS.columns)
+    row = 8 * len(TOKENS.narrowed(DEFAULT_METRICS).columns)
     log = row * (num_channels + 1) + 8 * HEADER_SIZE
     index = 3 * 8 * num_ranks
     return {

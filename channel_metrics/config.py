@@ -27,7 +27,7 @@ class MetricsConfig:
 
     The first one that a record has is used."""
 
-    axes: Mapping[str, Any] = field(default_factory=dict)
+    axes: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """More labels of a record: {axis: field, list of fields, or {channel: label}}.
 
     `{"domain": "metadata._fusion_domain"}` logs `domain/target_loss` and so on beside the

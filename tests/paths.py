@@ -9,7 +9,17 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 PATCHES = ROOT / "patches"
 # Helper modules of the tests go by their bare names; pyproject.toml lists the same folders.
-FOLDERS = ("hf", "lightning", "llamafactory", "loop", "trl", "swift", "swift_megatron", "megatron")
+FOLDERS = (
+    "axolotl",
+    "hf",
+    "lightning",
+    "llamafactory",
+    "loop",
+    "trl",
+    "swift",
+    "swift_megatron",
+    "megatron",
+)
 IMPORTS = (ROOT, TESTS, *(TESTS / "trainers" / name for name in FOLDERS))
 
 

@@ -221,9 +221,13 @@ class LossHook:
 
     @contextmanager
     def placed(self) -> Iterator[None]:
-        """A block that watches the function. If the module is not imported, it does nothing."""
-        module = sys.modules.get(self._module)
-        if module is None:
+        """A block that watches the function.
+
+        It does nothing if the module is not imported, or if this version of it has no such
+        function.
+        """
+        module: Any = sys.modules.get(self._module)
+        if not hasattr(module, self._name):
             yield
             return
         with self._lock:

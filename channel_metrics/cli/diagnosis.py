@@ -37,7 +37,14 @@ PATCH_MODULES = {name: list(modules.values())[-1] for name, modules in PATCHES.i
 # Distributions whose versions matter.
 _DISTRIBUTIONS = (
     *("torch", "transformers", "accelerate", "datasets", "trl", "peft", "deepspeed", "ms_swift"),
-    *("megatron-core", "transformer-engine", "liger-kernel", "lightning", "flash-attn"),
+    *(
+        "megatron-core",
+        "megatron-bridge",
+        "transformer-engine",
+        "liger-kernel",
+        "lightning",
+        "flash-attn",
+    ),
     *("axolotl", "llamafactory", "pyyaml", "typer"),
 )
 

@@ -96,10 +96,12 @@ def channel_of(
     record: Mapping[str, Any],
     fields: Sequence[str] = DEFAULT_FIELDS,
     classes: Mapping[str, Sequence[str]] | None = None,
+    otherwise: str | None = None,
 ) -> str | None:
     """The channel of a record that is one sequence; None if it has none.
 
-    Arguments are as in `channels_of`. Raises `ChannelError` for a record that lists several.
+    Arguments are as in `channels_of`; `otherwise` is the channel of a record without one. Raises
+    `ChannelError` for a record that lists several.
     """
     found = channels_of(record, fields, classes)
     if len(found) != 1:
@@ -107,7 +109,10 @@ def channel_of(
             f"expected one channel for a record, but it lists {len(found)}; a record that packs "
             "several sequences is read with channels_of."
         )
-    return found[0]
+    if otherwise is None:
+        return found[0]
+    channel, labels = split_name(found[0] or "")
+    return joint_name(channel or otherwise, labels)
 
 
 class LabelTable:

@@ -31,6 +31,10 @@ PATCHES = {
         "llamafactory.data.loader": "channel_metrics.trainers.llamafactory.patch",
     },
     "megatron": {"megatron.core": "channel_metrics.trainers.megatron.patch"},
+    "megatron_bridge": dict.fromkeys(
+        ("megatron.bridge.training.pretrain", "megatron.bridge.data.packing.offline"),
+        "channel_metrics.trainers.megatron_bridge.patch",
+    ),
     "ms_swift": dict.fromkeys(
         ("swift.dataset", "swift.pipelines", "swift.trainers"),
         "channel_metrics.trainers.swift.patch",

@@ -14,14 +14,17 @@ from contract.script import (
     ERROR_BARS,
     Evaluation,
     Harness,
-    Ran,
     Script,
+    check_error_bars,
     check_values,
     expected,
     flat,
+    measure,
+    ran,
     renamed,
     size,
     steps,
+    train_windows,
     unit,
     window_sequences,
 )
@@ -43,24 +46,6 @@ def case(*needs: str) -> Callable[..., Callable[[Harness, Path], None]]:
 def config(**given: Any) -> MetricsConfig:
     settings: dict[str, Any] = {"metrics": ALL, "live_table": False, **given}
     return MetricsConfig(**settings)
-
-
-def ran(harness: Harness, script: Script, folder: Path) -> Ran:
-    """One process, without an error."""
-    (found,) = harness.run(script, folder)
-    assert found.error is None, found.error
-    return found
-
-
-def train_windows(found: Ran) -> list[dict[str, dict[str, float]]]:
-    return [window.values for window in found.windows if window.split == "train"]
-
-
-def check_error_bars(harness: Harness, values: dict[str, dict[str, float]]) -> None:
-    """A trainer of tokens logs them where a channel has two sequences, others never."""
-    for of_channel in values.values():
-        has = unit(harness) == "tokens" and of_channel["samples"] > 1
-        assert set(ERROR_BARS) & set(of_channel) == (set(ERROR_BARS) if has else set())
 
 
 @case()
@@ -95,15 +80,7 @@ def unlabeled_is_in_plain_sight(harness: Harness, folder: Path) -> None:
     found = ran(harness, script, folder)
     (values,) = train_windows(found)
     check_values(values, expected(harness, window_sequences(script)[0]))
-    assert list(values) == ["a", "unlabeled"] and "unlabeled_loss" in found.logs[0]
-
-
-@case()
-def all_unlabeled_warns_once(harness: Harness, folder: Path) -> None:
-    chosen = config(channels=("a",))
-    found = ran(harness, Script(config=chosen, steps=steps("--", "--"), every=1), folder)
-    said = [message for message in found.warnings if "count as 'unlabeled'" in message]
-    assert len(said) == 1 and "no record" in said[0]
+    assert list(values) == ["a", "unlabeled"] and f"unlabeled_{measure(harness)}" in found.logs[0]
 
 
 @case()
@@ -115,7 +92,9 @@ def eval_channels_are_respected(harness: Harness, folder: Path) -> None:
     )
     found = ran(harness, script, folder)
     (evaluated,) = found.evaluations
-    assert "eval_a_loss" in evaluated and not any(key.startswith("eval_b") for key in evaluated)
+    assert f"eval_a_{measure(harness)}" in evaluated and not any(
+        key.startswith("eval_b") for key in evaluated
+    )
     assert set(train_windows(found)[0]) == {"a", "b"}
 
 
@@ -186,8 +165,9 @@ def late_typo_in_eval_channels_is_said_once(harness: Harness, folder: Path) -> N
     found = ran(harness, script, folder)
     said = [message for message in found.warnings if "'ruu', which is no channel" in message]
     assert len(said) == 1 and "did you mean 'rru'" in said[0]
-    first, second = ({"eval_bbu_loss", "eval_rru_loss"} & set(e) for e in found.evaluations)
-    assert first == second == {"eval_bbu_loss"}
+    keys = {f"eval_{name}_{measure(harness)}" for name in ("bbu", "rru")}
+    first, second = (keys & set(e) for e in found.evaluations)
+    assert first == second == {f"eval_bbu_{measure(harness)}"}
 
 
 @case()
@@ -292,14 +272,6 @@ def on_error_can_be_forced(harness: Harness, folder: Path) -> None:
     script = Script(config=config(on_error="raise"), steps=every, fault_at=3)
     (raised,) = harness.run(script, folder / "raise")
     assert isinstance(raised.error, ZeroDivisionError)
-
-
-@case("lies")
-def a_loss_that_lies_is_told_once(harness: Harness, folder: Path) -> None:
-    script = Script(config=config(), steps=steps("ab", "aa", "bb", "ab"), every=1, lies=True)
-    found = ran(harness, script, folder)
-    said = [message for message in found.warnings if "do not add up" in message]
-    assert len(said) == 1
 
 
 @case("ranks")

@@ -17,7 +17,16 @@ from contract.harness import Forking
 from contract.harness_loop import watch_windows
 from contract.script import ROWS, Evaluation, OneSequence, Ran, Script, flat
 
-__all__ = ["HFHarness", "InOrder", "Records", "collate", "nll_of", "tiny_qwen2", "token_ids"]
+__all__ = [
+    "HFHarness",
+    "InOrder",
+    "Records",
+    "collate",
+    "generated_together",
+    "nll_of",
+    "tiny_qwen2",
+    "token_ids",
+]
 
 VOCABULARY = 61
 
@@ -103,6 +112,20 @@ class InOrder(Trainer):
         return SequentialSampler(records)
 
 
+def generated_together(trainer: Any) -> list[int]:
+    """The records of a GRPO trainer in their order.
+
+    It generates those of a step together, and asks for them again in each of its micro-batches.
+    """
+    size, steps = trainer.args.generation_batch_size, trainer.args.steps_per_generation
+    return [
+        index
+        for start in range(0, len(trainer.train_dataset), size)
+        for _ in range(steps)
+        for index in range(start, start + size)
+    ]
+
+
 class _Following(TrainerCallback):
     def __init__(self, harness: HFHarness, trainer: Any, script: Script, ran: Ran) -> None:
         self.harness, self.trainer, self.script, self.ran = harness, trainer, script, ran
@@ -141,11 +164,11 @@ def collate(records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {**batch, "attention_mask": torch.tensor(mask)}
 
 
-def tiny_qwen2(seed: int = 0) -> Qwen2ForCausalLM:
+def tiny_qwen2(seed: int = 0, vocabulary: int = VOCABULARY) -> Qwen2ForCausalLM:
     """The same model for everybody, without dropout."""
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=1,

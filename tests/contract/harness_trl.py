@@ -1,21 +1,40 @@
-"""TRL's SFTTrainer, padded, and DPOTrainer, with the model of the Trainer's harness."""
+"""TRL's SFTTrainer, padded, DPOTrainer, RewardTrainer and KTOTrainer, with tiny models."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from datasets import Dataset
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl_tools import CHECKPOINTING
 
 from channel_metrics.demo.tiny import byte_tokenizer
 from channel_metrics.trainers.hf import attach
 from contract.harness_hf import HFHarness, InOrder, Records, tiny_qwen2
-from contract.pairs import BETA, REFERENCE_SEED, loss_of_pair, pair_of
+from contract.pairs import (
+    BETA,
+    REFERENCE_SEED,
+    answer_of,
+    loss_of_answer,
+    loss_of_pair,
+    loss_of_rewards,
+    padding_tokenizer,
+    pair_of,
+    reward_model,
+)
 from contract.script import OneSequence, Script, flat
 
-__all__ = ["DPOHarness", "SFTHarness"]
+__all__ = ["DPOHarness", "KTOHarness", "PairHarness", "RewardHarness", "SFTHarness", "stand_in"]
 
 OPTIONS: dict[str, Any] = {CHECKPOINTING: False, "bf16": False}
 
@@ -52,11 +71,23 @@ class Rows(Records):
     column_names = ("input_ids", "labels", "channel")
 
 
-class DPOHarness(HFHarness):
-    """A sequence of the script is a pair: its tokens are chosen, others are rejected."""
+class PairHarness(HFHarness):
+    """A sequence of the script is a pair, or a single answer, see pairs.py."""
 
-    name = "trl_dpo"
     can = HFHarness.can - {"ranks"} | {"pairs"}
+
+    def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
+        records = self.records([s for step in script.steps for s in flat(step)])
+        trainer = self.trainer(arguments | OPTIONS, records)
+        trainer.train_dataset = records
+        return attach(trainer, script.config)
+
+    def trainer(self, arguments: dict[str, Any], records: Records) -> Any:
+        raise NotImplementedError
+
+
+class DPOHarness(PairHarness):
+    name = "trl_dpo"
 
     def nll(self, sequence: OneSequence) -> float:
         return loss_of_pair(sequence)
@@ -64,25 +95,70 @@ class DPOHarness(HFHarness):
     def records(self, sequences: list[OneSequence], fails_at: int | None = None) -> Records:
         return Pairs(sequences, fails_at)
 
-    def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
-        records = self.records([s for step in script.steps for s in flat(step)])
-        trainer: Any = DPOInOrder(
+    def trainer(self, arguments: dict[str, Any], records: Records) -> Any:
+        return DPOInOrder(
             model=tiny_qwen2(),
             ref_model=tiny_qwen2(REFERENCE_SEED),
-            args=DPOConfig(**arguments, **OPTIONS, beta=BETA),
+            args=DPOConfig(**arguments, beta=BETA),
             train_dataset=stand_in(records),
-            processing_class=byte_tokenizer(),
+            processing_class=padding_tokenizer(),
         )
-        trainer.train_dataset = records
-        trainer.data_collator.pad_token_id = 0
-        return attach(trainer, script.config)
 
 
-class DPOInOrder(InOrder, DPOTrainer):
+class RewardHarness(PairHarness):
+    name = "trl_reward"
+
+    def nll(self, sequence: OneSequence) -> float:
+        return loss_of_rewards(sequence)
+
+    def records(self, sequences: list[OneSequence], fails_at: int | None = None) -> Records:
+        return RewardPairs(sequences, fails_at)
+
+    def trainer(self, arguments: dict[str, Any], records: Records) -> Any:
+        return RewardInOrder(
+            model=reward_model(),
+            args=RewardConfig(**arguments),
+            train_dataset=stand_in(records),
+            processing_class=padding_tokenizer(),
+        )
+
+
+class KTOHarness(PairHarness):
+    name = "trl_kto"
+
+    def nll(self, sequence: OneSequence) -> float:
+        return loss_of_answer(sequence)
+
+    def records(self, sequences: list[OneSequence], fails_at: int | None = None) -> Records:
+        return Answers(sequences, fails_at)
+
+    def trainer(self, arguments: dict[str, Any], records: Records) -> Any:
+        return KTOInOrder(
+            model=tiny_qwen2(),
+            ref_model=tiny_qwen2(REFERENCE_SEED),
+            args=KTOConfig(**arguments, beta=BETA, loss_type="apo_zero_unpaired"),
+            train_dataset=Dataset.from_list([{"prompt": "a", "completion": "b", "label": True}]),
+            processing_class=padding_tokenizer(),
+        )
+
+
+class Prepared(InOrder):
     """Takes the records as they come, tokenised already."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
+
+
+class DPOInOrder(Prepared, DPOTrainer):
+    pass
+
+
+class RewardInOrder(Prepared, RewardTrainer):
+    pass
+
+
+class KTOInOrder(Prepared, KTOTrainer):
+    pass
 
 
 class Pairs(Records):
@@ -93,6 +169,31 @@ class Pairs(Records):
         prompt, chosen, rejected = pair_of(self.sequences[index])
         ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
         return {**ids, "channel": channel}
+
+
+class RewardPairs(Pairs):
+    """Each answer with its prompt."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair = super().__getitem__(index)
+        prompt = pair.pop("prompt_ids")
+        return pair | {side: prompt + pair[side] for side in ("chosen_ids", "rejected_ids")}
+
+
+class Answers(Records):
+    """Single answers, as trl 0.29 prepares them and as newer TRL does."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = {"channel": super().__getitem__(index)["channel"]}
+        prompt, answer, record["label"] = answer_of(self.sequences[index])
+        newer = {"prompt_ids": prompt, "completion_ids": answer}
+        older = {
+            "prompt_input_ids": prompt,
+            "completion_input_ids": prompt + answer,
+            "completion_attention_mask": [1] * len(prompt + answer),
+            "completion_labels": [-100] * len(prompt) + answer,
+        }
+        return record | newer | older
 
 
 def stand_in(records: Records) -> Dataset:

@@ -129,6 +129,7 @@ class Harness(Protocol):
 
     can: of "rerun", "skip", "peek", "ranks", "lies", "save", "fails"; and "pairs", where it counts
     pairs and no tokens: a sequence of the script is one pair, and its `nll` the loss of that pair.
+    With "rewards" too, it logs a reward and no loss, and `nll` is the reward.
     """
 
     name: str
@@ -142,10 +143,30 @@ class Harness(Protocol):
     def nll(self, sequence: OneSequence) -> float:
         """The summed nll of the supervised tokens of a sequence, by an independent way."""
 
+    def loss(self, sequences: Sequence[OneSequence]) -> float:
+        """The loss of these sequences, by an independent way."""
+        return sum(map(self.nll, sequences)) / sum(size(self, one) for one in sequences)
+
+
+def ran(harness: Harness, script: Script, folder: Path) -> Ran:
+    """One process, without an error."""
+    (found,) = harness.run(script, folder)
+    assert found.error is None, found.error
+    return found
+
+
+def train_windows(found: Ran) -> list[dict[str, dict[str, float]]]:
+    return [window.values for window in found.windows if window.split == "train"]
+
 
 def unit(harness: Harness) -> str:
     """The metric that says how much of a channel was counted."""
     return "samples" if "pairs" in harness.can else "tokens"
+
+
+def measure(harness: Harness) -> str:
+    """The metric that says how well a channel does."""
+    return "reward" if "rewards" in harness.can else "loss"
 
 
 def size(harness: Harness, sequence: OneSequence) -> int:
@@ -154,23 +175,35 @@ def size(harness: Harness, sequence: OneSequence) -> int:
 
 
 def expected(harness: Harness, sequences: Iterable[OneSequence]) -> dict[str, dict[str, float]]:
-    """{channel: loss, share, samples, and where tokens are counted, these and the error bars of
-    the loss} of a window, by counting one after the other."""
-    found: dict[str, list[tuple[int, float]]] = {}
+    """{channel: loss (or reward), share, samples, and where tokens are counted, these and the
+    error bars of the loss} of a window, by counting one after the other."""
+    by_channel: dict[str, list[OneSequence]] = {}
     for sequence in sequences:
-        of_channel = found.setdefault(sequence.channel or "unlabeled", [])
-        of_channel.append((size(harness, sequence), harness.nll(sequence)))
-    counted = {name: sum(n for n, _ in of_channel) for name, of_channel in found.items()}
+        by_channel.setdefault(sequence.channel or "unlabeled", []).append(sequence)
+    counted = {name: sum(size(harness, s) for s in of) for name, of in by_channel.items()}
     return {
         name: {
-            "loss": sum(nll for _, nll in of_channel) / counted[name],
+            measure(harness): harness.loss(of_channel),
             "share": counted[name] / sum(counted.values()),
             "samples": len(of_channel),
             unit(harness): counted[name],
-            **(error_bars("loss", of_channel) if unit(harness) == "tokens" else {}),
+            **_error_bars(harness, of_channel),
         }
-        for name, of_channel in found.items()
+        for name, of_channel in by_channel.items()
     }
+
+
+def _error_bars(harness: Harness, sequences: Iterable[OneSequence]) -> dict[str, float]:
+    if unit(harness) != "tokens":
+        return {}
+    return error_bars("loss", [(size(harness, one), harness.nll(one)) for one in sequences])
+
+
+def check_error_bars(harness: Harness, values: dict[str, dict[str, float]]) -> None:
+    """A trainer of tokens logs them where a channel has two sequences, others never."""
+    for of_channel in values.values():
+        has = unit(harness) == "tokens" and of_channel["samples"] > 1
+        assert set(ERROR_BARS) & set(of_channel) == (set(ERROR_BARS) if has else set())
 
 
 def window_sequences(script: Script) -> list[list[OneSequence]]:

@@ -8,16 +8,19 @@ import pytest
 from lightning_tools import quiet
 from rank_cases import RanksOf
 
-from contract.cases_axes import CASES, NEEDS
 from contract.harness import Forking
 from contract.harness_hf import HFHarness
 from contract.harness_lightning import LightningHarness
 from contract.harness_loop import LoopHarness
-from contract.harness_trl import DPOHarness, SFTHarness
+from contract.harness_trl import DPOHarness, KTOHarness, RewardHarness, SFTHarness
+from contract.harness_trl_grpo import GRPOHarness
+from contract.more_cases import CASES, NEEDS
 
 # trl 1.16 reads a property that transformers 5.23 has renamed.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated"),
+    # trl 0.29 says where they are defined.
+    pytest.mark.filterwarnings("ignore:The `KTO.*` is now located in:FutureWarning"),
     *quiet,
 ]
 
@@ -27,6 +30,9 @@ HARNESSES: list[Forking] = [
     LightningHarness(),
     SFTHarness(),
     DPOHarness(),
+    RewardHarness(),
+    KTOHarness(),
+    GRPOHarness(),
 ]
 RUNS = [
     pytest.param(harness, name, id=f"{harness.name}-{name}")

@@ -1,20 +1,28 @@
-"""The cases for Megatron: its schedules, and ms-swift's trainer; in processes of a server."""
+"""The cases for Megatron: its schedules, Megatron-Bridge, and ms-swift's trainer; in processes of
+a server."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from megatron_bridge.launch import needs_megatron_bridge
 from rank_cases import RanksOf
 from swift_tools import needs_swift
 
-from contract.cases_axes import CASES, NEEDS
 from contract.harness_megatron import MegatronHarness
+from contract.harness_megatron_bridge import MegatronBridgeHarness
 from contract.harness_swift_megatron import SwiftMegatronHarness
+from contract.more_cases import CASES, NEEDS
 
-HARNESSES = {"megatron": MegatronHarness(), "swift_megatron": SwiftMegatronHarness()}
+HARNESSES = {
+    "megatron": MegatronHarness(),
+    "megatron_bridge": MegatronBridgeHarness(),
+    "swift_megatron": SwiftMegatronHarness(),
+}
+MARKS = {"megatron_bridge": needs_megatron_bridge, "swift_megatron": needs_swift}
 RUNS = [
-    pytest.param(key, name, marks=needs_swift if key == "swift_megatron" else ())
+    pytest.param(key, name, marks=MARKS.get(key, ()))
     for key, harness in HARNESSES.items()
     for name in CASES
     if NEEDS[name] <= harness.can

@@ -9,13 +9,29 @@ import pytest
 from rank_cases import RanksOf
 from swift_tools import needs_swift
 
-from contract.cases_axes import CASES, NEEDS
-from contract.harness_swift import SwiftDPOHarness, SwiftHarness
+from contract.harness_swift import (
+    SwiftCPOHarness,
+    SwiftDPOHarness,
+    SwiftGRPOHarness,
+    SwiftHarness,
+    SwiftKTOHarness,
+    SwiftORPOHarness,
+    SwiftRewardHarness,
+)
+from contract.more_cases import CASES, NEEDS
 
 pytestmark = needs_swift
 
 
-KINDS = (SwiftHarness, SwiftDPOHarness)
+KINDS = (
+    SwiftHarness,
+    SwiftDPOHarness,
+    SwiftORPOHarness,
+    SwiftCPOHarness,
+    SwiftRewardHarness,
+    SwiftKTOHarness,
+    SwiftGRPOHarness,
+)
 RUNS = [
     pytest.param(kind, name, id=f"{kind.name}-{name}")
     for kind in KINDS
@@ -25,17 +41,17 @@ RUNS = [
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    SwiftHarness(folder).save_model()
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    SwiftHarness(folder).save_models()
     return folder
 
 
 @pytest.mark.parametrize(("kind", "name"), RUNS)
 def test_case(
-    kind: type[SwiftHarness], name: str, model: Path, ranks_of: RanksOf, tmp_path: Path
+    kind: type[SwiftHarness], name: str, models: Path, ranks_of: RanksOf, tmp_path: Path
 ) -> None:
-    harness = kind(model)
+    harness = kind(models)
     harness.ranks_of = ranks_of
     CASES[name](harness, tmp_path)
 

@@ -91,10 +91,14 @@ def test_sums_are_kept_in_float64_or_float32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
 def test_a_weight_that_is_not_finite_is_left_out_and_shown(odd: float) -> None:
     losses, weights = [1.0, 2.0, 0.0, math.nan], [0.5, 1.5, odd, odd]
-    accumulator = ChannelLossAccumulator(["a"], metrics=TOKENS.window_metrics)
+    # A percentile is exact to its bin only.
+    metrics = [name for name in TOKENS.window_metrics if not name.startswith("loss_p")]
+    accumulator = ChannelLossAccumulator(["a"], metrics=metrics)
     accumulator.update(torch.tensor(losses), channels=["a"], weights=torch.tensor(weights))
     batch = Batch(losses, ["a"], [0, 4], weights=weights)
-    assert accumulator.compute() == pytest.approx(reference_metrics([batch]))
+    expected = reference_metrics([batch])
+    expected = {key: v for key, v in expected.items() if not key.startswith("a_loss_p")}
+    assert accumulator.compute() == pytest.approx(expected)
     values = accumulator.compute_by_channel()["a"]
     assert (values["weighted_loss"], values["loss"]) == (3.5 / 2, 1.0)
     assert (values["nonfinite"], values["tokens"]) == (2.0, 4.0)

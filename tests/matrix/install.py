@@ -11,14 +11,12 @@ import os
 import subprocess
 from pathlib import Path
 
-from matrix.rows import Row
+from matrix.rows import PACKAGES, Row
 
 __all__ = ["CACHE", "ROOT", "changes", "install", "versions"]
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".venv-matrix"
-# Of the extras, those whose tests a row runs.
-_EXTRAS = "hf,trl"
 # What the tests need beside the packages of a row, and what is large and the same for all rows.
 _TOOLS = (
     *("setuptools>=77", "hypothesis", "ipython", "pytest", "pytest-timeout", "tensorboard"),
@@ -39,20 +37,20 @@ def install(row: Row) -> Path:
     _link(folder, base)
     _pip(python, "install", f"torch=={row.torch}", *row.requirements)
     # Alone, so that `changes` has seen what an installation of ours would do to these versions.
-    moved = changes(python)
+    moved = changes(python, row.extras)
     if moved:
-        raise SystemExit(f"{row.name}: channel_metrics[{_EXTRAS}] would install {moved}")
+        raise SystemExit(f"{row.name}: channel_metrics[{row.extras}] would install {moved}")
     _pip(python, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
     done.write_text(wanted)
     return python
 
 
-def changes(python: Path) -> list[str]:
-    """The packages that an installation with the extras would install beside our own."""
+def changes(python: Path, extras: str) -> list[str]:
+    """The packages that an installation with these extras would install beside our own."""
     report = _pip(
         python,
         *("install", "--dry-run", "--quiet", "--report", "-", "--no-build-isolation"),
-        f"{ROOT}[{_EXTRAS}]",
+        f"{ROOT}[{extras}]",
     )
     found = [item["metadata"] for item in json.loads(report)["install"]]
     others = [item for item in found if item["name"] not in ("channel_metrics", "channel-metrics")]
@@ -60,11 +58,13 @@ def changes(python: Path) -> list[str]:
 
 
 def versions(python: Path) -> dict[str, str]:
-    """{package: version} of what a row is about, and of Python."""
+    """{package: version} of what a row is about, as far as it is installed, and of Python."""
     code = (
-        "import json, platform; from importlib.metadata import version; "
-        "names = ('torch', 'transformers', 'accelerate', 'trl', 'datasets'); "
-        "print(json.dumps({'python': platform.python_version(), **{n: version(n) for n in names}}))"
+        "import json, platform; from importlib.metadata import distributions; "
+        "found = {d.name: d.version for d in reversed(list(distributions()))}; "
+        f"names = {('torch', *PACKAGES)}; "
+        "found = {n: found[n] for n in names if n in found}; "
+        "print(json.dumps({'python': platform.python_version(), **found}))"
     )
     found: dict[str, str] = json.loads(_run(str(python), "-c", code))
     return found

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from matrix.rows import ROWS
+from matrix.rows import PACKAGES, ROWS
 
 __all__ = ["BEGIN", "END", "PAGE", "load", "table", "write"]
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
 RESULTS = Path(__file__).with_name("results.json")
 BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
-_COLUMNS = ("python", "torch", "transformers", "accelerate", "trl", "datasets")
+_COLUMNS = ("python", "torch", *PACKAGES)
 
 
 def load() -> dict[str, Any]:
@@ -33,14 +33,14 @@ def write(results: dict[str, Any]) -> None:
 def table(results: dict[str, Any]) -> str:
     """The outcomes as a table in Markdown."""
     lines = [
-        "| row | Python | torch | transformers | accelerate | trl | datasets | date | result |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| row | Python | torch | {' | '.join(PACKAGES)} | date | result |",
+        f"|{'---|' * (len(_COLUMNS) + 3)}",
     ]
     for row in ROWS:
         if row.name not in results:
             continue
         found = results[row.name]
-        versions = " | ".join(found["versions"][name] for name in _COLUMNS)
+        versions = " | ".join(found["versions"].get(name, "") for name in _COLUMNS)
         result = f"{found['passed']} passed, {found['skipped']} skipped"
         if found["failed"]:
             result = f"**{len(found['failed'])} failed**, {result}"

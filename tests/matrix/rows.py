@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["HF", "ROWS", "TRL", "Row"]
+__all__ = ["HF", "LOOPS", "PACKAGES", "ROWS", "TRL", "Row"]
+
+# What a row is about, beside Python and torch.
+PACKAGES = ("transformers", "accelerate", "trl", "lightning", "datasets")
 
 # A row takes one to three minutes, so these are chosen: exact numbers in each layout, bit-identical
 # training, streams, two ranks, the patches.
@@ -19,6 +22,13 @@ TRL = (
     "tests/trainers/trl/test_trl_reward.py",
     "tests/trainers/trl/test_trl_sft.py",
 )
+# Loops of one's own (accelerate among them), and Lightning.
+LOOPS = (
+    "tests/trainers/loop/test_loop.py",
+    "tests/trainers/loop/test_loop_packs.py",
+    "tests/trainers/loop/test_loop_ranks.py",
+    "tests/trainers/lightning",
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,7 @@ class Row:
     """One set of versions.
 
     An empty version means the newest that pip finds. What it found is kept until `make clean`.
+    A row has either trl or lightning; the version of the other is None.
     """
 
     name: str
@@ -33,8 +44,9 @@ class Row:
     torch: str
     transformers: str = ""
     accelerate: str = ""
-    trl: str = ""
+    trl: str | None = ""
     datasets: str = ""
+    lightning: str | None = None
 
     @property
     def base(self) -> str:
@@ -44,14 +56,21 @@ class Row:
     @property
     def requirements(self) -> list[str]:
         """What pip installs over the base."""
-        names = ("transformers", "accelerate", "trl", "datasets")
-        pins = {name: getattr(self, name) for name in names}
+        pins = {name: getattr(self, name) for name in PACKAGES}
+        pins = {name: pin for name, pin in pins.items() if pin is not None}
+        if self.lightning is not None:
+            pins["peft"] = ""
         return [f"{name}=={pin}" if pin else name for name, pin in pins.items()]
+
+    @property
+    def extras(self) -> str:
+        """The extras of ours whose tests a row runs."""
+        return "hf,trl" if self.lightning is None else "hf,lightning"
 
     @property
     def tests(self) -> tuple[str, ...]:
         """The files and folders that pytest runs."""
-        return (*HF, *TRL)
+        return (*HF, *TRL) if self.lightning is None else LOOPS
 
 
 # Versions that were newest together, but for those that somebody holds back on purpose.
@@ -65,4 +84,6 @@ ROWS = (
     Row("5.9", "3.11", "2.13.0", "5.9.0", "1.13.0", "1.5.1"),
     Row("5.15", "3.11", "2.13.0", "5.15.1", "1.14.0", "1.9.2"),
     Row("newest", "3.13", "2.14.1"),
+    Row("loops-floor", "3.10", "2.4.1", "4.51.3", "1.6.0", None, "3.0.0", lightning="2.6.0"),
+    Row("loops-newest", "3.13", "2.14.1", trl=None, lightning=""),
 )

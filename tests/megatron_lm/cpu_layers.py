@@ -151,11 +151,11 @@ def cut_as_one_row(packed: Any) -> bool:
     if getattr(packed, "cp_group", None) is not None:
         return True
     try:
-        from megatron.training import get_args
+        from megatron.training.global_vars import _GLOBAL_ARGS as args
     except ImportError:  # megatron-core alone
         return False
-    args = get_args()
-    return bool(args.dataloader_inter_document_masking and not args.sft)
+    # Other loops than Megatron-LM's have no arguments.
+    return args is not None and bool(args.dataloader_inter_document_masking and not args.sft)
 
 
 def document_of_each(num_tokens: int, packed: Any) -> torch.Tensor:

@@ -33,8 +33,14 @@ def micro_batches() -> Result:
 
     A row is [channel, losses, correct]. Of evaluations there is one list for each.
     """
-    from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.training import training
+
+    return recorded(training)
+
+
+def recorded(training: Any) -> Result:
+    """`micro_batches` of a loop whose function `evaluate` is in the module `training`."""
+    from megatron.core.models.common.language_module.language_module import LanguageModule
 
     found: dict[str, list[Any]] = {"train": [], "eval": []}
     compute, evaluate = LanguageModule.compute_language_model_loss, training.evaluate

@@ -25,6 +25,7 @@ PAGES = ("README.md", "CONTRIBUTING.md", *DOCS)
 RUN_BY = {
     "docs/lightning.md": "tests/trainers/lightning/test_lightning_docs.py",
     "docs/own_loop.md": "tests/project/test_own_loop_page.py",
+    "docs/porting.md": "tests/project/test_porting_page.py",
     "docs/fused_losses.md": "tests/project/test_docs_parts.py",
     "docs/hf_trainer.md": "tests/project/test_docs_parts.py",
     "docs/probe.md": "tests/project/test_docs_parts.py",

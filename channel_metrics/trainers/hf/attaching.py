@@ -19,7 +19,8 @@ TrainerT = TypeVar("TrainerT", bound=transformers.Trainer)
 
 # Frameworks whose trainers extend the Trainer and need their own mixin: {package: module}.
 _MIXINS = {
-    # Before trl: its trainers for preferences are built on those of TRL.
+    # These two before trl: their trainers for preferences are built on those of TRL.
+    "axolotl": "channel_metrics.trainers.axolotl.mixins",
     "llamafactory": "channel_metrics.trainers.llamafactory.mixins",
     "swift": "channel_metrics.trainers.swift.tasks",
     "trl": "channel_metrics.trainers.trl.mixins",

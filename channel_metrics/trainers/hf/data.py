@@ -15,7 +15,7 @@ from channel_metrics.trainers.hf.batch import Scratch, has_token_labels
 __all__ = ["TokenBatchCollator", "check_columns", "wrap_collator"]
 
 # Packages whose collators raise errors on columns of strings.
-_NO_STRINGS = ("transformers", "trl", "llamafactory")
+_NO_STRINGS = ("transformers", "trl", "llamafactory", "axolotl")
 
 
 class TokenBatchCollator(ChannelCollator):
@@ -74,8 +74,8 @@ def wrap_collator(
 
     `base` gets the same dataset columns as without the metrics. With `remove_unused_columns`, the
     trainer would drop the column of the channel, so the wrapper drops it. It also drops it for
-    the collators of transformers, TRL and LLaMA-Factory, which raise errors on strings. Any other
-    collator gets all columns.
+    the collators of transformers, TRL, LLaMA-Factory and Axolotl, which raise errors on strings.
+    Any other collator gets all columns.
 
     Args:
         base: the collator of the trainer.

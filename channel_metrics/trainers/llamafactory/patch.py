@@ -10,6 +10,7 @@ loader is patched so that datasets keep the column `channel`:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import llamafactory
@@ -20,7 +21,7 @@ from channel_metrics.config import MetricsConfig
 from channel_metrics.data.scan import class_names
 from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.trainers.hf import patch as hf_patch
-from channel_metrics.trainers.llamafactory.data import ChannelProcessor, NamedConverter
+from channel_metrics.trainers.llamafactory.data import ChannelProcessor, converted
 from channel_metrics.trainers.patching import announce, config_of_environment
 
 __all__ = ["apply", "is_applied", "revert"]
@@ -76,10 +77,11 @@ def _name(original: Callable[..., Any], names: list[str] | None, *args: Any, **k
 
 def _aligning(config: MetricsConfig) -> Callable[..., Any]:
     def align(original: Callable[..., Any], dataset: Any, attributes: Any, *args: Any) -> Any:
-        classes = class_names(dataset, config.label_fields)
+        fields = config.label_fields
+        classes = class_names(dataset, fields)
 
-        def named(make: Callable[..., Any], *given: Any) -> NamedConverter:
-            return NamedConverter(make(*given), attributes.channel, config.label_fields, classes)
+        def named(make: Callable[..., Any], *given: Any) -> Callable[[Any], Any]:
+            return partial(converted, make(*given), attributes.channel, fields, classes)
 
         with swap.wrapped(converter, "get_dataset_converter", named):
             return original(dataset, attributes, *args)

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ConfigError, UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.megatron.names import MOCK, names_in_order, refuse_axes_by_field
 from channel_metrics.trainers.megatron.reserved import megatron_keys
 
 __all__ = [
     "add_arguments",
+    "captures_iterations",
     "config_of",
     "data_paths",
-    "dataset_name",
     "declared_names",
     "is_on",
     "name_by_path",
     "session_of",
     "validate",
 ]
-
-_MOCK = "mock"
-# Endings that the tools which prepare Megatron's data append to the name of a source.
-_ENDINGS = (".jsonl", ".json", ".bin", ".idx", "_text_document", "_document", "_text")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -180,20 +176,9 @@ def name_by_path(args: Any) -> dict[str | None, str]:
     paths = data_paths(args)
     if not paths:
         return _mock_name(args, given)
-    if getattr(args, "sft", False) or not given:
-        return dict(zip(paths, given if _fits(args, given, paths) else _short(paths), strict=True))
-    if len(given) == len(paths):
-        return dict(zip(paths, given, strict=True))
-    blends = _blends(args)
-    if all(len(blend) == len(given) for blend in blends):
-        # Each split has its own files, but from the same sources.
-        return {path: name for blend in blends for path, name in zip(blend, given, strict=True)}
-    listed = "\n".join(f"  {path}" for path in paths)
-    raise ConfigError(
-        f"--channels got {len(given)} names ({', '.join(given)}), but the blend has "
-        f"{len(paths)} data sets; give one name for each, in this order, or none to take "
-        f"them from the paths:\n{listed}"
-    )
+    if getattr(args, "sft", False) and not _fits(args, given, paths):
+        given = []
+    return names_in_order(_blends(args), given)
 
 
 def data_paths(args: Any) -> list[str]:
@@ -207,18 +192,6 @@ def _blends(args: Any) -> list[list[str]]:
 
     blend, per_split = get_blend_and_blend_per_split(args)
     return [list(found[0]) for found in (blend, *(per_split or ())) if found is not None]
-
-
-def dataset_name(path: str | None) -> str:
-    """Name the channel of a dataset that no data option names.
-
-    Args:
-        path: the path of the dataset; None for mock data.
-
-    Returns:
-        The name of its file, without the endings of Megatron's data files.
-    """
-    return _MOCK if path is None else _without_ending(path)[-1]
 
 
 def _is_external(args: Any) -> bool:
@@ -238,36 +211,13 @@ def _mock_name(args: Any, given: list[str]) -> dict[str | None, str]:
             f"--channels got {len(given)} names ({', '.join(given)}), but --mock-data is one "
             "data set; give one name, or none."
         )
-    return {None: given[0] if given else _MOCK}
-
-
-def _short(paths: Sequence[str]) -> list[str]:
-    """The last parts of each path: as few as are needed to make it unique."""
-    parts = [_without_ending(path) for path in paths]
-    chosen = [own[-1:] for own in parts]
-    while True:
-        counts = Counter(tuple(own) for own in chosen)
-        longer = [
-            full[-len(own) - 1 :] if counts[tuple(own)] > 1 else own
-            for full, own in zip(parts, chosen, strict=True)
-        ]
-        if longer == chosen:
-            return ["/".join(own) for own in chosen]
-        chosen = longer
-
-
-def _without_ending(path: str) -> list[str]:
-    *folders, name = PurePath(path).parts
-    for ending in _ENDINGS:
-        short = name.removesuffix(ending)
-        name = short or name
-    return [*(folder for folder in folders if folder != "/"), name]
+    return {None: given[0] if given else MOCK}
 
 
 def _refuse_unsupported(args: Any, config: MetricsConfig) -> None:
     if getattr(args, "yaml_cfg", None) is not None:
         raise UnsupportedVersionError("--channels does not work with --yaml-cfg; use arguments.")
-    if _captures_iterations(args):
+    if captures_iterations(args):
         raise ConfigError(
             "--channels does not work with CUDA graphs of a full iteration (full_iteration in "
             "--cuda-graph-impl or --cuda-graph-scope): a captured iteration runs no Python that "
@@ -282,12 +232,7 @@ def _refuse_unsupported(args: Any, config: MetricsConfig) -> None:
         )
     if getattr(args, "sft", False):
         return
-    by_field = [axis for axis, source in config.axes.items() if not isinstance(source, Mapping)]
-    if by_field:
-        raise ConfigError(
-            f"the axis {by_field[0]!r} is read from a field, but the data files of Megatron have "
-            "no fields without --sft; map channels to labels, or use --channels-axes."
-        )
+    refuse_axes_by_field(config)
     if config.channels:
         raise ConfigError(
             "the file of --channels-config lists channels, but the data options name them here; "
@@ -295,7 +240,7 @@ def _refuse_unsupported(args: Any, config: MetricsConfig) -> None:
         )
 
 
-def _captures_iterations(args: Any) -> bool:
+def captures_iterations(args: Any) -> bool:
     """Whether whole iterations become CUDA graphs, in the options of core 0.13 to 0.19.
 
     Core 0.18 and later have `--cuda-graph-impl full_iteration`. Earlier versions have a scope

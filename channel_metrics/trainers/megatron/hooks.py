@@ -7,18 +7,16 @@ of the parser always adds our options.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from channel_metrics.trainers.megatron import arguments as megatron_arguments
 from channel_metrics.trainers.megatron.log import write
 from channel_metrics.trainers.megatron.run import MegatronRun
-from channel_metrics.trainers.megatron.step import counting_forward_step
+from channel_metrics.trainers.megatron.step import counting_schedule
+from channel_metrics.windows import Window
 
 __all__ = [
     "add_megatron_arguments",
@@ -91,27 +89,7 @@ def get_forward_backward_func(original: Original, *args: Any, **kwargs: Any) -> 
     """Return a schedule whose loss functions count."""
     forward_backward = original(*args, **kwargs)
     run = current_run()
-    return forward_backward if run is None else _counting(forward_backward, run)
-
-
-def _counting(forward_backward: Callable[..., Any], run: MegatronRun) -> Callable[..., Any]:
-    @functools.wraps(forward_backward)
-    def counting_forward_backward(*args: Any, **kwargs: Any) -> Any:
-        session = run.session
-        if session.evaluating:
-            # The iteration before is over.
-            session.end_step()
-        if kwargs.get("collect_non_loss_data"):
-            return forward_backward(*args, **kwargs)
-        if session.evaluating:
-            session.begin_step()
-        elif torch.is_grad_enabled():
-            # Megatron may run an iteration twice, to find faulty devices.
-            run.metrics.begin_step()
-        step = counting_forward_step(kwargs["forward_step_func"], run.metrics)
-        return forward_backward(*args, **{**kwargs, "forward_step_func": step})
-
-    return counting_forward_backward
+    return forward_backward if run is None else counting_schedule(forward_backward, run.metrics)
 
 
 def prepare_for_rerun(original: Original, *args: Any, **kwargs: Any) -> Any:
@@ -142,7 +120,7 @@ def training_log(original: Original, *args: Any, **kwargs: Any) -> Any:
         else:
             return result
         with run.session.guard.guarded():
-            write(f"iteration {iteration:8d}", window)
+            _write(f"iteration {iteration:8d}", window)
     return result
 
 
@@ -161,7 +139,7 @@ def evaluate(original: Original, *args: Any, **kwargs: Any) -> Any:
             evaluation.discard()
     if now is not None and evaluation.window is not None:
         with run.session.guard.guarded():
-            write(now.title, evaluation.window)
+            _write(now.title, evaluation.window)
     return result
 
 
@@ -195,6 +173,13 @@ class _Evaluations:
         if not self._several:
             return self._kind
         return f"{self._kind}{self._names[index] if self._names else index}_"
+
+
+def _write(title: str, window: Window) -> None:
+    from megatron.training import print_rank_last
+    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+    write(title, window, print_rank_last, get_tensorboard_writer(), get_wandb_writer())
 
 
 # ---- checkpoints ----------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from channel_metrics.windows import Window
 
@@ -23,31 +24,31 @@ def log_line(title: str, values: Mapping[str, float]) -> str:
     return f" {title} channels |" + "".join(entries)
 
 
-def write(title: str, window: Window) -> None:
+def write(
+    title: str, window: Window, show: Callable[[str], Any], tensorboard: Any, wandb: Any
+) -> None:
     """Print the values of a window, if it has any, and give them to TensorBoard and W&B.
 
-    Only the rank that has Megatron's writers gives them values. Those of an evaluation are flushed
-    to the disk, because Megatron may exit after it without closing the writer.
+    Those of an evaluation are flushed to the disk, because Megatron may exit after it without
+    closing the writer.
 
     Args:
         title: what the printed line is about.
         window: the window.
+        show: prints a line on the last rank.
+        tensorboard, wandb: Megatron's writers; None on ranks that have none.
     """
-    from megatron.training import print_rank_last
-    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
-
     if not window.logs:
         return
     worst = f" worst channel: {window.worst_channel} |" if window.worst_channel else ""
-    print_rank_last(log_line(title, window.logs) + worst)
-    writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
-    if writer is not None:
+    show(log_line(title, window.logs) + worst)
+    if tensorboard is not None:
         for key, value in window.logs.items():
-            writer.add_scalar(key, value, window.step)
+            tensorboard.add_scalar(key, value, window.step)
         if window.split != "train":
-            writer.flush()
-    if wandb_writer:
-        wandb_writer.log(window.logs, window.step)
+            tensorboard.flush()
+    if wandb:
+        wandb.log(window.logs, window.step)
 
 
 def _number(value: float) -> str:

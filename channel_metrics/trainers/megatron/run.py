@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from channel_metrics.trainers.megatron.arguments import dataset_name, name_by_path, session_of
+from channel_metrics.trainers.megatron.arguments import name_by_path, session_of
 from channel_metrics.trainers.megatron.counting import MegatronChannelMetrics
 from channel_metrics.trainers.megatron.data import ChannelDataset
+from channel_metrics.trainers.megatron.names import dataset_name
 
 __all__ = ["MegatronRun"]
 

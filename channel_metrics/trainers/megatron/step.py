@@ -24,7 +24,7 @@ from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.trainers.megatron import MegatronChannelMetrics
 from channel_metrics.trainers.megatron.ids import BatchIds, Tap
 
-__all__ = ["counting_forward_step", "loss_mask_of"]
+__all__ = ["counting_forward_step", "counting_schedule", "loss_mask_of"]
 
 
 def counting_forward_step(
@@ -56,6 +56,40 @@ def counting_forward_step(
         return output, _counting_loss_func(loss_func, batch, metrics)
 
     return step_that_counts
+
+
+def counting_schedule(
+    forward_backward: Callable[..., Any], metrics: MegatronChannelMetrics
+) -> Callable[..., Any]:
+    """Make a schedule of megatron-core that begins a step and counts in the loss functions.
+
+    A schedule that runs again before the step has ended starts the counts of the step anew.
+
+    Args:
+        forward_backward: what `get_forward_backward_func()` of megatron-core returns.
+        metrics: counts the tokens.
+
+    Returns:
+        A function with the same arguments and results as `forward_backward`.
+    """
+
+    @functools.wraps(forward_backward)
+    def counting_forward_backward(*args: Any, **kwargs: Any) -> Any:
+        session = metrics.session
+        if session.evaluating:
+            # The iteration before is over.
+            session.end_step()
+        if kwargs.get("collect_non_loss_data"):
+            return forward_backward(*args, **kwargs)
+        if session.evaluating:
+            session.begin_step()
+        elif torch.is_grad_enabled():
+            # Megatron may run an iteration twice, to find faulty devices.
+            metrics.begin_step()
+        step = counting_forward_step(kwargs["forward_step_func"], metrics)
+        return forward_backward(*args, **{**kwargs, "forward_step_func": step})
+
+    return counting_forward_backward
 
 
 def loss_mask_of(loss_func: Any) -> Tensor:

@@ -14,11 +14,11 @@ from channel_metrics.trainers.hf import ChannelMetricsMixin
 __all__ = ["RLHF_TASKS", "mixin_for", "why_without_metrics"]
 
 RLHF_TASKS = {
-    "dpo": ("DPOTrainer", "pairs"),
-    "orpo": ("ORPOTrainer", "pairs"),
-    "cpo": ("CPOTrainer", "pairs"),
-    "rm": ("RewardTrainer", "pairs"),
-    "kto": ("KTOTrainer", "kto"),
+    "dpo": ("DPOTrainer", "rlhf"),
+    "orpo": ("ORPOTrainer", "rlhf"),
+    "cpo": ("CPOTrainer", "rlhf"),
+    "rm": ("RewardTrainer", "rlhf"),
+    "kto": ("KTOTrainer", "rlhf"),
     "grpo": ("GRPOTrainer", "grpo"),
 }
 """{rlhf_type: (the class of ms-swift's trainer, the module of its mixin)}; simpo is a cpo."""

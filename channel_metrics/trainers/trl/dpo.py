@@ -17,30 +17,18 @@ import torch
 import trl
 from torch import Tensor
 
-from channel_metrics.core.schema import Column, Metric, Sums
+from channel_metrics.core.schema import Schema
 from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import Scratch
 from channel_metrics.trainers.trl.dpo_losses import FORMULAS, Pairs
 from channel_metrics.trainers.trl.pairs import PairChannelMetricsMixin, agree
-from channel_metrics.trainers.trl.samples import PAIR_REWARDS, pair_rewards, sample_schema
+from channel_metrics.trainers.trl.samples import PAIR_REWARDS, pair_schema
 
 __all__ = ["DPOChannelMetricsMixin"]
 
 
-def _loss(sums: Sums) -> float | None:
-    """The mean, if the loss of every pair is known."""
-    samples = sums["samples"]
-    return sums["loss"] / samples if samples and sums["loss_samples"] == samples else None
-
-
-_SCHEMA = sample_schema(
-    "pairs",
-    *pair_rewards("TRL"),
-    Column("loss", "nats", "losses of the pairs whose loss is known"),
-    Column("loss_samples", "pairs", "pairs whose loss is known"),
-    Metric("loss", ("loss", "loss_samples", "samples"), _loss, unit="nats", doc="loss / samples"),
-)
+_SCHEMA = pair_schema()
 
 
 @dataclass
@@ -53,7 +41,6 @@ class _DPOScratch(Scratch):
 class DPOChannelMetricsMixin(PairChannelMetricsMixin):
     """Put before DPOTrainer: `class MyDPO(DPOChannelMetricsMixin, DPOTrainer)`."""
 
-    _schema = _SCHEMA
     channel_scratch: _DPOScratch
     # What DPOTrainer has.
     args: Any
@@ -64,6 +51,9 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
     f_divergence_type: str
     f_alpha_divergence_coef: float
     use_weighting: bool
+
+    def _schema(self) -> Schema:
+        return _SCHEMA
 
     def _new_scratch(self, session: ChannelMetrics) -> _DPOScratch:
         return _DPOScratch(super()._new_scratch(session).reader)

@@ -17,11 +17,13 @@ from channel_metrics.core.labels import channel_of
 from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio
 from channel_metrics.errors import ChannelError, ConfigError, UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
+from channel_metrics.swap import wrapped
 from channel_metrics.trainers.hf.batch import Scratch
-from channel_metrics.trainers.hf.mixin import RESERVED_KEYS, ChannelMetricsMixin
-from channel_metrics.trainers.trl.samples import sample_schema
+from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
+from channel_metrics.trainers.trl.records import not_called
+from channel_metrics.trainers.trl.samples import reserved_keys, sample_schema
 
-__all__ = ["GRPOChannelMetricsMixin", "GRPOScratch"]
+__all__ = ["GRPOChannelMetricsMixin"]
 
 _TOTAL = "reward"
 # The columns of each series of rewards.
@@ -69,20 +71,16 @@ def _std(name: str, sums: Sums) -> float | None:
 
 
 @dataclass
-class GRPOScratch(Scratch):
-    """scored: the rewards of the current completions.
+class _GRPOScratch(Scratch):
+    """formulas: how rewards may be added up, as far as the values that TRL logs show it."""
 
-    formulas: how the rewards of a completion may be added up, as far as TRL's own values allow it.
-    """
-
-    scored: Tensor | None = None
     formulas: tuple[str, ...] = ("weighted", "plain")
 
 
 class GRPOChannelMetricsMixin(ChannelMetricsMixin):
     """Put before GRPOTrainer: `class MyGRPO(GRPOChannelMetricsMixin, GRPOTrainer)`."""
 
-    channel_scratch: GRPOScratch
+    channel_scratch: _GRPOScratch
     # What GRPOTrainer has.
     args: Any
     reward_func_names: list[str]
@@ -91,10 +89,11 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
 
     def _new_session(self, config: MetricsConfig) -> ChannelMetrics:
         schema = _schema(self.reward_func_names)
-        return ChannelMetrics(config, reserved=RESERVED_KEYS, ranks=self._ranks(), schema=schema)
+        reserved = reserved_keys(schema)
+        return ChannelMetrics(config, reserved=reserved, ranks=self._ranks(), schema=schema)
 
-    def _new_scratch(self, session: ChannelMetrics) -> GRPOScratch:
-        return GRPOScratch(super()._new_scratch(session).reader)
+    def _new_scratch(self, session: ChannelMetrics) -> _GRPOScratch:
+        return _GRPOScratch(super()._new_scratch(session).reader)
 
     def _observed_loss(self, compute: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's own loss. The rewards were counted when the completions were generated."""
@@ -111,32 +110,29 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
 
     def _observed_completions(self, generate: Any, inputs: list[dict[str, Any]]) -> Any:
         """TRL's own completions, whose rewards are counted."""
-        session, scratch = self.channel_metrics, self.channel_scratch
+        session = self.channel_metrics
         assert session is not None
         fields, classes = session.config.label_fields, session.classes
         channels = [channel_of(record, fields, classes) for record in inputs]
-        scratch.scored = None
-        output = generate(inputs)
-        rewards, scratch.scored = scratch.scored, None
-        if rewards is None:
-            raise UnsupportedVersionError(
-                f"GRPOTrainer must score completions in _calculate_rewards, but trl "
-                f"{trl.__version__} did not call it; use a tested version (see docs/trl.md)."
-            )
-        session.add(channels, self._values(rewards, len(channels)))
+        kept: list[Tensor] = []
+
+        def keep(original: Any, *args: Any, **kwargs: Any) -> Any:
+            kept.append(original(*args, **kwargs))
+            return kept[-1]
+
+        with wrapped(self, "_calculate_rewards", keep):
+            output = generate(inputs)
+        if not kept:
+            raise not_called(self, "_calculate_rewards")
+        rewards = kept[-1]
+        session.add(channels, self._values(rewards, self._total_rewards(rewards), len(channels)))
         return output
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
-        theirs: Any = super()
-        rewards = theirs._calculate_rewards(*args, **kwargs)
-        if self.channel_metrics is not None:
-            self.channel_scratch.scored = rewards
-        return rewards
-
-    def _values(self, rewards: Tensor, mine: int) -> dict[str, Tensor]:
+    def _values(self, rewards: Tensor, total: Tensor, mine: int) -> dict[str, Tensor]:
         """{column: values [mine]} of the completions of this rank.
 
         rewards: [completions of all ranks, functions]; `mine` of the completions are this rank's.
+        total: the reward of each completion of all ranks.
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         if rewards.shape != (ranks * mine, len(self.reward_func_names)):
@@ -145,7 +141,6 @@ class GRPOChannelMetricsMixin(ChannelMetricsMixin):
                 f"{len(self.reward_func_names)} functions, but they have shape "
                 f"{list(rewards.shape)}; completions and channels are out of step."
             )
-        total = self._total_rewards(rewards)
         values = {"samples": torch.ones_like(total)}
         series = (_TOTAL, *map(_series, self.reward_func_names))
         for name, reward in zip(series, (total, *rewards.unbind(dim=1)), strict=True):

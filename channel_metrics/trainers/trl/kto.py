@@ -7,9 +7,9 @@ models return, and the losses from the rewards and the KL, by TRL's formula.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,13 +21,11 @@ from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio
 from channel_metrics.data.batch_channels import BatchChannels
 from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
-from channel_metrics.trainers.hf.batch import Scratch
-from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
 from channel_metrics.trainers.trl.pairs import PairChannelMetricsMixin
-from channel_metrics.trainers.trl.records import RecordsMixin, not_called
+from channel_metrics.trainers.trl.records import BatchRecordsMixin, Call, kept_calls
 from channel_metrics.trainers.trl.samples import mean, sample_schema
 
-__all__ = ["KTO_SCHEMA", "KTOChannelMetricsMixin", "KTOLossMixin", "KTORecordsMixin"]
+__all__ = ["KTO_SCHEMA", "KTOChannelMetricsMixin", "KTORecordsMixin"]
 
 _KINDS = ("chosen", "rejected")
 
@@ -70,79 +68,44 @@ KTO_SCHEMA = sample_schema(
 )
 
 
-@dataclass
-class _KTOScratch(Scratch):
-    """kept: what `kto_loss` returned: the losses, and the rewards of the chosen and of the
-    rejected answers. In the losses, the chosen answers come first."""
-
-    kept: tuple[Tensor, ...] = ()
-
-
-class KTOLossMixin(ChannelMetricsMixin):
-    """For a trainer with a method `kto_loss`, that of trl 0.29."""
-
-    channel_scratch: _KTOScratch
-    aux_loss_enabled: bool
-
-    def _new_scratch(self, session: ChannelMetrics) -> _KTOScratch:
-        return _KTOScratch(super()._new_scratch(session).reader)
-
-    def kto_loss(self, *args: Any, **kwargs: Any) -> Any:
-        theirs: Any = super()
-        result = theirs.kto_loss(*args, **kwargs)
-        self.channel_scratch.kept = tuple(part.detach() for part in result[:3])
-        return result
-
-    def _kept_answers(self, label: Any) -> dict[str, Tensor] | None:
-        """{column: values}, in the order of `label`; None if `kto_loss` was not called."""
-        if not self.channel_scratch.kept:
-            return None
-        (losses, chosen, rejected), self.channel_scratch.kept = self.channel_scratch.kept, ()
-        label = torch.as_tensor(label, dtype=torch.bool, device=losses.device)
-        places = torch.cat([label.nonzero().flatten(), (~label).nonzero().flatten()]).argsort()
-        return _values(label, torch.cat([chosen, rejected])[places], losses[places])
-
-
-class KTORecordsMixin(KTOLossMixin, RecordsMixin):
+class KTORecordsMixin(BatchRecordsMixin):
     """For trainers that are built on trl 0.29's KTOTrainer.
 
     Attributes:
         channel_label_key: the batch key of what is desirable, a list or tensor of bool.
     """
 
+    channel_loss = "kto_loss"
     channel_label_key = "label"
 
     def _schema(self) -> Schema:
         return KTO_SCHEMA
 
-    def _observed_batch(self, compute: Any, model: Any, batch: Any, *args: Any, **kw: Any) -> Any:
-        session, taken = self.channel_metrics, self._taken_channels(batch)
-        assert session is not None
-        result = compute(model, batch, *args, **kw)
-        values = self._kept_answers(batch[self.channel_label_key])
-        if values is None:
-            raise not_called(self, "kto_loss")
-        ours = values["loss"].nanmean() if self._loss_is_mean() else None
-        theirs = result[0].detach()
-        self._count_records(session, taken.channels, values, ours=ours, theirs=theirs)
-        return result
+    def _values(self, calls: Sequence[Call], batch: Any) -> dict[str, Tensor]:
+        return _of_kto_loss(calls[0], batch[self.channel_label_key])
+
+    def _batch_loss(self, values: Mapping[str, Tensor], **given: Any) -> Tensor | None:
+        return values["loss"].nanmean() if self._loss_is_mean() else None
 
     def _loss_is_mean(self) -> bool:
         """Whether the loss of a batch is the mean of those of its answers."""
         raise NotImplementedError
 
 
-class KTOChannelMetricsMixin(KTOLossMixin, PairChannelMetricsMixin):
+class KTOChannelMetricsMixin(PairChannelMetricsMixin):
     """Put before KTOTrainer: `class MyKTO(KTOChannelMetricsMixin, KTOTrainer)`."""
 
-    _schema = KTO_SCHEMA
     # What KTOTrainer has.
+    aux_loss_enabled: bool
     beta: float
     desirable_weight: float
     undesirable_weight: float
     calculate_KL: bool
     ref_model: Any
     _metrics: dict[str, dict[str, list[float]]]
+
+    def _schema(self) -> Schema:
+        return KTO_SCHEMA
 
     def _observed_step(self, step: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, "get_batch_loss_metrics"):
@@ -161,11 +124,13 @@ class KTOChannelMetricsMixin(KTOLossMixin, PairChannelMetricsMixin):
     ) -> tuple[Any, dict[str, Tensor]]:
         """The rewards and losses of the answers."""
         reference = self.model if self.ref_model is None else self.ref_model
-        with _kept_log_probs(model, reference) as (ours, theirs):
+        with (
+            kept_calls(self, "kto_loss") as calls,
+            _kept_log_probs(model, reference) as (ours, theirs),
+        ):
             result = compute(model, inputs, *rest, **kw)
-        found = self._kept_answers(inputs["label"])
-        if found is not None:
-            return result, found
+        if calls:
+            return result, _of_kto_loss(calls[0], inputs["label"])
         if "ref_logps" in inputs:
             theirs = [inputs["ref_logps"]]
         # The first forward is for the KL. The reference comes last, also if it is the model
@@ -203,9 +168,16 @@ class KTOChannelMetricsMixin(KTOLossMixin, PairChannelMetricsMixin):
         super()._count_pairs(session, batch, values, loss)
 
 
+def _of_kto_loss(call: Call, label: Any) -> dict[str, Tensor]:
+    """{column: values}, in the order of `label`. `kto_loss` returns the desirable answers first."""
+    losses, chosen, rejected = call.results
+    label = torch.as_tensor(label, dtype=torch.bool, device=losses.device)
+    places = torch.cat([label.nonzero().flatten(), (~label).nonzero().flatten()]).argsort()
+    return _values(label, torch.cat([chosen, rejected])[places], losses[places])
+
+
 def _values(label: Tensor, rewards: Tensor, losses: Tensor) -> dict[str, Tensor]:
     return {
-        "samples": torch.ones_like(losses),
         "chosen": rewards.where(label, 0.0),
         "rejected": rewards.where(~label, 0.0),
         "num_chosen": label.to(losses),

@@ -8,29 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from channel_metrics.config import MetricsConfig
-from channel_metrics.core.schema import Schema
 from channel_metrics.data.batch_channels import BatchChannels
-from channel_metrics.data.collator import ChannelCollator
-from channel_metrics.errors import ConfigError
 from channel_metrics.ranks.exchange import MISMATCH_TOLERANCE
 from channel_metrics.session import ChannelMetrics
-from channel_metrics.trainers.hf.mixin import RESERVED_KEYS, ChannelMetricsMixin
-from channel_metrics.trainers.trl.collator import RecordCollator
+from channel_metrics.trainers.trl.records import RecordsMixin
 
 __all__ = ["PairChannelMetricsMixin", "agree"]
 
 
-class PairChannelMetricsMixin(ChannelMetricsMixin):
-    """One channel per pair, or per answer in KTO. In a batch of pairs, the rejected rows follow."""
-
-    _schema: Schema
-    _collator_name = "channel_metrics.trainers.trl.collator.RecordCollator"
-
-    def _new_session(self, config: MetricsConfig) -> ChannelMetrics:
-        return ChannelMetrics(
-            config, reserved=RESERVED_KEYS, ranks=self._ranks(), schema=self._schema
-        )
+class PairChannelMetricsMixin(RecordsMixin):
+    """For trainers whose loss and metrics come from `compute_loss`, as in newer TRL."""
 
     def _observed_loss(
         self, compute: Any, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any
@@ -74,28 +61,11 @@ class PairChannelMetricsMixin(ChannelMetricsMixin):
         values: Mapping[str, Tensor],
         loss: Tensor,
     ) -> None:
-        rewards, ours = values["chosen"], None
+        ours = None
         if "loss" in values:
             ours = values["loss"].double().mean()
-            loss = ours.where(agree(ours, loss, rewards.dtype), loss.double())
-        real = self._real_records(session)
-        count = batch.num_sequences if real is None else min(real[0], batch.num_sequences)
-        values = {"samples": torch.ones_like(rewards), **values}
-        session.add(
-            batch.channels[:count],
-            {name: value[:count] for name, value in values.items()},
-            ours=ours,
-            theirs=loss,
-        )
-
-    def _collator_kind(self, dataset: Any, description: str, known: bool) -> type[ChannelCollator]:
-        if super()._collator_kind(dataset, description, known) is not ChannelCollator:
-            raise ConfigError(
-                "the batches of preference pairs are cut along the sequence (cp_size, sp_size), "
-                "or sent by one process to the others (dispatch_batches), so it is not known which "
-                "pair a row belongs to; set both off, or detach the metrics."
-            )
-        return RecordCollator
+            loss = ours.where(agree(ours, loss, values["chosen"].dtype), loss.double())
+        self._count_records(session, batch.channels, values, ours=ours, theirs=loss)
 
 
 def agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from channel_metrics.core.schema import Column, Metric, Sums
+from channel_metrics.core.schema import Column, Metric, Schema, Sums
 from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.trainers.trl.pairs import PairChannelMetricsMixin
-from channel_metrics.trainers.trl.samples import mean, sample_schema
+from channel_metrics.trainers.trl.samples import mean, pair_losses, pair_values, sample_schema
 
 __all__ = ["RewardChannelMetricsMixin"]
 
@@ -28,12 +27,11 @@ _SCHEMA = sample_schema(
     "pairs",
     Column("chosen", "rewards", "rewards of the chosen answers"),
     Column("rejected", "rewards", "rewards of the rejected answers"),
-    Column("margin", "rewards", "chosen - rejected"),
-    Column("accuracy", "pairs", "pairs whose chosen answer has the higher reward"),
-    Column("loss", "nats", "losses of the pairs"),
-    replace(mean("loss", "loss", "nats"), always=False),
-    mean("accuracy", "accuracy"),
-    mean("margin", "margin", "rewards"),
+    Column("margins", "rewards", "chosen - rejected"),
+    Column("accuracies", "pairs", "pairs whose chosen answer has the higher reward"),
+    *pair_losses(),
+    mean("accuracy", "accuracies"),
+    mean("margin", "margins", "rewards"),
     Metric(
         "mean_reward",
         ("chosen", "rejected", "samples"),
@@ -50,8 +48,10 @@ _SCHEMA = sample_schema(
 class RewardChannelMetricsMixin(PairChannelMetricsMixin):
     """Put before RewardTrainer: `class MyReward(RewardChannelMetricsMixin, RewardTrainer)`."""
 
-    _schema = _SCHEMA
     args: Any
+
+    def _schema(self) -> Schema:
+        return _SCHEMA
 
     def observe_pairs(
         self,
@@ -86,17 +86,9 @@ class RewardChannelMetricsMixin(PairChannelMetricsMixin):
 
     def _values(self, logits: Tensor, margins: Tensor | None) -> dict[str, Tensor]:
         chosen, rejected = logits.squeeze(-1).chunk(2)
-        difference = chosen - rejected
-        loss = -torch.nn.functional.logsigmoid(
-            difference if margins is None else difference - margins
-        )
+        gap = chosen - rejected if margins is None else chosen - rejected - margins.to(chosen)
+        loss = -torch.nn.functional.logsigmoid(gap)
         coefficient = self.args.center_rewards_coefficient
         if coefficient is not None:
             loss = loss + coefficient * (chosen + rejected) ** 2
-        return {
-            "chosen": chosen,
-            "rejected": rejected,
-            "margin": difference,
-            "accuracy": (chosen > rejected).to(chosen.dtype),
-            "loss": loss,
-        }
+        return pair_values(chosen, rejected, loss)

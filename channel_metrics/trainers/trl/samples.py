@@ -5,9 +5,22 @@ from __future__ import annotations
 from functools import partial
 from operator import itemgetter
 
-from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio
+import torch
+from torch import Tensor
 
-__all__ = ["PAIR_REWARDS", "mean", "pair_rewards", "sample_schema"]
+from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio
+from channel_metrics.trainers.hf.mixin import RESERVED_KEYS
+
+__all__ = [
+    "PAIR_REWARDS",
+    "mean",
+    "pair_losses",
+    "pair_rewards",
+    "pair_schema",
+    "pair_values",
+    "reserved_keys",
+    "sample_schema",
+]
 
 # In the order in which TRL's DPO trainer gathers them.
 PAIR_REWARDS = ("chosen", "rejected", "accuracies", "margins")
@@ -42,14 +55,73 @@ def sample_schema(unit: str, *entries: Column | Metric) -> Schema:
     return schema
 
 
-def pair_rewards(trainer: str) -> list[Column | Metric]:
-    """What `trainer`, TRL or ms-swift, logs of the rewards of preference pairs."""
+def reserved_keys(schema: Schema) -> frozenset[str]:
+    """The trainer's own keys: those of transformers, and what it logs of evaluations itself."""
+    own = (metric.name for metric in schema.metrics if metric.always)
+    return RESERVED_KEYS | {f"eval_{name}" for name in own}
+
+
+def pair_rewards() -> list[Column | Metric]:
+    """What trainers log of the rewards of preference pairs."""
     entries: list[Column | Metric] = []
     for name in PAIR_REWARDS:
         units = ("pairs", "") if name == "accuracies" else ("rewards", "rewards")
-        doc = f"what {trainer} logs as rewards/{name}"
+        doc = f"what the trainer logs as rewards/{name}"
         entries += [Column(name, units[0], doc), mean(f"rewards/{name}", name, units[1])]
     return entries
+
+
+def pair_values(chosen: Tensor, rejected: Tensor, loss: Tensor | None = None) -> dict[str, Tensor]:
+    """{column: values [N]} of N pairs, for a schema with `pair_rewards`.
+
+    Args:
+        chosen, rejected: their rewards.
+        loss: their losses, for a `pair_schema`; None if these are not known.
+    """
+    values = {
+        "chosen": chosen,
+        "rejected": rejected,
+        "accuracies": (chosen > rejected).to(chosen.dtype),
+        "margins": chosen - rejected,
+    }
+    if loss is not None:
+        values |= {"loss": loss, "loss_samples": torch.ones_like(loss)}
+    return values
+
+
+def pair_schema(nll_weight: float = 0.0) -> Schema:
+    """The rewards of preference pairs, and their loss.
+
+    Args:
+        nll_weight: the factor of the nll of the chosen answers in the loss. If it is 0, there is
+            no `nll_loss`.
+    """
+    return sample_schema("pairs", *pair_rewards(), *pair_losses(nll_weight))
+
+
+def pair_losses(nll_weight: float = 0.0) -> list[Column | Metric]:
+    """The columns and metrics of the losses of pairs; see `pair_schema`."""
+    needs, doc = ["loss", "loss_samples", "samples"], "loss / samples"
+    entries: list[Column | Metric] = [
+        Column("loss", "nats", "losses of the pairs whose loss is known, without nll"),
+        Column("loss_samples", "pairs", "pairs whose loss is known"),
+    ]
+    if nll_weight:
+        needs, doc = [*needs, "nll", "nll_tokens"], f"{doc}, and nll_loss"
+        entries += [
+            Column("nll", "nats", "nll of the chosen answers"),
+            Column("nll_tokens", "tokens", "tokens of the chosen answers"),
+            Metric(
+                "nll_loss",
+                ("nll", "nll_tokens"),
+                partial(_mean_of, "nll", "nll_tokens"),
+                unit="nats",
+                doc="nll / nll_tokens",
+                always=True,
+            ),
+        ]
+    formula = partial(_pair_loss, nll_weight)
+    return [*entries, Metric("loss", tuple(needs), formula, unit="nats", doc=doc)]
 
 
 def mean(name: str, column: str, unit: str = "") -> Metric:
@@ -66,3 +138,12 @@ def mean(name: str, column: str, unit: str = "") -> Metric:
 
 def _mean_of(column: str, count: str, sums: Sums) -> float | None:
     return ratio(sums[column], sums[count])
+
+
+def _pair_loss(nll_weight: float, sums: Sums) -> float | None:
+    """The mean, if the loss of every pair is known."""
+    of_pairs = ratio(sums["loss"], sums["samples"])
+    nll = ratio(sums["nll"], sums["nll_tokens"]) if nll_weight else 0.0
+    if of_pairs is None or nll is None or sums["loss_samples"] != sums["samples"]:
+        return None
+    return of_pairs + nll_weight * nll

@@ -24,6 +24,7 @@ from channel_metrics.losses.cross_entropy import TokenLosses
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import Scratch
 from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
+from channel_metrics.trainers.trl.chunked import CHUNKED_LOSS
 from channel_metrics.trainers.trl.collator import PACK_BOUNDS_KEY, TOKEN_FIELD, PackCollator
 from channel_metrics.trainers.trl.columns import column_names, prepare_for_liger
 from channel_metrics.trainers.trl.packing import pack_with_channels
@@ -139,7 +140,8 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
 
         handle = model.register_forward_hook(keep_fused)
         try:
-            return super()._observed_loss(compute, model, inputs, *args, **kwargs)
+            with CHUNKED_LOSS.placed():
+                return super()._observed_loss(compute, model, inputs, *args, **kwargs)
         finally:
             handle.remove()
             reader.fused = None

@@ -10,11 +10,13 @@ import faults
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from fork_client import Preload
 from hf_tools import make_records, tiny_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning_tools import Module, Run, check, flattened, quiet, run, still_model, weights
+from packaging.version import Version
 from rank_cases import RanksOf, case
 
 from channel_metrics import MetricsConfig
@@ -182,4 +184,6 @@ def test_records_that_lightning_repeats_in_evaluation_count_once(ranks_of: Ranks
     for several, one, packed in ranks_of(uneven):
         check(several, HELD_OUT[:5], "val_0_")
         check(one, HELD_OUT[:1], "val_1_")
-        check(packed, HELD_OUT[:5], "val_")
+        # Before transformers 5, a CPU does not separate the sequences.
+        if Version(transformers.__version__) >= Version("5"):
+            check(packed, HELD_OUT[:5], "val_")

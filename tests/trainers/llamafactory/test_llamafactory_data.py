@@ -21,32 +21,50 @@ def data(monkeypatch: pytest.MonkeyPatch) -> Any:
     return data
 
 
-def test_packs_that_are_made_in_another_way_are_an_error(data: Any) -> None:
+class Texts:
+    """A tokenizer whose tokens are the digits of a text; 0 begins a row."""
+
+    eos_token, add_bos_token, bos_token_id = "9", True, 0
+
+    def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[int(digit) for digit in text] for text in texts]}
+
+
+def test_packs_that_are_made_in_another_way(data: Any) -> None:
     class Other(data.PackedSupervisedDatasetProcessor):
         def _encode_data_example(self, prompt: Any, **kwargs: Any) -> Any:
-            return prompt, prompt
+            return list(prompt), list(prompt)
 
         def preprocess_dataset(self, examples: Any) -> Any:
             ids = [self._encode_data_example(prompt=prompt)[0] for prompt in examples["_prompt"]]
-            row, positions = self.pack(ids)
-            return {"input_ids": [row], "position_ids": [positions]}
+            return {"input_ids": [self.pack(ids)]}
 
     def processor(pack: Any) -> Any:
         made = Other(None, None, None, SimpleNamespace(cutoff_len=8))
         made.pack = pack
         return data.ChannelProcessor(made)
 
-    records = {"_prompt": [[5, 6], [7], [8, 9]], "channel": ["a", "b", "c"]}
-    last_first = processor(lambda ids: ([8, 9, 7, 5, 6, 0, 0], [0, 1, 0, 0, 1, 0, 0]))
-    made = last_first.preprocess_dataset(records)
-    assert made["channel"] == [["c", "b", "a"]] and made["channel_lengths"] == [[2, 1, 2]]
-    first_first = processor(lambda ids: ([5, 6, 7, 8, 9, 0, 0], [0, 1, 0, 0, 1, 0, 0]))
+    records = {"_prompt": [[5, 6], [7], [7], [8, 9]], "channel": ["a", "b", "c", "d"]}
+    # Not even the last record of a length comes first.
+    other_order = processor(lambda ids: [*ids[3], *ids[1], *ids[2], *ids[0], 0, 0])
+    made = other_order.preprocess_dataset(records)
+    assert made["input_ids"] == [[8, 9, 7, 7, 5, 6, 0, 0]]
+    assert {type(token) for token in made["input_ids"][0]} == {int}
+    assert made["channel"] == [["d", "b", "c", "a"]]
+    # The padding is nobody's sequence; its tokens are not trained on.
+    assert made["channel_lengths"] == [[2, 1, 1, 4]]
+    copies = processor(lambda ids: [int(str(token)) for part in ids for token in part])
     with pytest.raises(UnsupportedVersionError, match=r"cannot be matched .* use 0\.9\.5"):
-        first_first.preprocess_dataset(records)
+        copies.preprocess_dataset(records)
 
 
 def test_blocks(data: Any) -> None:
-    assert data._blocks(["a", "b", "c"], [3, 0, 6], 4) == [
-        (["a", "c"], [3, 1]),
-        (["c"], [4]),
-    ]
+    """Texts are cut where a block ends; the first token of a block is overwritten."""
+    settings = SimpleNamespace(packing=True, cutoff_len=4, template="default")
+    inner = data.PretrainDatasetProcessor(None, Texts(), None, settings)
+    texts = ["11", "", "22222", "33"]
+    records = {"_prompt": [[{"content": text}] for text in texts], "channel": list("abcd")}
+    made = data.ChannelProcessor(inner).preprocess_dataset(records)
+    assert made["input_ids"] == [[0, 1, 9, 9], [0, 2, 2, 2], [0, 9, 3, 3]]
+    assert made["channel"] == [["a", "b"], ["c"], ["c", "d"]]
+    assert made["channel_lengths"] == [[3, 1], [4], [2, 2]]

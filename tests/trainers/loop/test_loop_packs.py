@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from hf_tools import Record, tiny_model
 from loop_tools import RECORDS, check, oracle, plain_oracle, shifted_hits, shifted_nll
+from packaging.version import Version
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -98,6 +101,13 @@ def test_packs_of_a_stream_that_accelerate_cuts(declared: bool) -> None:
         loader = accelerator.prepare(DataLoader(stream, batch_size=3, collate_fn=collate))
         return evaluate(metrics, model, loader, step=1, accelerator=accelerator)
 
-    with pytest.raises(ChannelError, match=r"on one process .*\(dispatch_batches=False\)"):
+    error: type[Exception] = ChannelError
+    told = r"on one process .*\(dispatch_batches=False\)"
+    if Version(accelerate.__version__) < Version("1.13") and not declared:
+        error, told = TypeError, "Can only concatenate tensors but got <class 'str'>"
+    with pytest.raises(error, match=told):
         run()
-    check(run(dispatch_batches=False), plain_oracle(records, "eval_"))
+    logs = run(dispatch_batches=False)
+    # Before transformers 5, a CPU does not separate the sequences.
+    if Version(transformers.__version__) >= Version("5"):
+        check(logs, plain_oracle(records, "eval_"))

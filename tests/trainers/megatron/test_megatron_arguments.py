@@ -63,7 +63,9 @@ def test_an_axis_by_field_needs_a_file_with_fields(tmp_path: Path) -> None:
     config.write_text("axes: {domain: domain}\n")
     given = arguments()
     given.channels_config = config
-    with pytest.raises(ConfigError, match="have no fields without --sft; map channels to labels"):
+    with pytest.raises(
+        ConfigError, match="tokenized data files have no fields; map channels to labels"
+    ):
         validate(given)
     config.write_text("axes: {domain: {a: target}}\n")
     validate(given)

@@ -84,8 +84,8 @@ def test_runs_without_metrics_say_so(ranks_of: RanksOf) -> None:
 
 @alone
 def units(folder: Path) -> Any:
-    from channel_metrics.trainers.swift.pair_schema import pair_schema
     from channel_metrics.trainers.trl.kto import KTO_SCHEMA
+    from channel_metrics.trainers.trl.samples import pair_schema
 
     schemas = (KTO_SCHEMA, pair_schema(), pair_schema(1.0))
     return {

@@ -200,4 +200,4 @@ def test_rewards_of_other_completions_are_refused() -> None:
         accelerator=SimpleNamespace(num_processes=2, process_index=0), reward_func_names=["one"]
     )
     with pytest.raises(ChannelError, match="expected rewards of 2 x 3 completions by 1 functions"):
-        GRPOChannelMetricsMixin._values(trainer, torch.zeros(5, 1), 3)
+        GRPOChannelMetricsMixin._values(trainer, torch.zeros(5, 1), torch.zeros(5), 3)

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import set_seed
 from trl import SFTTrainer
+from trl.trainer import sft_trainer
 from trl_sft_tools import (
     BFD,
     HAS_BOUNDS,
@@ -50,6 +51,8 @@ if HAS_SPLIT:
     LAYOUTS["split"] = {"packing": True, "packing_strategy": SPLIT, "max_length": 7}
 if SHUFFLES:
     LAYOUTS["shuffled"] = {"packing": True, "shuffle_dataset": True}
+# The size of the chunks in TRL's chunked loss.
+CHUNKS = "_CHUNKED_LM_HEAD_CHUNK_SIZE"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -114,6 +117,31 @@ def test_training_is_the_same_with_and_without(tmp_path: Path, layout: str) -> N
     for key in ("loss", "grad_norm", "mean_token_accuracy"):
         values = [[e.get(key) for e in t.state.log_history] for t in (plain, ours)]
         assert values[0] == values[1]
+
+
+@pytest.mark.skipif(not hasattr(sft_trainer, CHUNKS), reason="for trl 1.4 to 1.14")
+def test_the_chunked_loss_in_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 4 tokens, with masked tokens between the others."""
+    monkeypatch.setattr(sft_trainer, CHUNKS, 4)
+    records = [
+        {"prompt": record["text"][:1], "completion": record["text"][1:]} | record
+        for record in text_records(96)
+    ]
+    for record in records:
+        del record["text"]
+    found = {}
+    for loss_type in ("nll", "chunked_nll"):
+        trainer = sft(
+            tmp_path,
+            MySFT,
+            records,
+            loss_type=loss_type,
+            completion_only_loss=True,
+            learning_rate=0.0,
+        )
+        found[loss_type] = logs(trainer)
+    for plain, chunked in zip(found["nll"], found["chunked_nll"], strict=True):
+        assert chunked == pytest.approx(plain, rel=1e-6)
 
 
 @pytest.mark.skipif(HAS_BOUNDS, reason="for trl 0.19 to 0.21")

@@ -1,4 +1,7 @@
-"""More cases: labels on further axes. It holds all cases, those of cases.py and its own."""
+"""More cases: labels on further axes, and a trainer whose loss is not that of its tokens.
+
+`CASES` holds these and those of cases.py.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from channel_metrics.core.names import joint_name
-from contract.cases import CASES, NEEDS, case, config, ran
+from contract.cases import CASES, NEEDS, case, config
 from contract.script import (
     Evaluation,
     Harness,
@@ -17,6 +20,8 @@ from contract.script import (
     Script,
     check_values,
     expected,
+    measure,
+    ran,
     renamed,
     steps,
     window_sequences,
@@ -49,14 +54,14 @@ def labels_on_two_axes(harness: Harness, folder: Path) -> None:
         steps=renamed(steps("abcd", "dea-", "aabb", "ceba"), NAMES),
         evaluations=(Evaluation(1, renamed(steps("adce", first=40), NAMES)[0]),),
     )
-    found = ran(harness, script, folder)
+    found, how = ran(harness, script, folder), measure(harness)
     windows = [window for window in found.windows if window.split == "train"]
     for window, sequences in zip(windows, window_sequences(script), strict=True):
         check_values(window.values, by(harness, sequences, channel))
         check_values(window.axes["kind"], by(harness, sequences, kind))
         check_values(window.axes["lang"], by(harness, sequences, language))
         check_values(window.axes["channel.lang"], by(harness, sequences, both))
-        assert window.logs["kind/x_loss"] == window.axes["kind"]["x"]["loss"]
+        assert window.logs[f"kind/x_{how}"] == window.axes["kind"]["x"][how]
         crossed = window.axes["channel.lang"]["a.en"]
         assert window.logs["channel.lang/a.en_share"] == crossed["share"]
     everything = by(harness, [s for w in window_sequences(script) for s in w], language)
@@ -64,8 +69,24 @@ def labels_on_two_axes(harness: Harness, folder: Path) -> None:
     (evaluation,) = [window for window in found.windows if window.split != "train"]
     of_evaluation = list(script.evaluations[0].batches[0] + script.evaluations[0].batches[1])
     check_values(evaluation.axes["lang"], by(harness, of_evaluation, language))
-    de = evaluation.axes["lang"]["de"]["loss"]
-    assert found.evaluations[0]["eval_lang/de_loss"] == pytest.approx(de)
+    de = evaluation.axes["lang"]["de"][how]
+    assert found.evaluations[0][f"eval_lang/de_{how}"] == pytest.approx(de)
+
+
+@case()
+def all_unlabeled_warns_once(harness: Harness, folder: Path) -> None:
+    chosen = config(channels=("a",))
+    found = ran(harness, Script(config=chosen, steps=steps("--", "--"), every=1), folder)
+    said = [message for message in found.warnings if "count as 'unlabeled'" in message]
+    assert len(said) == 1 and "no record" in said[0]
+
+
+@case("lies")
+def a_loss_that_lies_is_told_once(harness: Harness, folder: Path) -> None:
+    script = Script(config=config(), steps=steps("ab", "aa", "bb", "ab"), every=1, lies=True)
+    found = ran(harness, script, folder)
+    said = [message for message in found.warnings if "do not add up" in message]
+    assert len(said) == 1
 
 
 def by(

@@ -1,0 +1,153 @@
+"""Gives Megatron-Bridge's training loop channel metrics.
+
+These functions of `megatron.bridge` are patched (0.6 has them):
+
+| name | purpose |
+|---|---|
+| training.pretrain.pretrain | a session is made, and registered for Bridge's events |
+| training.train.get_forward_backward_func, also in training.eval | the loss functions count |
+| data.loaders.build_pretraining_data_loader | batches get their channels |
+| training.gpt_step._partition_packed_batch_for_cp, core's cuts | ids are cut like the labels |
+| data.packing.offline.fill_packing_strategy, parquet.write_packed_parquet | packs name channels |
+| training.checkpointing.save_checkpoint | the totals are saved |
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from channel_metrics import swap
+from channel_metrics.config import MetricsConfig
+from channel_metrics.errors import UnsupportedVersionError
+from channel_metrics.trainers.megatron.cuts import follow_cuts, unfollow_cuts
+from channel_metrics.trainers.megatron.ids import follow_labels
+from channel_metrics.trainers.megatron.step import counting_schedule
+from channel_metrics.trainers.megatron_bridge import packs
+from channel_metrics.trainers.megatron_bridge.data import with_channels
+from channel_metrics.trainers.megatron_bridge.run import BridgeRun
+from channel_metrics.trainers.patching import announce, config_of_environment
+
+__all__ = ["apply", "is_applied", "revert"]
+
+_KEY = "megatron_bridge"
+_PRETRAIN = "training.pretrain"
+_EVENTS = (
+    "on_train_start", "on_train_step_end", "on_eval_start", "on_eval_end", "on_test_start",
+    "on_test_end",
+)  # fmt: skip
+Original = Callable[..., Any]
+
+_runs: list[BridgeRun] = []
+
+
+def apply(config: MetricsConfig | None = None) -> None:
+    """Patch Megatron-Bridge. A second call does nothing.
+
+    Args:
+        config: None means the file that CHANNEL_METRICS_CONFIG names, or else the default config.
+
+    Raises:
+        UnsupportedVersionError: this version lacks a function. Then nothing is patched.
+    """
+    if config is not None:
+        revert()
+    if is_applied():
+        return
+    bodies = _bodies(config or config_of_environment())
+    modules = {place: importlib.import_module(f"megatron.bridge.{place}") for place, _ in bodies}
+    version = importlib.import_module("megatron.bridge").__version__
+    missing = [f"{place}.{name}" for place, name in bodies if not hasattr(modules[place], name)]
+    if missing:
+        raise UnsupportedVersionError(
+            f"channel metrics need functions of megatron.bridge that {version} lacks: "
+            f"{', '.join(missing)}; use 0.6."
+        )
+    for (place, name), body in bodies.items():
+        swap.wrap(modules[place], name, body, key=_KEY, everywhere_in="megatron.bridge")
+    follow_cuts()
+    announce(f"channel metrics: patched megatron.bridge {version}")
+
+
+def revert() -> None:
+    """Put the original functions back, also in modules that imported them, and forget the run."""
+    _runs.clear()
+    swap.unwrap(_KEY)
+    unfollow_cuts()
+
+
+def is_applied() -> bool:
+    """Whether Megatron-Bridge is patched now."""
+    module = sys.modules.get(f"megatron.bridge.{_PRETRAIN}")
+    return module is not None and swap.is_wrapped(module, "pretrain", key=_KEY)
+
+
+def _bodies(config: MetricsConfig) -> dict[tuple[str, str], Any]:
+    fill = functools.partial(_fill, config)
+    return {
+        (_PRETRAIN, "pretrain"): functools.partial(_pretrain, config),
+        ("training.train", "get_forward_backward_func"): _schedule,
+        ("data.loaders", "build_pretraining_data_loader"): _loader,
+        ("training.gpt_step", "_partition_packed_batch_for_cp"): follow_labels,
+        ("data.packing.offline", "fill_packing_strategy"): fill,
+        ("data.packing.parquet", "write_packed_parquet"): packs.write_packed_parquet,
+        ("training.checkpointing", "save_checkpoint"): _save,
+    }
+
+
+def _pretrain(settings: MetricsConfig, original: Original, /, *args: Any, **kwargs: Any) -> Any:
+    from megatron.bridge.training.callbacks import CallbackManager, normalize_callbacks
+
+    call = inspect.signature(original).bind(*args, **kwargs)
+    manager = normalize_callbacks(call.arguments.get("callbacks")) or CallbackManager()
+    call.arguments["callbacks"] = manager
+    run = BridgeRun(call.arguments["config"], settings)
+    _runs.append(run)
+    for event in _EVENTS:
+        manager.register(event, functools.partial(_fire, run, event))
+    try:
+        return original(*call.args, **call.kwargs)
+    finally:
+        _runs.remove(run)
+
+
+def _fire(run: BridgeRun, event: str, context: Any) -> None:
+    # A script may use its manager for several trainings.
+    if run in _runs:
+        getattr(run, event)(context)
+
+
+def _schedule(original: Original, *args: Any, **kwargs: Any) -> Any:
+    forward_backward = original(*args, **kwargs)
+    return counting_schedule(forward_backward, _runs[-1].metrics) if _runs else forward_backward
+
+
+def _loader(original: Original, /, *args: Any, **kwargs: Any) -> Any:
+    call = inspect.signature(original).bind(*args, **kwargs)
+    given = call.arguments
+    # Bridge hides the warnings of all loggers. Ours say what is not measured, or not right.
+    from megatron.training.utils.log_utils import warning_filter
+
+    logging.getLogger("channel_metrics").removeFilter(warning_filter)
+    if _runs and given["dataset"] is not None and given["dataloader_type"] != "external":
+        own = (given["dataset"], given.get("collate_fn"))
+        given["dataset"], given["collate_fn"] = with_channels(_runs[-1], *own)
+    return original(*call.args, **call.kwargs)
+
+
+def _fill(config: MetricsConfig, original: Original, *args: Any) -> Any:
+    return packs.fill_packing_strategy(original, *args, fields=config.label_fields)
+
+
+def _save(original: Original, state: Any, *args: Any, **kwargs: Any) -> Any:
+    # Not at Bridge's event on_checkpoint_save: with async_save, it comes some iterations later.
+    result = original(state, *args, **kwargs)
+    # A script may also save another model, with a state of its own.
+    if _runs and state.cfg is _runs[-1].bridge and not kwargs.get("non_persistent_ckpt"):
+        _runs[-1].save(state)
+    return result

@@ -1,0 +1,125 @@
+"""The session of one call of Megatron-Bridge's `pretrain`, and what its events do.
+
+The events are those of Bridge's own `CallbackManager`. All ranks get them in the same order.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from channel_metrics.config import MetricsConfig
+from channel_metrics.errors import ConfigError
+from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.megatron.arguments import captures_iterations
+from channel_metrics.trainers.megatron.counting import MegatronChannelMetrics
+from channel_metrics.trainers.megatron.log import write
+from channel_metrics.trainers.megatron.reserved import megatron_keys
+from channel_metrics.windows import Evaluation, Window
+
+__all__ = ["BridgeRun"]
+
+# What Bridge logs beside the keys that it shares with Megatron-LM.
+_KEYS = ("decoupled-learning-rate", "max-attention-logit", "max-attention-logit vs samples")
+
+
+class BridgeRun:
+    """The metrics of one training.
+
+    Args:
+        bridge: the `ConfigContainer` of the training.
+        config: what is measured and logged.
+
+    Raises:
+        ConfigError: the training has settings that do not work with the metrics.
+    """
+
+    def __init__(self, bridge: Any, config: MetricsConfig) -> None:
+        _refuse_unsupported(bridge.model)
+        self.bridge = bridge
+        self.session = ChannelMetrics(config, reserved=megatron_keys() | set(_KEYS))
+        self.metrics = MegatronChannelMetrics(session=self.session)
+        self._evaluation: Evaluation | None = None
+        self._block = ExitStack()
+
+    def on_train_start(self, context: Any) -> None:
+        """Begin with an empty window, and with the totals of the checkpoint that was loaded."""
+        self._drop_evaluation()
+        step, loaded = context.state.train_state.step, self.bridge.checkpoint.load
+        self.session.start(_folder(loaded, step) if step and loaded else None)
+
+    def on_train_step_end(self, context: Any) -> None:
+        """End the step; at the end of a log interval, close the window and write its values."""
+        # A skipped iteration changes neither the weights nor Bridge's own averages.
+        self.metrics.end_step(discard=bool(context.skipped_iter))
+        iteration = context.state.train_state.step + 1
+        if iteration % self.bridge.logger.log_interval == 0:
+            self._write(f"iteration {iteration:8d}", self.session.close(iteration), context.state)
+
+    def on_eval_start(self, context: Any, kind: str = "eval") -> None:
+        """Open the window of an evaluation."""
+        self._drop_evaluation()
+        step = context.state.train_state.step
+        self._evaluation = self._block.enter_context(
+            self.session.evaluation(kind, step, prefix=f"{kind}_")
+        )
+
+    def on_eval_end(self, context: Any) -> None:
+        """Close the window of the evaluation, and write its values."""
+        evaluation, self._evaluation = self._evaluation, None
+        self._block.close()
+        if evaluation is not None and evaluation.window is not None:
+            title = f"validation at iteration {context.state.train_state.step}"
+            self._write(title, evaluation.window, context.state)
+
+    def on_test_start(self, context: Any) -> None:
+        """Open the window of the test set."""
+        self.on_eval_start(context, "test")
+
+    on_test_end = on_eval_end
+
+    def save(self, state: Any) -> None:
+        """Write the totals into the folder of the checkpoint of this iteration."""
+        from megatron.bridge.utils.common_utils import is_last_rank
+
+        folder = _folder(self.bridge.checkpoint.save, state.train_state.step)
+        self.session.save(folder, is_writer=is_last_rank())
+
+    def _drop_evaluation(self) -> None:
+        """Drop an evaluation without an end: Bridge has no event for its limit of time."""
+        if self._evaluation is not None:
+            self._evaluation.discard()
+            self._evaluation = None
+            self._block.close()
+
+    def _write(self, title: str, window: Window, state: Any) -> None:
+        from megatron.bridge.utils.common_utils import print_rank_last
+
+        with self.session.guard.guarded():
+            write(title, window, print_rank_last, state.tensorboard_logger, state.wandb_logger)
+            if window.logs and state.comet_logger is not None:
+                state.comet_logger.log_metrics(window.logs, step=window.step)
+            if window.logs and state.mlflow_logger is not None:
+                from megatron.bridge.training.utils.mlflow_utils import _sanitize_mlflow_metrics
+
+                logs = _sanitize_mlflow_metrics(window.logs)
+                state.mlflow_logger.log_metrics(logs, step=window.step)
+
+
+def _refuse_unsupported(model: Any) -> None:
+    if captures_iterations(model):
+        raise ConfigError(
+            "channel metrics do not work with CUDA graphs of a full iteration: a captured "
+            "iteration runs no Python that could count; set cuda_graph_impl of the model to "
+            "another value, so that only layers are captured."
+        )
+    if getattr(getattr(model, "dist_train", None), "use_dist_train", False):
+        raise ConfigError(
+            "channel metrics do not work with dist_train, which has a schedule of its own; leave "
+            "it out, or run without --patch megatron_bridge."
+        )
+
+
+def _folder(root: str, step: int) -> Path:
+    return Path(root) / f"iter_{step:07d}"

@@ -1,0 +1,49 @@
+"""Axolotl's trainer of supervised fine-tuning, on records that are encoded already."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from axolotl_tools import AXOLOTL
+from torch.utils.data import SequentialSampler
+
+from channel_metrics.trainers.hf import attach
+from contract.harness_hf import HFHarness, Records, collate, tiny_qwen2
+from contract.script import Script, flat
+
+__all__ = ["AxolotlHarness"]
+
+
+class ListedRecords(Records):
+    """Axolotl asks a dataset for its columns."""
+
+    column_names = ("input_ids", "labels", "channel")
+
+
+class AxolotlHarness(HFHarness):
+    """Its runs are forked from the process that runs Axolotl's other tests."""
+
+    name = "axolotl"
+    preload = replace(AXOLOTL, names=(*AXOLOTL.names, "contract.harness_hf"))
+    is_here = False
+
+    def records(self, *args: Any) -> Records:
+        return ListedRecords(*args)
+
+    def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
+        from axolotl.core.trainers.base import AxolotlTrainer
+        from axolotl.core.training_args import AxolotlTrainingArguments
+
+        class InOrder(AxolotlTrainer):
+            def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+                return SequentialSampler(self.train_dataset)
+
+        trainer = InOrder(
+            model=tiny_qwen2(),
+            args=AxolotlTrainingArguments(**arguments),
+            data_collator=collate,
+            eval_data_collator=collate,
+            train_dataset=self.records([s for step in script.steps for s in flat(step)]),
+        )
+        return attach(trainer, script.config)

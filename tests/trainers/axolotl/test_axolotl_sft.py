@@ -1,0 +1,175 @@
+"""`axolotl train` against a loop over the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axolotl_tools import (
+    AXOLOTL,
+    NAMES,
+    ONLY_HERE,
+    WHOLE,
+    Command,
+    Run,
+    entries,
+    make_files,
+    train,
+    write_config,
+)
+from rank_cases import RanksOf
+
+pytestmark = [ONLY_HERE, pytest.mark.timeout(900)]
+
+RunOf = Callable[..., Run]
+PACKED = {"sample_packing": True, "micro_batch_size": 2, "gradient_accumulation_steps": 1}
+SOURCE = {"channel_metrics": {"fields": ["source"], "metrics": ["loss", "tokens", "samples"]}}
+LORA = {
+    "adapter": "lora",
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_target_linear": True,
+    # They need a GPU.
+    "lora_mlp_kernel": False,
+    "lora_qkv_kernel": False,
+    "lora_o_kernel": False,
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory: pytest.TempPathFactory, files: Path, ranks_of: RanksOf) -> RunOf:
+    """Run Axolotl in forked processes."""
+
+    def run(ranks: int = 1, **settings: Any) -> Run:
+        folder = tmp_path_factory.mktemp("run")
+        config = str(write_config(files, folder, **settings))
+        ranks_of.call(AXOLOTL, train, config, ranks=ranks, folder=folder, meet=ranks > 1)
+        return Run(folder)
+
+    return run
+
+
+def check(found: dict[str, Any], wanted: Any, prefix: str = "") -> None:
+    """The same channels, and their values."""
+    ours = {k.removesuffix("_tokens") for k in found if k.endswith("_tokens")}
+    assert ours == {prefix + name for name in wanted}
+    for name, (loss, tokens, samples) in wanted.items():
+        assert found[f"{prefix}{name}_tokens"] == tokens, name
+        assert found[f"{prefix}{name}_samples"] == samples, name
+        assert found[f"{prefix}{name}_loss"] == pytest.approx(loss, rel=1e-6), name
+
+
+def test_padded_rows_and_test_datasets(run_of: RunOf, files: Path) -> None:
+    from axolotl_oracle import of_sft
+
+    tested = [{**entry, "split": "train"} for entry in entries(files)]
+    run = run_of(**WHOLE, test_datasets=tested, eval_strategy="epoch")
+    check(run.values, of_sft(files))
+    check(run.evaluation, of_sft(files), "eval_")
+
+
+@pytest.mark.parametrize("settings", [{}, {"multipack_real_batches": True}])
+def test_sample_packing(run_of: RunOf, files: Path, settings: dict[str, Any]) -> None:
+    from axolotl_oracle import of_sft
+
+    run = run_of(**WHOLE, **PACKED, **settings)
+    wanted = of_sft(files, seen=run.seen)
+    check(run.values, wanted)
+    assert sum(samples for _, _, samples in wanted.values()) > 30
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_two_ranks(run_of: RunOf, files: Path, packed: bool) -> None:
+    from axolotl_oracle import of_sft
+
+    run = run_of(2, **WHOLE, **(PACKED if packed else {}))
+    check(run.values, of_sft(files, seen=run.seen if packed else None))
+
+
+def test_a_column_of_the_users_own_is_the_channel_with_lora(run_of: RunOf, files: Path) -> None:
+    from axolotl_oracle import of_sft
+
+    check(run_of(**WHOLE, **SOURCE, **LORA).values, of_sft(files, "source"))
+
+
+@pytest.mark.parametrize("field", [None, "source"])
+def test_texts_that_are_cut_into_rows(run_of: RunOf, files: Path, field: str | None) -> None:
+    from axolotl_oracle import of_texts
+
+    texts = entries(files, "completion")
+    settings = {**SOURCE, "dataset_num_proc": 2} if field else {}
+    run = run_of(**WHOLE, **settings, datasets=texts)
+    check(run.values, of_texts(files, field))
+
+
+def same(on: Run, off: Run) -> None:
+    """The same weights, and the same values of the trainer."""
+    assert on.weights == off.weights
+    keys = ("loss", "grad_norm", "eval_loss", "learning_rate")
+    logged = [[{k: e[k] for k in keys if k in e} for e in run.log] for run in (on, off)]
+    assert logged[0] == logged[1] and len(logged[0]) > 4
+
+
+def test_training_is_the_same_without_the_plugin(
+    run_of: RunOf, files: Path, tmp_path: Path
+) -> None:
+    """Also if both find the same folder of prepared data, and one dataset is there twice."""
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes((files / "code.jsonl").read_bytes())
+    settings = {
+        "datasets": [*entries(files), {"path": str(copy), "type": "input_output"}],
+        "model": "dropout",
+        "val_set_size": 0.25,
+        "eval_steps": 2,
+        "balance_labels": True,
+        "dataset_exact_deduplication": True,
+        "dataset_prepared_path": str(tmp_path / "prepared"),
+    }
+    off, on = (run_of(**settings, plugin=plugin) for plugin in (False, True))
+    same(on, off)
+    found = on.evaluation
+    assert sum(found.get(f"eval_{name}_samples", 0) for name in (*NAMES, "copy")) == 12
+
+
+def test_packed_training_with_lora_is_the_same_without_the_plugin(run_of: RunOf) -> None:
+    settings = {**PACKED, **LORA, "model": "dropout"}
+    off, on = (run_of(**settings, plugin=plugin) for plugin in (False, True))
+    same(on, off)
+
+
+def test_the_command_starts_two_ranks(files: Path, tmp_path: Path) -> None:
+    """With the default launcher. And one with `--launcher python`."""
+    from axolotl_oracle import of_sft
+
+    two = Command(files, tmp_path / "two", "--", "--multi_gpu", "--num_processes", "2", **WHOLE)
+    one = Command(files, tmp_path / "one", "--launcher", "python", **WHOLE)
+    wanted = of_sft(files)
+    for run in (two.end(), one.end()):
+        check(run.values, wanted)
+    assert (tmp_path / "two" / "seen1.json").exists()
+    assert "the channels of `datasets:` are chat, code" in one.output
+
+
+def test_a_stream(run_of: RunOf, files: Path) -> None:
+    from axolotl_oracle import of_sft
+
+    run = run_of(**WHOLE | {"num_epochs": 1, "max_steps": 6}, streaming=True)
+    check(run.values, of_sft(files))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_validation_is_split_from_all_channels(run_of: RunOf, packed: bool) -> None:
+    """The collator of evaluations is another one than that of training."""
+    split = {"val_set_size": 0.25, "eval_sample_packing": packed, "eval_strategy": "epoch"}
+    found = run_of(**WHOLE, **PACKED, **split).evaluation
+    losses = [found[f"eval_{name}_loss"] for name in NAMES]
+    tokens = [found[f"eval_{name}_tokens"] for name in NAMES]
+    assert sum(found[f"eval_{name}_samples"] for name in NAMES) == 12
+    assert min(tokens) > 0 and min(losses) > 0
