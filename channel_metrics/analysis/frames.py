@@ -9,12 +9,14 @@ plot_channels(data)
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from channel_metrics.analysis.axes import with_axis
 from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.report.pictures import DASHES, PALETTE, WHOLE_RUN, styled
 from channel_metrics.analysis.report.views import shown
@@ -36,7 +38,10 @@ _GAP_FACTOR = 4.0
 
 
 def load(
-    *runs: str | PathLike[str], format: str | None = None, channels: Iterable[str] = ()
+    *runs: str | PathLike[str],
+    format: str | None = None,
+    channels: Iterable[str] = (),
+    axis: str = "",
 ) -> DataFrame:
     """Read the logs of runs as one tidy DataFrame.
 
@@ -44,13 +49,14 @@ def load(
         runs: run folders or log files.
         format: which log to read, if a folder has several.
         channels: names that are channels. By default, they are inferred from the keys.
+        axis: an axis whose labels stand in place of the channels. By default, labels are left out.
 
     Returns:
         One row per value: `run`, `split`, `channel`, `metric` (categories), `step`, `value`. The
         channel of the run's own values is "".
 
     Raises:
-        ChannelMetricsError: if there is no log, or no value in it.
+        ChannelMetricsError: if there is no log, no value in it, or no such axis.
     """
     pandas: Any = need("pandas", extra="notebook")
     if not runs:
@@ -59,7 +65,9 @@ def load(
     names = [*channels]
     parts = []
     for path, name in zip(paths, run_names(paths), strict=True):
-        for key, steps, values in load_run(path, format=format, channels=names).all_series():
+        run = load_run(path, format=format, channels=names)
+        run = with_axis(run, axis) if axis else replace(run, labels={})
+        for key, steps, values in run.all_series():
             texts = dict(zip(COLUMNS, (name, *key), strict=False))
             parts.append(pandas.DataFrame({**texts, "step": steps, "value": values}))
     data = pandas.concat(parts, ignore_index=True)[list(COLUMNS)]

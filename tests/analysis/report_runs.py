@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 
-from analysis.analysis_tools import HOSTILE, run_of
+from analysis.analysis_tools import HOSTILE, make_history, run_of
 from channel_metrics.analysis.run import Run
 
 FOUR = ("bbu", "rru", "lvis", "lang_chat")
@@ -87,6 +87,18 @@ def troubled_run(steps: int = 60) -> Run:
             entry["worse_nonfinite"] = 3
         history.append(entry)
     return run_of(history, name="troubled", ratios={"fine": 0.5, "worse": 0.25, "starved": 0.25})
+
+
+def resumed_run() -> Run:
+    """A run of 30 steps, resumed at step 21 and again at step 36."""
+    branches = ((1, 30), (21, 38), (36, 60))
+    history = [
+        entry
+        for seed, (first, last) in enumerate(branches)
+        for entry in make_history(last, seed=seed)
+        if entry["step"] >= first
+    ]
+    return run_of(history, name="resumed")
 
 
 def rich_run(name: str = "rich", seed: int = 0, steps: int = 160) -> Run:

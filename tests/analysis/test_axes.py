@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from analysis.analysis_tools import run_of, write_jsonl
 from channel_metrics import ChannelMetrics, MetricsConfig
+from channel_metrics.analysis import load
 from channel_metrics.analysis.axes import with_axis
 from channel_metrics.analysis.judging.told import findings_of
 from channel_metrics.analysis.report.views import views_of
@@ -181,3 +182,9 @@ def test_the_option_of_the_commands(tmp_path: Path, command: tuple[str, ...]) ->
     assert channels("--axis", "lang") == ["en", "de"]
     wrong = CliRunner().invoke(app, [*command, str(log), "--axis", "role"])
     assert wrong.exit_code == 2 and "got 'role'" in wrong.output
+
+
+def test_a_notebook_gets_the_channels_or_the_labels_of_an_axis(tmp_path: Path) -> None:
+    log = write_jsonl(tmp_path / "logging.jsonl", history(PLAIN, axes=AXES))
+    assert set(load(log)["channel"]) == {"", *PLAIN}
+    assert set(load(log, axis="lang")["channel"]) == {"", "en", "de"}

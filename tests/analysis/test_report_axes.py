@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from analysis.analysis_tools import make_history, run_of, series_of, write_jsonl
-from analysis.report_runs import rich_run, run_with
+from analysis.report_runs import resumed_run, rich_run, run_with
 from channel_metrics.analysis.report.axes import axes_of, marks_of
 from channel_metrics.analysis.report.curves import curves_of
-from channel_metrics.analysis.report.more_curves import mix_curves, other_curves
+from channel_metrics.analysis.report.more_curves import mix_curves, other_curves, overwritten_curves
 from channel_metrics.analysis.report.page_data import page_data
 from channel_metrics.analysis.report.views import shown, view_run
-from channel_metrics.analysis.run import RUN_FILE, Run, load_run
+from channel_metrics.analysis.run import RUN_FILE, load_run
 
 
 def test_axes_are_those_of_the_log() -> None:
@@ -39,14 +38,38 @@ def test_an_axis_never_goes_back_and_is_short() -> None:
     assert (np.diff(values) >= 0).all() and values[-1] == 999
 
 
-def test_marks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Run, "resumes", (21,), raising=False)
+def test_marks() -> None:
     marks = marks_of(rich_run())
-    assert marks[:2] == [
-        {"kind": "resume", "step": 21, "text": "resumed"},
-        {"kind": "alert", "step": 50, "text": "alert_rising"},
+    assert marks[0] == {"kind": "alert", "step": 50, "text": "alert_rising"}
+    assert [mark["step"] for mark in marks[1:]] == [40, 80, 120, 160]
+    resumed = [mark for mark in marks_of(resumed_run()) if mark["kind"] == "resume"]
+    assert resumed == [{"kind": "resume", "step": s, "text": "resumed"} for s in (21, 36)]
+
+
+def test_what_a_resume_overwrote_is_a_curve_of_its_own() -> None:
+    run = resumed_run()
+    curves = {(c.channel, c.metric): c for c in overwritten_curves(run, ["bbu"], 100)}
+    loss = curves["bbu", "loss"]
+    first, second = (
+        series_of(run_of(make_history(last, seed=seed)), "bbu", "loss")
+        for seed, last in enumerate((30, 38))
+    )
+    # The line is broken between the two branches.
+    assert loss.steps.tolist() == [*range(21, 31), 36, 36, 37, 38]
+    assert np.isnan(loss.values).tolist() == [False] * 10 + [True] + [False] * 3
+    assert loss.values[~np.isnan(loss.values)].tolist() == [
+        *(first[step] for step in range(21, 31)),
+        *(second[step] for step in range(36, 39)),
     ]
-    assert [mark["step"] for mark in marks[2:]] == [40, 80, 120, 160]
+    data = page_data([view_run(run, 0, {"bbu": 0})], ["bbu"], 100)
+    marked = [c for c in data["curves"] if c.get("overwritten")]
+    assert {(c["channel"], c["metric"]) for c in marked} == {
+        (number, metric)
+        for number in (-1, 0)
+        for metric in ("loss", "token_acc", "share")
+        if metric == "loss" or number == 0
+    }
+    assert not list(overwritten_curves(rich_run(), ["a"], 100))
 
 
 def test_the_mix_so_far_counts_windows_without_a_channel() -> None:

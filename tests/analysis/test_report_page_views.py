@@ -126,6 +126,15 @@ def test_the_difference_of_two_runs(report: Report, files: dict[str, Path]) -> N
     assert len(report.lines()) == 10
 
 
+def test_what_a_resume_overwrote_is_drawn_pale(report: Report, files: dict[str, Path]) -> None:
+    report.open(files["resumed"])
+    names = (
+        "return [...document.querySelectorAll('[data-metric=loss] path.overwritten.raw')].length"
+    )
+    assert report.run(names) == len(report.lines()) > 1
+    assert "resumed" in report.texts("#dashes li")
+
+
 def test_marks(report: Report, files: dict[str, Path]) -> None:
     count = "return document.querySelectorAll('[data-metric=loss] .event.' + arguments[0]).length"
     report.open(files["rich"])

@@ -72,6 +72,9 @@ class Curve:
     is_estimate: bool = False
     """Whether the values are estimated from the loss of the whole run."""
 
+    is_overwritten: bool = False
+    """Whether a resume has done its steps again."""
+
     smooth: int = 0
     """How strongly it is smoothed, from 1; 0 if it has the points of the log."""
 

@@ -1,4 +1,4 @@
-"""Curves beside those of the metrics: the mix so far, and any other series of the log."""
+"""Curves beside those of the metrics: the mix so far, what a resume overwrote, any other series."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from channel_metrics.core.schema import Metric
 if TYPE_CHECKING:
     from channel_metrics.analysis.run import Run
 
-__all__ = ["EPOCHS", "MIX", "mix_curves", "other_curves"]
+__all__ = ["EPOCHS", "MIX", "mix_curves", "other_curves", "overwritten_curves"]
 
 _MAX_POINTS = 300
 _MAX_OTHERS = 400
@@ -66,6 +66,30 @@ def mix_curves(run: Run, channels: Iterable[str], limit: int) -> Iterator[Curve]
                 values=values[picked],
                 tokens=own_tokens(run, name, steps[picked]),
                 num_points=len(steps),
+            )
+
+
+def overwritten_curves(run: Run, channels: Iterable[str], limit: int) -> Iterator[Curve]:
+    """The values of steps that a resume has done again, for each metric that has a chart."""
+    for channel in (GLOBAL, *channels) if run.resumes else ():
+        for metric in charts():
+            steps, values = run.overwritten(channel, metric.name)
+            if not len(steps):
+                continue
+            picked = pick_points(values, min(limit, _MAX_POINTS))
+            # The line is broken where it jumps to the branch of another resume.
+            places = np.unique(np.searchsorted(steps[picked], run.resumes)[1:])
+            places = places[(places > 0) & (places < len(picked))]
+            shown = np.where(np.isfinite(values), values, np.nan)[picked]
+            yield Curve(
+                channel=channel,
+                metric=metric.name,
+                split="train",
+                steps=np.insert(steps[picked], places, steps[picked][places]),
+                values=np.insert(shown, places, np.nan),
+                tokens=None,
+                num_points=len(steps),
+                is_overwritten=True,
             )
 
 

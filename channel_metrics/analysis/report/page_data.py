@@ -1,9 +1,9 @@
 """The numbers of the report as JSON that can stand inside an HTML page.
 
 Channels and runs are numbers. A curve is `{run, channel, metric, split, steps, values, points}`,
-and may have `low`, `high`, `smooth` (the strength) and `estimate`. The first curve of a channel
-also has `tokens`: the channel's own, up to each step. Steps and tokens are written as differences.
-Values have six digits; null breaks the line.
+and may have `low`, `high`, `smooth` (the strength), `estimate` and `overwritten`. The first curve
+of a channel also has `tokens`: the channel's own, up to each step. Steps and tokens are written as
+differences. Values have six digits; null breaks the line.
 
 `axes` has, for each run, what its steps are on other axes. `marks` has the steps that charts mark,
 and `plan` the configured shares by channel.
@@ -22,7 +22,7 @@ import numpy as np
 from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.report.axes import axes_of, marks_of
 from channel_metrics.analysis.report.curves import Curve, curves_of
-from channel_metrics.analysis.report.more_curves import mix_curves, other_curves
+from channel_metrics.analysis.report.more_curves import mix_curves, other_curves, overwritten_curves
 from channel_metrics.analysis.report.moving import WINDOW_PARTS
 from channel_metrics.analysis.report.views import shown
 
@@ -46,6 +46,7 @@ def page_data(views: Sequence[RunView], channels: Sequence[str], limit: int) -> 
             curves_of(view.run, own, limit, range(1, len(WINDOW_PARTS) + 1)),
             mix_curves(view.run, own, limit),
             other_curves(view.run, own, limit),
+            overwritten_curves(view.run, own, limit),
         )
         items = [_curve(curve, view.index, numbers) for curve in drawn]
         _keep_first_tokens(items)
@@ -103,7 +104,8 @@ def _curve(curve: Curve, run: int, numbers: dict[str, int]) -> dict[str, Any]:
         item |= {"low": _rounded(low.tolist()), "high": _rounded(high.tolist())}
     if curve.smooth:
         item["smooth"] = curve.smooth
-    return item | ({"estimate": True} if curve.is_estimate else {})
+    flags = {"estimate": curve.is_estimate, "overwritten": curve.is_overwritten}
+    return item | {name: True for name, on in flags.items() if on}
 
 
 def _keep_first_tokens(curves: Sequence[dict[str, Any]]) -> None:

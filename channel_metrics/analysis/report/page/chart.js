@@ -114,7 +114,7 @@ class Chart {
     const group = drawn("g", { class: "labels" });
     const ends = new Map();
     for (const curve of this.curves) {
-      if (curve.split !== "train" || ends.has(curve.channel)) continue;
+      if (curve.split !== "train" || curve.overwritten || ends.has(curve.channel)) continue;
       const last = curve.values.findLastIndex((value, i) => drawable(value, this.y) && positions(curve)[i] <= this.x.domain[1]);
       if (last >= 0) ends.set(curve.channel, { x: this.x(positions(curve)[last]), y: this.y(curve.values[last]) });
     }

@@ -40,6 +40,7 @@ const curveLabel = (curve) => {
   const parts = [nameOf(curve.channel)];
   if (curve.split !== "train") parts.push(curve.split);
   if (curve.estimate) parts.push("estimated");
+  if (curve.overwritten) parts.push("before the resume");
   if (DATA.runs.length > 1) parts.push(DATA.runs[curve.run]);
   return parts.join(" · ");
 };

@@ -13,7 +13,7 @@ const curvesNow = (metric) => {
       (!curve.smooth || curve.smooth === state.smooth),
   );
   if (!state.difference) return chosen;
-  return differences(chosen.filter((curve) => !hasSmoothTwin(curve, chosen)));
+  return differences(chosen.filter((curve) => !curve.overwritten && !hasSmoothTwin(curve, chosen)));
 };
 
 const hasSmoothTwin = (curve, curves) =>
@@ -66,7 +66,7 @@ const drawCurves = (group, curves, x, y) => {
   const count = new Set(curves.map((curve) => curve.channel)).size;
   const several = count > MAX_RAW;
   const crowded = count > 2 * MAX_RAW;
-  const raws = new Set(curves.filter((curve) => hasSmoothTwin(curve, curves)));
+  const raws = new Set(curves.filter((curve) => curve.overwritten || hasSmoothTwin(curve, curves)));
   const own = curves.filter((curve) => !raws.has(curve));
   // What says most is drawn last: smooth over raw, the whole run over its channels.
   own.sort((a, b) => (a.channel === WHOLE_RUN) - (b.channel === WHOLE_RUN));
@@ -75,6 +75,7 @@ const drawCurves = (group, curves, x, y) => {
     if (raw && several) continue;
     const classes = ["line", colorOf(curve.channel), `run${curve.run}`];
     if (raw) classes.push("raw");
+    if (curve.overwritten) classes.push("overwritten");
     if (crowded && curve.channel !== WHOLE_RUN) classes.push("thin");
     if (raw && curve.steps.length > MAX_CLEAR) classes.push("dense");
     if (curve.split !== "train") classes.push("other");

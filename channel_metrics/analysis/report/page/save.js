@@ -22,7 +22,7 @@ const chartCsv = (chart) => {
     curve.steps.flatMap((step, i) =>
       curve.values[i] === null
         ? []
-        : [[DATA.runs[curve.run], curve.split, nameOf(curve.channel), curve.metric, curve.smooth ?? 0, step, positions(curve)[i], curve.values[i]]],
+        : [[DATA.runs[curve.run], curve.split, nameOf(curve.channel), curve.metric + (curve.overwritten ? " before the resume" : ""), curve.smooth ?? 0, step, positions(curve)[i], curve.values[i]]],
     ),
   );
   return [head, ...rows].map((row) => row.map(csvCell).join(",")).join("\r\n") + "\r\n";
