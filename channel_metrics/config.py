@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
@@ -77,6 +78,11 @@ class MetricsConfig:
     `{metric}_{channel}` gives the keys that ms-swift has. `{metric}/{channel}` makes TensorBoard
     group the charts by metric."""
 
+    stream: str = ""
+    """A file of JSON lines that each closed window is added to, see docs/stream.md.
+
+    A relative path begins at the folder in which the run was started. Empty: no file."""
+
     live_table: bool = True
     """Whether a terminal or a notebook shows a table of the channels during the run."""
 
@@ -93,6 +99,9 @@ class MetricsConfig:
             if not listed or not all(isinstance(item, str) for item in value):
                 raise ConfigError(f"{name} must be a list of strings, but is {value!r}.")
             object.__setattr__(self, name, tuple(value))
+        if not isinstance(self.stream, (str, os.PathLike)):
+            raise ConfigError(f"stream must be the path of a file, but is {self.stream!r}.")
+        object.__setattr__(self, "stream", os.fspath(self.stream))
         if self.on_error not in (None, *get_args(OnError)):
             raise ConfigError(
                 f'on_error must be "raise", "warn" or None, but is {self.on_error!r}.'

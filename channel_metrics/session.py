@@ -32,9 +32,9 @@ from channel_metrics.counting import Counting
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
 from channel_metrics.data.scan import class_names, scan_channels
 from channel_metrics.errors import ChannelMetricsError
+from channel_metrics.observers.stream import WindowStream
 from channel_metrics.observing import Seen, observe
 from channel_metrics.ranks.agreed_names import Agreement
-from channel_metrics.ranks.exchange import GlobalSums
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.ranks.sync import sum_over_ranks
 from channel_metrics.window_maker import WindowMaker
@@ -87,6 +87,8 @@ class ChannelMetrics(Counting):
         self._maker = WindowMaker(config, schema, self.keys, self.warn_once)
         self.ranks = ranks or Ranks()
         self.on_window = list(on_window)
+        if config.stream:
+            self.on_window.append(WindowStream(Path(config.stream), self))
         self.totals = RunTotals(schema)
         self._agreement = Agreement()
         self.classes: dict[str, tuple[str, ...]] = {}  # {field: names} in the declared datasets
@@ -239,7 +241,8 @@ class ChannelMetrics(Counting):
         """The totals of all ranks, with the open window; None if metrics ended. A collective."""
         with self.guard.guarded():  # without the open step, which may be taken again
             if not self.guard.off:
-                names, sums, *_ = self._sum(self._train.table)
+                table = self._train.table
+                names, sums, *_ = sum_over_ranks(table, self._agreement, self.ranks, self.guard)
                 return self.totals.copy().add(names, sums)
         return None
 
@@ -276,16 +279,13 @@ class ChannelMetrics(Counting):
 
     # ---- behind the scenes -----------------------------------------------------------------
 
-    def _sum(self, table: SumTable) -> GlobalSums:
-        return sum_over_ranks(table, self._agreement, self.ranks, self.guard)
-
     def _summed(
         self, table: SumTable, split: str, step: int, prefix: str = "", *, final: bool = True
     ) -> Window:
         """The window of all ranks; a window without values if the metrics have ended."""
         if not self.guard.off:
             with self.guard.guarded():
-                found = self._sum(table)
+                found = sum_over_ranks(table, self._agreement, self.ranks, self.guard)
                 totals = self.totals if split == "train" and final else None
                 if totals is not None:
                     totals.add(found.names, found.sums)

@@ -162,8 +162,8 @@ def _lacks_step(path: Path) -> str:
 
 
 def _jsonl(folder: Folder) -> list[Files]:
-    """`logging.jsonl`; ms-swift makes a new folder with one at each start. Else other JSONL."""
-    named = folder.named("logging.jsonl", depth=2)
+    """Our stream, or `logging.jsonl`, else other JSONL. ms-swift makes a new folder per start."""
+    named = folder.named(STREAM, depth=2) or folder.named("logging.jsonl", depth=2)
     own: list[Files] = [(path,) for path in named if path.parent == folder.root]
     found = folder.named("*.jsonl", depth=1, limit=MAX_FILES)
     others = (path for path in found if not path.name.startswith(f"{_TRAINER_LOG}."))
@@ -179,6 +179,8 @@ def _is_log(path: Path) -> bool:
 
 
 _TRAINER_LOG = "trainer_log"
+# What docs/stream.md calls the file of our own stream.
+STREAM = "windows.jsonl"
 
 JSONL = Format(
     name="jsonl",

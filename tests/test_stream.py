@@ -1,0 +1,155 @@
+"""The stream of windows: what a line holds, that no half line stays, and that analyze reads it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from paths import ROOT
+from rank_cases import TORCH, Case, RanksOf, case
+from session_tools import batch, new
+
+from channel_metrics import ConfigError, MetricsConfig
+from channel_metrics.analysis.run import load_run
+from channel_metrics.core.schema import Column, Metric, Schema
+from channel_metrics.session import ChannelMetrics
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def run(path: Path, steps: range, **settings: Any) -> ChannelMetrics:
+    settings = {"metrics": ("loss", "tokens", "ppl"), **settings}
+    metrics = new(stream=str(path), **settings)
+    for step in steps:
+        metrics.count(batch(("bbu", 1, float(step)), ("rru", 3, 2.0), (None, 1, math.nan)))
+        metrics.close(step)
+    return metrics
+
+
+def test_a_line_holds_values_and_sums(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "windows.jsonl"
+    metrics = run(path, range(1, 2))
+    with metrics.evaluation("code", 1, "eval_code_"):
+        metrics.count(batch(("bbu", 2, 1000.0)))
+    train, evaluation = lines(path)
+    columns = train.pop("columns")
+    sums = {name: dict(zip(columns, row, strict=True)) for name, row in train.pop("sums").items()}
+    assert train == {
+        "channel_metrics": 1, "step": 1, "split": "train", "unit": "tokens", "loss": 7 / 4,
+        "bbu_loss": 1.0, "bbu_tokens": 1.0, "bbu_ppl": math.e,
+        "rru_loss": 2.0, "rru_tokens": 3.0, "rru_ppl": math.exp(2),
+        "unlabeled_tokens": 1.0, "unlabeled_nonfinite": 1.0,
+    }  # fmt: skip
+    assert sums["rru"]["nll"] == 6.0 and sums["unlabeled"]["nonfinite"] == 1.0
+    assert (evaluation["split"], evaluation["eval_code_loss"]) == ("code", 1000.0)
+    assert evaluation["eval_code_bbu_ppl"] is None, "infinity is no JSON"
+
+
+@pytest.mark.parametrize("size", [1, 100, 10_000])
+def test_a_half_line_is_dropped_at_the_next_start(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "windows.jsonl"
+    run(path, range(1, 3))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"x" * size)
+    run(path, range(3, 4))
+    assert [line["step"] for line in lines(path)] == [1, 2, 3]
+    path.write_bytes(b"x" * size)
+    run(path, range(1, 2))
+    assert [line["step"] for line in lines(path)] == [1]
+
+
+def test_other_units_and_few_columns(tmp_path: Path) -> None:
+    few = new(stream=str(tmp_path / "few.jsonl"), metrics=("tokens",))
+    few.count(batch(("a", 1, 1.0)))
+    few.close(1)
+    schema = Schema("pairs", "samples", [Column("samples", "pairs", "pairs")])
+    schema.register(Metric("samples", ("samples",), lambda sums: sums["samples"]))
+    config = MetricsConfig(stream=str(tmp_path / "pairs.jsonl"))
+    pairs = ChannelMetrics(config, schema=schema)
+    pairs.add(["a"], {"samples": torch.ones(1)})
+    pairs.close(1)
+    for name, unit in (("few", "tokens"), ("pairs", "pairs")):
+        (line,) = lines(tmp_path / f"{name}.jsonl")
+        assert line["unit"] == unit
+    assert "loss" not in line
+
+
+def test_a_disk_that_is_full_costs_the_stream_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = run(tmp_path / "windows.jsonl", range(1, 2))
+
+    def full(*args: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    metrics.count(batch(("a", 1, 1.0)))
+    assert metrics.close(2).values["a"]["loss"] == 1.0
+    assert metrics.on_window == []
+    assert "windows.jsonl failed, and shows nothing from now on: OSError(28" in caplog.text
+
+
+def test_analyze_reads_it_first(tmp_path: Path) -> None:
+    run(
+        tmp_path / "windows.jsonl",
+        range(1, 6),
+        axes={"kind": {"bbu": "x"}},
+        metrics=("loss", "share"),
+    )
+    (tmp_path / "logging.jsonl").write_text('{"step": 1, "bbu_loss": 9.0}\n')
+    found = load_run(tmp_path)
+    assert found.series("bbu", "loss")[1].tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert sorted(found.channels()) == ["bbu", "rru", "unlabeled"]
+    assert found.series("", "loss")[1].tolist() == [(step + 6) / 4 for step in range(1, 6)]
+
+
+def test_lines_fit_the_schema_of_the_page(tmp_path: Path) -> None:
+    """Without a package for it: required keys, and the type of each known one."""
+    schema = json.loads((ROOT / "docs/windows.schema.json").read_text())
+    types = {"integer": int, "string": str, "array": list, "object": dict}
+    run(tmp_path / "windows.jsonl", range(1, 2))
+    (line,) = lines(tmp_path / "windows.jsonl")
+    assert set(schema["required"]) <= set(line)
+    for key, value in line.items():
+        if key in schema["properties"]:
+            assert isinstance(value, types[schema["properties"][key]["type"]]), key
+        else:
+            assert schema["additionalProperties"] == {"type": ["number", "null"]}
+            assert value is None or isinstance(value, float), key
+
+
+def test_the_code_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs/stream.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    run(Path("runs/a/windows.jsonl"), range(1, 4))
+    scope: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0], scope)
+    assert scope["total"] == 1 + 2 + 3
+
+
+@case(TORCH, ranks=2)
+def two(folder: Path) -> Any:
+    run(folder / "windows.jsonl", range(1, 3))
+    return str(folder)
+
+
+@pytest.mark.parametrize("case", [two])
+def test_one_rank_writes_the_sums_of_all(ranks_of: RanksOf, case: Case) -> None:
+    first, second = (Path(folder) / "windows.jsonl" for folder in ranks_of(case))
+    assert [(line["step"], line["rru_tokens"]) for line in lines(first)] == [(1, 6), (2, 6)]
+    assert first == second or not second.exists()
+
+
+def test_a_wrong_path() -> None:
+    with pytest.raises(ConfigError, match="stream must be the path of a file, but is 3"):
+        MetricsConfig.from_mapping({"stream": 3})
