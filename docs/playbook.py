@@ -119,15 +119,7 @@ def healthy(case: Case) -> None:
 
 def forgetting(case: Case) -> None:
     """After 60 steps on all sources, 120 steps on bbu, with two records of each other source."""
-    case.training |= {"max_steps": 60, "save_strategy": "steps", "save_steps": 60}
-    first = case.run("first")
-    model = sorted((case.folder / "first").glob("checkpoint-*"))[-1]
-    case.settings["model"] = str(model)
-    case.training |= {"max_steps": 120, "save_strategy": "no", "learning_rate": 1e-3}
-    for name, source in case.settings["sources"].items():
-        source["ratio"] = 1 if name == "bbu" else 0.003
-    second = case.run("second")
-    logs = first + [entry | {"step": entry["step"] + 60} for entry in second]
+    logs = _two_runs(case)
     picture(
         "forgetting",
         [
@@ -136,6 +128,19 @@ def forgetting(case: Case) -> None:
         ],
     )
     say(logs, "loss", *(f"eval_{name}_loss" for name in COLORS))
+
+
+def _two_runs(case: Case, steps: int = 120) -> Logs:
+    """60 steps on all sources; then `steps` on bbu, with two records of each other source."""
+    case.training |= {"max_steps": 60, "save_strategy": "steps", "save_steps": 60}
+    first = case.run("first")
+    model = sorted((case.folder / "first").glob("checkpoint-*"))[-1]
+    case.settings["model"] = str(model)
+    case.training |= {"max_steps": steps, "save_strategy": "no", "learning_rate": 1e-3}
+    for name, source in case.settings["sources"].items():
+        source["ratio"] = 1 if name == "bbu" else 0.003
+    second = case.run("second")
+    return first + [entry | {"step": entry["step"] + 60} for entry in second]
 
 
 def imbalance(case: Case) -> None:
@@ -209,8 +214,19 @@ def overfitting(case: Case) -> None:
     say(logs, "loss", "eval_loss", "bbu_loss", "eval_bbu_loss", "eval_lvis_loss")
 
 
+def drift(case: Case) -> None:
+    """As forgetting, but bbu has only 12 records, and they are seen for 400 steps."""
+    case.replace("bbu", case.records("bbu")[:12])
+    logs = _two_runs(case, steps=400)
+    target = [("bbu_loss", "bbu", "-"), ("eval_bbu_loss", "bbu", ".--")]
+    sources = [line for line in channels("eval_{}_loss", ".-") if line[1] != "bbu"]
+    picture("drift", [("the target", logs, target), ("the sources", logs, sources)])
+    say(logs, "loss", "bbu_loss", *(f"eval_{name}_loss" for name in COLORS))
+
+
 CASES: dict[str, Callable[[Case], None]] = {
-    case.__name__: case for case in (healthy, forgetting, imbalance, broken, template, overfitting)
+    case.__name__: case
+    for case in (healthy, forgetting, imbalance, broken, template, overfitting, drift)
 }
 
 
