@@ -78,6 +78,11 @@ class MetricsConfig:
     `{metric}_{channel}` gives the keys that ms-swift has. `{metric}/{channel}` makes TensorBoard
     group the charts by metric."""
 
+    on_window: tuple[str, ...] = ()
+    """Functions that get each closed `Window`, by import path: `["my_module:my_function"]`.
+
+    See docs/stream.md."""
+
     stream: str = ""
     """A file of JSON lines that each closed window is added to, see docs/stream.md.
 
@@ -93,7 +98,7 @@ class MetricsConfig:
     train window has been logged, and warns afterwards."""
 
     def __post_init__(self) -> None:
-        for name in ("fields", "channels", "metrics", "eval_channels"):
+        for name in ("fields", "channels", "metrics", "eval_channels", "on_window"):
             value = getattr(self, name)
             listed = isinstance(value, (list, tuple))
             if not listed or not all(isinstance(item, str) for item in value):

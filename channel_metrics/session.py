@@ -32,7 +32,7 @@ from channel_metrics.counting import Counting
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
 from channel_metrics.data.scan import class_names, scan_channels
 from channel_metrics.errors import ChannelMetricsError
-from channel_metrics.observers.stream import WindowStream
+from channel_metrics.observers.configured import observers_of
 from channel_metrics.observing import Seen, observe
 from channel_metrics.ranks.agreed_names import Agreement
 from channel_metrics.ranks.ranks import Ranks
@@ -86,9 +86,7 @@ class ChannelMetrics(Counting):
         )
         self._maker = WindowMaker(config, schema, self.keys, self.warn_once)
         self.ranks = ranks or Ranks()
-        self.on_window = list(on_window)
-        if config.stream:
-            self.on_window.append(WindowStream(Path(config.stream), self))
+        self.on_window = [*on_window, *observers_of(config, self)]
         self.totals = RunTotals(schema)
         self._agreement = Agreement()
         self.classes: dict[str, tuple[str, ...]] = {}  # {field: names} in the declared datasets

@@ -17,7 +17,9 @@ LOSS_AND_TOKENS = ("loss", "tokens")
 def new(
     *channels: str, metrics: tuple[str, ...] = LOSS_AND_TOKENS, **options: Any
 ) -> ChannelMetrics:
-    given = {key: options.pop(key) for key in list(options) if key in MetricsConfig.__annotations__}
+    """Settings of the config, and arguments of the session; `on_window` is its own."""
+    settings = {*MetricsConfig.__annotations__} - {"on_window"}
+    given = {key: options.pop(key) for key in list(options) if key in settings}
     return ChannelMetrics(MetricsConfig(channels=channels, metrics=metrics, **given), **options)
 
 
