@@ -16,7 +16,7 @@ from channel_metrics.core.schema import Schema
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.windows import Window
 
-__all__ = ["WindowStream", "line_of"]
+__all__ = ["Session", "WindowStream", "line_of"]
 
 _VERSION = 1
 _BLOCK = 4096

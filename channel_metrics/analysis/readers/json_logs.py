@@ -163,7 +163,7 @@ def _lacks_step(path: Path) -> str:
 
 def _jsonl(folder: Folder) -> list[Files]:
     """Our stream, or `logging.jsonl`, else other JSONL. ms-swift makes a new folder per start."""
-    named = folder.named(STREAM, depth=2) or folder.named("logging.jsonl", depth=2)
+    named = folder.named(_STREAM, depth=2) or folder.named("logging.jsonl", depth=2)
     own: list[Files] = [(path,) for path in named if path.parent == folder.root]
     found = folder.named("*.jsonl", depth=1, limit=MAX_FILES)
     others = (path for path in found if not path.name.startswith(f"{_TRAINER_LOG}."))
@@ -180,7 +180,7 @@ def _is_log(path: Path) -> bool:
 
 _TRAINER_LOG = "trainer_log"
 # What docs/stream.md calls the file of our own stream.
-STREAM = "windows.jsonl"
+_STREAM = "windows.jsonl"
 
 JSONL = Format(
     name="jsonl",
