@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -147,7 +147,9 @@ class KeyBook:
                 for metric in self.schema.metric_names
                 for prefix in self._prefixes
             }
-            said = f"channels {other!r} and {name!r} would both be logged as {safe!r}"
+            # Sorted, because ranks may meet the two in another order.
+            one, two = sorted([other, name])
+            said = f"channels {one!r} and {two!r} would both be logged as {safe!r}"
             return ChannelError(f"{said}; rename one of them."), keys
         error, keys = self._shared(name, safe)
         taken = {self.key(name, *form) for form in self._forbidden.get(safe, ())}
@@ -251,11 +253,17 @@ class ChannelTable(LabelTable):
         """How its channels are logged."""
         return self.keys.key_format
 
-    def open_copy(self) -> ChannelTable:
-        """An independent table with the same names and key format; new names may join it."""
+    def open_copy(self, names: Sequence[str] = ()) -> ChannelTable:
+        """An independent table with the same names and key format; new names may join it.
+
+        names: the names of the copy in their order, its own among them. Only new ones are checked.
+        """
         copy = ChannelTable(key_format=self.key_format)
         copy._ids = dict(self._ids)
         copy.keys._known, copy.keys._names = set(self.keys._known), dict(self.keys._names)
+        if names and tuple(names) != self.names:
+            copy.add_all(name for name in names if name not in self)
+            copy._ids = {name: index for index, name in enumerate(names)}
         return copy
 
     def _check(self, name: str) -> None:

@@ -53,9 +53,7 @@ def sync(
     found = sum_over_ranks(accumulator, agreement, ranks, guard)
     like = accumulator.table
     like = like if isinstance(like, ChannelTable) else ChannelTable(like.names)
-    # A copy is much faster, because names are checked when they join a table.
-    same = like.names == found.names
-    joined = like.open_copy() if same else ChannelTable(found.names, key_format=like.key_format)
+    joined = like.open_copy(found.names)
     return ChannelLossAccumulator.of_sums(
         joined,
         found.sums,
