@@ -74,9 +74,8 @@ class ChannelMetrics(Counting):
         self.config = config = config or MetricsConfig()
         schema = schema.narrowed(config.metrics)  # a copy: columns are fixed from here on
         labels = LabelTable(config.channels, unknown=config.unknown)
-        guard = FaultGuard(config.on_error)
         correct = any("correct" in metric.needs for metric in schema.chosen(config.metrics))
-        super().__init__(labels, schema, guard, with_correct=correct)
+        super().__init__(labels, schema, FaultGuard(config.on_error), with_correct=correct)
         self.keys = KeyBook(
             config.key_format,
             reserved=reserved,
@@ -190,8 +189,7 @@ class ChannelMetrics(Counting):
         fields = fields or self.config.label_fields
         self.classes.update(class_names(dataset, fields))
         names = scan_channels(dataset, fields, split, needed=not self.config.channels)
-        if names is not None:
-            self.declare_names(names)
+        self.declare_names(names or ())
         return names is not None
 
     def declare_names(self, names: Iterable[str]) -> None:
@@ -225,7 +223,7 @@ class ChannelMetrics(Counting):
         self.guard.restart()
         self._train.table.reset()
         self._train.step, self.totals = None, RunTotals(self.schema)
-        if folder is not None:
+        if folder:
             self.resume(folder)
 
     def save(self, folder: Path, *, is_writer: bool) -> None:
@@ -247,19 +245,24 @@ class ChannelMetrics(Counting):
     def resume(self, folder: Path) -> None:
         """Go on from the totals of a checkpoint. If it has none, warn and start at zero."""
         path = totals_path(folder)
-        if path is None:
+        read = None if path is None else lambda: RunTotals(self.schema).load(path)
+        self.resume_with(read, f"{folder} has no {TOTALS_FILE}: it")
+
+    def resume_with(self, read: Callable[[], RunTotals] | None, checkpoint: str) -> None:
+        """Do so with the totals that `read` gives; None if the `checkpoint` has none."""
+        self.totals = RunTotals(self.schema)
+        if read is None:
             self.warn_once(
-                f"{folder} has no {TOTALS_FILE}: it was written without channel metrics, so "
+                f"{checkpoint} was written without channel metrics, so "
                 f"{' and '.join(self.schema.run_metrics)} count from here."
             )
             return
-        self.totals = RunTotals(self.schema)
         try:
-            self.totals.load(path)
+            self.totals = read()
         except ChannelMetricsError as error:  # the counts from here on are right
             if self.guard.raises:
                 raise
-            self.warn_once(f"{error} Until then, they start at zero.")
+            self.warn_once(f"{error} The totals of the run start at zero.")
 
     def state_dict(self) -> dict[str, Any]:
         """The totals and the open window of this rank, for a checkpoint of your own."""

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from channel_metrics.core.objectives import OBJECTIVES
+from channel_metrics.data.scan import count_channels
 from channel_metrics.errors import ConfigError
 from channel_metrics.session import ChannelMetrics
 
-__all__ = ["check_wanted"]
+__all__ = ["channels_in", "check_wanted"]
+
+
+def channels_in(session: ChannelMetrics, dataset: Any) -> set[str] | None:
+    """What is logged of a dataset: its channels, which the session learns, and labels of axes.
+
+    None if it cannot be scanned, see `count_channels`.
+    """
+    counts = count_channels(dataset, session.config.label_fields)
+    if counts is None:
+        return None
+    session.declare_names(sorted(name for name in counts if name is not None))
+    return session.rows(counts)
 
 
 def check_wanted(
