@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, CollatorFault
+from channel_metrics.data.dispatched import REMEDY, current_dispatcher
 from channel_metrics.errors import ChannelError
 
 __all__ = ["COLUMNS_KEY", "BatchChannels", "check_not_cut", "take_channels"]
@@ -63,21 +63,12 @@ def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorF
 
 
 def check_not_cut(batch: BatchChannels) -> None:
-    """Raise `ChannelError` if accelerate has cut the boundaries as if they were rows.
-
-    It does so if one process reads the data for all, which is its default for streams, also if
-    there is no other process.
-    """
+    """Raise `ChannelError` if accelerate has cut the boundaries as if they were rows."""
     bounds = batch.cu_seqlens
-    if bounds is None or len(bounds) == batch.num_sequences + 1 or "accelerate" not in sys.modules:
+    if bounds is None or len(bounds) == batch.num_sequences + 1 or current_dispatcher() is None:
         return
-    from accelerate.data_loader import DataLoaderDispatcher
-    from accelerate.state import GradientState
-
-    if isinstance(GradientState().active_dataloader, DataLoaderDispatcher):
-        raise ChannelError(
-            f"a batch of {batch.num_sequences} channels has {len(bounds)} boundaries: accelerate "
-            "reads the data on one process and cuts packed or flattened batches as if each "
-            "sequence were a row. Let each process read its own part: "
-            "Accelerator(dataloader_config=DataLoaderConfiguration(dispatch_batches=False))."
-        )
+    raise ChannelError(
+        f"a batch of {batch.num_sequences} channels has {len(bounds)} boundaries: accelerate reads "
+        "the data on one process and cuts packed or flattened batches as if each sequence were a "
+        f"row. {REMEDY}."
+    )

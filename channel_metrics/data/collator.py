@@ -33,6 +33,7 @@ from channel_metrics.data.batch_layout import (
     spans_of_records,
     without_pad_tail,
 )
+from channel_metrics.data.dispatched import names_cannot_be_sent, sends_only_tensors
 from channel_metrics.data.record_order import (
     Span,
     matched_records,
@@ -137,7 +138,7 @@ class ChannelCollator:
         return other
 
     def __getattr__(self, name: str) -> Any:
-        # Trainers read attributes of their collator (`tokenizer`, `padding_free`, ...).
+        # Trainers read attributes of their collator, such as `tokenizer`.
         if name.startswith("__") or name == "base":
             raise AttributeError(name)
         return getattr(self.base, name)
@@ -150,8 +151,8 @@ class ChannelCollator:
         try:
             return self._with_channels(collate, features)
         except Exception as error:
-            # Of `base`, it is raised. Of ours, whatever it is, the main process decides.
-            if error is collate.error:
+            # Of `base`, it is raised. Of ours, whatever it is, the main process decides if it can.
+            if error is collate.error or sends_only_tensors(self):
                 raise
             batch = collate.result if collate.called else self._base_batch(features)
             if not isinstance(batch, MutableMapping):
@@ -250,6 +251,8 @@ class ChannelCollator:
 
     def _ids_or_names(self, names: list[str | None]) -> Tensor | list[str | None]:
         if self.table is None or not self.table.knows_all(names):
+            if sends_only_tensors(self):
+                raise names_cannot_be_sent()
             return names
         return torch.tensor(self.table.ids(names), dtype=torch.int64, device="cpu")
 
