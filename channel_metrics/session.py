@@ -284,15 +284,14 @@ class ChannelMetrics(Counting):
         if not self.guard.off:
             with self.guard.guarded():
                 found = sum_over_ranks(table, self._agreement, self.ranks, self.guard)
-                totals = self.totals if split == "train" and final else None
-                if totals is not None:
-                    totals.add(found.names, found.sums)
+                if split == "train" and final:
+                    self.totals.add(found.names, found.sums)
                 return self._maker.make(
-                    found, split=split, step=step, prefix=prefix, totals=totals, final=final
+                    found, split=split, step=step, prefix=prefix, totals=self.totals, final=final
                 )
         return Window(split=split, step=step, prefix=prefix, final=final)
 
     def _tell(self, window: Window) -> None:
         # A trainer may log twice at one step: a window that holds nothing.
-        if self.measuring and window.table.any():
+        if self.measuring and window.has_counts:
             tell(window, self.on_window, self.warn_once)
