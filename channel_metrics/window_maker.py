@@ -102,6 +102,7 @@ class WindowMaker:
             columns=self.schema.column_names,
             table=tuple(map(tuple, rows.sums.tolist())),
             totals=so_far,
+            time=found.riders[0] if found.riders else 0.0,
         )
 
     def _losses(self, rows: Projected, split: str) -> dict[str, float]:

@@ -59,6 +59,11 @@ class Window:
     """{channel, or label of an axis: {"tokens_total": ..., "samples_total": ...}}: the counts of
     training since the run began, this window included."""
 
+    time: float = 0.0
+    """The clock of the first rank when the window was closed, in seconds since 1970.
+
+    0 unless a setting needs it (`budget`, `stop_at`)."""
+
     def __post_init__(self) -> None:
         for name in ("values", "axes", "logs", "totals"):
             object.__setattr__(self, name, _frozen(getattr(self, name)))
