@@ -8,7 +8,7 @@ import pytest
 from axolotl_tools import ONLY_HERE
 from rank_cases import RanksOf
 
-from contract.cases import CASES, NEEDS
+from contract.acting_cases import CASES, NEEDS
 from contract.harness_axolotl import AxolotlHarness
 
 pytestmark = ONLY_HERE

@@ -8,8 +8,8 @@ import pytest
 from llamafactory_tools import ONLY_HERE
 from rank_cases import RanksOf
 
+from contract.acting_cases import CASES, NEEDS
 from contract.harness_llamafactory import LlamaFactoryHarness
-from contract.more_cases import CASES, NEEDS
 
 pytestmark = ONLY_HERE
 
