@@ -1,12 +1,14 @@
-"""The channel of each entry of `datasets:`."""
+"""The channel of each entry of `datasets:`, and the search for duplicates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any
 
-__all__ = ["label_of"]
+from channel_metrics.trainers.hf.columns import NAMES_COLUMN
+
+__all__ = ["label_of", "unique_rows"]
 
 
 def label_of(entry: Any, entries: Sequence[Any]) -> str:
@@ -35,3 +37,16 @@ def _parts(entry: Any) -> tuple[str, ...]:
     # Not the end of a version, as in `data-v1.5`.
     path = path.with_suffix("") if path.suffix[1:].isalpha() else path
     return ("", *path.parts)
+
+
+def unique_rows(find: Callable[..., Any], dataset: Any, *args: Any, **kwargs: Any) -> Any:
+    """Find duplicates without regard to the channel. The first of several is kept.
+
+    Args:
+        find: Axolotl's function, which compares all columns.
+        dataset: the dataset; the other arguments are passed on.
+    """
+    kind = dataset.format["type"]
+    others = [column for column in dataset.column_names if column != NAMES_COLUMN]
+    unique, seen = find(dataset.with_format(kind, columns=others), *args, **kwargs)
+    return unique.with_format(kind), seen

@@ -15,7 +15,7 @@ from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
 from channel_metrics.data.yaml import mapping
 from channel_metrics.errors import ConfigError, UnsupportedVersionError
-from channel_metrics.trainers.axolotl.data import label_of
+from channel_metrics.trainers.axolotl.data import label_of, unique_rows
 from channel_metrics.trainers.hf import attach
 from channel_metrics.trainers.hf.columns import NAMES_COLUMN, KeepsNames, with_channel_column
 from channel_metrics.trainers.patching import announce, config_of_environment
@@ -61,7 +61,7 @@ class ChannelMetricsPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl has no 
             self.config = MetricsConfig.from_mapping(mapping(given, "channel_metrics"))
         # A sweep registers the plugin once per run.
         swap.unwrap(_KEY)
-        bodies: tuple[Callable[..., Any], ...] = (self._name, _keep, self._hash, unique)
+        bodies: tuple[Callable[..., Any], ...] = (self._name, _keep, self._hash, unique_rows)
         for (owner, name), body in zip(_HOOKS, bodies, strict=True):
             swap.wrap(owner, name, body, key=_KEY)
         names = sorted({label_of(entry, _entries(cfg)) for entry in _entries(cfg)})
@@ -101,14 +101,6 @@ def _keep(original: Callable[..., Any], strategy: Any, *args: Any, **kwargs: Any
     """Let the rows of one strategy keep the channels of their records."""
     strategy.tokenize_prompt = KeepsNames(strategy.tokenize_prompt, strategy.supports_batched)
     return original(strategy, *args, **kwargs)
-
-
-def unique(original: Callable[..., Any], dataset: Any, *args: Any, **kwargs: Any) -> Any:
-    """Find duplicates without regard to the channel. The first of several is kept."""
-    kind = dataset.format["type"]
-    others = [column for column in dataset.column_names if column != NAMES_COLUMN]
-    unique, seen = original(dataset.with_format(kind, columns=others), *args, **kwargs)
-    return unique.with_format(kind), seen
 
 
 def _check(cfg: Any) -> None:

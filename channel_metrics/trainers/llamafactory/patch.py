@@ -1,9 +1,9 @@
 """Gives LLaMA-Factory's trainers channel metrics.
 
 The patch of transformers' Trainer attaches the metrics to every trainer. Here, LLaMA-Factory's data
-loader is patched so that datasets keep the column `channel`:
+loader is patched so that rows keep the channels of their records:
 - `get_dataset_list` remembers the name of each dataset;
-- `align_dataset` reads the channel of each record: one of the `fields` of the config, or that name;
+- `align_dataset` adds the channel of each record: one of the `fields` of the config, or that name;
 - `_get_dataset_processor` makes processors whose rows keep the channels.
 """
 

@@ -43,11 +43,11 @@ def test_duplicates_are_found_without_regard_to_the_channel() -> None:
     from axolotl.utils.data.utils import _deduplicate_dataset
     from datasets import Dataset
 
-    from channel_metrics.trainers.axolotl.plugin import unique
+    from channel_metrics.trainers.axolotl.data import unique_rows
 
     rows = {"input_ids": [[1], [2], [1]], NAMES_COLUMN: ["a", "b", "b"]}
     dataset = Dataset.from_dict(rows)
-    found, _ = unique(_deduplicate_dataset, dataset)
+    found, _ = unique_rows(_deduplicate_dataset, dataset)
     assert found[:] == {"input_ids": [[1], [2]], NAMES_COLUMN: ["a", "b"]}
     assert len(_deduplicate_dataset(dataset)[0]) == 3, "this is why the function is needed"
 
