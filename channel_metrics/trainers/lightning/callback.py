@@ -25,7 +25,7 @@ from channel_metrics.extras import need
 from channel_metrics.observing import Seen, observe
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.lightning.models import trained_model
-from channel_metrics.trainers.wanted import channels_in, check_wanted
+from channel_metrics.trainers.wanted import channels_in, check_stop_when, check_wanted
 from channel_metrics.windows import Evaluation, Window
 
 __all__ = ["ChannelMetricsCallback"]
@@ -72,6 +72,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
         on_window: Iterable[Callable[[Window], Any]] = (),
     ) -> None:
         self.metrics = ChannelMetrics(config, reserved=_RESERVED_KEYS, on_window=on_window)
+        self.metrics.ends_run = True
         self._name = model
         self._model: torch.nn.Module | None = None
         self._module: Any = None
@@ -180,6 +181,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
                 check_wanted(session, key, sets, setting)
             except ConfigError as error:
                 session.warn_once(f"{error} (Ignore this if the module itself logs the key.)")
+        check_stop_when(session, sets)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -203,6 +205,12 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
         values = self._values(trainer, self.metrics.close(trainer.global_step))
         trainer.callback_metrics.update(values)
         trainer._logger_connector.log_metrics(values, step=step)
+        self._stop(trainer)
+
+    def _stop(self, trainer: Any) -> None:
+        """End the run if an observer asked for it, on all ranks alike."""
+        if self.metrics.stop_reason:
+            trainer.should_stop = True
 
     def _values(self, trainer: Any, window: Window) -> dict[str, Tensor]:
         """The values that are logged. A key that the module logs itself is left to it."""
@@ -234,6 +242,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
             for key, value in self._values(trainer, window).items():
                 # `sync_dist` without a function: the values are those of all ranks already.
                 trainer._results.log(_HOOK, key, value, sync_dist=True, batch_size=1)
+        self._stop(trainer)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
