@@ -55,6 +55,7 @@ _SCRIPTS = (
     "state",
     "places",
     "compare",
+    "paths",
     "lines",
     "cursor",
     "axes",
@@ -106,7 +107,8 @@ def write_report(runs: Sequence[Run], path: Path, *, title: str = "") -> ReportS
         if len(page) < MAX_BYTES:
             break
         if points > _MIN_POINTS:
-            points = max(_MIN_POINTS, points * 2 // 3)
+            fitting = 0.9 * points * MAX_BYTES / len(page)
+            points = max(_MIN_POINTS, int(fitting))
         else:
             fitting = len(channels) * MAX_BYTES / len(page)
             channels = channels[: int(fitting * 0.9)]

@@ -29,7 +29,8 @@ class Chart {
     const height = this.plot.clientHeight;
     const curves = curvesNow(this.metric);
     this.drawn = curves;
-    this.curves = curves.filter((curve) => !hasSmoothTwin(curve, curves));
+    const raws = rawOf(curves);
+    this.curves = curves.filter((curve) => !raws.has(curve));
     const labels = width > 560 && new Set(curves.map((c) => c.channel)).size <= MAX_LABELS;
     this.area = { left: 50, right: width - (labels ? 118 : 30), top: 10, bottom: height - 40 };
     this.setScales(curves);
