@@ -153,6 +153,7 @@ def _render(
         max_points=points,
         charts=[metric for metric in (*charts(), MIX, EPOCHS) if metric.name in drawn],
         table=_table(views, len(channels)),
+        planned=any(row.configured is not None for view in views for row in view.rows),
         names=data["channels"],
         widest=_widest(views),
         style=markup(style),

@@ -24,9 +24,11 @@ class Chart {
     this.plot.addEventListener("blur", () => this.setCursor(null));
   }
 
-  render() {
-    const width = this.plot.clientWidth;
-    const height = this.plot.clientHeight;
+  size() {
+    return [this.plot.clientWidth, this.plot.clientHeight];
+  }
+
+  render([width, height]) {
     const curves = curvesNow(this.metric);
     this.drawn = curves;
     const raws = rawOf(curves);
