@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from analysis.judging_tools import evaluated, found_in, run_with_log, told_in, training
+from channel_metrics.analysis.run import Run
 
 
 def test_many_losses_are_told_how_many_look_worse_by_chance() -> None:
@@ -25,11 +26,12 @@ def test_nothing_is_said_of_chance_where_nothing_is_worse() -> None:
 
 def test_chance_is_told_of_runs_that_are_compared() -> None:
     names = [f"c{i}" for i in range(120)]
-    base, other = (
-        run_with_log(training(36, {n: lambda s, n=n: 3 - s / 18 + (n == "c7") * up for n in names}))
-        for up in (0.0, 1.0)
-    )
-    text = told_in(base, other)
+
+    def run(more: float) -> Run:
+        losses = {name: lambda s: 3 - s / 18 for name in names}
+        return run_with_log(training(36, losses | {"c7": lambda s: 3 - s / 18 + more}))
+
+    text = told_in(run(0.0), run(1.0))
     assert "! c7: worse than in the first run" in text
     assert "? of 121 losses, noise alone makes about 1 look worse" in text
 

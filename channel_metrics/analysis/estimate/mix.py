@@ -247,11 +247,10 @@ def _say(windows: Windows, found: Estimate, problems: Problems) -> None:
 def _with_more(run: Run, readings: Iterator[Reading], problems: Problems) -> Run:
     """The run with further series, whose keys are meanings. They take the place of its own."""
     more = store_of(readings)
-    added = {key: key for key in more.keys if isinstance(key, Key)}
+    added: dict[str | Key, Key] = {key: key for key in more.keys if isinstance(key, Key)}
     own = {key: means for key, means in run.meanings.items() if means not in added}
-    return replace(
-        run, problems=problems, store=JoinedStore(run.store, more), meanings=own | added
-    )
+    store = JoinedStore(run.store, more)
+    return replace(run, problems=problems, store=store, meanings=own | added)
 
 
 def _sum(*parts: Problems) -> Problems:
