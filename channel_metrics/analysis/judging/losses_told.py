@@ -51,7 +51,7 @@ def worse(view: RunView) -> Iterator[Finding]:
             )
         else:
             text = (
-                f"worse since step {rise.low_step:,} ({_nats(rise.last - rise.low)}), "
+                f"worse since step {rise.low_step:,} ({_nats(rise.last - rise.low)}{_bar(trend)}), "
                 f"from {rise.low:.4f} to {rise.last:.4f}{_context(trend)}"
             )
         yield bad(trend.state, trend.channel, trend.split, text)
@@ -168,9 +168,16 @@ def _doubt(trend: Trend) -> str:
     since = f"{_nats(rise.last - rise.low)} since step {rise.low_step:,}"
     if rise.last == rise.low:
         since = "now at its lowest"
-    if math.isfinite(rise.limit):
-        return f"{since}, the last third {rise.change:+.2f} \u00b1 {rise.limit:.2f}"
-    return f"{trend.num_values} values, {since}"
+    if trend.num_values < MIN_VALUES:
+        return f"{trend.num_values} values, {since}{_bar(trend)}"
+    return f"{since}, the last third {rise.change:+.2f} \u00b1 {rise.limit:.2f}"
+
+
+def _bar(trend: Trend) -> str:
+    """What the error bars of the log say of a rise, if it is judged by them."""
+    if trend.num_values >= MIN_VALUES or math.isinf(trend.rise.limit):
+        return ""
+    return f" \u00b1 {trend.rise.limit:.2g} by its error bars"
 
 
 def _nats(value: float) -> str:
