@@ -47,6 +47,9 @@ class Window:
     """The channels that the ranks know, in the order of `table`, and then rows of the axes, such
     as `domain/target`."""
 
+    num_channels: int = 0
+    """How many of `names` are channels; the rows after these hold the same tokens once more."""
+
     columns: tuple[str, ...] = ()
     """The columns of `table`."""
 

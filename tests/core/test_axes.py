@@ -105,6 +105,11 @@ def test_rows() -> None:
     ]  # fmt: skip
     with pytest.raises(ChannelError, match="channel 'kind:x' has the name of the label 'x'"):
         book.names(["a", "kind:x"])
+    with pytest.raises(ChannelError, match="'tree_mean/x' has the name of the label 'x' on the ax"):
+        AxisBook({}, tree=1).names(["x/y", "tree_mean/x"])
+    book = AxisBook({"b": {"one": "xa"}, "ab": {"one": "x"}}, form="{label}{axis}")
+    with pytest.raises(ChannelError, match=r"'xa' on the axis 'b' and 'x' .* both be called 'xab'"):
+        book.rows("one")
 
 
 NAMES = st.lists(
