@@ -103,8 +103,7 @@ def tell(
     for observer in list(observers):
         try:
             observer(window)
-        except Exception as error:
-            # Of any kind, but only a display may fail: other observers steer the training.
+        except Exception as error:  # only a display may fail: others steer the training
             if not getattr(observer, "is_display", False):
                 raise
             observers.remove(observer)

@@ -149,8 +149,7 @@ class ChannelCollator:
         collate = Once(self._base_batch)
         try:
             return self._with_channels(collate, features)
-        except Exception as error:
-            # Of `base`, it is raised. Of ours, whatever it is, the main process decides.
+        except Exception as error:  # of `base`: raised; of ours: the main process decides
             if error is collate.error:
                 raise
             batch = collate.result if collate.called else self._base_batch(features)
