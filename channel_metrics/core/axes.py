@@ -194,8 +194,7 @@ class AxisBook:
         import torch
 
         of_unlabeled = self.rows(None)
-        rows = self.names(names)
-        rows += [row for row in of_unlabeled[1:] if row not in rows]
+        rows = list(dict.fromkeys([*self.names(names), *of_unlabeled[1:]]))
         place = {UNLABELED: 0, **{row: i for i, row in enumerate(rows, start=1)}}
         pairs = [(0, place[row]) for row in of_unlabeled]
         pairs += [(i, place[row]) for i, name in enumerate(names, 1) for row in self.rows(name)]

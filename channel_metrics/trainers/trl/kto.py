@@ -110,13 +110,7 @@ class KTOChannelMetricsMixin(PairChannelMetricsMixin):
         return self._observed_loss(step, model, inputs, *args, **kwargs)
 
     def observe_pairs(
-        self,
-        compute: Callable[..., Any],
-        num_pairs: int,
-        model: Any,
-        inputs: Any,
-        *rest: Any,
-        **kw: Any,
+        self, compute: Callable[[], Any], num_pairs: int, model: Any, inputs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         """The rewards and losses of the answers."""
         reference = self.model if self.ref_model is None else self.ref_model
@@ -124,7 +118,7 @@ class KTOChannelMetricsMixin(PairChannelMetricsMixin):
             kept_calls(self, "kto_loss") as calls,
             _kept_log_probs(model, reference) as (ours, theirs),
         ):
-            result = compute(model, inputs, *rest, **kw)
+            result = compute()
         if calls:
             return result, _of_kto_loss(calls[0], inputs["label"])
         if "ref_logps" in inputs:
