@@ -99,6 +99,7 @@ class WindowMaker:
             worst_channel=worst_channel(losses) if "worst_loss" in self.config.objectives else "",
             final=final,
             names=rows.names,
+            num_channels=rows.num_channels,
             columns=self.schema.column_names,
             table=tuple(map(tuple, rows.sums.tolist())),
             totals=so_far,

@@ -147,7 +147,7 @@ class ChannelLossAccumulator(SumTable):
             ChannelMetricsError: another tensor has the wrong type or shape.
         """
         values = token_values(token_losses, labels, loss_mask, correct, weights)
-        if labels is not None and self.text_sizes is not None and "text_nll" in self.columns:
+        if labels is not None and self.text_sizes is not None and "text_nll" in self._place:
             num_bytes, num_chars = self.text_sizes.of(labels)
             values = values._replace(num_bytes=num_bytes, num_chars=num_chars)
         if reported_sum is not None:
@@ -155,11 +155,9 @@ class ChannelLossAccumulator(SumTable):
         shape = channels_shape(channels)
         # If there is one token and one id, it is the id of a sequence: [T] is one sequence.
         per_token = cu_seqlens is None and shape == token_losses.shape and shape != (1,)
-        columns = self.schema.columns
-        if per_token or self.dtype != torch.float64:
-            whole = [column for column in columns if not column.whole]
-            self.in_parts |= len(whole) < len(columns)
-            columns = whole
+        in_parts = per_token or self.dtype != torch.float64
+        columns = [column for column in self.schema.columns if not (in_parts and column.whole)]
+        self.in_parts |= len(columns) < len(self.schema.columns)
         if per_token:
             sums = token_sums(values, self.dtype, columns)
         else:
@@ -168,7 +166,7 @@ class ChannelLossAccumulator(SumTable):
         # Names join the table here, so all checks must come before this line.
         ids = self._ids(channels)
         self._add(ids, sums)
-        if BINS[0] in self.columns and not per_token and self.dtype == torch.float64:
+        if BINS[0] in self._place and not in_parts:
             self._add_bins(ids, sums)
         if reported_sum is not None:
             nll = sums["nll"].sum()
@@ -183,7 +181,7 @@ class ChannelLossAccumulator(SumTable):
         bins, used = sequence_bins(sums)
         width = self._num_rows()
         rows = table_rows(ids.flatten(), width, used.numel(), checked=can_read(ids))
-        places = (self.columns.index(BINS[0]) + bins) * width + rows
+        places = (self._place[BINS[0]] + bins) * width + rows
         self._sums.view(-1).scatter_add_(0, places, used.to(self.dtype))
 
     def merge_state(self, others: Iterable[ChannelLossAccumulator]) -> ChannelLossAccumulator:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from channel_metrics.errors import ConfigError, hint
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from channel_metrics.core.sums import SequenceView, TokenView
 
-__all__ = ["Column", "Metric", "Schema", "Sums", "ratio"]
+__all__ = ["Column", "Metric", "Schema", "Sums", "ratio", "ratio_of"]
 
 Sums = Mapping[str, float]
 
@@ -189,3 +190,12 @@ class Schema:
 def ratio(numerator: float, denominator: float) -> float | None:
     """numerator / denominator; None if the denominator is 0."""
     return numerator / denominator if denominator else None
+
+
+def ratio_of(numerator: str, denominator: str) -> Callable[[Sums], float | None]:
+    """The formula of a metric that is one column / another. It can be pickled."""
+    return partial(_ratio_of, numerator, denominator)
+
+
+def _ratio_of(numerator: str, denominator: str, sums: Sums) -> float | None:
+    return ratio(sums[numerator], sums[denominator])

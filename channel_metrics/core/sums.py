@@ -47,13 +47,8 @@ class TokenValues(NamedTuple):
 
     def map(self, moved: Callable[[Tensor], Tensor]) -> TokenValues:
         """The values after `moved` was applied to each tensor."""
-        return TokenValues(
-            losses=moved(self.losses),
-            mask=moved(self.mask),
-            correct=None if self.correct is None else moved(self.correct),
-            weights=None if self.weights is None else moved(self.weights),
-            targets=None if self.targets is None else moved(self.targets),
-        )
+        given = {name: values for name, values in self._asdict().items() if values is not None}
+        return self._replace(**{name: moved(values) for name, values in given.items()})
 
     def in_target_frame(self) -> TokenValues:
         """The values at the positions of their targets, see `to_target_frame`."""
