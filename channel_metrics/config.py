@@ -69,6 +69,16 @@ class MetricsConfig:
     channel_weights: Mapping[str, float] = field(default_factory=dict, hash=False)
     """The weight of each channel in `weighted_loss_of_channels`; other channels have none."""
 
+    source_tokens: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """The supervised tokens that the source of a channel holds, for the metric `epochs`.
+
+    The name may also be that of a label on an axis, such as `domain/target`."""
+
+    token_budget: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """The supervised tokens that a channel or label shall be trained on.
+
+    `budget_share` and `eta_steps` tell how far it is."""
+
     eval_channels: tuple[str, ...] = ()
     """The channels that evaluations log. If empty, they log all of them."""
 
@@ -121,26 +131,30 @@ class MetricsConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise ConfigError(f"{name} must be a whole number, 0 or more, but is {value!r}.")
-        known = (*TOKENS.window_metrics, *TOKENS.run_metrics, *(one.name for one in OBJECTIVES))
-        TOKENS.check(self.metrics, known)
-        self._check_weights()
+        TOKENS.check(self.metrics, (*TOKENS.loggable, *(one.name for one in OBJECTIVES)))
+        self._check_numbers("channel_weights", WEIGHTED)
+        self._check_numbers("source_tokens", "epochs")
+        self._check_numbers("token_budget", "budget_share", "eta_steps")
         self.new_table()
 
-    def _check_weights(self) -> None:
-        weights = self.channel_weights
-        numbers = isinstance(weights, Mapping) and all(
-            isinstance(w, (int, float)) and 0 < w < math.inf for w in weights.values()
+    def _check_numbers(self, setting: str, *metrics: str) -> None:
+        """Check {name: number above 0}, which is given if one of the metrics is logged."""
+        given = getattr(self, setting)
+        numbers = isinstance(given, Mapping) and all(
+            isinstance(n, (int, float)) and 0 < n < math.inf for n in given.values()
         )
         if not numbers:
             raise ConfigError(
-                "channel_weights must be a mapping of channels to numbers above 0, but is "
-                f"{weights!r}; leave out a channel that shall not count."
+                f"{setting} must be a mapping of channels to numbers above 0, but is {given!r}; "
+                "leave out a channel that shall not count."
             )
-        if bool(weights) != (WEIGHTED in self.metrics):
-            raise ConfigError(
-                f"channel_weights and the metric {WEIGHTED!r} need each other, but only "
-                f"{'channel_weights was' if weights else 'the metric was'} given."
-            )
+        if bool(given) == bool({*metrics} & {*self.metrics}):
+            return
+        which = "the metric" if len(metrics) == 1 else "one of the metrics"
+        raise ConfigError(
+            f"{setting} and {which} {' and '.join(map(repr, metrics))} need each other, but only "
+            f"{setting if given else 'the metric'} was given."
+        )
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -164,7 +178,7 @@ class MetricsConfig:
 
     @property
     def run_metrics(self) -> tuple[str, ...]:
-        """The entries of `metrics` that describe the whole run."""
+        """The entries of `metrics` that are counts of the whole run."""
         return tuple(name for name in self.metrics if name in TOKENS.run_metrics)
 
     def new_table(self, reserved: Collection[str] = ()) -> ChannelTable:

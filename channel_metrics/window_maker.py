@@ -10,6 +10,7 @@ from channel_metrics.core.axes import CHANNEL, TREE, TREE_MEAN, AxisBook, Projec
 from channel_metrics.core.keys import KeyBook
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.objectives import WEIGHTED, objective, worst_channel
+from channel_metrics.core.progress import Progress, points_of
 from channel_metrics.core.schema import Schema
 from channel_metrics.core.table import values_by_channel
 from channel_metrics.core.totals import RunTotals
@@ -42,6 +43,8 @@ class WindowMaker:
         self.config, self.schema, self.keys, self.warn_once = config, schema, keys, warn_once
         self.book = AxisBook(config.axes, config.cross, config.tree, config.axis_format)
         self._metrics = schema.chosen(config.metrics)
+        wanted = [name for name in config.metrics if name in schema.progress_metrics]
+        self._progress = Progress(wanted, config.source_tokens, config.token_budget)
         mark("session")
 
     def make(
@@ -75,6 +78,7 @@ class WindowMaker:
             self._choose(values, names[:num_channels])
         elif totals is not None:
             self._add_totals(totals, values, of_axes)
+            self._add_progress(rows, totals, step, values, of_axes)
         means = self._means_of_groups({**values, **of_axes})
         of_axes |= means
         self.learn([*names, *means], prefix)
@@ -207,6 +211,17 @@ class WindowMaker:
             for row, of_row in values.items():
                 # The members of `others` change, so it has no totals.
                 of_row.update({name: of_rows[row][name] for name in chosen if row in of_rows})
+
+    def _add_progress(self, rows: Projected, totals: RunTotals, step: int, *groups: Values) -> None:
+        if not self._progress.names:
+            return
+        of_rows = {row: t["tokens_total"] for row, t in totals.by_row(self.book.rows).items()}
+        self._progress.add(step, points_of(rows, self.schema.column_names, of_rows), totals)
+        for unknown in self._progress.unknown(of_rows):
+            self.warn_once(unknown)
+        for values in groups:
+            for row, of_row in values.items():
+                of_row.update(self._progress.values(row))
 
     def _choose(self, values: Values, names: Sequence[str]) -> None:
         """Keep the channels that evaluation logs."""

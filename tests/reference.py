@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 IGNORED = -100
 
@@ -177,6 +178,29 @@ def error_bars(
     found[f"{metric}_low"] = max(mean - half, 0.0)
     found[f"{metric}_high"] = min(mean + half, highest)
     return found
+
+
+def slope(windows: Sequence[tuple[int, float]]) -> tuple[float, float] | None:
+    """d loss / d own tokens, and its standard error: the normal equations in whole fractions.
+
+    windows: (tokens, mean loss) of each, in order. A window stands for as many points as it has
+    tokens, all in its middle, but for one degree of freedom only.
+    """
+    points, seen = [], 0
+    for tokens, loss in windows:
+        points.append((tokens, Fraction(2 * seen + tokens, 2), Fraction(loss)))
+        seen += tokens
+    if len(points) < 3:
+        return None
+    n, x, y, xx, xy = (
+        sum((w * a**i * b**j for w, a, b in points), Fraction(0))
+        for i, j in ((0, 0), (1, 0), (0, 1), (2, 0), (1, 1))
+    )
+    found = (n * xy - x * y) / (n * xx - x * x)
+    start = (y - found * x) / n
+    rest = sum((w * (b - start - found * a) ** 2 for w, a, b in points), Fraction(0))
+    variance = rest / (len(points) - 2) * n / (n * xx - x * x)
+    return float(found), math.sqrt(variance)
 
 
 @functools.cache

@@ -61,7 +61,8 @@ def _why_not(
     chosen = () if of_train or session.is_label(channel) else session.config.eval_channels
     logged = {metric.name for metric in session.schema.chosen(session.config.metrics)}
     if of_train:
-        logged |= {*session.config.metrics} & {*session.schema.run_metrics}
+        of_run = (*session.schema.run_metrics, *session.schema.progress_metrics)
+        logged |= {*session.config.metrics} & {*of_run}
     if metric not in logged:
         return (
             f"{where} logs only {', '.join(sorted(logged))} of a channel; add {metric!r} to "
