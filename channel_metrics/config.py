@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
 from channel_metrics.core.axes import axes_of, axis_fields, check_axis_format
+from channel_metrics.core.excess import EXCESS_LOSS
 from channel_metrics.core.faults import OnError
 from channel_metrics.core.keys import ChannelTable
 from channel_metrics.core.labels import DEFAULT_FIELDS, Unknown
@@ -69,6 +70,14 @@ class MetricsConfig:
     channel_weights: Mapping[str, float] = field(default_factory=dict, hash=False)
     """The weight of each channel in `weighted_loss_of_channels`; other channels have none."""
 
+    reference: str = ""
+    """A file of JSON lines with `ref_nll`, `ref_tokens` and an id, for `excess_loss`.
+
+    Empty: the records hold `ref_nll` and `ref_tokens` themselves."""
+
+    reference_id: str = "id"
+    """The field with the id, in the records and in the file of `reference`."""
+
     source_tokens: Mapping[str, float] = field(default_factory=dict, hash=False)
     """The supervised tokens that the source of a channel holds, for the metric `epochs`.
 
@@ -114,9 +123,11 @@ class MetricsConfig:
             if not listed or not all(isinstance(item, str) for item in value):
                 raise ConfigError(f"{name} must be a list of strings, but is {value!r}.")
             object.__setattr__(self, name, tuple(value))
-        if not isinstance(self.stream, (str, os.PathLike)):
-            raise ConfigError(f"stream must be the path of a file, but is {self.stream!r}.")
-        object.__setattr__(self, "stream", os.fspath(self.stream))
+        for name in ("stream", "reference"):
+            value = getattr(self, name)
+            if not isinstance(value, (str, os.PathLike)):
+                raise ConfigError(f"{name} must be the path of a file, but is {value!r}.")
+            object.__setattr__(self, name, os.fspath(value))
         if self.on_error not in (None, *get_args(OnError)):
             raise ConfigError(
                 f'on_error must be "raise", "warn" or None, but is {self.on_error!r}.'
@@ -132,6 +143,8 @@ class MetricsConfig:
             if type(value) is not int or value < 0:
                 raise ConfigError(f"{name} must be a whole number, 0 or more, but is {value!r}.")
         TOKENS.check(self.metrics, (*TOKENS.loggable, *(one.name for one in OBJECTIVES)))
+        if self.reference and not self.with_reference:
+            raise ConfigError(f"reference needs {EXCESS_LOSS!r} among metrics; add it.")
         self._check_numbers("channel_weights", WEIGHTED)
         self._check_numbers("source_tokens", "epochs")
         self._check_numbers("token_budget", "budget_share", "eta_steps")
@@ -165,6 +178,17 @@ class MetricsConfig:
     def label_fields(self) -> tuple[str, ...]:
         """`fields`, and entries for the labels on further axes, as `channels_of` takes them."""
         return (*self.fields, *axis_fields(self.axes))
+
+    @property
+    def with_reference(self) -> bool:
+        """Whether the losses of a reference model are needed."""
+        return EXCESS_LOSS in self.metrics
+
+    @property
+    def record_fields(self) -> tuple[str, ...]:
+        """All fields of a record that are read."""
+        own = (self.reference_id,) if self.reference else ("ref_nll", "ref_tokens")
+        return (*self.label_fields, *(own if self.with_reference else ()))
 
     def reading(self, column: str) -> MetricsConfig:
         """This config for records whose joint names stand in one column."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from channel_metrics.core.accumulator import ChannelLossAccumulator
 from channel_metrics.core.checks import check_scalar
+from channel_metrics.core.excess import EXCESS_LOSS, UNMATCHED
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.micro_batch import MicroBatch
@@ -80,6 +81,11 @@ class Counting:
                     self._tell_of_text()
                 if table.in_parts:
                     self._tell_of_parts()
+                elif UNMATCHED in table.columns and batch.reference is None:
+                    self.warn_once(
+                        f"{EXCESS_LOSS} needs `ref_nll` and `ref_tokens` of each sequence, which "
+                        "a micro-batch does not have: its tokens are left out; see docs/excess.md."
+                    )
 
     def read_tokenizer(self, tokenizer: Any) -> None:
         """Learn from a tokenizer how many bytes of text each token stands for.

@@ -28,7 +28,7 @@ from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.counting import Counting
 from channel_metrics.data.batch_channels import BatchChannels, check_not_cut, take_channels
-from channel_metrics.data.collator import CollatorFault
+from channel_metrics.data.collator_fault import CollatorFault
 from channel_metrics.data.repeats import first_records, real_records
 from channel_metrics.errors import ChannelError, ChannelMetricsError, UnsupportedVersionError
 from channel_metrics.losses.cross_entropy import token_losses_of_logits
@@ -199,7 +199,8 @@ def observe(
         real = _real_records(metrics, accelerator, real)
         if real is not None and real[0] < real[1]:
             taken, values, reported = *_without_repeats(taken, values, *real), None
-        metrics.count(MicroBatch.of_values(values, taken.channels, taken.cu_seqlens, reported))
+        of_batch = taken.channels, taken.cu_seqlens, reported, taken.reference
+        metrics.count(MicroBatch.of_values(values, *of_batch))
 
 
 def _check(taken: Any, batch: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ from channel_metrics.core.table import SumTable
 from channel_metrics.core.totals import TOTALS_FILE, RunTotals, totals_path
 from channel_metrics.counting import Counting
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
+from channel_metrics.data.reference import reference_of
 from channel_metrics.data.scan import class_names, scan_channels
 from channel_metrics.errors import ChannelMetricsError
 from channel_metrics.observers.configured import observers_of
@@ -148,15 +149,13 @@ class ChannelMetrics(Counting):
             carry_faults=True,
             classes=self.classes,
             records_key=RECORDS_KEY,
+            reference=reference_of(self.config),
         )
 
     def observe(
         self, model: torch.nn.Module, batch: MutableMapping[str, Any], *, accelerator: Any = None
     ) -> AbstractContextManager[Seen]:
         """One forward over exactly the labels of `batch`, counted if the block does not raise.
-
-            with metrics.observe(model, batch):
-                loss = model(**batch).loss
 
         Our keys are removed from the batch. The token losses come from the model's own loss. If
         the loop computes the loss itself, it hands over the logits or token losses, see `Seen`.

@@ -7,6 +7,7 @@ from statistics import fmean
 
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.axes import CHANNEL, TREE, TREE_MEAN, AxisBook, Projected, groups_of
+from channel_metrics.core.excess import UNMATCHED
 from channel_metrics.core.keys import KeyBook
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.objectives import WEIGHTED, objective, worst_channel
@@ -72,6 +73,7 @@ class WindowMaker:
             mark("channel")
         if final:
             self._warn_of(split, found.mismatch, values)
+            self._warn_of_unmatched(rows)
         else:
             self._drop_counts(values, of_axes)
         if split != "train":
@@ -241,6 +243,19 @@ class WindowMaker:
             for name in self.config.eval_channels
             if name not in names and name != UNLABELED
         ]
+
+    def _warn_of_unmatched(self, rows: Projected) -> None:
+        if UNMATCHED not in self.schema.column_names:
+            return
+        of_rows = rows.sums[: rows.num_channels + 1, self.schema.column_names.index(UNMATCHED)]
+        names = (UNLABELED, *rows.names[: rows.num_channels])
+        left = {n: int(c) for n, c in zip(names, of_rows.tolist(), strict=True) if c}
+        if left:
+            self.warn_once(
+                "excess_loss leaves out sequences whose reference is not known, or counts other "
+                "tokens (cut, or other labels): %s of a window.",
+                ", ".join(f"{count} of {name}" for name, count in left.items()),
+            )
 
     def _warn_of(self, split: str, mismatch: float, values: Values) -> None:
         if mismatch > MISMATCH_TOLERANCE:

@@ -35,6 +35,9 @@ class Sums:
     num_chars: int = 0
     hits_of_sequences: list[tuple[int, float]] = field(default_factory=list)
     """(judged tokens, those predicted) of each sequence."""
+    excess: list[float] = field(default_factory=list)
+    """The losses, and minus the nll of the reference model, of sequences with its tokens."""
+    excess_tokens: int = 0
 
     @property
     def correct(self) -> float:
@@ -60,13 +63,15 @@ class Batch:
     row_length: int | None = None
     text: Mapping[int, str] = field(default_factory=dict)
     """The text of each token; empty for special ones."""
+    references: Sequence[tuple[float, int] | None] = ()
+    """nll and tokens of a reference model, of each sequence."""
 
 
 def reference_sums(batches: Sequence[Batch]) -> dict[str, Sums]:
     """{channel: sums}; a token past the last bound, or without a channel, is `unlabeled`."""
     found: dict[str, Sums] = {}
     for batch in batches:
-        for channel, start, end in _sequences(batch):
+        for number, (channel, start, end) in enumerate(_sequences(batch)):
             sums = found.setdefault(channel or "unlabeled", Sums())
             losses, hits = len(sums.losses), len(sums.hits)
             for target in range(start, end):
@@ -74,6 +79,10 @@ def reference_sums(batches: Sequence[Batch]) -> dict[str, Sums]:
             of_sequence, of_hits = sums.losses[losses:], sums.hits[hits:]
             sums.of_sequences.append((len(of_sequence), math.fsum(of_sequence)))
             sums.hits_of_sequences.append((len(of_hits), math.fsum(of_hits)))
+            known = batch.references[number] if number < len(batch.references) else None
+            if known is not None and known[1] == len(of_sequence):
+                sums.excess += [*of_sequence, -known[0]]
+                sums.excess_tokens += known[1]
         for channel, start, end in zip(
             batch.channels, batch.bounds, batch.bounds[1:], strict=False
         ):
@@ -147,6 +156,8 @@ def _values(sums: Sums, all_tokens: int) -> dict[str, float]:
         bits = math.fsum(sums.text_losses) / math.log(2)
         values["bits_per_byte"] = bits / sums.num_bytes
         values["bits_per_char"] = bits / sums.num_chars
+    if sums.excess_tokens:
+        values["excess_loss"] = math.fsum(sums.excess) / sums.excess_tokens
     means = sorted(y / n for n, y in sums.of_sequences if n)
     for percent in (10, 50, 90) if means else ():
         exact = means[math.ceil(percent / 100 * len(means)) - 1]

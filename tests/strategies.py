@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -47,7 +48,11 @@ class Case:
         }
         shaped = {k: v.view(self.shape) for k, v in given.items() if v is not None}
         bounds = torch.tensor(batch.bounds, dtype=torch.int32) if self.pass_bounds else None
-        return {**shaped, "channels": list(batch.channels), "cu_seqlens": bounds}
+        made: dict[str, Any] = {**shaped, "channels": list(batch.channels), "cu_seqlens": bounds}
+        if batch.references:
+            pairs = [pair or (math.nan, math.nan) for pair in batch.references]
+            made["reference"] = torch.tensor(pairs, dtype=torch.float64)
+        return made
 
     def values(self, dtype: torch.dtype = torch.float64) -> TokenValues:
         """The same, without channels and bounds."""
@@ -100,7 +105,10 @@ def cases(draw: st.DrawFn, finite: bool = False) -> Case:
         key: draw(st.none() | st.lists(values, min_size=num_tokens, max_size=num_tokens))
         for key, values in optional.items()
     }
-    return replace(case, batch=replace(case.batch, text=TEXT, **drawn))
+    pair = st.tuples(st.floats(0, 400), st.integers(0, 4))
+    num = len(channels)
+    references = draw(st.just([]) | st.lists(st.none() | pair, min_size=num, max_size=num))
+    return replace(case, batch=replace(case.batch, text=TEXT, references=references, **drawn))
 
 
 def _losses(draw: st.DrawFn, num_tokens: int, finite: bool) -> list[float]:

@@ -24,6 +24,7 @@ from channel_metrics.core.checks import (
     channels_shape,
     check_layout,
     check_scalar,
+    checked_reference,
     token_values,
 )
 from channel_metrics.core.keys import ChannelTable, metric_key
@@ -116,6 +117,7 @@ class ChannelLossAccumulator(SumTable):
         correct: Tensor | None = None,
         weights: Tensor | None = None,
         reported_sum: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> ChannelLossAccumulator:
         """Add one micro-batch. If an argument is refused, nothing is added.
 
@@ -137,6 +139,8 @@ class ChannelLossAccumulator(SumTable):
                 weights have the shape of token_losses.
             reported_sum: a tensor of one number, the sum of nll that the trainer computed on
                 these tokens. `mismatch` keeps the largest relative difference from our sum.
+            reference: float64 [N, 2], the nll and the tokens of a reference model in each
+                sequence, for `excess_loss`; NaN if not known.
 
         Returns:
             This accumulator.
@@ -164,7 +168,9 @@ class ChannelLossAccumulator(SumTable):
             sums = token_sums(values, self.dtype, columns)
         else:
             check_layout(values.losses, shape, cu_seqlens)
-            sums = sequence_sums(values, cu_seqlens, self.dtype, columns)
+            if reference is not None:
+                reference = checked_reference(reference, shape.numel(), self.device)
+            sums = sequence_sums(values, cu_seqlens, self.dtype, columns, reference)
         # Names join the table here, so all checks must come before this line.
         ids = self._ids(channels)
         self._add(ids, sums)

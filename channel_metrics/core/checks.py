@@ -19,6 +19,7 @@ __all__ = [
     "check_ids",
     "check_layout",
     "check_scalar",
+    "checked_reference",
     "token_values",
 ]
 
@@ -98,6 +99,20 @@ def channels_shape(channels: Tensor | Sequence[str | None]) -> torch.Size:
             f"channels must be one name per sequence, but is the string {channels!r}; pass a list."
         )
     return channels.shape if isinstance(channels, Tensor) else torch.Size([len(channels)])
+
+
+def checked_reference(reference: Tensor, num_sequences: int, device: torch.device) -> Tensor:
+    """The numbers of a reference model, on `device`.
+
+    Raises:
+        ChannelError: they are not float64 [num_sequences, 2].
+    """
+    if list(reference.shape) != [num_sequences, 2] or reference.dtype != torch.float64:
+        raise ChannelError(
+            f"reference must be float64 [{num_sequences}, 2], nll and tokens of each sequence, but "
+            f"is {reference.dtype} {list(reference.shape)}."
+        )
+    return reference.to(device, non_blocking=True)
 
 
 def check_scalar(name: str, value: Tensor) -> None:

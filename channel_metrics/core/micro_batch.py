@@ -36,6 +36,7 @@ class MicroBatch:
     weights: Tensor | None = None
     reported_sum: Tensor | None = None
     sequences: Tensor | None = None
+    reference: Tensor | None = None
 
     @classmethod
     def of_values(
@@ -44,12 +45,13 @@ class MicroBatch:
         channels: Tensor | Sequence[str | None],
         cu_seqlens: Tensor | None,
         reported_sum: Tensor | None,
+        reference: Tensor | None = None,
     ) -> MicroBatch:
         """Make one from the values that a `TokenLossReader` has read.
 
         Args:
             values: token losses, mask, correctness and weights.
-            channels, cu_seqlens, reported_sum: as for `ChannelLossAccumulator.update`.
+            channels, cu_seqlens, reported_sum, reference: as for `ChannelLossAccumulator.update`.
         """
         return cls(
             token_losses=values.losses,
@@ -60,6 +62,7 @@ class MicroBatch:
             correct=values.correct,
             weights=values.weights,
             reported_sum=reported_sum,
+            reference=reference,
         )
 
     def add_to(self, table: ChannelLossAccumulator) -> None:
@@ -83,6 +86,7 @@ class MicroBatch:
             correct=self.correct,
             weights=self.weights,
             reported_sum=self.reported_sum,
+            reference=self.reference,
         )
         if self.sequences is not None:
             sequences = self.sequences.to(device, non_blocking=True)

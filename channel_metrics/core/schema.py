@@ -19,6 +19,7 @@ from functools import partial
 from operator import itemgetter
 
 from channel_metrics.core.error_bars import error_bars
+from channel_metrics.core.excess import excess_loss
 from channel_metrics.core.percentiles import percentiles
 from channel_metrics.core.progress import PROGRESS
 from channel_metrics.core.registry import Column, Metric, Schema, Sums, ratio
@@ -165,3 +166,4 @@ TOKENS.register(
 )
 TOKENS.register(*error_bars("loss", "nll", "nats"), *error_bars("token_acc", "correct", ""))
 TOKENS.register(*percentiles())
+TOKENS.register(*excess_loss())

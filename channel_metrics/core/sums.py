@@ -124,10 +124,12 @@ class SequenceView(NamedTuple):
     Attributes:
         lengths: int64 [N], positions per sequence, padding included.
         sums: {column: [N]}, the sums of the token columns.
+        reference: float64 [N, 2], nll and tokens of a reference model; None if there is none.
     """
 
     lengths: Tensor
     sums: dict[str, Tensor]
+    reference: Tensor | None = None
 
     @property
     def filled(self) -> Tensor:
@@ -140,6 +142,7 @@ def sequence_sums(
     cu_seqlens: Tensor | None,
     dtype: torch.dtype = torch.float64,
     columns: Sequence[Column] | None = None,
+    reference: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The sums of each sequence.
 
@@ -150,6 +153,7 @@ def sequence_sums(
         dtype: of the sums.
         columns: by default the registered ones that are not optional. A column for which this
             micro-batch has no values is left out.
+        reference: float64 [N, 2], nll and tokens of a reference model; NaN if not known.
 
     Returns:
         {column: [N + 1]}. The last entry holds the tokens past the last bound. Without cu_seqlens
@@ -170,7 +174,9 @@ def sequence_sums(
         sums = _segment_sums(_token_columns(view, columns), bounds, dtype)
         # The tokens past the last bound are no sequence, so their length is 0.
         lengths = torch.nn.functional.pad(cu_seqlens.diff().long(), (0, 1))
-    of_sequences = SequenceView(lengths, sums)
+        if reference is not None:
+            reference = torch.nn.functional.pad(reference, (0, 0, 0, 1), value=torch.nan)
+    of_sequences = SequenceView(lengths, sums, reference)
     for column in columns:
         found = _values_of(of_sequences, column.per_sequence)
         if found is not None:

@@ -94,7 +94,7 @@ def test_the_token_schema() -> None:
         "loss", "weighted_loss", "token_acc", "ppl", "tokens", "samples", "share",
         "bits_per_byte", "bits_per_char",
         "loss_se", "loss_low", "loss_high", "token_acc_se", "token_acc_low", "token_acc_high",
-        "loss_p10", "loss_p50", "loss_p90",
+        "loss_p10", "loss_p50", "loss_p90", "excess_loss",
     )  # fmt: skip
     assert sorted(TOKENS.metric_names) == sorted(
         (*WINDOW_METRICS, "nonfinite", "tokens_total", "samples_total", *TOKENS.progress_metrics)
