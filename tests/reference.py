@@ -38,6 +38,7 @@ class Sums:
     excess: list[float] = field(default_factory=list)
     """The losses, and minus the nll of the reference model, of sequences with its tokens."""
     excess_tokens: int = 0
+    entropies: list[float] = field(default_factory=list)
 
     @property
     def correct(self) -> float:
@@ -59,6 +60,7 @@ class Batch:
     loss_mask: Sequence[float] | None = None
     correct: Sequence[bool] | None = None
     weights: Sequence[float] | None = None
+    entropy: Sequence[float] | None = None
     causal: bool = False
     row_length: int | None = None
     text: Mapping[int, str] = field(default_factory=dict)
@@ -126,6 +128,8 @@ def _add_token(sums: Sums, batch: Batch, target: int) -> None:
         sums.nonfinite += 1
         return
     sums.losses.append(batch.losses[at])
+    if batch.entropy is not None and math.isfinite(batch.entropy[at]):
+        sums.entropies.append(batch.entropy[at])
     if batch.labels is not None and (text := batch.text.get(batch.labels[target])):
         sums.text_losses.append(batch.losses[at])
         sums.num_bytes += len(text.encode())
@@ -156,6 +160,8 @@ def _values(sums: Sums, all_tokens: int) -> dict[str, float]:
         bits = math.fsum(sums.text_losses) / math.log(2)
         values["bits_per_byte"] = bits / sums.num_bytes
         values["bits_per_char"] = bits / sums.num_chars
+    if sums.entropies:
+        values["entropy"] = math.fsum(sums.entropies) / len(sums.entropies)
     if sums.excess_tokens:
         values["excess_loss"] = math.fsum(sums.excess) / sums.excess_tokens
     means = sorted(y / n for n, y in sums.of_sequences if n)
@@ -167,6 +173,14 @@ def _values(sums: Sums, all_tokens: int) -> dict[str, float]:
     if sums.nonfinite + sums.nonfinite_weights:
         values["nonfinite"] = float(sums.nonfinite + sums.nonfinite_weights)
     return values
+
+
+def entropy(logits: Sequence[float]) -> float:
+    """The entropy in nats of a softmax."""
+    highest = max(logits)
+    total = math.fsum(math.exp(x - highest) for x in logits)
+    shares = [math.exp(x - highest) / total for x in logits]
+    return -math.fsum(p * math.log(p) for p in shares if p)
 
 
 def error_bars(

@@ -45,6 +45,7 @@ class Case:
             "loss_mask": _optional(batch.loss_mask, torch.float32),
             "correct": _optional(batch.correct, torch.bool),
             "weights": _optional(batch.weights, torch.float32),
+            "entropy": _optional(batch.entropy, torch.float64),
         }
         shaped = {k: v.view(self.shape) for k, v in given.items() if v is not None}
         bounds = torch.tensor(batch.bounds, dtype=torch.int32) if self.pass_bounds else None
@@ -57,7 +58,7 @@ class Case:
     def values(self, dtype: torch.dtype = torch.float64) -> TokenValues:
         """The same, without channels and bounds."""
         given = self.tensors(dtype)
-        names = ("token_losses", "labels", "loss_mask", "correct", "weights")
+        names = ("token_losses", "labels", "loss_mask", "correct", "weights", "entropy")
         return token_values(*cast(Any, [given.get(name) for name in names]))
 
 
@@ -100,6 +101,7 @@ def cases(draw: st.DrawFn, finite: bool = False) -> Case:
         "labels": st.sampled_from([IGNORED, 0, 1]),
         "correct": st.booleans(),
         "weights": st.floats(0, 4, width=16) | st.just(4.0 if finite else float("nan")),
+        "entropy": st.floats(0, 12) | st.just(12.0 if finite else float("nan")),
     }
     drawn: dict[str, Any] = {
         key: draw(st.none() | st.lists(values, min_size=num_tokens, max_size=num_tokens))

@@ -84,7 +84,8 @@ def write_reference(
         drop_half_line(out)
     before = _written(out)
     model = _model(options)
-    encoder = _encoder(options, len(model.get_input_embeddings().weight))
+    embeddings: Any = model.get_input_embeddings()
+    encoder = _encoder(options, len(embeddings.weight))
     first = None
     for line in before:
         number, record = next(records, (0, None))

@@ -33,6 +33,7 @@ def token_values(
     loss_mask: Tensor | None = None,
     correct: Tensor | None = None,
     weights: Tensor | None = None,
+    entropy: Tensor | None = None,
 ) -> TokenValues:
     """Check that the tensors fit each other, and find the supervised positions.
 
@@ -44,7 +45,7 @@ def token_values(
         labels: integer token ids.
         loss_mask: 0 where not supervised.
         correct: bool, whether the target was predicted.
-        weights: one per token.
+        weights, entropy: one per token.
 
     Raises:
         ChannelMetricsError: a tensor has the wrong type or shape.
@@ -65,13 +66,14 @@ def token_values(
     _check_shape("loss_mask", loss_mask, shape)
     _check_shape("correct", correct, shape)
     _check_shape("weights", weights, shape)
+    _check_shape("entropy", entropy, shape)
     if labels is not None and labels.is_floating_point():
         raise ChannelMetricsError(f"labels must be integer token ids, but is {labels.dtype}.")
     if correct is not None and correct.dtype != torch.bool:
         raise ChannelMetricsError(f"correct must be bool, but is {correct.dtype}.")
     correct = None if correct is None else as_bool(correct)
     mask = _mask(token_losses, labels, loss_mask)
-    return TokenValues(token_losses, mask, correct, weights, targets=labels)
+    return TokenValues(token_losses, mask, correct, weights, targets=labels, entropy=entropy)
 
 
 def check_ids(ids: Tensor, num_channels: int) -> None:

@@ -34,6 +34,7 @@ class MicroBatch:
     loss_mask: Tensor | None = None
     correct: Tensor | None = None
     weights: Tensor | None = None
+    entropy: Tensor | None = None
     reported_sum: Tensor | None = None
     sequences: Tensor | None = None
     reference: Tensor | None = None
@@ -61,6 +62,7 @@ class MicroBatch:
             loss_mask=values.mask,
             correct=values.correct,
             weights=values.weights,
+            entropy=values.entropy,
             reported_sum=reported_sum,
             reference=reference,
         )
@@ -85,6 +87,7 @@ class MicroBatch:
             loss_mask=self.loss_mask,
             correct=self.correct,
             weights=self.weights,
+            entropy=self.entropy,
             reported_sum=self.reported_sum,
             reference=self.reference,
         )

@@ -164,6 +164,25 @@ TOKENS.register(
         doc="the same per character",
     ),
 )
+TOKENS.register(
+    Column(
+        "entropy_sum", "nats", "entropies of the prediction", per_token="entropy", optional=True
+    ),
+    Column(
+        "entropy_tokens",
+        "tokens",
+        "tokens for which it was measured",
+        per_token="measured",
+        optional=True,
+    ),
+    Metric(
+        "entropy",
+        ("entropy_sum", "entropy_tokens"),
+        partial(_ratio_of, "entropy_sum", "entropy_tokens"),
+        unit="nats",
+        doc="the mean entropy of the predicted distribution; how sure the model is of itself",
+    ),
+)
 TOKENS.register(*error_bars("loss", "nll", "nats"), *error_bars("token_acc", "correct", ""))
 TOKENS.register(*percentiles())
 TOKENS.register(*excess_loss())

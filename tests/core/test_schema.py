@@ -92,7 +92,7 @@ def test_the_token_schema() -> None:
     )  # fmt: skip
     assert WINDOW_METRICS == (
         "loss", "weighted_loss", "token_acc", "ppl", "tokens", "samples", "share",
-        "bits_per_byte", "bits_per_char",
+        "bits_per_byte", "bits_per_char", "entropy",
         "loss_se", "loss_low", "loss_high", "token_acc_se", "token_acc_low", "token_acc_high",
         "loss_p10", "loss_p50", "loss_p90", "excess_loss",
     )  # fmt: skip
