@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
+from channel_metrics.acting import ActingConfig, refuse_unknown_keys
 from channel_metrics.core.axes import axes_of, axis_fields, check_axis_format
 from channel_metrics.core.excess import EXCESS_LOSS
 from channel_metrics.core.faults import OnError
@@ -15,13 +16,13 @@ from channel_metrics.core.keys import ChannelTable
 from channel_metrics.core.labels import DEFAULT_FIELDS, Unknown
 from channel_metrics.core.objectives import OBJECTIVES, WEIGHTED
 from channel_metrics.core.schema import DEFAULT_METRICS, TOKENS
-from channel_metrics.errors import ConfigError, hint
+from channel_metrics.errors import ConfigError
 
 __all__ = ["MetricsConfig", "refuse_unknown_keys"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetricsConfig:
+class MetricsConfig(ActingConfig):
     """How channels are found and what is logged for them."""
 
     fields: tuple[str, ...] = DEFAULT_FIELDS
@@ -78,16 +79,6 @@ class MetricsConfig:
     reference_id: str = "id"
     """The field with the id, in the records and in the file of `reference`."""
 
-    source_tokens: Mapping[str, float] = field(default_factory=dict, hash=False)
-    """The supervised tokens that the source of a channel holds, for the metric `epochs`.
-
-    The name may also be that of a label on an axis, such as `domain/target`."""
-
-    token_budget: Mapping[str, float] = field(default_factory=dict, hash=False)
-    """The supervised tokens that a channel or label shall be trained on.
-
-    `budget_share` and `eta_steps` tell how far it is."""
-
     eval_channels: tuple[str, ...] = ()
     """The channels that evaluations log. If empty, they log all of them."""
 
@@ -96,16 +87,6 @@ class MetricsConfig:
 
     `{metric}_{channel}` gives the keys that ms-swift has. `{metric}/{channel}` makes TensorBoard
     group the charts by metric."""
-
-    on_window: tuple[str, ...] = ()
-    """Functions that get each closed `Window`, by import path: `["my_module:my_function"]`.
-
-    See docs/stream.md."""
-
-    stream: str = ""
-    """A file of JSON lines that each closed window is added to, see docs/stream.md.
-
-    A relative path begins at the folder in which the run was started. Empty: no file."""
 
     live_table: bool = True
     """Whether a terminal or a notebook shows a table of the channels during the run."""
@@ -123,11 +104,10 @@ class MetricsConfig:
             if not listed or not all(isinstance(item, str) for item in value):
                 raise ConfigError(f"{name} must be a list of strings, but is {value!r}.")
             object.__setattr__(self, name, tuple(value))
-        for name in ("stream", "reference"):
-            value = getattr(self, name)
-            if not isinstance(value, (str, os.PathLike)):
-                raise ConfigError(f"{name} must be the path of a file, but is {value!r}.")
-            object.__setattr__(self, name, os.fspath(value))
+        if not isinstance(self.reference, (str, os.PathLike)):
+            raise ConfigError(f"reference must be the path of a file, but is {self.reference!r}.")
+        object.__setattr__(self, "reference", os.fspath(self.reference))
+        self.check_acting()
         if self.on_error not in (None, *get_args(OnError)):
             raise ConfigError(
                 f'on_error must be "raise", "warn" or None, but is {self.on_error!r}.'
@@ -145,29 +125,24 @@ class MetricsConfig:
         TOKENS.check(self.metrics, (*TOKENS.loggable, *(one.name for one in OBJECTIVES)))
         if self.reference and not self.with_reference:
             raise ConfigError(f"reference needs {EXCESS_LOSS!r} among metrics; add it.")
-        self._check_numbers("channel_weights", WEIGHTED)
-        self._check_numbers("source_tokens", "epochs")
-        self._check_numbers("token_budget", "budget_share", "eta_steps")
+        self._check_weights()
         self.new_table()
 
-    def _check_numbers(self, setting: str, *metrics: str) -> None:
-        """Check {name: number above 0}, which is given if one of the metrics is logged."""
-        given = getattr(self, setting)
-        numbers = isinstance(given, Mapping) and all(
-            isinstance(n, (int, float)) and 0 < n < math.inf for n in given.values()
+    def _check_weights(self) -> None:
+        weights = self.channel_weights
+        numbers = isinstance(weights, Mapping) and all(
+            isinstance(w, (int, float)) and 0 < w < math.inf for w in weights.values()
         )
         if not numbers:
             raise ConfigError(
-                f"{setting} must be a mapping of channels to numbers above 0, but is {given!r}; "
-                "leave out a channel that shall not count."
+                "channel_weights must be a mapping of channels to numbers above 0, but is "
+                f"{weights!r}; leave out a channel that shall not count."
             )
-        if bool(given) == bool({*metrics} & {*self.metrics}):
-            return
-        which = "the metric" if len(metrics) == 1 else "one of the metrics"
-        raise ConfigError(
-            f"{setting} and {which} {' and '.join(map(repr, metrics))} need each other, but only "
-            f"{setting if given else 'the metric'} was given."
-        )
+        if bool(weights) != (WEIGHTED in self.metrics):
+            raise ConfigError(
+                f"channel_weights and the metric {WEIGHTED!r} need each other, but only "
+                f"{'channel_weights was' if weights else 'the metric was'} given."
+            )
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -230,20 +205,3 @@ class MetricsConfig:
         """
         refuse_unknown_keys(mapping, [field.name for field in fields(cls)], "metrics config")
         return cls(**mapping)
-
-
-def refuse_unknown_keys(mapping: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Refuse a key that is not known.
-
-    Args:
-        mapping: the settings that were given.
-        known: the keys that are allowed.
-        where: what the error message calls the mapping.
-
-    Raises:
-        ConfigError: for the first unknown key. The message suggests the most similar known one.
-    """
-    known = list(known)
-    for key in mapping:
-        if key not in known:
-            raise ConfigError(f"unknown key {key!r} in {where}; {hint(str(key), known)}")

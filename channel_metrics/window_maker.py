@@ -11,8 +11,8 @@ from channel_metrics.core.excess import UNMATCHED
 from channel_metrics.core.keys import KeyBook
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.objectives import WEIGHTED, objective, worst_channel
-from channel_metrics.core.progress import Progress, points_of
 from channel_metrics.core.schema import Schema
+from channel_metrics.core.slopes import Slopes, points_of
 from channel_metrics.core.table import values_by_channel
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.errors import ConfigError, hint
@@ -26,6 +26,7 @@ __all__ = ["WindowMaker"]
 _MEANS = ("loss", "weighted_loss", "token_acc")
 
 Values = dict[str, dict[str, float]]
+Totals = dict[str, dict[str, int]]
 
 
 class WindowMaker:
@@ -44,8 +45,7 @@ class WindowMaker:
         self.config, self.schema, self.keys, self.warn_once = config, schema, keys, warn_once
         self.book = AxisBook(config.axes, config.cross, config.tree, config.axis_format)
         self._metrics = schema.chosen(config.metrics)
-        wanted = [name for name in config.metrics if name in schema.progress_metrics]
-        self._progress = Progress(wanted, config.source_tokens, config.token_budget)
+        self._slopes = Slopes([name for name in config.metrics if name in schema.slope_metrics])
         mark("session")
 
     def make(
@@ -55,7 +55,7 @@ class WindowMaker:
         split: str,
         step: int,
         prefix: str,
-        totals: RunTotals | None,
+        totals: RunTotals,
         final: bool,
     ) -> Window:
         """The window of these sums.
@@ -63,10 +63,12 @@ class WindowMaker:
         Args:
             found: the sums of all ranks.
             split, step, prefix, final: as in `Window`.
-            totals: those of the run, this window included. None for evaluations and open windows.
+            totals: those of the run, up to the last closed train window.
         """
         rows = self.book.project(found.names, found.sums)
-        names, sums, num_channels = self._at_most_top(rows, totals)
+        so_far = totals.by_row(self.book.rows)
+        adds_up = split == "train" and final
+        names, sums, num_channels = self._at_most_top(rows, so_far if adds_up else None)
         values = values_by_channel(self.schema, names, sums, self._metrics, num_channels)
         of_axes = {name: values.pop(name) for name in names[num_channels:] if name in values}
         if set(values) - {UNLABELED}:
@@ -78,9 +80,9 @@ class WindowMaker:
             self._drop_counts(values, of_axes)
         if split != "train":
             self._choose(values, names[:num_channels])
-        elif totals is not None:
-            self._add_totals(totals, values, of_axes)
-            self._add_progress(rows, totals, step, values, of_axes)
+        elif final:
+            self._add_totals(so_far, values, of_axes)
+            self._add_slopes(rows, so_far, totals, values, of_axes)
         means = self._means_of_groups({**values, **of_axes})
         of_axes |= means
         self.learn([*names, *means], prefix)
@@ -103,7 +105,9 @@ class WindowMaker:
             final=final,
             names=rows.names,
             columns=self.schema.column_names,
-            table=rows.sums,
+            table=tuple(map(tuple, rows.sums.tolist())),
+            totals=so_far,
+            time=found.riders[0] if found.riders else 0.0,
         )
 
     def _losses(self, rows: Projected, split: str) -> dict[str, float]:
@@ -159,8 +163,8 @@ class WindowMaker:
         for wrong in self._unknown_eval_channels(rows):
             raise ConfigError(wrong)
 
-    def _at_most_top(self, rows: Projected, totals: RunTotals | None) -> Projected:
-        """The rows that `top` allows, and `others`."""
+    def _at_most_top(self, rows: Projected, totals: Totals | None) -> Projected:
+        """The rows that `top` allows, and `others`; without totals, those of this window."""
         top = self.config.top
         if not top or len(rows.names) <= top:
             return rows
@@ -169,7 +173,7 @@ class WindowMaker:
             counts = dict(zip(rows.names, counted.tolist(), strict=True))
         else:
             count = f"{self.schema.count}_total"
-            counts = {row: t[count] for row, t in totals.by_row(self.book.rows).items()}
+            counts = {row: of_row[count] for row, of_row in totals.items()}
         kept = self.book.top(rows, counts, top)
         left = sorted({*rows.names} - {*kept.names})
         if left:
@@ -206,24 +210,21 @@ class WindowMaker:
                 for name in counts.intersection(of_row):
                     del of_row[name]
 
-    def _add_totals(self, totals: RunTotals, *groups: Values) -> None:
+    def _add_totals(self, totals: Totals, *groups: Values) -> None:
         chosen = [name for name in self.schema.run_metrics if name in self.config.metrics]
-        of_rows = totals.by_row(self.book.rows) if chosen else {}
         for values in groups if chosen else ():
             for row, of_row in values.items():
                 # The members of `others` change, so it has no totals.
-                of_row.update({name: of_rows[row][name] for name in chosen if row in of_rows})
+                of_row.update({name: totals[row][name] for name in chosen if row in totals})
 
-    def _add_progress(self, rows: Projected, totals: RunTotals, step: int, *groups: Values) -> None:
-        if not self._progress.names:
+    def _add_slopes(self, rows: Projected, totals: Totals, run: RunTotals, *groups: Values) -> None:
+        if not self._slopes.names:
             return
-        of_rows = {row: t["tokens_total"] for row, t in totals.by_row(self.book.rows).items()}
-        self._progress.add(step, points_of(rows, self.schema.column_names, of_rows), totals)
-        for unknown in self._progress.unknown(of_rows):
-            self.warn_once(unknown)
+        of_rows = {row: of_row["tokens_total"] for row, of_row in totals.items()}
+        self._slopes.add(points_of(rows, self.schema.column_names, of_rows), run)
         for values in groups:
             for row, of_row in values.items():
-                of_row.update(self._progress.values(row))
+                of_row.update(self._slopes.values(row))
 
     def _choose(self, values: Values, names: Sequence[str]) -> None:
         """Keep the channels that evaluation logs."""

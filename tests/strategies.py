@@ -58,8 +58,9 @@ class Case:
     def values(self, dtype: torch.dtype = torch.float64) -> TokenValues:
         """The same, without channels and bounds."""
         given = self.tensors(dtype)
-        names = ("token_losses", "labels", "loss_mask", "correct", "weights", "entropy")
-        return token_values(*cast(Any, [given.get(name) for name in names]))
+        names = ("token_losses", "labels", "loss_mask", "correct", "weights")
+        args = cast(Any, [given.get(name) for name in names])
+        return token_values(*args, entropy=given.get("entropy"))
 
 
 def _optional(values: Any, dtype: torch.dtype) -> torch.Tensor | None:

@@ -152,7 +152,7 @@ class ChannelLossAccumulator(SumTable):
             BoundaryError: cu_seqlens is no list of bounds over these tokens.
             ChannelMetricsError: another tensor has the wrong type or shape.
         """
-        values = token_values(token_losses, labels, loss_mask, correct, weights, entropy)
+        values = token_values(token_losses, labels, loss_mask, correct, weights, entropy=entropy)
         if labels is not None and self.text_sizes is not None and "text_nll" in self.columns:
             num_bytes, num_chars = self.text_sizes.of(labels)
             values = values._replace(num_bytes=num_bytes, num_chars=num_chars)

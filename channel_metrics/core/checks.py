@@ -33,6 +33,7 @@ def token_values(
     loss_mask: Tensor | None = None,
     correct: Tensor | None = None,
     weights: Tensor | None = None,
+    *,
     entropy: Tensor | None = None,
 ) -> TokenValues:
     """Check that the tensors fit each other, and find the supervised positions.

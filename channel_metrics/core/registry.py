@@ -78,7 +78,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class RunMetric:
-    """One value per channel, from the train windows of a run, see `channel_metrics.core.progress`.
+    """One value per channel, from the train windows of a run, see `channel_metrics.core.slopes`.
 
     unit: empty for a share of a whole.
     """
@@ -92,7 +92,7 @@ class RunMetric:
 class Schema:
     """The columns and metrics of one unit: tokens, preference pairs, completions.
 
-    unit: what is counted. count: the column that counts it. progress: the metrics that need more
+    unit: what is counted. count: the column that counts it. slopes: the metrics that need more
     than one window.
     """
 
@@ -100,7 +100,7 @@ class Schema:
     count: str
     columns: list[Column] = field(default_factory=list)
     metrics: list[Metric] = field(default_factory=list)
-    progress: tuple[RunMetric, ...] = ()
+    slopes: tuple[RunMetric, ...] = ()
 
     def register(self, *entries: Column | Metric) -> None:
         """Add columns and metrics. Register a metric after the columns that it needs.
@@ -143,9 +143,9 @@ class Schema:
         return tuple(f"{name}_total" for name in self.total_names)
 
     @property
-    def progress_metrics(self) -> tuple[str, ...]:
+    def slope_metrics(self) -> tuple[str, ...]:
         """The names of the metrics that need more than one window."""
-        return tuple(metric.name for metric in self.progress)
+        return tuple(metric.name for metric in self.slopes)
 
     @property
     def window_metrics(self) -> tuple[str, ...]:
@@ -155,12 +155,12 @@ class Schema:
     @property
     def loggable(self) -> tuple[str, ...]:
         """All metrics that a config can ask for."""
-        return (*self.window_metrics, *self.run_metrics, *self.progress_metrics)
+        return (*self.window_metrics, *self.run_metrics, *self.slope_metrics)
 
     @property
     def metric_names(self) -> tuple[str, ...]:
         """All metrics that can be logged."""
-        return (*(m.name for m in self.metrics), *self.run_metrics, *self.progress_metrics)
+        return (*(m.name for m in self.metrics), *self.run_metrics, *self.slope_metrics)
 
     def metric(self, name: str) -> Metric | None:
         """The metric with this name; None for a total of the run, or an unknown name."""

@@ -87,9 +87,7 @@ def test_the_token_schema() -> None:
     )  # fmt: skip
     assert TOKENS.total_names == ("tokens", "samples")
     assert TOKENS.run_metrics == ("tokens_total", "samples_total")
-    assert TOKENS.progress_metrics == (
-        "loss_slope", "loss_slope_se", "epochs", "budget_share", "eta_steps",
-    )  # fmt: skip
+    assert TOKENS.slope_metrics == ("loss_slope", "loss_slope_se")
     assert WINDOW_METRICS == (
         "loss", "weighted_loss", "token_acc", "ppl", "tokens", "samples", "share",
         "bits_per_byte", "bits_per_char", "entropy",
@@ -97,7 +95,7 @@ def test_the_token_schema() -> None:
         "loss_p10", "loss_p50", "loss_p90", "excess_loss",
     )  # fmt: skip
     assert sorted(TOKENS.metric_names) == sorted(
-        (*WINDOW_METRICS, "nonfinite", "tokens_total", "samples_total", *TOKENS.progress_metrics)
+        (*WINDOW_METRICS, "nonfinite", "tokens_total", "samples_total", *TOKENS.slope_metrics)
     )
     assert {m.name for m in TOKENS.metrics if m.adds_up} == {"tokens", "samples", "nonfinite"}
 

@@ -1,8 +1,8 @@
-"""What needs more than one window: how fast a loss falls, and how far a run is with its data.
+"""How fast the loss of a channel falls per own token, over the last train windows.
 
-The slope is that of a straight line through the losses of the last windows, over the tokens that
-the channel itself has been trained on. A window with n tokens weighs n, because the variance of
-its mean falls with n. Letters: window i has the mean loss y, and x is the middle of its tokens.
+The slope is that of a straight line through the losses of the windows, over the tokens that the
+channel itself has been trained on. A window with n tokens weighs n, because the variance of its
+mean falls with n. Letters: window i has the mean loss y, and x is the middle of its tokens.
 
     slope = sum(n (x - mean x) (y - mean y)) / S,  S = sum(n (x - mean x)^2)
     error = sqrt(sum(n (y - line)^2) / (windows - 2) / S)
@@ -15,17 +15,15 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.registry import RunMetric
-from channel_metrics.errors import hint
 
 if TYPE_CHECKING:
     from channel_metrics.core.axes import Projected
 
-__all__ = ["PROGRESS", "WINDOWS", "Point", "Progress", "points_of", "slope"]
+__all__ = ["SLOPES", "WINDOWS", "Point", "Slopes", "points_of", "slope"]
 
 WINDOWS = 20
 """How many of the last train windows are looked at."""
@@ -33,7 +31,7 @@ WINDOWS = 20
 # Losses change little per token.
 _MILLION = 1e6
 
-PROGRESS = (
+SLOPES = (
     RunMetric(
         "loss_slope",
         "nats per million tokens",
@@ -44,14 +42,6 @@ PROGRESS = (
         "loss_slope_se",
         "nats per million tokens",
         "its standard error, from how far the windows are off the line",
-    ),
-    RunMetric("epochs", "epochs", "`tokens_total` / the channel's `source_tokens`"),
-    RunMetric("budget_share", "", "`tokens_total` / the channel's `token_budget`"),
-    RunMetric(
-        "eta_steps",
-        "steps",
-        "optimizer steps until `token_budget` is reached, at the rate of the last "
-        f"{WINDOWS} windows",
     ),
 )
 
@@ -69,73 +59,28 @@ class Point(NamedTuple):
     nll: float
 
 
-@dataclass(frozen=True)
-class _Window:
-    step: int
-    points: Mapping[str, Point]
+class Slopes:
+    """The slopes of a run; `names` are the metrics of them that are logged."""
 
-
-class Progress:
-    """The last train windows of a run.
-
-    Args:
-        names: the metrics that are logged.
-        source_tokens: {channel: supervised tokens of one epoch}.
-        token_budget: {channel: supervised tokens that it shall be trained on}.
-    """
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        source_tokens: Mapping[str, float],
-        token_budget: Mapping[str, float],
-    ) -> None:
-        self.names, self.source_tokens, self.token_budget = names, source_tokens, token_budget
-        self._windows: deque[_Window] = deque(maxlen=WINDOWS)
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self._windows: deque[Mapping[str, Point]] = deque(maxlen=WINDOWS)
         self._run: object = None
 
-    def add(self, step: int, points: Mapping[str, Point], run: object) -> None:
+    def add(self, points: Mapping[str, Point], run: object) -> None:
         """Add a train window. With another `run`, the windows before it are forgotten."""
         if run is not self._run:
             self._windows.clear()
         self._run = run
-        self._windows.append(_Window(step, points))
-
-    def unknown(self, totals: Mapping[str, float]) -> list[str]:
-        """What to say of names in the config that have no tokens in `totals`, {name: tokens}."""
-        return [
-            f"{setting} names {name!r}, of which no token was counted so far; "
-            f"{hint(name, list(totals))}"
-            for setting in ("source_tokens", "token_budget")
-            for name in getattr(self, setting)
-            if name not in totals
-        ]
+        self._windows.append(points)
 
     def values(self, name: str) -> dict[str, float]:
-        """{metric: value} of a channel in the last window; what is not known is absent."""
-        of_name = [w.points[name] for w in self._windows if name in w.points]
-        if not of_name:
+        """{metric: value} of a channel or label; empty with fewer than three windows."""
+        line = slope([points[name] for points in self._windows if name in points])
+        if line is None:
             return {}
-        total, found = of_name[-1].total, dict[str, float | None]()
-        line = slope(of_name)
-        if line is not None:
-            found["loss_slope"], found["loss_slope_se"] = (_MILLION * value for value in line)
-        if name in self.source_tokens:
-            found["epochs"] = total / self.source_tokens[name]
-        if name in self.token_budget:
-            budget = self.token_budget[name]
-            found["budget_share"] = total / budget
-            found["eta_steps"] = self._steps_to(name, budget - total)
-        return {key: value for key in self.names if (value := found.get(key)) is not None}
-
-    def _steps_to(self, name: str, left: float) -> float | None:
-        """The steps in which `left` tokens are trained; None if the rate is not known."""
-        if left <= 0:
-            return 0.0
-        first, *later = self._windows  # the steps of the first window are not known
-        steps = later[-1].step - first.step if later else 0
-        tokens = sum(window.points[name].counted for window in later if name in window.points)
-        return left * steps / tokens if steps > 0 and tokens > 0 else None
+        found = dict(zip((metric.name for metric in SLOPES), line, strict=True))
+        return {key: _MILLION * found[key] for key in self.names}
 
 
 def points_of(

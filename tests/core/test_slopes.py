@@ -1,8 +1,7 @@
-"""Learning speed, epochs and budgets: against the oracle, and by hand."""
+"""The slope of the loss: against the oracle, and by hand."""
 
 from __future__ import annotations
 
-import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from hypothesis import strategies as st
 from reference import slope as exact_slope
 from session_tools import batch, new
 
-from channel_metrics import ChannelMetrics, ConfigError, MetricsConfig
-from channel_metrics.core.progress import PROGRESS, WINDOWS, Point, slope
+from channel_metrics import ChannelMetrics, ConfigError
+from channel_metrics.core.slopes import SLOPES, WINDOWS, Point, slope
 from channel_metrics.trainers.wanted import check_wanted
 
-NAMES = tuple(metric.name for metric in PROGRESS)
+NAMES = tuple(metric.name for metric in SLOPES)
 
 
 def of_windows(windows: list[tuple[int, float]], before: int = 0) -> list[Point]:
@@ -74,97 +73,50 @@ def run(metrics: ChannelMetrics, *windows: tuple[int, Any]) -> list[dict[str, fl
 
 def test_windows_of_a_session() -> None:
     """`a` has 10 tokens a window and falls by 0.5; `b` is in one window only."""
-    metrics = new(metrics=NAMES, source_tokens={"a": 20}, token_budget={"a": 100, "b": 4})
+    metrics = new(metrics=NAMES)
     a = [("a", 10, 4 - 0.5 * i) for i in range(4)]
     logs = run(metrics, (5, a[:1]), (10, [a[1], ("b", 4, 1.0)]), (15, a[2:3]), (20, a[3:]))
-    assert logs[0] == {"a_epochs": 0.5, "a_budget_share": 0.1}  # no rate yet
-    assert logs[1] == {
-        "a_epochs": 1.0,
-        "a_budget_share": 0.2,
-        "a_eta_steps": 40.0,  # 80 tokens are left, and 5 steps have 10
-        "b_budget_share": 1.0,
-        "b_eta_steps": 0.0,
-    }
+    assert logs[:2] == [{}, {}]
     assert logs[3] == {
         "a_loss_slope": pytest.approx(-0.05e6),
         "a_loss_slope_se": pytest.approx(0.0, abs=1e-6),
-        "a_epochs": 2.0,
-        "a_budget_share": 0.4,
-        "a_eta_steps": pytest.approx(30.0),
     }
 
 
-def test_steps_without_a_channel_count_in_its_rate() -> None:
-    metrics = new(metrics=("eta_steps",), token_budget={"a": 100})
-    logs = run(metrics, (1, [("a", 10, 1.0)]), (2, [("b", 10, 1.0)]), (3, [("a", 10, 1.0)]))
-    assert logs[2] == {"a_eta_steps": 16.0}  # 80 tokens at 5 a step
-
-
 def test_only_the_last_windows_are_looked_at() -> None:
-    metrics = new(metrics=("loss_slope", "eta_steps"), token_budget={"a": 10_000})
+    metrics = new(metrics=("loss_slope",))
     old = [(step, [("a", 100, 9.0)]) for step in range(1, 6)]
     last = [(step, [("a", 10, 2.0)]) for step in range(6, 6 + WINDOWS)]
-    logs = run(metrics, *old, *last)[-1]
-    assert logs["a_loss_slope"] == 0
-    assert logs["a_eta_steps"] == pytest.approx((10_000 - 500 - 10 * WINDOWS) / 10)
+    assert run(metrics, *old, *last)[-1] == {"a_loss_slope": 0.0}
 
 
 def test_labels_and_unlabeled_have_them_and_others_do_not() -> None:
-    metrics = new(
-        metrics=("epochs", "tokens"),
-        axes={"kind": {"a": "x", "b": "x"}},
-        top=1,
-        source_tokens={"kind/x": 10, "unlabeled": 1, "a": 5, "b": 5},
-    )
-    (logs,) = run(metrics, (1, [("a", 5, 1.0), ("b", 4, 1.0), (None, 2, 1.0)]))
-    epochs = {key: value for key, value in logs.items() if key.endswith("_epochs")}
-    assert epochs == {"kind/x_epochs": 0.9, "unlabeled_epochs": 2.0, "a_epochs": 1.0}
+    metrics = new(metrics=("loss_slope", "tokens"), axes={"kind": {"a": "x", "b": "x"}}, top=1)
+    counts = [("a", 5, 1.0), ("b", 4, 1.0), (None, 2, 1.0)]
+    logs = run(metrics, *((step, counts) for step in (1, 2, 3)))[-1]
+    slopes = {key for key in logs if key.endswith("_loss_slope")}
+    assert slopes == {f"{row}_loss_slope" for row in ("a", "kind/x", "unlabeled", "kind/unlabeled")}
     assert logs["others_tokens"] == 4
 
 
 def test_evaluations_and_open_windows_have_none() -> None:
-    metrics = new(metrics=("loss", "epochs"), source_tokens={"a": 5})
+    metrics = new(metrics=("loss", "loss_slope"))
+    run(metrics, *((step, [("a", 5, 1.0)]) for step in (1, 2)))
     metrics.count(batch(("a", 5, 1.0)))
-    assert metrics.peek(1).logs == {"a_loss": 1.0}
-    with metrics.evaluation("eval", 1) as found:
+    assert metrics.peek(3).logs == {"a_loss": 1.0}
+    with metrics.evaluation("eval", 3) as found:
         metrics.count(batch(("a", 5, 1.0)))
     assert found.logs == {"eval_a_loss": 1.0}
-    assert metrics.close(1).logs == {"a_loss": 1.0, "a_epochs": 1.0}
+    assert metrics.close(3).logs == {"a_loss": 1.0, "a_loss_slope": 0.0}
 
 
-def test_a_resumed_run_goes_on_with_its_tokens_and_forgets_the_windows(tmp_path: Path) -> None:
-    config: dict[str, Any] = {"source_tokens": {"a": 20}, "token_budget": {"a": 100}}
-    metrics = new(metrics=NAMES, **config)
-    windows = [(step, [("a", 10, 1.0)]) for step in (1, 2, 3)]
-    run(metrics, *windows)
+def test_a_resumed_run_forgets_the_windows(tmp_path: Path) -> None:
+    metrics = new(metrics=NAMES)
+    run(metrics, *((step, [("a", 10, 9.0)]) for step in (1, 2, 3)))
     metrics.save(tmp_path, is_writer=True)
     metrics.start(tmp_path)
-    logs = run(metrics, (9, [("a", 10, 1.0)]), (10, [("a", 10, 1.0)]))
-    assert logs[0] == {"a_epochs": 2.0, "a_budget_share": 0.4}
-    assert logs[1]["a_eta_steps"] == 5.0  # not over the steps that another run made
-
-
-def test_a_name_that_never_comes_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    metrics = new(metrics=("epochs",), source_tokens={"web_text": 9})
-    with caplog.at_level(logging.WARNING):
-        run(metrics, *((step, [("webtext", 3, 1.0)]) for step in (1, 2)))
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert "source_tokens names 'web_text'" in said and "did you mean 'webtext'" in said
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"source_tokens": {"a": 5}}, "source_tokens and the metric 'epochs' need each other"),
-        ({"metrics": ("epochs",)}, "only the metric was given"),
-        ({"metrics": ("eta_steps",)}, "'budget_share' and 'eta_steps' need each other"),
-        ({"token_budget": {"a": 0}}, "numbers above 0, but is {'a': 0}"),
-        ({"token_budget": 10}, "must be a mapping of channels to numbers above 0, but is 10"),
-    ],
-)
-def test_settings_are_checked(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        MetricsConfig(**given)
+    logs = run(metrics, *((step, [("a", 10, 1.0)]) for step in (4, 5, 6)))
+    assert logs[:2] == [{}, {}] and logs[2]["a_loss_slope"] == 0
 
 
 def test_they_can_be_watched_in_training_only() -> None:
@@ -178,4 +130,4 @@ def test_they_can_be_watched_in_training_only() -> None:
 def test_off_is_free() -> None:
     metrics = new(metrics=("loss", "tokens_total"))
     run(metrics, (1, [("a", 5, 1.0)]))
-    assert not metrics._maker._progress._windows
+    assert not metrics._maker._slopes._windows
