@@ -32,6 +32,7 @@ from channel_metrics.core.schema import TOKENS, Schema
 from channel_metrics.core.table import SumTable
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
+from channel_metrics.data.reference import reference_of
 from channel_metrics.data.scan import class_names, scan_channels
 from channel_metrics.observers.configured import adding_of, observers_of
 from channel_metrics.observing import Seen, observe
@@ -164,15 +165,13 @@ class ChannelMetrics(Checkpoints):
             carry_faults=True,
             classes=self.classes,
             records_key=RECORDS_KEY,
+            reference=reference_of(self.config),
         )
 
     def observe(
         self, model: torch.nn.Module, batch: MutableMapping[str, Any], *, accelerator: Any = None
     ) -> AbstractContextManager[Seen]:
         """One forward over exactly the labels of `batch`, counted if the block does not raise.
-
-            with metrics.observe(model, batch):
-                loss = model(**batch).loss
 
         Our keys are removed from the batch. The token losses come from the model's own loss. If
         the loop computes the loss itself, it hands over the logits or token losses, see `Seen`.

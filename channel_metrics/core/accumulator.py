@@ -24,6 +24,7 @@ from channel_metrics.core.checks import (
     channels_shape,
     check_layout,
     check_scalar,
+    checked_reference,
     token_values,
 )
 from channel_metrics.core.keys import ChannelTable, metric_key
@@ -115,7 +116,9 @@ class ChannelLossAccumulator(SumTable):
         loss_mask: Tensor | None = None,
         correct: Tensor | None = None,
         weights: Tensor | None = None,
+        entropy: Tensor | None = None,
         reported_sum: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> ChannelLossAccumulator:
         """Add one micro-batch. If an argument is refused, nothing is added.
 
@@ -133,10 +136,13 @@ class ChannelLossAccumulator(SumTable):
                 first.
             loss_mask: 0 where not supervised. It may be given together with labels.
             correct: bool, whether the target was predicted.
-            weights: float, one per token, for `weighted_loss`. labels, loss_mask, correct and
-                weights have the shape of token_losses.
+            weights: float, one per token, for `weighted_loss`.
+            entropy: float, in nats, of the distribution that predicted the token. labels,
+                loss_mask, correct, weights and entropy have the shape of token_losses.
             reported_sum: a tensor of one number, the sum of nll that the trainer computed on
                 these tokens. `mismatch` keeps the largest relative difference from our sum.
+            reference: float64 [N, 2], the nll and the tokens of a reference model in each
+                sequence, for `excess_loss`; NaN if not known.
 
         Returns:
             This accumulator.
@@ -146,7 +152,7 @@ class ChannelLossAccumulator(SumTable):
             BoundaryError: cu_seqlens is no list of bounds over these tokens.
             ChannelMetricsError: another tensor has the wrong type or shape.
         """
-        values = token_values(token_losses, labels, loss_mask, correct, weights)
+        values = token_values(token_losses, labels, loss_mask, correct, weights, entropy=entropy)
         if labels is not None and self.text_sizes is not None and "text_nll" in self._place:
             num_bytes, num_chars = self.text_sizes.of(labels)
             values = values._replace(num_bytes=num_bytes, num_chars=num_chars)
@@ -162,7 +168,9 @@ class ChannelLossAccumulator(SumTable):
             sums = token_sums(values, self.dtype, columns)
         else:
             check_layout(values.losses, shape, cu_seqlens)
-            sums = sequence_sums(values, cu_seqlens, self.dtype, columns)
+            if reference is not None:
+                reference = checked_reference(reference, shape.numel(), self.device)
+            sums = sequence_sums(values, cu_seqlens, self.dtype, columns, reference)
         # Names join the table here, so all checks must come before this line.
         ids = self._ids(channels)
         self._add(ids, sums)

@@ -51,7 +51,8 @@ def check_wanted(
     for prefix, names in sets.items():
         metrics = {metric.name for metric in session.schema.chosen(session.config.metrics)}
         if not prefix:
-            metrics |= {*session.config.metrics} & {*session.schema.run_metrics}
+            of_run = {*session.schema.run_metrics, *session.schema.slope_metrics}
+            metrics |= of_run & {*session.config.metrics}
         for channel in sorted(known):
             for metric in session.schema.metric_names:
                 key = session.keys.key(channel, metric, prefix)
