@@ -174,7 +174,7 @@ TOKENS.register(
     Metric(
         "entropy",
         ("entropy_sum", "entropy_tokens"),
-        partial(ratio_of, "entropy_sum", "entropy_tokens"),
+        ratio_of("entropy_sum", "entropy_tokens"),
         unit="nats",
         doc="the mean entropy of the predicted distribution; how sure the model is of itself",
     ),
