@@ -69,6 +69,7 @@ def test_channels_with_a_slash_stay_channels(tmp_path: Path) -> None:
 
 def test_labels_that_come_later_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
+
     def counted(path: Path, **options: Any) -> Any:
         read.append(path)
         return load_run(path, **options)
