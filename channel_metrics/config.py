@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
-from channel_metrics.core.axes import axes_of, axis_fields, check_axis_format
+from channel_metrics.core.axis_settings import axes_of, axis_fields, check_axis_format
 from channel_metrics.core.faults import OnError
 from channel_metrics.core.keys import ChannelTable
 from channel_metrics.core.labels import DEFAULT_FIELDS, Unknown

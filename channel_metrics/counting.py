@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from channel_metrics.core.accumulator import ChannelLossAccumulator
+from channel_metrics.core.axis_settings import Source
 from channel_metrics.core.checks import check_scalar
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.labels import LabelTable
@@ -17,8 +18,9 @@ from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.schema import Schema
 from channel_metrics.core.table import SumTable
 from channel_metrics.core.text_sizes import TextSizes
+from channel_metrics.core.token_axes import TokenAxes
 from channel_metrics.core.token_text import text_sizes
-from channel_metrics.errors import ChannelMetricsError
+from channel_metrics.errors import ChannelMetricsError, ConfigError
 from channel_metrics.windows import Evaluation, OpenWindow
 
 __all__ = ["Counting"]
@@ -33,21 +35,35 @@ class Counting:
         labels: the channels.
         schema: what is counted.
         guard: decides what an error does. After the first error, nothing is counted any more.
+        axes: those of the config.
         with_correct: whether `observe` measures which tokens are predicted.
 
     Attributes:
         warned: the warnings that were logged.
         with_targets: whether a metric needs the token that each loss is about.
+        token_axes: the axes whose labels belong to single tokens.
         text_sizes: the bytes and characters of the tokens, if they are known.
     """
 
     def __init__(
-        self, labels: LabelTable, schema: Schema, guard: FaultGuard, *, with_correct: bool
+        self,
+        labels: LabelTable,
+        schema: Schema,
+        guard: FaultGuard,
+        axes: Mapping[str, Source],
+        *,
+        with_correct: bool,
     ) -> None:
         self.labels, self.schema, self.guard = labels, schema, guard
         self.with_correct = with_correct
         self.with_targets = "text_nll" in schema.column_names
         self.text_sizes: TextSizes | None = None
+        self.token_axes = TokenAxes(axes)
+        if self.token_axes and schema.unit != "tokens":
+            raise ConfigError(
+                f"the axes {', '.join(self.token_axes.by)} are about single tokens, but this "
+                f"trainer counts {schema.unit}; take them out of `axes`."
+            )
         self.warned: set[str] = set()
         self._train = OpenWindow(self._new_table())
         self._evaluations: list[Evaluation] = []
@@ -75,11 +91,24 @@ class Counting:
                 table = self._open_table()
                 assert isinstance(table, ChannelLossAccumulator)
                 table.text_sizes = self.text_sizes
-                batch.add_to(table)
+                batch.add_to(table, self._groups(batch))
                 if self.with_targets and (self.text_sizes is None or batch.labels is None):
                     self._tell_of_text()
                 if table.in_parts:
                     self._tell_of_parts()
+
+    def _groups(self, batch: MicroBatch) -> list[Tensor]:
+        """For each token axis the rows of the tokens."""
+        if not self.token_axes:
+            return []
+        found = batch.of_tokens
+        if found is None:
+            self.warn_once(
+                f"the batches do not show where a token stands in its sequence, so the axes "
+                f"{', '.join(self.token_axes.by)} are left out. This is so where sequences are cut "
+                "across ranks, or packed without their boundaries."
+            )
+        return list(self.token_axes.groups(self.labels, found))
 
     def read_tokenizer(self, tokenizer: Any) -> None:
         """Learn from a tokenizer how many bytes of text each token stands for.

@@ -192,10 +192,12 @@ def observe(
                     model,
                     labels,
                     taken,
-                    with_targets=metrics.with_targets,
+                    metrics=metrics,
                 )
             except UnsupportedVersionError as error:
                 raise UnsupportedVersionError(f"{error} {remedy}") from error
+        if metrics.token_axes:
+            values = taken.with_places(values)
         real = _real_records(metrics, accelerator, real)
         if real is not None and real[0] < real[1]:
             taken, values, reported = *_without_repeats(taken, values, *real), None
@@ -233,7 +235,7 @@ def _captured(
     labels: Any,
     taken: BatchChannels,
     *,
-    with_targets: bool,
+    metrics: Counting,
 ) -> tuple[TokenValues, Tensor | None]:
     """What the model's own loss was made of, and its sum."""
     if not isinstance(labels, Tensor):
@@ -249,8 +251,8 @@ def _captured(
         observation,
         labels,
         causal=causal,
-        by_rows=taken.cu_seqlens is None,
-        with_targets=with_targets,
+        by_rows=taken.cu_seqlens is None and not metrics.token_axes,
+        with_targets=metrics.with_targets,
     )
     return found
 

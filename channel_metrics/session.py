@@ -76,7 +76,7 @@ class ChannelMetrics(Counting):
         labels = LabelTable(config.channels, unknown=config.unknown)
         guard = FaultGuard(config.on_error)
         correct = any("correct" in metric.needs for metric in schema.chosen(config.metrics))
-        super().__init__(labels, schema, guard, with_correct=correct)
+        super().__init__(labels, schema, guard, config.axes, with_correct=correct)
         self.keys = KeyBook(
             config.key_format,
             reserved=reserved,

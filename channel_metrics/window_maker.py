@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
 from channel_metrics.config import MetricsConfig
-from channel_metrics.core.axes import CHANNEL, TREE, TREE_MEAN, AxisBook, Projected, groups_of
+from channel_metrics.core.axes import AxisBook, Projected, groups_of
+from channel_metrics.core.axis_settings import CHANNEL, TREE, TREE_MEAN, token_source
 from channel_metrics.core.keys import KeyBook
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.objectives import WEIGHTED, objective, worst_channel
@@ -42,6 +43,7 @@ class WindowMaker:
         self.config, self.schema, self.keys, self.warn_once = config, schema, keys, warn_once
         self.book = AxisBook(config.axes, config.cross, config.tree, config.axis_format)
         self._metrics = schema.chosen(config.metrics)
+        self._of_sequences = schema.of_sequences
         mark("session")
 
     def make(
@@ -75,6 +77,7 @@ class WindowMaker:
             self._choose(values, names[:num_channels])
         elif totals is not None:
             self._add_totals(totals, values, of_axes)
+        self._drop_of_sequences(of_axes)
         means = self._means_of_groups({**values, **of_axes})
         of_axes |= means
         self.learn([*names, *means], prefix)
@@ -198,6 +201,13 @@ class WindowMaker:
         for values in groups:
             for of_row in values.values():
                 for name in counts.intersection(of_row):
+                    del of_row[name]
+
+    def _drop_of_sequences(self, of_axes: Values) -> None:
+        """Leave out what the labels of single tokens do not have, such as `samples`."""
+        for row, of_row in of_axes.items():
+            if token_source(self.config.axes.get(self.book.labels[row][0])):
+                for name in self._of_sequences & of_row.keys():
                     del of_row[name]
 
     def _add_totals(self, totals: RunTotals, *groups: Values) -> None:

@@ -59,6 +59,8 @@ class Batch:
     row_length: int | None = None
     text: Mapping[int, str] = field(default_factory=dict)
     """The text of each token; empty for special ones."""
+    pads: frozenset[int] = frozenset()
+    """The positions that are padding."""
 
 
 def reference_sums(batches: Sequence[Batch]) -> dict[str, Sums]:
@@ -91,6 +93,32 @@ def reference_metrics(
         for channel, s in sums.items()
         for metric, value in _values(s, all_tokens).items()
     }
+
+
+def reference_token_axis(batches: Sequence[Batch], by: str) -> dict[str, dict[str, float]]:
+    """{label: {metric: value}} of the axis by `position` or by `length`."""
+    found: dict[str, Sums] = {}
+    for batch in batches:
+        for target in range(len(batch.losses)):
+            label = "unlabeled"
+            for start, end in zip(batch.bounds, batch.bounds[1:], strict=False):
+                if start <= target < end:
+                    last = target if by == "position" else end
+                    label = bucket(sum(at not in batch.pads for at in range(start, last)))
+            _add_token(found.setdefault(label, Sums()), batch, target)
+    sums = {label: s for label, s in found.items() if s.tokens}
+    values = {s: _values(of, sum(t.tokens for t in sums.values())) for s, of in sums.items()}
+    return {s: {m: v for m, v in of.items() if m != "samples"} for s, of in values.items()}
+
+
+def bucket(number: int) -> str:
+    """The range that a number is in: 0, 1, 2 to 3, 4 to 7, ..., and all from 1048576 on."""
+    if number < 2:
+        return f"{number:07}"
+    low = 2
+    while 2 * low <= number and low < 1048576:
+        low *= 2
+    return f"{low:07}-{2 * low - 1:07}" if low < 1048576 else f"{low:07}-"
 
 
 def _sequences(batch: Batch) -> list[tuple[str | None, int, int]]:

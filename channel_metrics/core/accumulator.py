@@ -30,7 +30,7 @@ from channel_metrics.core.keys import ChannelTable, metric_key
 from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.percentiles import BINS, sequence_bins
 from channel_metrics.core.schema import DEFAULT_METRICS, TOKENS, Schema
-from channel_metrics.core.sums import sequence_sums, table_rows, token_sums
+from channel_metrics.core.sums import TokenView, sequence_sums, table_rows, token_sums
 from channel_metrics.core.table import SumTable, values_by_channel
 from channel_metrics.core.text_sizes import TextSizes
 
@@ -116,6 +116,7 @@ class ChannelLossAccumulator(SumTable):
         correct: Tensor | None = None,
         weights: Tensor | None = None,
         reported_sum: Tensor | None = None,
+        groups: Sequence[Tensor] = (),
     ) -> ChannelLossAccumulator:
         """Add one micro-batch. If an argument is refused, nothing is added.
 
@@ -137,6 +138,8 @@ class ChannelLossAccumulator(SumTable):
                 weights have the shape of token_losses.
             reported_sum: a tensor of one number, the sum of nll that the trainer computed on
                 these tokens. `mismatch` keeps the largest relative difference from our sum.
+            groups: for each token axis the ids of its rows, int64 of the shape of token_losses,
+                see `channel_metrics.core.token_axes`. The tokens are added to these rows too.
 
         Returns:
             This accumulator.
@@ -160,16 +163,18 @@ class ChannelLossAccumulator(SumTable):
             whole = [column for column in columns if not column.whole]
             self.in_parts |= len(whole) < len(columns)
             columns = whole
-        if per_token:
-            sums = token_sums(values, self.dtype, columns)
-        else:
+        if not per_token:
             check_layout(values.losses, shape, cu_seqlens)
-            sums = sequence_sums(values, cu_seqlens, self.dtype, columns)
+        view = TokenView(values, self.dtype)
+        of_tokens = token_sums(view, columns=columns) if per_token or groups else {}
+        sums = of_tokens if per_token else sequence_sums(view, cu_seqlens, columns=columns)
         # Names join the table here, so all checks must come before this line.
         ids = self._ids(channels)
         self._add(ids, sums)
         if BINS[0] in self.columns and not per_token and self.dtype == torch.float64:
             self._add_bins(ids, sums)
+        for group in groups:
+            self._add(group, of_tokens)
         if reported_sum is not None:
             nll = sums["nll"].sum()
             if "nonfinite" in sums:

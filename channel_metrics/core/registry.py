@@ -129,6 +129,14 @@ class Schema:
         return tuple(f"{name}_total" for name in self.total_names)
 
     @property
+    def of_sequences(self) -> frozenset[str]:
+        """The metrics and totals that need more than sums over tokens."""
+        columns = {column.name for column in self.columns if column.per_token is None}
+        metrics = (metric.name for metric in self.metrics if columns.intersection(metric.needs))
+        totals = (f"{name}_total" for name in self.total_names if name in columns)
+        return frozenset([*metrics, *totals])
+
+    @property
     def window_metrics(self) -> tuple[str, ...]:
         """The metrics of a window that a config can ask for."""
         return tuple(metric.name for metric in self.metrics if not metric.always)

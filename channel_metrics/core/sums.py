@@ -19,6 +19,7 @@ from torch import Tensor
 from channel_metrics.core.cu_seqlens import can_read, to_target_frame
 from channel_metrics.core.masks import as_bool
 from channel_metrics.core.schema import TOKENS, Column
+from channel_metrics.core.token_axes import Places
 from channel_metrics.errors import ChannelMetricsError
 
 __all__ = ["SequenceView", "TokenValues", "TokenView", "sequence_sums", "table_rows", "token_sums"]
@@ -35,6 +36,7 @@ class TokenValues(NamedTuple):
         targets: int64, the token that each loss is about; None if no metric needs it.
         num_bytes, num_chars: the UTF-8 bytes and the characters of this token, int64; None if they
             are not known.
+        places: where the tokens stand in their sequences; None if this is not known or not needed.
     """
 
     losses: Tensor
@@ -44,6 +46,7 @@ class TokenValues(NamedTuple):
     targets: Tensor | None = None
     num_bytes: Tensor | None = None
     num_chars: Tensor | None = None
+    places: Places | None = None
 
     def map(self, moved: Callable[[Tensor], Tensor]) -> TokenValues:
         """The values after `moved` was applied to each tensor."""
@@ -53,6 +56,7 @@ class TokenValues(NamedTuple):
             correct=None if self.correct is None else moved(self.correct),
             weights=None if self.weights is None else moved(self.weights),
             targets=None if self.targets is None else moved(self.targets),
+            places=None if self.places is None else self.places.map(moved),
         )
 
     def in_target_frame(self) -> TokenValues:
@@ -82,6 +86,7 @@ class TokenView:
     """
 
     def __init__(self, values: TokenValues, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.losses: Tensor = values.losses.detach()
         self.mask: Tensor = as_bool(values.mask)
         self.nonfinite = self.correct = self.judged = None
@@ -136,7 +141,7 @@ class SequenceView(NamedTuple):
 
 
 def sequence_sums(
-    values: TokenValues,
+    values: TokenValues | TokenView,
     cu_seqlens: Tensor | None,
     dtype: torch.dtype = torch.float64,
     columns: Sequence[Column] | None = None,
@@ -144,7 +149,7 @@ def sequence_sums(
     """The sums of each sequence.
 
     Args:
-        values: of one micro-batch.
+        values: of one micro-batch; a view of them has its own dtype.
         cu_seqlens: int32 [N + 1]. Without it, each row of [B, S] is one sequence, and [T] is one
             sequence.
         dtype: of the sums.
@@ -159,14 +164,15 @@ def sequence_sums(
         ChannelMetricsError: a column gave values of the wrong shape.
     """
     columns = _always() if columns is None else columns
-    view = TokenView(values, dtype)
+    view = _view(values, dtype)
+    dtype = view.dtype
     if cu_seqlens is None:
-        shape = values.losses.shape
+        shape = view.losses.shape
         size = (shape[0] if len(shape) == 2 else 1,)
-        lengths = values.losses.new_full(size, shape[-1], dtype=torch.int64)
+        lengths = view.losses.new_full(size, shape[-1], dtype=torch.int64)
         sums = _row_sums(_token_columns(view, columns), dtype)
     else:
-        bounds = torch.nn.functional.pad(cu_seqlens, (0, 1), value=values.losses.numel())
+        bounds = torch.nn.functional.pad(cu_seqlens, (0, 1), value=view.losses.numel())
         sums = _segment_sums(_token_columns(view, columns), bounds, dtype)
         # The tokens past the last bound are no sequence, so their length is 0.
         lengths = torch.nn.functional.pad(cu_seqlens.diff().long(), (0, 1))
@@ -180,7 +186,7 @@ def sequence_sums(
 
 
 def token_sums(
-    values: TokenValues,
+    values: TokenValues | TokenView,
     dtype: torch.dtype = torch.float64,
     columns: Sequence[Column] | None = None,
 ) -> dict[str, Tensor]:
@@ -190,13 +196,13 @@ def token_sums(
     because a shard does not know its sequences.
 
     Args:
-        values: of one micro-batch.
+        values: of one micro-batch; a view of them has its own dtype.
         dtype: of the values.
         columns: by default the registered ones that are not optional.
     """
-    view = TokenView(values, dtype)
+    view = _view(values, dtype)
     found = _token_columns(view, _always() if columns is None else columns)
-    return {name: _as_numbers(column).flatten().to(dtype) for name, column in found.items()}
+    return {name: _as_numbers(column).flatten().to(view.dtype) for name, column in found.items()}
 
 
 def table_rows(ids: Tensor, num_rows: int, num_sums: int, *, checked: bool = False) -> Tensor:
@@ -215,6 +221,10 @@ def table_rows(ids: Tensor, num_rows: int, num_sums: int, *, checked: bool = Fal
     if not checked:
         rows = rows.where((rows > 0) & (rows < num_rows), 0)
     return torch.nn.functional.pad(rows, (0, 1)) if num_sums > ids.numel() else rows
+
+
+def _view(values: TokenValues | TokenView, dtype: torch.dtype) -> TokenView:
+    return values if isinstance(values, TokenView) else TokenView(values, dtype)
 
 
 def _always() -> list[Column]:

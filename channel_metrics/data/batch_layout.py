@@ -19,6 +19,7 @@ from channel_metrics.data.record_order import Span
 from channel_metrics.errors import ChannelError
 
 __all__ = [
+    "as_record",
     "has_channel_per_token",
     "names_per_run",
     "names_per_sequence",
@@ -209,3 +210,16 @@ def _sequences_per_row(boundaries: Boundaries, batch: Mapping[str, Any]) -> list
     rows = (boundaries.cu_seqlens[:-1].long() // row_length).clamp(max=num_rows - 1)
     counts: list[int] = torch.bincount(rows, minlength=num_rows).tolist()
     return counts
+
+
+def as_record(feature: Any) -> Mapping[str, Any]:
+    """A feature as a mapping; raises `ChannelError` if it has no attributes to read."""
+    if isinstance(feature, Mapping):
+        return feature
+    if not hasattr(feature, "__dict__"):
+        raise ChannelError(
+            "a record must be a mapping or an object with attributes to have a channel, but is "
+            f"{type(feature).__name__}; return a dict from the dataset."
+        )
+    record: Mapping[str, Any] = vars(feature)
+    return record

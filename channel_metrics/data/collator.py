@@ -25,6 +25,7 @@ from channel_metrics.core.faults import Once
 from channel_metrics.core.labels import DEFAULT_FIELDS, LabelTable, channels_of, field_roots
 from channel_metrics.data.batch_layout import (
     Names,
+    as_record,
     has_channel_per_token,
     names_per_run,
     names_per_sequence,
@@ -41,7 +42,7 @@ from channel_metrics.data.record_order import (
 )
 from channel_metrics.errors import ChannelError, ChannelMetricsError
 
-__all__ = ["BOUNDS_KEY", "RECORDS_KEY", "ChannelCollator", "CollatorFault"]
+__all__ = ["BOUNDS_KEY", "RECORDS_KEY", "SEQUENCES_KEY", "ChannelCollator", "CollatorFault"]
 
 logger = logging.getLogger("channel_metrics")
 
@@ -49,6 +50,8 @@ logger = logging.getLogger("channel_metrics")
 BOUNDS_KEY = "channel_cu_seqlens"
 # For each row or sequence the number of its record, if the collator changed their order.
 RECORDS_KEY = "channel_records"
+# The boundaries of whole sequences, if those under BOUNDS_KEY are of the runs of one channel.
+SEQUENCES_KEY = "channel_sequences"
 # The order is checked in so many batches at first, and then in one of so many.
 _FIRST_BATCHES, _ONE_OF = 8, 100
 
@@ -177,7 +180,7 @@ class ChannelCollator:
             view = batch if bounds is None else {**batch, "cu_seqlens": bounds}
             batch.update(self._added_keys(view, channels))
         else:
-            found = [_as_record(record) for record in records]
+            found = [as_record(record) for record in records]
             channels = [channels_of(record, self.fields, self.classes) for record in found]
             batch.update(self._added_keys(batch, channels, found))
         return batch
@@ -198,12 +201,15 @@ class ChannelCollator:
         order = self._changed_order(records, batch, boundaries, spans)
         if order is not None:
             channels = [channels[i] for i in order]
+        added: dict[str, Any] = {}
         if any(per_token) and spans is not None:
+            if self.bounds_key == BOUNDS_KEY:
+                added[SEQUENCES_KEY] = boundaries.cu_seqlens
             names, boundaries = names_per_run(channels, spans, boundaries)
         else:
             names = names_per_sequence(channels, boundaries, batch)
             self._check_labels(batch.get("labels"), boundaries)
-        added: dict[str, Any] = {"channels": self._ids_or_names(names)}
+        added["channels"] = self._ids_or_names(names)
         if self.row_bounds or boundaries.num_sequences != rows_of(batch)[0]:
             added[self.bounds_key] = boundaries.cu_seqlens
         if order is not None and self.records_key is not None:
@@ -283,15 +289,3 @@ class ChannelCollator:
         if count and message not in self._warned:
             self._warned.add(message)
             logger.warning("first such batch: " + message, count)
-
-
-def _as_record(feature: Any) -> Mapping[str, Any]:
-    if isinstance(feature, Mapping):
-        return feature
-    if not hasattr(feature, "__dict__"):
-        raise ChannelError(
-            "a record must be a mapping or an object with attributes to have a channel, but is "
-            f"{type(feature).__name__}; return a dict from the dataset."
-        )
-    record: Mapping[str, Any] = vars(feature)
-    return record

@@ -234,11 +234,13 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
             observation,
             labels,
             causal=None if reader.captured is not None else self._is_causal(),
-            by_rows=batch.cu_seqlens is None,
+            by_rows=batch.cu_seqlens is None and not session.token_axes,
             per_token=batch.per_token,
             with_targets=session.with_targets,
         )
         of_all = values
+        if session.token_axes:
+            values = batch.with_places(values)
         real = self._real_records(session)
         if real is not None and real[0] < real[1]:
             reported = None

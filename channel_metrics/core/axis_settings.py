@@ -1,0 +1,124 @@
+"""The settings `axes`, `cross` and `axis_format`: what they may be, and what they mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from channel_metrics.core.names import MARK
+from channel_metrics.errors import ConfigError, hint
+
+__all__ = [
+    "CHANNEL",
+    "LENGTH",
+    "POSITION",
+    "TREE",
+    "TREE_MEAN",
+    "Source",
+    "axes_of",
+    "axis_fields",
+    "check_axis_format",
+    "token_source",
+]
+
+# What the first axis is called in `cross`.
+CHANNEL = "channel"
+# The axes of the groups that the names of channels show.
+TREE, TREE_MEAN = "tree", "tree_mean"
+# What the labels of single tokens may come from.
+POSITION, LENGTH = "position", "length"
+_TAKEN = (CHANNEL, TREE, TREE_MEAN)
+_AXIS_NAME = re.compile(r"[A-Za-z_][\w-]*")
+_BY = "by"
+
+# Fields that hold the label, or {channel: label}, or {"by": what labels the tokens}.
+Source = tuple[str, ...] | Mapping[str, str]
+
+
+def token_source(source: Any) -> str | None:
+    """What labels the single tokens on an axis; None if its labels are those of records."""
+    return source.get(_BY) if isinstance(source, Mapping) else None
+
+
+def axis_fields(axes: Mapping[str, Source]) -> tuple[str, ...]:
+    """The entries for `channels_of` that read the labels of these axes."""
+    return tuple(
+        f"{axis}{MARK}{field}"
+        for axis, source in axes.items()
+        if not isinstance(source, Mapping)
+        for field in source
+    )
+
+
+def axes_of(given: Any, cross: Any = ()) -> tuple[dict[str, Source], tuple[tuple[str, ...], ...]]:
+    """The settings `axes` and `cross`, checked.
+
+    Args:
+        given: {axis: field, fields, or {channel: label}}.
+        cross: lists of axes.
+
+    Raises:
+        ConfigError: one of them has another form, or an axis is unknown.
+    """
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"axes must map the name of an axis to its field, but is {given!r}.")
+    axes = {_axis_name(axis): _source(axis, source) for axis, source in given.items()}
+    if not isinstance(cross, (list, tuple)):
+        raise ConfigError(f"cross must be a list of lists of axes, but is {cross!r}.")
+    known = [CHANNEL, *(axis for axis, source in axes.items() if not token_source(source))]
+    for names in cross:
+        if not isinstance(names, (list, tuple)) or len({*names}) != len(names) or len(names) < 2:
+            raise ConfigError(
+                f"an entry of cross must list two or more different axes, but is {names!r}."
+            )
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"cross names the axis {name!r}; {hint(str(name), known)}")
+    return axes, tuple(tuple(names) for names in cross)
+
+
+def check_axis_format(form: Any) -> None:
+    """Raise `ConfigError` unless `form` has `{axis}` and `{label}`."""
+    try:
+        whole = form.format(axis="\1", label="\2")
+    except (AttributeError, LookupError, ValueError):
+        whole = ""
+    if "\1" not in whole or "\2" not in whole:
+        raise ConfigError(
+            f"axis_format must be built from {{axis}} and {{label}}, but is {form!r}."
+        )
+
+
+def _axis_name(name: Any) -> str:
+    if not isinstance(name, str) or not _AXIS_NAME.fullmatch(name) or name in _TAKEN:
+        raise ConfigError(
+            f"the name of an axis must be letters, digits, _ and -, and none of "
+            f"{', '.join(_TAKEN)}, but is {name!r}."
+        )
+    return name
+
+
+def _source(axis: Any, source: Any) -> Source:
+    if isinstance(source, str):
+        return (source,)
+    if isinstance(source, Mapping) and _BY in source:
+        if dict(source) not in ({_BY: POSITION}, {_BY: LENGTH}):
+            raise ConfigError(
+                f"axes.{axis} must be {{by: {POSITION}}} or {{by: {LENGTH}}}, but is {source!r}."
+            )
+        return dict(source)
+    if isinstance(source, Mapping):
+        for channel, label in source.items():
+            if not isinstance(channel, str) or not isinstance(label, str) or not label.strip():
+                raise ConfigError(
+                    f"axes.{axis} must map names of channels to names of labels, but maps "
+                    f"{channel!r} to {label!r}."
+                )
+        return {channel.strip(): label.strip() for channel, label in source.items()}
+    if isinstance(source, (list, tuple)) and all(isinstance(field, str) for field in source):
+        return tuple(source)
+    raise ConfigError(
+        f"axes.{axis} must be a field, a list of fields, or a mapping of channels to labels, but "
+        f"is {source!r}."
+    )

@@ -1,0 +1,141 @@
+"""Axes whose labels belong to single tokens, and not to records: `position` and `length`.
+
+    axes: {position: {by: position}, length: {by: length}}
+
+The sums of their labels are rows of the same table as those of channels, so they are added up over
+steps and ranks as these are. A row of a token axis holds the tokens once more, and belongs to no
+channel. Values that need whole sequences, such as `samples`, are left out for them.
+
+>>> [bucket_name(number) for number in (0, 1, 2, 8)]
+['0000000', '0000001', '0000002-0000003', '0000128-0000255']
+
+Letters: B rows, S row length, T = num_tokens, N = num_sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from channel_metrics.core.axis_settings import LENGTH, POSITION, Source, token_source
+from channel_metrics.core.cu_seqlens import sequence_index
+from channel_metrics.core.labels import UNLABELED, LabelTable
+from channel_metrics.core.names import token_name
+
+__all__ = ["NUM_BUCKETS", "Places", "TokenAxes", "bucket_name", "buckets", "places"]
+
+# 0, 1, 2 to 3, 4 to 7, ..., and one for all from 2**20 on.
+NUM_BUCKETS = 22
+
+
+class Places(NamedTuple):
+    """Where each token stands. Both tensors are int64, in one shape.
+
+    Attributes:
+        positions: how many tokens of its sequence are before it; -1 if it is in no sequence.
+        lengths: how many tokens its sequence has; -1 if it is in no sequence.
+    """
+
+    positions: Tensor
+    lengths: Tensor
+
+    def map(self, moved: Callable[[Tensor], Tensor]) -> Places:
+        """The places after `moved` was applied to each tensor."""
+        return Places(*map(moved, self))
+
+    def of_next(self) -> Places:
+        """The places of the next tokens, for losses that stand where they are predicted."""
+        return Places(self.positions + (self.positions >= 0), self.lengths)
+
+
+class TokenAxes:
+    """The token axes of a session.
+
+    Args:
+        axes: all axes of the config. Others than those `by` something are left aside.
+    """
+
+    def __init__(self, axes: Mapping[str, Source]) -> None:
+        self.by = {axis: by for axis, one in axes.items() if (by := token_source(one))}
+        # {device: the ids of each axis}
+        self._ids: dict[torch.device, dict[str, Tensor]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.by)
+
+    def names(self, axis: str) -> list[str]:
+        """What the rows of an axis are called in a label table. The last one is `unlabeled`."""
+        labels = [*map(bucket_name, range(NUM_BUCKETS)), UNLABELED]
+        return [token_name(axis, label) for label in labels]
+
+    def groups(self, labels: LabelTable, found: Places | None) -> Iterator[Tensor]:
+        """For each axis the ids of the tokens, int64 in their shape. Nothing waits for the device.
+
+        Args:
+            labels: the table of the ids. The names of the axes join it.
+            found: where the tokens stand; None if that is not known.
+        """
+        if found is None or not self.by:
+            return
+        device = found.positions.device
+        if device not in self._ids:
+            self._ids[device] = {
+                axis: torch.tensor(labels.add_all(self.names(axis)), device=device)
+                for axis in self.by
+            }
+        for axis, by in self.by.items():
+            values = {POSITION: found.positions, LENGTH: found.lengths}[by]
+            yield self._ids[device][axis][buckets(values)]
+
+
+def places(
+    shape: torch.Size, cu_seqlens: Tensor | None, keep: Tensor | None, like: Tensor
+) -> Places:
+    """Where each token stands in its sequence. Shapes are static, and nothing waits for the device.
+
+    Args:
+        shape: [T] or [B, S].
+        cu_seqlens: int32 [N + 1] over the flattened token axis. Without it, each row of [B, S] is
+            one sequence, and [T] is one sequence.
+        keep: bool of this shape, False at pad positions, which are not counted. None: no pads.
+        like: a tensor on the device of the result.
+
+    Returns:
+        In the shape `shape`. A pad has the place of the token before it.
+    """
+    size, device = shape.numel(), like.device
+    if cu_seqlens is None:
+        rows = shape[0] if len(shape) == 2 else 1
+        bounds = torch.arange(rows + 1, device=device) * shape[-1]
+    else:
+        bounds = cu_seqlens.to(device, non_blocking=True).long()
+    kept = torch.arange(size + 1, device=device)
+    if keep is not None:
+        counts = keep.to(device, non_blocking=True).flatten().long().cumsum(0)
+        kept = torch.nn.functional.pad(counts, (1, 0))
+    before = kept[bounds]
+    owner = sequence_index(bounds, size)
+    # The tokens past the last bound belong to no sequence.
+    starts = torch.nn.functional.pad(before[:-1], (0, 1))
+    lengths = torch.nn.functional.pad(before.diff(), (0, 1), value=-1)
+    positions = (kept[1:] - 1 - starts[owner]).clamp(min=0)
+    outside = owner == len(bounds) - 1
+    return Places(positions.masked_fill(outside, -1).view(shape), lengths[owner].view(shape))
+
+
+def buckets(values: Tensor) -> Tensor:
+    """int64: the number of the bucket of each value; -1 for negative ones."""
+    # 2**e is in the bucket e + 1. The exponent of a float is that number, and that of 0 is 0.
+    exponents = torch.frexp(values.float()).exponent.long().clamp(max=NUM_BUCKETS - 1)
+    return exponents.masked_fill(values < 0, -1)
+
+
+def bucket_name(number: int) -> str:
+    """The label of a bucket: its lowest and its highest value, so that names sort as numbers."""
+    low, high = (1 << number) >> 1, (1 << number) - 1
+    if number == NUM_BUCKETS - 1:
+        return f"{low:07}-"
+    return f"{low:07}" if low >= high else f"{low:07}-{high:07}"
