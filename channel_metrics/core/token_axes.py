@@ -25,7 +25,15 @@ from channel_metrics.core.cu_seqlens import sequence_index
 from channel_metrics.core.labels import UNLABELED, LabelTable
 from channel_metrics.core.names import token_name
 
-__all__ = ["NUM_BUCKETS", "Places", "TokenAxes", "bucket_name", "buckets", "places"]
+__all__ = [
+    "NUM_BUCKETS",
+    "Places",
+    "TokenAxes",
+    "bucket_name",
+    "buckets",
+    "places",
+    "places_of_positions",
+]
 
 # 0, 1, 2 to 3, 4 to 7, ..., and one for all from 2**20 on.
 NUM_BUCKETS = 22
@@ -47,8 +55,11 @@ class Places(NamedTuple):
         return Places(*map(moved, self))
 
     def of_next(self) -> Places:
-        """The places of the next tokens, for losses that stand where they are predicted."""
-        return Places(self.positions + (self.positions >= 0), self.lengths)
+        """At each position the place of the next token of its row, which it predicts."""
+        after = self.positions[..., -1:]
+        last = Places(after + (after >= 0), self.lengths[..., -1:])
+        pairs = zip(self, last, strict=True)
+        return Places(*(torch.cat([one[..., 1:], end], dim=-1) for one, end in pairs))
 
 
 class TokenAxes:
@@ -124,6 +135,23 @@ def places(
     positions = (kept[1:] - 1 - starts[owner]).clamp(min=0)
     outside = owner == len(bounds) - 1
     return Places(positions.masked_fill(outside, -1).view(shape), lengths[owner].view(shape))
+
+
+def places_of_positions(position_ids: Tensor) -> Places:
+    """Where each token stands, if positions [B, S] count up in a sequence and restart in the next.
+
+    Nothing waits for the device.
+    """
+    flat = position_ids.flatten().long()
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff() != 1
+    owner = starts.flatten().long().cumsum(0) - 1
+    lengths = torch.zeros_like(flat).scatter_add_(0, owner, torch.ones_like(flat))[owner]
+    at = torch.arange(len(flat), device=flat.device)
+    positions = (
+        at - torch.zeros_like(flat).scatter_reduce_(0, owner, at, "amin", include_self=False)[owner]
+    )
+    return Places(positions, lengths).map(lambda one: one.view(position_ids.shape))
 
 
 def buckets(values: Tensor) -> Tensor:

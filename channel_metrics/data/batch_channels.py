@@ -11,7 +11,7 @@ from torch import Tensor
 
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.core.token_axes import Places, places
-from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, SEQUENCES_KEY, CollatorFault
+from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, WHOLE_KEY, CollatorFault
 from channel_metrics.errors import ChannelError
 
 __all__ = ["COLUMNS_KEY", "BatchChannels", "check_not_cut", "take_channels"]
@@ -75,7 +75,7 @@ def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorF
     """
     channels, cu_seqlens = inputs.pop("channels", None), inputs.pop(BOUNDS_KEY, None)
     records, columns = inputs.pop(RECORDS_KEY, None), inputs.pop(COLUMNS_KEY, ())
-    sequences = inputs.pop(SEQUENCES_KEY, None)
+    sequences = inputs.pop(WHOLE_KEY, None)
     if channels is None or isinstance(channels, CollatorFault):
         return channels
     mask = None if "decoder_input_ids" in inputs else inputs.get("attention_mask")

@@ -42,7 +42,7 @@ from channel_metrics.data.record_order import (
 )
 from channel_metrics.errors import ChannelError, ChannelMetricsError
 
-__all__ = ["BOUNDS_KEY", "RECORDS_KEY", "SEQUENCES_KEY", "ChannelCollator", "CollatorFault"]
+__all__ = ["BOUNDS_KEY", "RECORDS_KEY", "WHOLE_KEY", "ChannelCollator", "CollatorFault"]
 
 logger = logging.getLogger("channel_metrics")
 
@@ -51,7 +51,7 @@ BOUNDS_KEY = "channel_cu_seqlens"
 # For each row or sequence the number of its record, if the collator changed their order.
 RECORDS_KEY = "channel_records"
 # The boundaries of whole sequences, if those under BOUNDS_KEY are of the runs of one channel.
-SEQUENCES_KEY = "channel_sequences"
+WHOLE_KEY = "channel_whole_bounds"
 # The order is checked in so many batches at first, and then in one of so many.
 _FIRST_BATCHES, _ONE_OF = 8, 100
 
@@ -204,7 +204,7 @@ class ChannelCollator:
         added: dict[str, Any] = {}
         if any(per_token) and spans is not None:
             if self.bounds_key == BOUNDS_KEY:
-                added[SEQUENCES_KEY] = boundaries.cu_seqlens
+                added[WHOLE_KEY] = boundaries.cu_seqlens
             names, boundaries = names_per_run(channels, spans, boundaries)
         else:
             names = names_per_sequence(channels, boundaries, batch)

@@ -58,6 +58,9 @@ class HFHarness(Forking):
     def nll(self, sequence: OneSequence) -> float:
         return nll_of(sequence)
 
+    def losses(self, sequence: OneSequence) -> list[float]:
+        return nlls_of(sequence)
+
     def records(self, sequences: list[OneSequence], fails_at: int | None = None) -> Records:
         """What the trainer takes for a dataset."""
         return Records(sequences, fails_at)
@@ -178,11 +181,15 @@ def tiny_qwen2(seed: int = 0, vocabulary: int = VOCABULARY) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-@cache
 def nll_of(sequence: OneSequence) -> float:
+    return sum(nlls_of(sequence))
+
+
+@cache
+def nlls_of(sequence: OneSequence) -> list[float]:
     """By a forward of this sequence alone, in float64."""
     ids = torch.tensor([token_ids(sequence)])
     with torch.no_grad():
         logits = tiny_qwen2().double().eval()(input_ids=ids).logits[0, :-1]
     log_probs = logits.log_softmax(-1)
-    return -float(log_probs.gather(1, ids[0, 1:, None]).sum())
+    return [-float(one) for one in log_probs.gather(1, ids[0, 1:, None])]

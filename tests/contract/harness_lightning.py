@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from channel_metrics.trainers.lightning import ChannelMetricsCallback
 from contract.harness import Forking
-from contract.harness_hf import Records, collate, nll_of, tiny_qwen2
+from contract.harness_hf import Records, collate, nll_of, nlls_of, tiny_qwen2
 from contract.harness_loop import watch_windows
 from contract.script import ROWS, OneSequence, Ran, Script, flat
 
@@ -38,6 +38,9 @@ class LightningHarness(Forking):
 
     def nll(self, sequence: OneSequence) -> float:
         return nll_of(sequence)
+
+    def losses(self, sequence: OneSequence) -> list[float]:
+        return nlls_of(sequence)
 
 
 def _train(script: Script, ran: Ran) -> None:

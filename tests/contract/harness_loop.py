@@ -20,6 +20,7 @@ class LoopHarness(Forking):
     """Losses are made up: token t of sequence n has (n + t) % 7 + 0.5."""
 
     name = "loop"
+    first = 0
     can = frozenset({"rerun", "skip", "peek", "ranks", "lies", "save", "fails"})
     reserved = "their"
 
@@ -49,6 +50,9 @@ class LoopHarness(Forking):
 
     def nll(self, sequence: OneSequence) -> float:
         return sum(losses_of(sequence))
+
+    def losses(self, sequence: OneSequence) -> list[float]:
+        return losses_of(sequence)
 
 
 def losses_of(sequence: OneSequence) -> list[float]:

@@ -41,6 +41,9 @@ class MegatronHarness(Forking):
     def nll(self, sequence: OneSequence) -> float:
         return sum(losses_of(sequence))
 
+    def losses(self, sequence: OneSequence) -> list[float]:
+        return losses_of(sequence)
+
 
 class Loop:
     """The training of one rank."""

@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from reference import bucket
 
+from channel_metrics import ConfigError
 from channel_metrics.core.names import joint_name
 from contract.cases import CASES, NEEDS, case, config
 from contract.script import (
@@ -20,6 +22,7 @@ from contract.script import (
     Script,
     check_values,
     expected,
+    flat,
     measure,
     ran,
     renamed,
@@ -71,6 +74,49 @@ def labels_on_two_axes(harness: Harness, folder: Path) -> None:
     check_values(evaluation.axes["lang"], by(harness, of_evaluation, language))
     de = evaluation.axes["lang"]["de"][how]
     assert found.evaluations[0][f"eval_lang/de_{how}"] == pytest.approx(de)
+
+
+@case()
+def loss_by_position(harness: Harness, folder: Path) -> None:
+    """Positions of whole sequences, in training, in evaluations and in totals."""
+    axes = {"position": {"by": "position"}, "length": {"by": "length"}}
+    script = Script(
+        config=config(axes=axes),
+        steps=steps("aabb", "abab", "bb-a", "aaaa"),
+        evaluations=(Evaluation(1, steps("bbaa", first=40)[0]),),
+    )
+    if measure(harness) != "loss" or "pairs" in harness.can:
+        (refused,) = harness.run(script, folder)
+        assert isinstance(refused.error, ConfigError) and "single tokens" in str(refused.error)
+        return
+    found, total = ran(harness, script, folder), 0.0
+    windows = [window for window in found.windows if window.split == "train"]
+    for window, sequences in zip(windows, window_sequences(script), strict=True):
+        wanted = by_position(harness, sequences)
+        total += wanted["0000002-0000003"]["tokens"]
+        check_values(window.axes["position"], wanted)
+        assert not any("samples" in metric for metric in window.axes["position"]["0000001"])
+        check_values(window.values, expected(harness, sequences))
+        of_length = window.axes["length"].values()
+        assert sum(values["share"] for values in of_length) == pytest.approx(1)
+    assert windows[-1].axes["position"]["0000002-0000003"]["tokens_total"] == total
+    key = "position/0000002-0000003_loss"
+    assert windows[0].logs[key] == windows[0].axes["position"]["0000002-0000003"]["loss"]
+    held = by_position(harness, flat(script.evaluations[0].batches))
+    assert found.evaluations[0][f"eval_{key}"] == pytest.approx(held["0000002-0000003"]["loss"])
+
+
+def by_position(harness: Harness, sequences: list[OneSequence]) -> dict[str, dict[str, float]]:
+    """What a window holds per position, by counting one token after the other."""
+    found: dict[str, list[float]] = {}
+    for sequence in sequences:
+        for position, loss in enumerate(harness.losses(sequence), start=harness.first):
+            found.setdefault(bucket(position), []).append(loss)
+    tokens = sum(map(len, found.values()))
+    return {
+        name: {"loss": sum(of) / len(of), "tokens": len(of), "share": len(of) / tokens}
+        for name, of in found.items()
+    }
 
 
 @case()

@@ -136,12 +136,17 @@ class Harness(Protocol):
     can: frozenset[str]
     reserved: str
     """The name of a channel whose key (`{channel}_{metric}`) is one of the trainer's own."""
+    first: int
+    """The position of the first supervised token of a sequence."""
 
     def run(self, script: Script, folder: Path, ranks: int = 1) -> list[Ran]:
         """Run it; one `Ran` per rank. Errors come back in `Ran.error`."""
 
     def nll(self, sequence: OneSequence) -> float:
         """The summed nll of the supervised tokens of a sequence, by an independent way."""
+
+    def losses(self, sequence: OneSequence) -> list[float]:
+        """The losses of the supervised tokens, where tokens are counted."""
 
     def loss(self, sequences: Sequence[OneSequence]) -> float:
         """The loss of these sequences, by an independent way."""

@@ -33,6 +33,7 @@ from torch import Tensor
 from channel_metrics.capture.vocab_parallel import Correctness
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.micro_batch import MicroBatch
+from channel_metrics.core.token_axes import Places
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.errors import BoundaryError, ConfigError
 from channel_metrics.session import ChannelMetrics
@@ -105,6 +106,7 @@ class MegatronChannelMetrics:
         labels: Tensor | None = None,
         reports_sum: bool = True,
         num_crossings: int = 0,
+        places: Places | None = None,
     ) -> Callable[..., Any]:
         """Make a loss function that also counts the losses that it gets.
 
@@ -127,6 +129,8 @@ class MegatronChannelMetrics:
                 losses. If so, the two are compared.
             num_crossings: how many supervised targets belong to the sequence after that of the
                 position that predicts them. There is one warning if there are any.
+            places: where the targets stand, cut as the losses; by default as the rows or
+                boundaries show.
 
         Returns:
             A function that takes the arguments of `loss_func`, and returns its result.
@@ -152,6 +156,7 @@ class MegatronChannelMetrics:
                     weights=None if weights is None else weights.reshape(batch.token_losses.shape),
                     labels=None if labels is None else labels.reshape(batch.token_losses.shape),
                     reported_sum=_reported_sum(result) if reports_sum else None,
+                    places=self._places(batch, places),
                 )
                 self.session.count(batch)
             return result
@@ -211,6 +216,13 @@ class MegatronChannelMetrics:
             loss_mask=loss_mask.reshape(losses.shape),
             correct=None if correct is None else correct.reshape(losses.shape),
         )
+
+    def _places(self, batch: MicroBatch, given: Places | None) -> Places | None:
+        """Where the targets stand: the boundaries show it for the tokens that predict them."""
+        like = batch.token_losses
+        if given is not None:
+            return given.map(lambda one: one.reshape(like.shape).to(like.device, non_blocking=True))
+        return batch.of_tokens.of_next() if self.session.token_axes and batch.of_tokens else None
 
     def _warn_of_crossings(self, count: int) -> None:
         if count and not self._warned_of_crossings:

@@ -46,7 +46,12 @@ def counting_forward_step(
     def step_that_counts(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         is_cut = _context_parallel_size() > 1
         session = metrics.session
-        batch = BatchIds(session.labels, session.guard, drop_dataset_id=is_cut)
+        batch = BatchIds(
+            session.labels,
+            session.guard,
+            drop_dataset_id=is_cut,
+            with_places=bool(session.token_axes),
+        )
         metrics.watch(model)
         tapped = None if data_iterator is None else Tap(data_iterator, batch)
         with batch.active():
@@ -134,6 +139,7 @@ def _counting_loss_func(
                     # With one id per row or sequence, their number is already known.
                     sequences=None if ids.dim() == 1 else batch.sequences,
                     num_crossings=batch.num_crossings,
+                    places=batch.places,
                 )
         return counted(losses, *args, **kwargs)
 
