@@ -129,8 +129,7 @@ class MegatronChannelMetrics:
                 losses. If so, the two are compared.
             num_crossings: how many supervised targets belong to the sequence after that of the
                 position that predicts them. There is one warning if there are any.
-            places: where the targets stand, cut as the losses; by default as the rows or
-                boundaries show.
+            places: where the targets stand, cut as the losses; by default, the bounds show it.
 
         Returns:
             A function that takes the arguments of `loss_func`, and returns its result.
