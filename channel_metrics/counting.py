@@ -61,7 +61,7 @@ class Counting:
         self.token_axes = TokenAxes(axes)
         if self.token_axes and schema.unit != "tokens":
             raise ConfigError(
-                f"the axes {', '.join(self.token_axes.by)} are about single tokens, but this "
+                f"the axes {', '.join(self.token_axes)} are about single tokens, but this "
                 f"trainer counts {schema.unit}; take them out of `axes`."
             )
         self.warned: set[str] = set()
@@ -102,13 +102,13 @@ class Counting:
         if not self.token_axes:
             return []
         found = batch.of_tokens
-        if found is None:
+        if found is None and self.token_axes.of_places:
             self.warn_once(
                 f"the batches do not show where a token stands in its sequence, so the axes "
-                f"{', '.join(self.token_axes.by)} are left out. This is so where sequences are cut "
+                f"{', '.join(self.token_axes.of_places)} are left out. This is so where sequences are cut "
                 "across ranks, or packed without their boundaries."
             )
-        return list(self.token_axes.groups(self.labels, found))
+        return self.token_axes.groups(self.labels, found)
 
     def read_tokenizer(self, tokenizer: Any) -> None:
         """Learn from a tokenizer how many bytes of text each token stands for.

@@ -148,6 +148,7 @@ class ChannelMetrics(Counting):
             carry_faults=True,
             classes=self.classes,
             records_key=RECORDS_KEY,
+            columns=self.token_axes.columns,
         )
 
     def observe(

@@ -13,6 +13,7 @@ __all__ = [
     "CHANNEL",
     "LENGTH",
     "POSITION",
+    "TOKEN",
     "TREE",
     "TREE_MEAN",
     "Source",
@@ -27,13 +28,16 @@ CHANNEL = "channel"
 # The axes of the groups that the names of channels show.
 TREE, TREE_MEAN = "tree", "tree_mean"
 # What the labels of single tokens may come from.
-POSITION, LENGTH = "position", "length"
+POSITION, LENGTH, TOKEN = "position", "length", "token"
+# The labels of an axis by token, if the config does not name them.
+ROLES = ("system", "user", "assistant", "tool", "thinking")
+_MOST_LABELS, _MOST_AXES = 254, 7
 _TAKEN = (CHANNEL, TREE, TREE_MEAN)
 _AXIS_NAME = re.compile(r"[A-Za-z_][\w-]*")
 _BY = "by"
 
-# Fields that hold the label, or {channel: label}, or {"by": what labels the tokens}.
-Source = tuple[str, ...] | Mapping[str, str]
+# Fields that hold the label, or {channel: label}, or {"by": what labels the tokens, ...}.
+Source = tuple[str, ...] | Mapping[str, Any]
 
 
 def token_source(source: Any) -> str | None:
@@ -64,6 +68,8 @@ def axes_of(given: Any, cross: Any = ()) -> tuple[dict[str, Source], tuple[tuple
     if not isinstance(given, Mapping):
         raise ConfigError(f"axes must map the name of an axis to its field, but is {given!r}.")
     axes = {_axis_name(axis): _source(axis, source) for axis, source in given.items()}
+    if sum(token_source(source) == TOKEN for source in axes.values()) > _MOST_AXES:
+        raise ConfigError(f"axes may hold {_MOST_AXES} axes by {TOKEN}, but hold more.")
     if not isinstance(cross, (list, tuple)):
         raise ConfigError(f"cross must be a list of lists of axes, but is {cross!r}.")
     known = [CHANNEL, *(axis for axis, source in axes.items() if not token_source(source))]
@@ -103,11 +109,7 @@ def _source(axis: Any, source: Any) -> Source:
     if isinstance(source, str):
         return (source,)
     if isinstance(source, Mapping) and _BY in source:
-        if dict(source) not in ({_BY: POSITION}, {_BY: LENGTH}):
-            raise ConfigError(
-                f"axes.{axis} must be {{by: {POSITION}}} or {{by: {LENGTH}}}, but is {source!r}."
-            )
-        return dict(source)
+        return _of_tokens(axis, source)
     if isinstance(source, Mapping):
         for channel, label in source.items():
             if not isinstance(channel, str) or not isinstance(label, str) or not label.strip():
@@ -122,3 +124,25 @@ def _source(axis: Any, source: Any) -> Source:
         f"axes.{axis} must be a field, a list of fields, or a mapping of channels to labels, but "
         f"is {source!r}."
     )
+
+
+def _of_tokens(axis: Any, source: Mapping[str, Any]) -> Source:
+    """The source of an axis of single tokens, with all its settings."""
+    if dict(source) in ({_BY: POSITION}, {_BY: LENGTH}):
+        return dict(source)
+    labels = source.get("labels", ROLES)
+    if isinstance(labels, (list, tuple)):
+        labels = {name: name for name in labels}
+    field, others = source.get("field"), set(source) - {_BY, "field", "labels"}
+    if source[_BY] != TOKEN or not isinstance(field, str) or others:
+        raise ConfigError(
+            f"axes.{axis} must be {{by: {POSITION}}}, {{by: {LENGTH}}}, or {{by: {TOKEN}, field: "
+            f"..., labels: [...]}}, but is {source!r}."
+        )
+    names = {*labels.values()} if isinstance(labels, Mapping) else {None}
+    if not all(isinstance(n, str) and n.strip() for n in names) or len(names) > _MOST_LABELS:
+        raise ConfigError(
+            f"axes.{axis}.labels must list up to {_MOST_LABELS} names, or map the entries of "
+            f"{field!r} to names, but is {labels!r}."
+        )
+    return {_BY: TOKEN, "field": field, "labels": dict(labels)}

@@ -1,6 +1,9 @@
-"""Axes whose labels belong to single tokens, and not to records: `position` and `length`.
+"""Axes whose labels belong to single tokens, and not to records: position, length, role.
 
-    axes: {position: {by: position}, length: {by: length}}
+    axes:
+      position: {by: position}
+      length: {by: length}
+      role: {by: token, field: roles}
 
 The sums of their labels are rows of the same table as those of channels, so they are added up over
 steps and ranks as these are. A row of a token axis holds the tokens once more, and belongs to no
@@ -15,15 +18,16 @@ Letters: B rows, S row length, T = num_tokens, N = num_sequences.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from channel_metrics.core.axis_settings import LENGTH, POSITION, Source, token_source
+from channel_metrics.core.axis_settings import LENGTH, POSITION, TOKEN, Source, token_source
 from channel_metrics.core.cu_seqlens import sequence_index
 from channel_metrics.core.labels import UNLABELED, LabelTable
 from channel_metrics.core.names import token_name
+from channel_metrics.errors import ChannelError
 
 __all__ = [
     "NUM_BUCKETS",
@@ -38,27 +42,32 @@ __all__ = [
 # 0, 1, 2 to 3, 4 to 7, ..., and one for all from 2**20 on.
 NUM_BUCKETS = 22
 
+# A field of the records, and the mark of each of its labels.
+TokenColumn = tuple[str, Mapping[Any, int]]
+
 
 class Places(NamedTuple):
-    """Where each token stands. Both tensors are int64, in one shape.
+    """Where each token stands. All tensors are int64, in one shape.
 
     Attributes:
         positions: how many tokens of its sequence are before it; -1 if it is in no sequence.
         lengths: how many tokens its sequence has; -1 if it is in no sequence.
+        marks: its labels from columns of the records, see `TokenAxes.columns`; None without them.
     """
 
     positions: Tensor
     lengths: Tensor
+    marks: Tensor | None = None
 
     def map(self, moved: Callable[[Tensor], Tensor]) -> Places:
         """The places after `moved` was applied to each tensor."""
-        return Places(*map(moved, self))
+        return Places(*(None if one is None else moved(one) for one in self))
 
     def of_next(self) -> Places:
         """At each position the place of the next token of its row, which it predicts."""
         after = self.positions[..., -1:]
         last = Places(after + (after >= 0), self.lengths[..., -1:])
-        pairs = zip(self, last, strict=True)
+        pairs = zip(self[:2], last[:2], strict=True)
         return Places(*(torch.cat([one[..., 1:], end], dim=-1) for one, end in pairs))
 
 
@@ -70,36 +79,84 @@ class TokenAxes:
     """
 
     def __init__(self, axes: Mapping[str, Source]) -> None:
-        self.by = {axis: by for axis, one in axes.items() if (by := token_source(one))}
+        self._sources: dict[str, Mapping[str, Any]] = {
+            axis: one
+            for axis, one in axes.items()
+            if isinstance(one, Mapping) and token_source(one)
+        }
+        self._shifts = {axis: 8 * i for i, axis in enumerate(self._by(TOKEN))}
         # {device: the ids of each axis}
         self._ids: dict[torch.device, dict[str, Tensor]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self.by)
+        return bool(self._sources)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    @property
+    def of_places(self) -> list[str]:
+        """The axes that need to know where a token stands."""
+        return self._by(POSITION, LENGTH)
+
+    @property
+    def columns(self) -> list[TokenColumn]:
+        """For each axis from a column of the records: the field, and the mark of each label.
+
+        Each axis has 8 bits of the marks of a token. 0 there stands for no label.
+        """
+        found = []
+        for axis, shift in self._shifts.items():
+            source, names = self._sources[axis], self._labels(axis)
+            marks = {v: (names.index(name) + 1) << shift for v, name in source["labels"].items()}
+            found.append((source["field"], marks))
+        return found
 
     def names(self, axis: str) -> list[str]:
         """What the rows of an axis are called in a label table. The last one is `unlabeled`."""
-        labels = [*map(bucket_name, range(NUM_BUCKETS)), UNLABELED]
-        return [token_name(axis, label) for label in labels]
+        return [token_name(axis, label) for label in (*self._labels(axis), UNLABELED)]
 
-    def groups(self, labels: LabelTable, found: Places | None) -> Iterator[Tensor]:
+    def groups(self, labels: LabelTable, found: Places | None) -> list[Tensor]:
         """For each axis the ids of the tokens, int64 in their shape. Nothing waits for the device.
 
         Args:
             labels: the table of the ids. The names of the axes join it.
             found: where the tokens stand; None if that is not known.
+
+        Raises:
+            ChannelError: an axis is read from a column that the batch does not have.
         """
-        if found is None or not self.by:
-            return
+        if self._shifts and (found is None or found.marks is None):
+            fields = ", ".join(field for field, _ in self.columns)
+            raise ChannelError(
+                f"the axes {', '.join(self._shifts)} need the labels of the tokens ({fields}), but "
+                "the batch does not have them: they come with `metrics.collator`, where the "
+                "trainer neither tokenizes nor packs nor cuts records. Take them out of `axes`."
+            )
+        if found is None:
+            return []
         device = found.positions.device
         if device not in self._ids:
             self._ids[device] = {
-                axis: torch.tensor(labels.add_all(self.names(axis)), device=device)
-                for axis in self.by
+                axis: torch.tensor(labels.add_all(self.names(axis)), device=device) for axis in self
             }
-        for axis, by in self.by.items():
-            values = {POSITION: found.positions, LENGTH: found.lengths}[by]
-            yield self._ids[device][axis][buckets(values)]
+        return [self._ids[device][axis][self._indices(axis, found)] for axis in self]
+
+    def _indices(self, axis: str, found: Places) -> Tensor:
+        """The number of the label of each token; -1 for none, which is the last row."""
+        if axis in self._shifts:
+            assert found.marks is not None
+            return (found.marks >> self._shifts[axis] & 255) - 1
+        by_position = self._sources[axis] == {"by": POSITION}
+        return buckets(found.positions if by_position else found.lengths)
+
+    def _by(self, *kinds: str) -> list[str]:
+        return [axis for axis, one in self._sources.items() if token_source(one) in kinds]
+
+    def _labels(self, axis: str) -> list[str]:
+        if token_source(self._sources[axis]) == TOKEN:
+            return list(dict.fromkeys(self._sources[axis]["labels"].values()))
+        return [bucket_name(number) for number in range(NUM_BUCKETS)]
 
 
 def places(

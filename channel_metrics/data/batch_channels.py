@@ -11,7 +11,9 @@ from torch import Tensor
 
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.core.token_axes import Places, places
-from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, WHOLE_KEY, CollatorFault
+from channel_metrics.data.batch_layout import WHOLE_KEY
+from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, CollatorFault
+from channel_metrics.data.token_marks import MARKS_KEY
 from channel_metrics.errors import ChannelError
 
 __all__ = ["COLUMNS_KEY", "BatchChannels", "check_not_cut", "take_channels"]
@@ -33,6 +35,7 @@ class BatchChannels:
         sequences: the boundaries of the sequences, if those of `cu_seqlens` are shorter: the runs
             of one channel.
         attention_mask: that of the batch, if it has one and no encoder.
+        marks: the labels of the tokens from columns of the records, in the shape of the labels.
         places: where the tokens of the labels stand, if this does not follow from the boundaries.
     """
 
@@ -42,6 +45,7 @@ class BatchChannels:
     columns: Sequence[str] = ()
     sequences: Tensor | None = None
     attention_mask: Any = None
+    marks: Tensor | None = None
     places: Places | None = None
 
     @property
@@ -59,9 +63,13 @@ class BatchChannels:
         shape, mask = values.mask.shape, self.attention_mask
         if self.per_token or self.places is not None:
             return values._replace(places=self.places)
+        marks = self.marks
+        if marks is not None:
+            marks = marks.to(values.mask.device, non_blocking=True).view(shape)
         keep = mask != 0 if isinstance(mask, Tensor) and mask.shape == shape else None
         bounds = self.cu_seqlens if self.sequences is None else self.sequences
-        return values._replace(places=places(shape, bounds, keep, values.mask))
+        found = places(shape, bounds, keep, values.mask)
+        return values._replace(places=found._replace(marks=marks))
 
 
 def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorFault | None:
@@ -75,11 +83,11 @@ def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorF
     """
     channels, cu_seqlens = inputs.pop("channels", None), inputs.pop(BOUNDS_KEY, None)
     records, columns = inputs.pop(RECORDS_KEY, None), inputs.pop(COLUMNS_KEY, ())
-    sequences = inputs.pop(WHOLE_KEY, None)
+    sequences, marks = inputs.pop(WHOLE_KEY, None), inputs.pop(MARKS_KEY, None)
     if channels is None or isinstance(channels, CollatorFault):
         return channels
     mask = None if "decoder_input_ids" in inputs else inputs.get("attention_mask")
-    return BatchChannels(channels, cu_seqlens, records, columns, sequences, mask)
+    return BatchChannels(channels, cu_seqlens, records, columns, sequences, mask, marks)
 
 
 def check_not_cut(batch: BatchChannels) -> None:

@@ -19,6 +19,7 @@ from channel_metrics.data.record_order import Span
 from channel_metrics.errors import ChannelError
 
 __all__ = [
+    "WHOLE_KEY",
     "as_record",
     "has_channel_per_token",
     "names_per_run",
@@ -29,6 +30,8 @@ __all__ = [
     "without_pad_tail",
 ]
 
+# The batch key for the boundaries of whole sequences, if there are those of the runs of one channel.
+WHOLE_KEY = "channel_whole_bounds"
 # For each record the channels that it lists: one, one per packed sequence, or one per token.
 Names = list[list[str | None]]
 

@@ -23,7 +23,9 @@ from channel_metrics.core.boundaries import Boundaries, boundaries_from_batch
 from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.core.faults import Once
 from channel_metrics.core.labels import DEFAULT_FIELDS, LabelTable, channels_of, field_roots
+from channel_metrics.core.token_axes import TokenColumn
 from channel_metrics.data.batch_layout import (
+    WHOLE_KEY,
     Names,
     as_record,
     has_channel_per_token,
@@ -40,9 +42,10 @@ from channel_metrics.data.record_order import (
     tokens_of_records,
     tokens_of_spans,
 )
+from channel_metrics.data.token_marks import MARKS_KEY, token_marks
 from channel_metrics.errors import ChannelError, ChannelMetricsError
 
-__all__ = ["BOUNDS_KEY", "RECORDS_KEY", "WHOLE_KEY", "ChannelCollator", "CollatorFault"]
+__all__ = ["BOUNDS_KEY", "RECORDS_KEY", "ChannelCollator", "CollatorFault"]
 
 logger = logging.getLogger("channel_metrics")
 
@@ -50,8 +53,6 @@ logger = logging.getLogger("channel_metrics")
 BOUNDS_KEY = "channel_cu_seqlens"
 # For each row or sequence the number of its record, if the collator changed their order.
 RECORDS_KEY = "channel_records"
-# The boundaries of whole sequences, if those under BOUNDS_KEY are of the runs of one channel.
-WHOLE_KEY = "channel_whole_bounds"
 # The order is checked in so many batches at first, and then in one of so many.
 _FIRST_BATCHES, _ONE_OF = 8, 100
 
@@ -91,6 +92,7 @@ class ChannelCollator:
             main process decides about it. Otherwise it is raised.
         classes: {field: names} for fields with class numbers, see `data.scan.class_names`.
         records_key: the batch key for the numbers of the records; added if their order changes.
+        columns: the columns with a label per token, see `TokenAxes.columns`.
 
     If `base` returns `channels` itself (names or ids, one per sequence), they are not compared
     with the records; if rows are not sequences, it may add boundaries under `bounds_key`.
@@ -112,14 +114,17 @@ class ChannelCollator:
         carry_faults: bool = False,
         classes: Mapping[str, Sequence[str]] | None = None,
         records_key: str | None = None,
+        columns: Sequence[TokenColumn] = (),
     ) -> None:
         self.base = base
+        self.columns = columns
         self.classes = dict(classes or {})
         self.records_key = records_key
         self.carry_faults = carry_faults
         self.fields = tuple(fields)
         self.table = table
-        self.strip = frozenset(field_roots(fields) if strip is None else strip)
+        roots = field_roots([*fields, *(field for field, _ in columns)])
+        self.strip = frozenset(roots if strip is None else strip)
         self.bounds_key = bounds_key
         self.row_bounds = row_bounds
         self._warned: set[str] = set()
@@ -193,15 +198,17 @@ class ChannelCollator:
         channels: those that each record lists. records: those to compare the order of the batch
         with; none if it must not be compared.
         """
-        records = records or [{}] * len(channels)
+        given, records = records, records or [{}] * len(channels)
         per_token = [has_channel_per_token(r, c) for r, c in zip(records, channels, strict=True)]
         counts = [1 if all_ else len(c) for all_, c in zip(per_token, channels, strict=True)]
         boundaries = without_pad_tail(boundaries_from_batch(batch), sum(counts), batch)
         spans = spans_of_records(counts, boundaries, batch)
         order = self._changed_order(records, batch, boundaries, spans)
         if order is not None:
-            channels = [channels[i] for i in order]
+            channels, given = [channels[i] for i in order], [records[i] for i in order]
         added: dict[str, Any] = {}
+        if self.columns:
+            added[MARKS_KEY] = token_marks(self.columns, given, spans, boundaries, batch)
         if any(per_token) and spans is not None:
             if self.bounds_key == BOUNDS_KEY:
                 added[WHOLE_KEY] = boundaries.cu_seqlens

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from channel_metrics.core.labels import LabelTable, field_columns, field_roots
+from channel_metrics.core.token_axes import TokenColumn
 from channel_metrics.data.batch_channels import COLUMNS_KEY, BatchChannels
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
 from channel_metrics.errors import ChannelError
@@ -69,6 +70,7 @@ def wrap_collator(
     remove_unused_columns: bool,
     kind: type[ChannelCollator] = ChannelCollator,
     classes: Mapping[str, Sequence[str]] | None = None,
+    columns: Sequence[TokenColumn] = (),
 ) -> ChannelCollator:
     """Wrap a collator so that its batches carry channels.
 
@@ -85,11 +87,13 @@ def wrap_collator(
         remove_unused_columns: the training argument of that name.
         kind: the class of the wrapper.
         classes: {field: class names} of the dataset columns of type `ClassLabel`.
+        columns: the columns with a label per token.
     """
     modules = (type(base).__module__, getattr(base, "__module__", ""))
     theirs = any(module.split(".")[0] in _NO_STRINGS for module in modules)
     drop = remove_unused_columns or theirs
-    strip = [root for root in field_roots(fields) if drop and root not in signature_columns]
+    roots = field_roots([*fields, *(field for field, _ in columns)])
+    strip = [root for root in roots if drop and root not in signature_columns]
     return kind(
         base,
         fields=fields,
@@ -100,4 +104,5 @@ def wrap_collator(
         carry_faults=True,
         classes=classes,
         records_key=RECORDS_KEY,
+        columns=columns,
     )
