@@ -56,11 +56,11 @@ test-latest: env-latest ## Run the tests in .venv-latest
 
 test-llamafactory: env-llamafactory ## Run the tests of LLaMA-Factory in it
 	$(TEST_ENV) $(BIN_LLAMAFACTORY)/python -m pytest \
-		tests/trainers/llamafactory tests/contract/test_contract_llamafactory.py $(ARGS)
+		tests/trainers/llamafactory tests/contract/test_contract_frameworks.py $(ARGS)
 
 test-axolotl: env-axolotl ## Run the tests of Axolotl in it
 	$(TEST_ENV) $(BIN_AXOLOTL)/python -m pytest \
-		tests/trainers/axolotl tests/contract/test_contract_axolotl.py $(ARGS)
+		tests/trainers/axolotl tests/contract/test_contract_frameworks.py $(ARGS)
 
 test-upstream: env ## Run TRL's or transformers' tests with and without our patch (TRL_PATH=...)
 	$(TEST_ENV) TRL_PATH=$(TRL_PATH) TRANSFORMERS_PATH=$(TRANSFORMERS_PATH) \

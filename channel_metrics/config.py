@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
+from channel_metrics.acting import ActingConfig, refuse_unknown_keys
 from channel_metrics.core.axis_settings import axes_of, axis_fields, check_axis_format
 from channel_metrics.core.faults import OnError
 from channel_metrics.core.keys import ChannelTable
 from channel_metrics.core.labels import DEFAULT_FIELDS, Unknown
 from channel_metrics.core.objectives import OBJECTIVES, WEIGHTED
 from channel_metrics.core.schema import DEFAULT_METRICS, TOKENS
-from channel_metrics.errors import ConfigError, hint
+from channel_metrics.errors import ConfigError
 
 __all__ = ["MetricsConfig", "refuse_unknown_keys"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetricsConfig:
+class MetricsConfig(ActingConfig):
     """How channels are found and what is logged for them."""
 
     fields: tuple[str, ...] = DEFAULT_FIELDS
@@ -78,16 +78,6 @@ class MetricsConfig:
     `{metric}_{channel}` gives the keys that ms-swift has. `{metric}/{channel}` makes TensorBoard
     group the charts by metric."""
 
-    on_window: tuple[str, ...] = ()
-    """Functions that get each closed `Window`, by import path: `["my_module:my_function"]`.
-
-    See docs/stream.md."""
-
-    stream: str = ""
-    """A file of JSON lines that each closed window is added to, see docs/stream.md.
-
-    A relative path begins at the folder in which the run was started. Empty: no file."""
-
     live_table: bool = True
     """Whether a terminal or a notebook shows a table of the channels during the run."""
 
@@ -104,9 +94,7 @@ class MetricsConfig:
             if not listed or not all(isinstance(item, str) for item in value):
                 raise ConfigError(f"{name} must be a list of strings, but is {value!r}.")
             object.__setattr__(self, name, tuple(value))
-        if not isinstance(self.stream, (str, os.PathLike)):
-            raise ConfigError(f"stream must be the path of a file, but is {self.stream!r}.")
-        object.__setattr__(self, "stream", os.fspath(self.stream))
+        self.check_acting()
         if self.on_error not in (None, *get_args(OnError)):
             raise ConfigError(
                 f'on_error must be "raise", "warn" or None, but is {self.on_error!r}.'
@@ -192,20 +180,3 @@ class MetricsConfig:
         """
         refuse_unknown_keys(mapping, [field.name for field in fields(cls)], "metrics config")
         return cls(**mapping)
-
-
-def refuse_unknown_keys(mapping: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Refuse a key that is not known.
-
-    Args:
-        mapping: the settings that were given.
-        known: the keys that are allowed.
-        where: what the error message calls the mapping.
-
-    Raises:
-        ConfigError: for the first unknown key. The message suggests the most similar known one.
-    """
-    known = list(known)
-    for key in mapping:
-        if key not in known:
-            raise ConfigError(f"unknown key {key!r} in {where}; {hint(str(key), known)}")

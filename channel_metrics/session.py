@@ -14,25 +14,26 @@ All ranks make the same calls in one order. `close`, `peek`, `save` and evaluati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from dataclasses import replace
+from time import time
 from typing import Any
 
 import torch
 
+from channel_metrics.checkpoints import Checkpoints
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.keys import KeyBook
 from channel_metrics.core.labels import UNLABELED, LabelTable
 from channel_metrics.core.schema import TOKENS, Schema
 from channel_metrics.core.table import SumTable
-from channel_metrics.core.totals import TOTALS_FILE, RunTotals, totals_path
-from channel_metrics.counting import Counting
+from channel_metrics.core.totals import RunTotals
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
 from channel_metrics.data.scan import class_names, scan_channels
-from channel_metrics.errors import ChannelMetricsError
-from channel_metrics.observers.configured import observers_of
+from channel_metrics.observers.configured import adding_of, observers_of
 from channel_metrics.observing import Seen, observe
 from channel_metrics.ranks.agreed_names import Agreement
 from channel_metrics.ranks.ranks import Ranks
@@ -42,8 +43,10 @@ from channel_metrics.windows import Evaluation, Window, tell
 
 __all__ = ["ChannelMetrics"]
 
+logger = logging.getLogger("channel_metrics")
 
-class ChannelMetrics(Counting):
+
+class ChannelMetrics(Checkpoints):
     """The channels of one run.
 
     Args:
@@ -55,6 +58,11 @@ class ChannelMetrics(Counting):
         on_window: functions that get each closed `Window`, which is the same on all ranks. If one
             with a true attribute `is_display` fails, it is removed with a warning. If another one
             fails, the run ends, because it may steer the training, and ranks must not differ.
+
+    Attributes:
+        stop_reason: why the run should end; empty if it should not. It is set when a window is
+            closed, on all ranks alike. Some trainers end by it. A loop of one's own asks for it.
+        ends_run: whether the trainer ends by it.
 
     Raises:
         ConfigError, ChannelError: if declared channels would share a log key, or if an entry of
@@ -86,7 +94,9 @@ class ChannelMetrics(Counting):
         )
         self._maker = WindowMaker(config, schema, self.keys, self.warn_once)
         self.ranks = ranks or Ranks()
+        self.stop_reason, self.ends_run = "", False
         self.on_window = [*on_window, *observers_of(config, self)]
+        self._adding = adding_of(config, self)
         self.totals = RunTotals(schema)
         self._agreement = Agreement()
         self.classes: dict[str, tuple[str, ...]] = {}  # {field: names} in the declared datasets
@@ -124,6 +134,13 @@ class ChannelMetrics(Counting):
         if not found.discarded:
             found.window = self._summed(found.table, split, step, prefix)
             self._tell(found.window)
+
+    def stop(self, reason: str) -> None:
+        """Ask for the end of the run, for observers. All ranks must do so, or none."""
+        if not self.stop_reason and self.ranks.rank == 0:
+            end = "the run ends here" if self.ends_run else "this trainer goes on; end it yourself"
+            logger.warning("%s: %s.", reason, end)
+        self.stop_reason = self.stop_reason or reason
 
     def write(self, window: Window, logs: MutableMapping[str, Any]) -> None:
         """Add a window to a trainer's own log. A key that is there stays, with a warning."""
@@ -219,63 +236,6 @@ class ChannelMetrics(Counting):
         """Raise `ConfigError` if an entry of `eval_channels` is none of the channels so far."""
         self._maker.check_eval_channels(self.labels.names)
 
-    # ---- checkpoints -----------------------------------------------------------------------
-
-    def start(self, folder: Path | None = None) -> None:
-        """Begin a run: empty the window, and load the totals of the checkpoint `folder`, if any."""
-        self.guard.restart()
-        self._train.table.reset()
-        self._train.step, self.totals = None, RunTotals(self.schema)
-        if folder is not None:
-            self.resume(folder)
-
-    def save(self, folder: Path, *, is_writer: bool) -> None:
-        """Write `totals_now()` into the folder of a checkpoint, by the rank with `is_writer`."""
-        with self.guard.guarded():
-            totals = self.totals_now()
-            if totals is not None and is_writer:
-                totals.save(folder / TOTALS_FILE)
-
-    def totals_now(self) -> RunTotals | None:
-        """The totals of all ranks, with the open window; None if metrics ended. A collective."""
-        with self.guard.guarded():  # without the open step, which may be taken again
-            if not self.guard.off:
-                table = self._train.table
-                names, sums, *_ = sum_over_ranks(table, self._agreement, self.ranks, self.guard)
-                return self.totals.copy().add(names, sums)
-        return None
-
-    def resume(self, folder: Path) -> None:
-        """Go on from the totals of a checkpoint. If it has none, warn and start at zero."""
-        path = totals_path(folder)
-        if path is None:
-            self.warn_once(
-                f"{folder} has no {TOTALS_FILE}: it was written without channel metrics, so "
-                f"{' and '.join(self.schema.run_metrics)} count from here."
-            )
-            return
-        self.totals = RunTotals(self.schema)
-        try:
-            self.totals.load(path)
-        except ChannelMetricsError as error:  # the counts from here on are right
-            if self.guard.raises:
-                raise
-            self.warn_once(f"{error} Until then, they start at zero.")
-
-    def state_dict(self) -> dict[str, Any]:
-        """The totals and the open window of this rank, for a checkpoint of your own."""
-        self._end_step(self._train)
-        return {"totals": self.totals.state_dict(), "train": self._train.table.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`; a damaged one changes nothing and raises
-        `ChannelMetricsError`. Without `train`, the window is empty."""
-        if not isinstance(state, Mapping) or "totals" not in state:
-            raise ChannelMetricsError("the state must be a mapping with `totals`; it is damaged.")
-        totals = RunTotals(self.schema).load_state_dict(state["totals"])
-        self._train.table.load_state_dict(state.get("train") or self._new_table().state_dict())
-        self._train.step, self.totals = None, totals
-
     # ---- behind the scenes -----------------------------------------------------------------
 
     def _summed(
@@ -284,16 +244,33 @@ class ChannelMetrics(Counting):
         """The window of all ranks; a window without values if the metrics have ended."""
         if not self.guard.off:
             with self.guard.guarded():
-                found = sum_over_ranks(table, self._agreement, self.ranks, self.guard)
-                totals = self.totals if split == "train" and final else None
-                if totals is not None:
-                    totals.add(found.names, found.sums)
-                return self._maker.make(
-                    found, split=split, step=step, prefix=prefix, totals=totals, final=final
+                found = sum_over_ranks(
+                    table, self._agreement, self.ranks, self.guard, self._riders()
                 )
+                if split == "train" and final:
+                    self.totals.add(found.names, found.sums)
+                window = self._maker.make(
+                    found, split=split, step=step, prefix=prefix, totals=self.totals, final=final
+                )
+                return self._with_more(window) if final else window
         return Window(split=split, step=step, prefix=prefix, final=final)
+
+    def _riders(self) -> tuple[float, ...]:
+        """The clock of the first rank, if something reads it."""
+        return (time() if self.ranks.rank == 0 else 0.0,) if self._adding else ()
+
+    def _with_more(self, window: Window) -> Window:
+        """The window with the values that observers add to its log."""
+        for add in self._adding:
+            taken = self.keys.reserved | self.keys.clashes | window.logs.keys()
+            more = add(window)
+            for key in sorted(taken.intersection(more)):
+                self.warn_once(f"{key!r} is the key of another value, so this one is left out.")
+            new = {key: value for key, value in more.items() if key not in taken}
+            window = replace(window, logs={**window.logs, **new})
+        return window
 
     def _tell(self, window: Window) -> None:
         # A trainer may log twice at one step: a window that holds nothing.
-        if self.measuring and window.table.any():
+        if self.measuring and window.has_counts:
             tell(window, self.on_window, self.warn_once)

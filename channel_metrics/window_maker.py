@@ -25,6 +25,7 @@ __all__ = ["WindowMaker"]
 _MEANS = ("loss", "weighted_loss", "token_acc")
 
 Values = dict[str, dict[str, float]]
+Totals = dict[str, dict[str, int]]
 
 
 class WindowMaker:
@@ -53,7 +54,7 @@ class WindowMaker:
         split: str,
         step: int,
         prefix: str,
-        totals: RunTotals | None,
+        totals: RunTotals,
         final: bool,
     ) -> Window:
         """The window of these sums.
@@ -61,10 +62,12 @@ class WindowMaker:
         Args:
             found: the sums of all ranks.
             split, step, prefix, final: as in `Window`.
-            totals: those of the run, this window included. None for evaluations and open windows.
+            totals: those of the run, up to the last closed train window.
         """
         rows = self.book.project(found.names, found.sums)
-        names, sums, num_channels = self._at_most_top(rows, totals)
+        so_far = totals.by_row(self.book.rows)
+        adds_up = split == "train" and final
+        names, sums, num_channels = self._at_most_top(rows, so_far if adds_up else None)
         values = values_by_channel(self.schema, names, sums, self._metrics, num_channels)
         of_axes = {name: values.pop(name) for name in names[num_channels:] if name in values}
         if set(values) - {UNLABELED}:
@@ -75,8 +78,8 @@ class WindowMaker:
             self._drop_counts(values, of_axes)
         if split != "train":
             self._choose(values, names[:num_channels])
-        elif totals is not None:
-            self._add_totals(totals, values, of_axes)
+        elif final:
+            self._add_totals(so_far, values, of_axes)
         self._drop_of_sequences(of_axes)
         means = self._means_of_groups({**values, **of_axes})
         of_axes |= means
@@ -100,7 +103,9 @@ class WindowMaker:
             final=final,
             names=rows.names,
             columns=self.schema.column_names,
-            table=rows.sums,
+            table=tuple(map(tuple, rows.sums.tolist())),
+            totals=so_far,
+            time=found.riders[0] if found.riders else 0.0,
         )
 
     def _losses(self, rows: Projected, split: str) -> dict[str, float]:
@@ -156,8 +161,8 @@ class WindowMaker:
         for wrong in self._unknown_eval_channels(rows):
             raise ConfigError(wrong)
 
-    def _at_most_top(self, rows: Projected, totals: RunTotals | None) -> Projected:
-        """The rows that `top` allows, and `others`."""
+    def _at_most_top(self, rows: Projected, totals: Totals | None) -> Projected:
+        """The rows that `top` allows, and `others`; without totals, those of this window."""
         top = self.config.top
         if not top or len(rows.names) <= top:
             return rows
@@ -166,7 +171,7 @@ class WindowMaker:
             counts = dict(zip(rows.names, counted.tolist(), strict=True))
         else:
             count = f"{self.schema.count}_total"
-            counts = {row: t[count] for row, t in totals.by_row(self.book.rows).items()}
+            counts = {row: of_row[count] for row, of_row in totals.items()}
         kept = self.book.top(rows, counts, top)
         left = sorted({*rows.names} - {*kept.names})
         if left:
@@ -210,13 +215,12 @@ class WindowMaker:
                 for name in self._of_sequences & of_row.keys():
                     del of_row[name]
 
-    def _add_totals(self, totals: RunTotals, *groups: Values) -> None:
+    def _add_totals(self, totals: Totals, *groups: Values) -> None:
         chosen = [name for name in self.schema.run_metrics if name in self.config.metrics]
-        of_rows = totals.by_row(self.book.rows) if chosen else {}
         for values in groups if chosen else ():
             for row, of_row in values.items():
                 # The members of `others` change, so it has no totals.
-                of_row.update({name: of_rows[row][name] for name in chosen if row in of_rows})
+                of_row.update({name: totals[row][name] for name in chosen if row in totals})
 
     def _choose(self, values: Values, names: Sequence[str]) -> None:
         """Keep the channels that evaluation logs."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import Any, ClassVar, NoReturn
 
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.table import SumTable
@@ -17,7 +14,12 @@ __all__ = ["Evaluation", "OpenWindow", "Window", "tell"]
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """What was counted between two log points, over all ranks; the same on each of them."""
+    """What was counted between two log points, over all ranks; the same on each of them.
+
+    Nothing in it can be changed. `dataclasses.replace` makes another one."""
+
+    version: ClassVar[int] = 1
+    """The version of this form. Within a version, fields are only added."""
 
     split: str
     """`train`, or the name of the evaluation set."""
@@ -50,15 +52,53 @@ class Window:
     columns: tuple[str, ...] = ()
     """The columns of `table`."""
 
-    table: Tensor = field(default_factory=lambda: torch.zeros(1, 0, device="cpu"), repr=False)
-    """Sums, float64 [len(names) + 1, len(columns)] on the host; `unlabeled` comes first."""
+    table: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
+    """Sums, one row for `unlabeled` and then one per name, with one value per column."""
+
+    totals: dict[str, dict[str, int]] = field(default_factory=dict, repr=False)
+    """{channel, or label of an axis: {"tokens_total": ..., "samples_total": ...}}: the counts of
+    training since the run began, this window included."""
+
+    time: float = 0.0
+    """The clock of the first rank when the window was closed, in seconds since 1970.
+
+    0 unless a setting needs it (`budget`, `stop_at`)."""
+
+    def __post_init__(self) -> None:
+        for name in ("values", "axes", "logs", "totals"):
+            object.__setattr__(self, name, _frozen(getattr(self, name)))
+
+    @property
+    def has_counts(self) -> bool:
+        """Whether anything was counted."""
+        return any(map(any, self.table))
 
     def sums(self, channel: str) -> dict[str, float]:
         """{column: sum} of one channel; zeros for a channel that is not in the window."""
-        if channel != UNLABELED and channel not in self.names:
+        if not self.table or channel not in (UNLABELED, *self.names):
             return dict.fromkeys(self.columns, 0.0)
         row = 0 if channel == UNLABELED else self.names.index(channel) + 1
-        return dict(zip(self.columns, self.table[row].tolist(), strict=True))
+        return dict(zip(self.columns, self.table[row], strict=True))
+
+
+class _Frozen(dict[Any, Any]):
+    """A dict that cannot be changed. JSON and pickle take it for a dict."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("a window cannot be changed; copy what you want to change.")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> Any:
+        return _Frozen, (dict(self),)
+
+
+def _frozen(values: Any) -> Any:
+    """Mappings in mappings, frozen; a window of a window is frozen already."""
+    if isinstance(values, _Frozen) or not isinstance(values, Mapping):
+        return values
+    return _Frozen({key: _frozen(value) for key, value in values.items()})
 
 
 class OpenWindow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def new(
     *channels: str, metrics: tuple[str, ...] = LOSS_AND_TOKENS, **options: Any
 ) -> ChannelMetrics:
     """Settings of the config, and arguments of the session; `on_window` is its own."""
-    settings = {*MetricsConfig.__annotations__} - {"on_window"}
+    settings = {one.name for one in fields(MetricsConfig)} - {"on_window"}
     given = {key: options.pop(key) for key in list(options) if key in settings}
     return ChannelMetrics(MetricsConfig(channels=channels, metrics=metrics, **given), **options)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError
 from pathlib import Path
+from typing import Any
 
 import pytest
 from paths import ROOT
@@ -40,6 +44,41 @@ def test_a_function_gets_each_closed_window() -> None:
         metrics.close(step)
     own = sys.modules["test_on_window"]
     assert own.SEEN == [3, 4] and own.shows.calls == 1
+
+
+def test_nothing_in_a_window_can_be_changed() -> None:
+    metrics = ChannelMetrics(MetricsConfig(metrics=("loss",), axes={"kind": {"a": "x"}}))
+    metrics.count(batch(("a", 2, 1.0)))
+    window = metrics.close(1)
+    assert window.totals["a"] == {"tokens_total": 2, "samples_total": 1}
+    kind = window.axes["kind"]["x"]
+    mappings: tuple[Any, ...] = (window.values["a"], window.values, window.axes, kind)
+    for mapping in (*mappings, window.logs):
+        with pytest.raises(TypeError, match="cannot be changed; copy"):
+            mapping.update(b=1)
+        with pytest.raises(TypeError, match="cannot be changed"):
+            mapping["b"] = {}
+        with pytest.raises(TypeError, match="cannot be changed"):
+            mapping |= {}
+    with pytest.raises(TypeError, match="cannot be changed"):
+        window.totals["a"]["tokens_total"] = 0
+    with pytest.raises(FrozenInstanceError):
+        window.step = 2  # type: ignore[misc]
+    assert isinstance(window.table, tuple) and {*map(type, window.table)} == {tuple}
+    again = pickle.loads(pickle.dumps(window))
+    assert again == window and json.loads(json.dumps(window.logs)) == window.logs
+    with pytest.raises(TypeError, match="cannot be changed"):
+        again.logs.clear()
+
+
+def test_tokens_so_far_in_each_window() -> None:
+    metrics = ChannelMetrics(MetricsConfig())
+    for step in (1, 2):
+        metrics.count(batch(("a", 3, 1.0)))
+        assert metrics.close(step).totals["a"]["tokens_total"] == 3 * step
+    with metrics.evaluation("eval", 2) as found:
+        metrics.count(batch(("a", 9, 1.0)))
+    assert found.window is not None and found.window.totals["a"]["tokens_total"] == 6
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,11 @@ import torch
 from paths import ROOT
 from rank_cases import TORCH, Case, RanksOf, case
 from session_tools import batch, new
+from typer.testing import CliRunner
 
 from channel_metrics import ConfigError, MetricsConfig
 from channel_metrics.analysis.run import load_run
+from channel_metrics.cli.main import app
 from channel_metrics.core.schema import Column, Metric, Schema
 from channel_metrics.session import ChannelMetrics
 
@@ -66,6 +71,45 @@ def test_a_half_line_is_dropped_at_the_next_start(tmp_path: Path, size: int) -> 
     path.write_bytes(b"x" * size)
     run(path, range(1, 2))
     assert [line["step"] for line in lines(path)] == [1]
+
+
+def test_kill_9_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "windows.jsonl"
+    script = f"import test_stream; test_stream.die_in_line(3, {str(path)!r})"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    left = path.read_bytes()
+    assert left.count(b"\n") == 2 and not left.endswith(b"\n")
+    run(path, range(3, 5))
+    assert [line["step"] for line in lines(path)] == [1, 2, 3, 4]
+
+
+def die_in_line(number: int, path: str) -> None:
+    """In a process of its own: half of a line reaches the disk."""
+    write, calls = os.write, iter(range(1, 100))
+
+    def half(file: int, text: Any) -> int:
+        if next(calls) == number:
+            write(file, text[: len(text) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(file, text)
+
+    os.write = half
+    run(Path(path), range(1, 9))
+
+
+def test_report_and_watch_read_it_first(tmp_path: Path) -> None:
+    run(tmp_path / "windows.jsonl", range(1, 6))
+    (tmp_path / "logging.jsonl").write_text('{"step": 1, "other_loss": 9.0}\n')
+    cli = CliRunner()
+    watched = cli.invoke(app, ["watch", str(tmp_path), "--once"])
+    assert "windows.jsonl" in watched.output and "bbu" in watched.output, watched.output
+    page = tmp_path / "page.html"
+    made = cli.invoke(app, ["report", str(tmp_path), "--output", str(page)])
+    assert made.exit_code == 0, made.output
+    text = page.read_text()
+    assert "windows.jsonl" in text and "bbu" in text
+    assert "other" not in watched.output and "other_loss" not in text
 
 
 def test_other_units_and_few_columns(tmp_path: Path) -> None:

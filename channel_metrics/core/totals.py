@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,15 @@ class RunTotals:
 
     Args:
         schema: its columns with `total` are kept.
+
+    Attributes:
+        notes: plain values that observers keep across a resume, by name.
     """
 
     def __init__(self, schema: Schema = TOKENS) -> None:
         self.schema = schema
         self._totals: dict[str, dict[str, int]] = {}
+        self.notes: dict[str, Any] = {}
 
     def of(self, channel: str) -> dict[str, int]:
         """{"tokens_total": ..., "samples_total": ...} of one channel; zeros for an unknown one."""
@@ -79,11 +84,14 @@ class RunTotals:
         """An independent copy."""
         copy = RunTotals(self.schema)
         copy._totals = {name: dict(totals) for name, totals in self._totals.items()}
+        copy.notes = deepcopy(self.notes)
         return copy
 
     def state_dict(self) -> dict[str, Any]:
         """The totals as plain values that JSON can hold."""
-        return {"version": _VERSION, "channels": {name: self.of(name) for name in self._totals}}
+        channels = {name: self.of(name) for name in self._totals}
+        notes = {"notes": deepcopy(self.notes)} if self.notes else {}
+        return {"version": _VERSION, "channels": channels, **notes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> RunTotals:
         """Replace the totals by those of `state_dict()`.
@@ -102,6 +110,8 @@ class RunTotals:
         self._totals = {
             str(name): _checked(str(name), totals) for name, totals in state["channels"].items()
         }
+        notes = state.get("notes")
+        self.notes = deepcopy(notes) if isinstance(notes, dict) else {}
         return self
 
     def save(self, path: Path) -> None:

@@ -13,7 +13,7 @@ from channel_metrics.core.labels import channels_of, field_columns, field_roots
 from channel_metrics.core.names import fields_of_channel, look_up, split_field, split_name
 from channel_metrics.errors import ChannelError
 
-__all__ = ["class_names", "count_channels", "scan_channels"]
+__all__ = ["class_names", "count_channels", "label_records", "scan_channels"]
 
 logger = logging.getLogger("channel_metrics")
 
@@ -85,7 +85,7 @@ def count_channels(dataset: Any, fields: Sequence[str]) -> Counter[str | None] |
     if not hasattr(dataset, "__len__"):
         return None
     counts: Counter[str | None] = Counter()
-    for record in _records(dataset, fields):
+    for record in label_records(dataset, fields):
         counts.update(channels_of(record, fields, classes))
     return counts
 
@@ -107,7 +107,8 @@ def class_names(dataset: Any, fields: Sequence[str]) -> dict[str, tuple[str, ...
     return found
 
 
-def _records(dataset: Any, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+def label_records(dataset: Any, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The records of a `datasets.Dataset`, with only the columns that may hold `fields`."""
     roots = [root for root in field_roots(fields) if root in dataset.column_names]
     columns = field_columns(fields) - {*roots}
     roots += [column for column in dataset.column_names if column in columns]

@@ -1,28 +1,57 @@
-"""The observers that the config names: functions by import path, and the stream."""
+"""The observers that the config names: functions by import path, the stream, budgets, stops."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from channel_metrics.acting import Budget, StopWhen
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ConfigError
-from channel_metrics.observers.stream import Session, WindowStream
+from channel_metrics.observers import budget, early_stopping, stream
+from channel_metrics.observers.budget import BudgetValues, StopAt, goals_of
+from channel_metrics.observers.early_stopping import EarlyStopping
+from channel_metrics.observers.stream import WindowStream
 from channel_metrics.windows import Window
 
-__all__ = ["hook", "observers_of"]
+__all__ = ["Session", "adding_of", "hook", "observers_of"]
+
+
+class Session(stream.Session, budget.Session, early_stopping.Session, Protocol):
+    """What the observers ask of a `ChannelMetrics`."""
+
+
+def adding_of(
+    config: MetricsConfig, session: Session
+) -> list[Callable[[Window], dict[str, float]]]:
+    """Make what adds values to the logs of windows.
+
+    Raises:
+        ConfigError: a setting does not fit what is counted.
+    """
+    if not config.budget and not config.stop_at:
+        return []
+    goals = goals_of(config.stop_at, session)
+    return [BudgetValues(Budget.of(config.budget), goals, session)]
 
 
 def observers_of(config: MetricsConfig, session: Session) -> list[Callable[[Window], Any]]:
-    """Import the functions of `on_window`, and open the stream.
+    """Import the functions of `on_window`, and make the other observers.
 
     Raises:
-        ConfigError: as `hook`.
+        ConfigError: as `hook` and `Goal`.
     """
     found = [hook(path) for path in config.on_window]
-    return [*found, WindowStream(Path(config.stream), session)] if config.stream else found
+    if config.stream:
+        found.append(WindowStream(Path(config.stream), session))
+    if config.stop_at:
+        found.append(StopAt(goals_of(config.stop_at, session), session))
+    stop_when = StopWhen.of(config.stop_when)
+    if stop_when is not None:
+        found.append(EarlyStopping(stop_when, session))
+    return found
 
 
 def hook(path: str) -> Callable[[Window], Any]:

@@ -18,7 +18,6 @@ from channel_metrics.windows import Window
 
 __all__ = ["Session", "WindowStream", "line_of"]
 
-_VERSION = 1
 _BLOCK = 4096
 
 
@@ -74,15 +73,13 @@ def line_of(window: Window, unit: str) -> dict[str, Any]:
     if whole is not None:
         values.setdefault(f"{window.prefix}loss", whole)
     return {
-        "channel_metrics": _VERSION,
+        "channel_metrics": Window.version,
         "step": window.step,
         "split": window.split,
         "unit": unit,
         **{key: value if math.isfinite(value) else None for key, value in values.items()},
         "columns": list(window.columns),
-        "sums": {
-            name: row for name, row in zip(names, window.table.tolist(), strict=True) if any(row)
-        },
+        "sums": {name: row for name, row in zip(names, window.table, strict=True) if any(row)},
     }
 
 

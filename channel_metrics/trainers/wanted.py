@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from channel_metrics.acting import StopWhen
 from channel_metrics.core.objectives import OBJECTIVES
-from channel_metrics.errors import ConfigError
+from channel_metrics.errors import ConfigError, hint
 from channel_metrics.session import ChannelMetrics
 
-__all__ = ["check_wanted"]
+__all__ = ["check_stop_when", "check_wanted"]
 
 
 def check_wanted(
@@ -50,6 +51,33 @@ def check_wanted(
     if refused and wanted not in logged:
         raise ConfigError(f"{setting} is {wanted!r}, but {refused}")
     return logged
+
+
+def check_stop_when(session: ChannelMetrics, sets: Mapping[str, set[str] | None]) -> None:
+    """Refuse a `stop_when` of the config that no window will have, as far as this is known.
+
+    Args:
+        session: the metrics.
+        sets: as for `check_wanted`, the training set among them.
+
+    Raises:
+        ConfigError: no window will have the value.
+    """
+    settings = StopWhen.of(session.config.stop_when)
+    if settings is None:
+        return
+    key, channel = settings.metric, settings.channel
+    if channel:
+        prefix = max((p for p in sets if key.startswith(p)), key=len)
+        key, names = session.keys.key(channel, key.removeprefix(prefix), prefix), sets[prefix]
+        if names is not None and channel not in names:
+            raise ConfigError(
+                f"stop_when names the channel {channel!r}, which no record of this set has; "
+                f"{hint(channel, sorted(names))}"
+            )
+    logged = check_wanted(session, key, sets, "stop_when")
+    if key not in logged and (not channel or channel in session.labels):
+        session.warn_once(f"stop_when waits for {key!r}, which nothing is known to log.")
 
 
 def _why_not(

@@ -52,7 +52,7 @@ class HFHarness(Forking):
     """What other trainers that are built on the Trainer do in another way, they override."""
 
     name = "hf"
-    can = frozenset({"ranks", "save", "fails"})
+    can = frozenset({"ranks", "save", "fails", "stops"})
     reserved = "eval"
 
     def nll(self, sequence: OneSequence) -> float:

@@ -27,8 +27,9 @@ class LightningHarness(Forking):
     """A step that is run again is one that the optimizer repeats; a skipped one returns None."""
 
     name = "lightning"
-    can = frozenset({"rerun", "skip", "ranks"})
+    can = frozenset({"rerun", "skip", "ranks", "stops"})
     reserved = "val"
+    eval_prefix = "val_"
 
     def train(self, script: Script, folder: Path, ran: Ran) -> None:
         if dist.is_initialized():

@@ -127,9 +127,9 @@ class Ran:
 class Harness(Protocol):
     """One trainer.
 
-    can: of "rerun", "skip", "peek", "ranks", "lies", "save", "fails"; and "pairs", where it counts
-    pairs and no tokens: a sequence of the script is one pair, and its `nll` the loss of that pair.
-    With "rewards" too, it logs a reward and no loss, and `nll` is the reward.
+    can: of "rerun", "skip", "peek", "ranks", "lies", "save", "fails", "stops"; and "pairs", where
+    it counts pairs and no tokens: a sequence of the script is one pair, and its `nll` the loss of
+    that pair. With "rewards" too, it logs a reward and no loss, and `nll` is the reward.
     """
 
     name: str
@@ -138,6 +138,8 @@ class Harness(Protocol):
     """The name of a channel whose key (`{channel}_{metric}`) is one of the trainer's own."""
     first: int
     """The position of the first supervised token of a sequence."""
+    eval_prefix: str = "eval_"
+    """How the trainer's keys of an evaluation begin."""
 
     def run(self, script: Script, folder: Path, ranks: int = 1) -> list[Ran]:
         """Run it; one `Ran` per rank. Errors come back in `Ran.error`."""

@@ -8,13 +8,13 @@ import pytest
 from lightning_tools import quiet
 from rank_cases import RanksOf
 
+from contract.acting_cases import CASES, NEEDS
 from contract.harness import Forking
 from contract.harness_hf import HFHarness
 from contract.harness_lightning import LightningHarness
 from contract.harness_loop import LoopHarness
 from contract.harness_trl import DPOHarness, KTOHarness, RewardHarness, SFTHarness
 from contract.harness_trl_grpo import GRPOHarness
-from contract.more_cases import CASES, NEEDS
 
 # trl 1.16 reads a property that transformers 5.23 has renamed.
 pytestmark = [

@@ -10,10 +10,10 @@ from megatron_bridge.launch import needs_megatron_bridge
 from rank_cases import RanksOf
 from swift_tools import needs_swift
 
+from contract.acting_cases import CASES, NEEDS
 from contract.harness_megatron import MegatronHarness
 from contract.harness_megatron_bridge import MegatronBridgeHarness
 from contract.harness_swift_megatron import SwiftMegatronHarness
-from contract.more_cases import CASES, NEEDS
 
 HARNESSES = {
     "megatron": MegatronHarness(),

@@ -9,6 +9,7 @@ import pytest
 from rank_cases import RanksOf
 from swift_tools import needs_swift
 
+from contract.acting_cases import CASES, NEEDS
 from contract.harness_swift import (
     SwiftCPOHarness,
     SwiftDPOHarness,
@@ -18,7 +19,6 @@ from contract.harness_swift import (
     SwiftORPOHarness,
     SwiftRewardHarness,
 )
-from contract.more_cases import CASES, NEEDS
 
 pytestmark = needs_swift
 

@@ -30,6 +30,7 @@ RUN_BY = {
     "docs/hf_trainer.md": "tests/project/test_docs_parts.py",
     "docs/probe.md": "tests/project/test_docs_parts.py",
     "docs/report.md": "tests/project/test_docs_parts.py",
+    "docs/acting.md": "tests/test_acting.py",
     "docs/stream.md": "tests/test_stream.py",
 }
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 from schema_tools import EASY, registered
 
+from channel_metrics import MetricsConfig
 from channel_metrics.core.percentiles import BINS
 from channel_metrics.core.schema import TOKENS
 from channel_metrics.data.yaml import load_metrics_config
@@ -63,6 +66,9 @@ def test_the_files_on_the_page_of_settings_are_valid(tmp_path: Path) -> None:
     settings = load_config(path)
     assert settings.metrics_of_run().eval_channels == ("bbu",)
     assert settings.probe is not None and list(settings.probe.sources) == ["canary"]
+    # Complete: `eval_domain` gives the channels of evaluations here.
+    given = set(yaml.safe_load(run)["metrics"]) | {"eval_channels"}
+    assert given == {field.name for field in dataclasses.fields(MetricsConfig)}
 
 
 def test_every_environment_variable_is_in_the_reference() -> None:

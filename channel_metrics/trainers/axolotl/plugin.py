@@ -7,7 +7,7 @@ from typing import Any
 
 import axolotl
 from axolotl.integrations.base import BasePlugin
-from axolotl.utils.data import sft
+from axolotl.utils.data import sft, wrappers
 from axolotl.utils.data import utils as data_utils
 from pydantic import BaseModel
 
@@ -15,8 +15,9 @@ from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
 from channel_metrics.data.yaml import mapping
 from channel_metrics.errors import ConfigError, UnsupportedVersionError
-from channel_metrics.trainers.axolotl.data import UniqueRows, label_of, with_channels
+from channel_metrics.trainers.axolotl.data import label_of, unique_rows
 from channel_metrics.trainers.hf import attach
+from channel_metrics.trainers.hf.columns import NAMES_COLUMN, KeepsNames, with_channel_column
 from channel_metrics.trainers.patching import announce, config_of_environment
 
 __all__ = ["ChannelMetricsArgs", "ChannelMetricsPlugin"]
@@ -24,7 +25,8 @@ __all__ = ["ChannelMetricsArgs", "ChannelMetricsPlugin"]
 _KEY = "axolotl"
 # The functions of Axolotl that are wrapped.
 _HOOKS = (
-    (sft, "_load_and_process_single_dataset"),
+    (sft, "get_dataset_wrapper"),
+    (wrappers, "wrap_dataset_for_tokenized_prompt"),
     (sft, "generate_dataset_hash_from_config"),
     (data_utils, "_deduplicate_dataset"),
 )
@@ -59,11 +61,10 @@ class ChannelMetricsPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl has no 
             self.config = MetricsConfig.from_mapping(mapping(given, "channel_metrics"))
         # A sweep registers the plugin once per run.
         swap.unwrap(_KEY)
-        bodies: tuple[Callable[..., Any], ...] = (self._load, self._hash, _unique)
+        bodies: tuple[Callable[..., Any], ...] = (self._name, _keep, self._hash, unique_rows)
         for (owner, name), body in zip(_HOOKS, bodies, strict=True):
             swap.wrap(owner, name, body, key=_KEY)
-        entries = list(sft.datasets_with_name_generator(cfg.get("datasets") or []))
-        names = sorted({label_of(entry, entries) for entry in entries})
+        names = sorted({label_of(entry, _entries(cfg)) for entry in _entries(cfg)})
         announce(f"channel metrics: the channels of `datasets:` are {', '.join(names)}")
 
     def on_config_validation_error(self, cfg: Any) -> None:
@@ -77,12 +78,14 @@ class ChannelMetricsPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl has no 
         # The next run of a sweep may be without the plugin.
         swap.unwrap(_KEY)
 
-    def _load(self, original: Callable[..., Any], **given: Any) -> Any:
-        """Load one entry of `datasets:` or `test_datasets:`. The rows have channels."""
+    def _name(self, original: Callable[..., Any], **given: Any) -> Any:
+        """Give the records of one entry their channels, before Axolotl makes rows of them."""
         entry, cfg = given["dataset_config"], given["cfg"]
-        listed = cfg.datasets if given["split"] == "train" else cfg.test_datasets
-        entries = list(sft.datasets_with_name_generator(listed))
-        return with_channels(original, given, label_of(entry, entries), self.config.label_fields)
+        listed = _entries(cfg)
+        name = label_of(entry, listed if entry in listed else _entries(cfg, "test_datasets"))
+        fields, dataset = self.config.label_fields, given["dataset"]
+        given["dataset"] = with_channel_column(dataset, fields, NAMES_COLUMN, name)
+        return original(**given)
 
     def _hash(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         """Keep prepared data with channels apart from those without."""
@@ -90,9 +93,14 @@ class ChannelMetricsPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl has no 
         return str(data_utils.md5(own))
 
 
-def _unique(original: Callable[..., Any], dataset: Any, *args: Any, **kwargs: Any) -> Any:
-    """Find duplicates without regard to the channel. The first of several is kept."""
-    return original(UniqueRows(dataset), *args, **kwargs)
+def _entries(cfg: Any, key: str = "datasets") -> list[Any]:
+    return list(sft.datasets_with_name_generator(cfg.get(key) or []))
+
+
+def _keep(original: Callable[..., Any], strategy: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let the rows of one strategy keep the channels of their records."""
+    strategy.tokenize_prompt = KeepsNames(strategy.tokenize_prompt, strategy.supports_batched)
+    return original(strategy, *args, **kwargs)
 
 
 def _check(cfg: Any) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 from channel_metrics.core.objectives import WEIGHTED
 from channel_metrics.errors import ConfigError
 from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers import wanted as wanted_keys
 from channel_metrics.trainers.wanted import check_wanted
 
-__all__ = ["check_best_metric", "declare_evaluations", "own_keys"]
+__all__ = ["check_best_metric", "check_stop_when", "declare_evaluations", "own_keys"]
 
 # What transformers logs of each evaluation, after its prefix.
 _OWN = ("loss", "runtime", "samples_per_second", "steps_per_second")
@@ -76,6 +77,13 @@ def check_best_metric(trainer: Any, session: ChannelMetrics) -> None:
             f"metric_for_best_model is {wanted!r}, which no evaluation logs; did you mean "
             f"{near[0]!r}?"
         )
+
+
+def check_stop_when(trainer: Any, session: ChannelMetrics) -> None:
+    """Refuse a `stop_when` that no window will have; raises `ConfigError`."""
+    if session.config.stop_when:
+        held = {p: trainer.channel_names(session, data) for p, data in _sets(trainer).items()}
+        wanted_keys.check_stop_when(session, {"": None, **held})
 
 
 def _sets(trainer: Any) -> dict[str, Any]:

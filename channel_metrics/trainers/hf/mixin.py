@@ -80,6 +80,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         # Loaders that are kept for persistent workers have the collator of an old session.
         vars(self).pop("_eval_dataloaders", None)
         session = self._new_session(config)
+        session.ends_run = True
         session.read_tokenizer(getattr(self, "processing_class", None))
         self.channel_metrics, self.channel_scratch = session, self._new_scratch(session)
         self.pop_callback(LiveTable)

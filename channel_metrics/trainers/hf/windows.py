@@ -14,6 +14,7 @@ from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.callbacks import tell_callbacks
 from channel_metrics.trainers.hf.eval_keys import (
     check_best_metric,
+    check_stop_when,
     declare_evaluations,
     own_keys,
 )
@@ -38,6 +39,7 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
                 declare_evaluations(self, session)
                 self._check_eval_channels(session)
                 check_best_metric(self, session)
+                check_stop_when(self, session)
         return loop(*args, **kwargs)
 
     def _start(self, session: ChannelMetrics, checkpoint: Path | None) -> None:
@@ -143,6 +145,8 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
             if folder is not None:
                 session.resume(folder)  # warns that the totals start at zero
             session.write(window, logs)
+        if session.stop_reason:
+            self.control.should_training_stop = True
         return set(logs) - before
 
     def hyperparameter_search(

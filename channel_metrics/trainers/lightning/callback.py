@@ -62,6 +62,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
         on_window: Iterable[Callable[[Window], Any]] = (),
     ) -> None:
         self.metrics = ChannelMetrics(config, reserved=_RESERVED_KEYS, on_window=on_window)
+        self.metrics.ends_run = True
         self._model = model
         self._steps: StepCounter
         self._known: Known
@@ -141,6 +142,12 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
         values = self._values(trainer, self.metrics.close(trainer.global_step))
         trainer.callback_metrics.update(values)
         trainer._logger_connector.log_metrics(values, step=step)
+        self._stop(trainer)
+
+    def _stop(self, trainer: Any) -> None:
+        """End the run if an observer asked for it, on all ranks alike."""
+        if self.metrics.stop_reason:
+            trainer.should_stop = True
 
     def _values(self, trainer: Any, window: Window) -> dict[str, Tensor]:
         """The values that are logged. A key that the module logs itself is left to it."""
@@ -170,6 +177,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
                 closed.append(found.window)
         for window in closed:
             self._log_evaluation(trainer, window)
+        self._stop(trainer)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0

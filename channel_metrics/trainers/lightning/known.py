@@ -13,7 +13,7 @@ from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.data.scan import class_names, count_channels
 from channel_metrics.errors import ChannelError, ConfigError
 from channel_metrics.session import ChannelMetrics
-from channel_metrics.trainers.wanted import check_wanted
+from channel_metrics.trainers.wanted import check_stop_when, check_wanted
 
 __all__ = ["Known"]
 
@@ -86,6 +86,7 @@ class Known:
                 check_wanted(session, wanted, {"": of_train, **sets}, setting)
             except ConfigError as error:
                 session.warn_once(f"{error} (Ignore this if the module itself logs the key.)")
+        check_stop_when(session, {"": of_train, **sets})
 
 
 def _monitored(trainer: Any) -> Iterator[tuple[str, str]]:

@@ -1,78 +1,38 @@
-"""The dataset column `channel`, which LLaMA-Factory's preprocessing would drop.
+"""The channels of the rows that LLaMA-Factory makes.
 
-A converter adds it to each record. A processor then makes rows of records: it may drop records,
-pack them in another order, or cut them. So the first tokens of each record know its channel while
-the rows are made (Python's lists keep the objects), and the channels are read from the rows.
-
-A row of one sequence has a name. A row of several has a list of names, and the column
-`channel_lengths`.
+Its processors may drop records, pack them in another order, or cut them. So the number of a record
+stands in the upper bits of its token ids while the rows are made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import llamafactory
-from llamafactory.data.processor import (
-    PackedSupervisedDatasetProcessor,
-    PretrainDatasetProcessor,
-)
+from llamafactory.data.processor import PackedSupervisedDatasetProcessor, PretrainDatasetProcessor
 
 from channel_metrics import swap
-from channel_metrics.core.labels import channel_of
 from channel_metrics.errors import UnsupportedVersionError
+from channel_metrics.trainers.hf.columns import LENGTHS_COLUMN, NAMES_COLUMN
 
-__all__ = ["CHANNEL", "LENGTHS", "ChannelProcessor", "converted"]
+__all__ = ["NumberedRecords"]
 
-CHANNEL, LENGTHS = "channel", "channel_lengths"
+_BITS = 32
+_PACKING = (PackedSupervisedDatasetProcessor, PretrainDatasetProcessor)
 
 # {column: one list per record, or per row}
 Columns = MutableMapping[str, list[Any]]
 
 
-def converted(
-    convert: Callable[[Any], dict[str, Any]],
-    name: str,
-    fields: Sequence[str],
-    classes: Mapping[str, Sequence[str]],
-    example: Any,
-) -> dict[str, Any]:
-    """Convert one record, and add its channel.
-
-    Args:
-        convert: LLaMA-Factory's converter.
-        name: of the dataset. It is the channel of records that have none of `fields`.
-        fields, classes: see `channel_metrics.core.labels.channel_of`.
-        example: the record.
-    """
-    return {**convert(example), CHANNEL: channel_of(example, fields, classes, name)}
-
-
-@dataclass(frozen=True, eq=False)
-class _Record:
-    channel: str
-
-
-class _Token(int):
-    """A token id that knows its record, and its place in it."""
-
-    record: _Record
-    place: int
-
-
-def _mark(ids: list[int], channel: str) -> None:
-    """Let the first two tokens know a record. LLaMA-Factory may overwrite the first of a row."""
-    record = _Record(channel)
-    for place, token in enumerate(ids[:2]):
-        ids[place] = marked = _Token(token)
-        marked.record, marked.place = record, place
-
-
 @dataclass
-class ChannelProcessor:
-    """A dataset processor of LLaMA-Factory whose rows keep the channels of their records."""
+class NumberedRecords:
+    """A dataset processor of LLaMA-Factory whose rows keep the channels of their records.
+
+    A row of one record has a name. One of several has a list of names, and their lengths.
+    """
 
     inner: Any
 
@@ -82,68 +42,56 @@ class ChannelProcessor:
     def preprocess_dataset(self, examples: Mapping[str, list[Any]]) -> Columns:
         """Make rows of records, and add our columns."""
         records = {key: examples[key] for key in examples}
-        cut = isinstance(self.inner, PretrainDatasetProcessor)
-        owner, name, body = self._marking_texts(records) if cut else self._marking(records)
-        with swap.wrapped(owner, name, body):
+        with swap.wrapped(*self._numbering(records)):
             made: Columns = self.inner.preprocess_dataset(records)
         if not made:
             return made
+        names = [None, *records[NAMES_COLUMN]]
         rows = made["input_ids" if "input_ids" in made else "chosen_input_ids"]
-        parts = self._parts(rows, cut=cut)
-        if cut or isinstance(self.inner, PackedSupervisedDatasetProcessor):
-            made[CHANNEL] = [[record.channel for record, _ in part] for part in parts]
-            made[LENGTHS] = [[length for _, length in part] for part in parts]
+        parts = [self._parts(row) for row in rows]
+        for row in rows:
+            row[:] = [token & ((1 << _BITS) - 1) for token in row]
+        made[NAMES_COLUMN] = [[names[number] for number, _ in row] for row in parts]
+        if isinstance(self.inner, _PACKING):
+            made[LENGTHS_COLUMN] = [[length for _, length in row] for row in parts]
         else:
-            made[CHANNEL] = [part[0][0].channel if part else None for part in parts]
+            made[NAMES_COLUMN] = [row[0] if row else None for row in made[NAMES_COLUMN]]
         return made
 
-    def _marking(self, records: Columns) -> tuple[Any, str, Any]:
-        # LLaMA-Factory encodes each record that it keeps, and passes its own list of messages on.
-        names = dict(zip(map(id, records["_prompt"]), records[CHANNEL], strict=True))
+    def _numbering(self, records: Columns) -> tuple[Any, str, Any]:
+        """The function that encodes records, and what to run in its place."""
+        # LLaMA-Factory passes its own list of messages on.
+        numbers = {id(prompt): number for number, prompt in enumerate(records["_prompt"], 1)}
 
         def encode(original: Any, *args: Any, prompt: Any, **kwargs: Any) -> Any:
-            encoded = original(*args, prompt=prompt, **kwargs)
-            _mark(encoded[0], names[id(prompt)])
-            return encoded
+            ids, *others = original(*args, prompt=prompt, **kwargs)
+            return [_numbered(ids, numbers[id(prompt)]), *others]
 
-        return self.inner, "_encode_data_example", encode
-
-    def _marking_texts(self, records: Columns) -> tuple[Any, str, Any]:
         def tokenize(original: Any, *args: Any, **kwargs: Any) -> Any:
             encoded = original(*args, **kwargs)
-            for ids, channel in zip(encoded["input_ids"], records[CHANNEL], strict=True):
-                _mark(ids, channel)
+            of_texts = enumerate(encoded["input_ids"], 1)
+            encoded["input_ids"] = [_numbered(ids, number) for number, ids in of_texts]
             return encoded
 
-        return type(self.inner.tokenizer), "__call__", tokenize
+        if isinstance(self.inner, PretrainDatasetProcessor):
+            return type(self.inner.tokenizer), "__call__", tokenize
+        return self.inner, "_encode_data_example", encode
 
-    def _parts(self, rows: list[list[int]], *, cut: bool) -> list[list[tuple[_Record, int]]]:
-        """For each row, its records and how many tokens of each it has; padding is at the end.
-
-        cut: whether a row may begin with the rest of the last record of the row before.
-        """
-        found: list[list[tuple[_Record, int]]] = []
-        record: _Record | None = None
-        for row in rows:
-            starts: list[tuple[_Record, int]] = [(record, 0)] if cut and record else []
-            for place, token in enumerate(row):
-                if isinstance(token, _Token):
-                    row[place] = int(token)
-                    if token.record is not record:
-                        record = token.record
-                        start = place - token.place
-                        starts = [*starts, (record, start)] if start else [(record, 0)]
-            self._check(bool(starts) or not row)
-            ends = [*(place for _, place in starts[1:]), len(row)]
-            found.append(
-                [(of, end - place) for (of, place), end in zip(starts, ends, strict=False)]
-            )
-        return found
-
-    def _check(self, known: bool) -> None:
-        if not known:
+    def _parts(self, row: list[int]) -> list[tuple[int, int]]:
+        """The number of each record in a row, and how many tokens of it the row has."""
+        numbers = [token >> _BITS for token in row]
+        while numbers and not numbers[-1]:
+            numbers.pop()  # padding
+        if len(numbers) > 1 and not numbers[0]:
+            numbers[0] = numbers[1]  # overwritten: it begins the text
+        if 0 in numbers or (row and not numbers):
             raise UnsupportedVersionError(
                 f"the rows of LLaMA-Factory's {type(self.inner).__name__} cannot be matched with "
                 f"their records: llamafactory {llamafactory.__version__} makes them in another way "
                 "than 0.9.5; use 0.9.5, or leave the patch out."
             )
+        return [(number, len(list(group))) for number, group in groupby(numbers)]
+
+
+def _numbered(ids: list[int], number: int) -> list[int]:
+    return [token | number << _BITS for token in ids]

@@ -7,41 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
-from channel_metrics.config import MetricsConfig
 from channel_metrics.core.schema import Schema
-from channel_metrics.data.collator import ChannelCollator
-from channel_metrics.errors import ConfigError, UnsupportedVersionError
+from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
-from channel_metrics.trainers.llamafactory.collator import RowsCollator
-from channel_metrics.trainers.llamafactory.data import CHANNEL
+from channel_metrics.trainers.hf.rows import NamesMixin, RowsMixin
 from channel_metrics.trainers.trl.kto import KTORecordsMixin
 from channel_metrics.trainers.trl.records import BatchRecordsMixin, Call
 from channel_metrics.trainers.trl.samples import pair_schema, pair_values
 
-__all__ = ["LlamaFactoryDPOMixin", "LlamaFactoryKTOMixin", "LlamaFactoryMixin", "mixin_for"]
+__all__ = ["LlamaFactoryDPOMixin", "LlamaFactoryKTOMixin", "mixin_for"]
 
 
-class _OneFieldMixin(ChannelMetricsMixin):
-    """The patch has put all channels into the column `channel`."""
-
-    def start_channel_metrics(self, config: MetricsConfig) -> None:
-        super().start_channel_metrics(config.reading(CHANNEL))
-
-
-class LlamaFactoryMixin(_OneFieldMixin):
-    """For stages sft and pt."""
-
-    def _collator_kind(self, dataset: Any, description: str, known: bool) -> type[ChannelCollator]:
-        if super()._collator_kind(dataset, description, known) is not ChannelCollator:
-            raise ConfigError(
-                "one process sends its batches to the others (dispatch_batches), or rows are cut "
-                "along the sequence, but channel metrics need whole rows in LLaMA-Factory; set "
-                "accelerator_config: {dispatch_batches: false}, or leave the patch out."
-            )
-        return RowsCollator
-
-
-class LlamaFactoryDPOMixin(_OneFieldMixin, BatchRecordsMixin):
+class LlamaFactoryDPOMixin(NamesMixin, BatchRecordsMixin):
     """For stage dpo (orpo and simpo too): LLaMA-Factory's own loss and rewards of each pair."""
 
     channel_loss = "compute_preference_loss"
@@ -54,7 +31,7 @@ class LlamaFactoryDPOMixin(_OneFieldMixin, BatchRecordsMixin):
         return pair_values(chosen, rejected, losses)
 
 
-class LlamaFactoryKTOMixin(_OneFieldMixin, KTORecordsMixin):
+class LlamaFactoryKTOMixin(NamesMixin, KTORecordsMixin):
     """For stage kto."""
 
     channel_label_key = "kto_tags"
@@ -66,8 +43,8 @@ class LlamaFactoryKTOMixin(_OneFieldMixin, KTORecordsMixin):
 
 
 _MIXINS: dict[str, type[ChannelMetricsMixin]] = {
-    "CustomSeq2SeqTrainer": LlamaFactoryMixin,
-    "CustomTrainer": LlamaFactoryMixin,
+    "CustomSeq2SeqTrainer": RowsMixin,
+    "CustomTrainer": RowsMixin,
     "CustomDPOTrainer": LlamaFactoryDPOMixin,
     "CustomKTOTrainer": LlamaFactoryKTOMixin,
 }

@@ -1,16 +1,15 @@
 """Gives LLaMA-Factory's trainers channel metrics.
 
 The patch of transformers' Trainer attaches the metrics to every trainer. Here, LLaMA-Factory's data
-loader is patched so that datasets keep the column `channel`:
+loader is patched so that rows keep the channels of their records:
 - `get_dataset_list` remembers the name of each dataset;
-- `align_dataset` reads the channel of each record: one of the `fields` of the config, or that name;
+- `align_dataset` adds the channel of each record: one of the `fields` of the config, or that name;
 - `_get_dataset_processor` makes processors whose rows keep the channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import llamafactory
@@ -18,10 +17,10 @@ from llamafactory.data import converter, loader
 
 from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
-from channel_metrics.data.scan import class_names
 from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.trainers.hf import patch as hf_patch
-from channel_metrics.trainers.llamafactory.data import ChannelProcessor, converted
+from channel_metrics.trainers.hf.columns import NAMES_COLUMN, KeepsNames, with_channel_column
+from channel_metrics.trainers.llamafactory.data import NumberedRecords
 from channel_metrics.trainers.patching import announce, config_of_environment
 
 __all__ = ["apply", "is_applied", "revert"]
@@ -77,17 +76,17 @@ def _name(original: Callable[..., Any], names: list[str] | None, *args: Any, **k
 
 def _aligning(config: MetricsConfig) -> Callable[..., Any]:
     def align(original: Callable[..., Any], dataset: Any, attributes: Any, *args: Any) -> Any:
-        fields = config.label_fields
-        classes = class_names(dataset, fields)
-
-        def named(make: Callable[..., Any], *given: Any) -> Callable[[Any], Any]:
-            return partial(converted, make(*given), attributes.channel, fields, classes)
-
-        with swap.wrapped(converter, "get_dataset_converter", named):
+        name = attributes.channel
+        dataset = with_channel_column(dataset, config.label_fields, NAMES_COLUMN, name)
+        with swap.wrapped(converter, "get_dataset_converter", _keeping):
             return original(dataset, attributes, *args)
 
     return align
 
 
-def _process(original: Callable[..., Any], *args: Any, **kwargs: Any) -> ChannelProcessor:
-    return ChannelProcessor(original(*args, **kwargs))
+def _keeping(original: Callable[..., Any], *args: Any) -> KeepsNames:
+    return KeepsNames(original(*args))
+
+
+def _process(original: Callable[..., Any], *args: Any, **kwargs: Any) -> NumberedRecords:
+    return NumberedRecords(original(*args, **kwargs))

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from channel_metrics.trainers.hf import attach, detach
+    from channel_metrics.trainers.hf.columns import with_channel_column
     from channel_metrics.trainers.swift.collator import SwiftCollator
-    from channel_metrics.trainers.swift.data import with_channel_column
     from channel_metrics.trainers.swift.mixin import SwiftChannelMetricsMixin
 
 __all__ = [
@@ -33,7 +33,7 @@ _MODULES = {
     "SwiftCollator": "swift.collator",
     "attach": "hf",
     "detach": "hf",
-    "with_channel_column": "swift.data",
+    "with_channel_column": "hf.columns",
 }
 
 

@@ -2,64 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from datasets import Dataset, IterableDataset, Value
-
-from channel_metrics.core.labels import channel_of, field_roots
 from channel_metrics.data.collator import BOUNDS_KEY, ChannelCollator
-from channel_metrics.data.scan import class_names
 from channel_metrics.errors import ChannelError
 from channel_metrics.session import ChannelMetrics
 
-__all__ = [
-    "CHANNEL_COLUMN",
-    "declare",
-    "records_of",
-    "with_channel_column",
-    "wrapped_collator",
-]
+__all__ = ["CHANNEL_COLUMN", "declare", "records_of", "wrapped_collator"]
 
 CHANNEL_COLUMN = "channel"
-_SCAN_ROWS = 65_536
-
-
-def with_channel_column(dataset: Any, fields: Sequence[str], column: str = CHANNEL_COLUMN) -> Any:
-    """Add the dataset column `channel`, before ms-swift's preprocessing.
-
-    Class numbers become names, because ms-swift does not keep the `ClassLabel` of a column.
-
-    Args:
-        dataset: a dataset or a stream. Anything else is returned as it is.
-        fields: dotted fields that may hold the channel. The first that a record has is used.
-        column: another name for the column.
-
-    Returns:
-        A dataset with the column, or the same object if there is nothing to fill in.
-    """
-    if not isinstance(dataset, (Dataset, IterableDataset)) or not dataset.column_names:
-        return dataset
-    roots = [root for root in field_roots(fields) if root in dataset.column_names]
-    classes = class_names(dataset, fields)
-    if not set(roots) - {column} and not classes:
-        return dataset
-    if isinstance(dataset, IterableDataset):
-        return dataset.map(
-            _with_channel,
-            fn_kwargs={"fields": tuple(fields), "classes": classes, "column": column},
-            features=_features(dataset, column),
-        )
-    names = [
-        channel_of(dict(zip(roots, values, strict=True)), fields, classes)
-        for batch in dataset.select_columns(roots).with_format(None).iter(batch_size=_SCAN_ROWS)
-        for values in zip(*(batch[root] for root in roots), strict=True)
-    ]
-    if not any(name is not None for name in names):
-        return dataset
-    if column in dataset.column_names:
-        dataset = dataset.remove_columns(column)
-    return dataset.add_column(column, names)
 
 
 def records_of(dataset: Any) -> Any:
@@ -104,20 +56,3 @@ def wrapped_collator(
         carry_faults=True,
         classes=session.classes,
     )
-
-
-def _features(dataset: Any, column: str) -> Any:
-    if dataset.features is None:
-        return None
-    features = dataset.features.copy()
-    features[column] = Value("string")
-    return features
-
-
-def _with_channel(
-    record: dict[str, Any],
-    fields: tuple[str, ...],
-    classes: Mapping[str, Sequence[str]],
-    column: str,
-) -> dict[str, Any]:
-    return {**record, column: channel_of(record, fields, classes)}

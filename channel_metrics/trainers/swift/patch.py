@@ -28,9 +28,10 @@ from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.trainers.hf import check_trainer
+from channel_metrics.trainers.hf.columns import with_channel_column
 from channel_metrics.trainers.hf.patch import attaching
 from channel_metrics.trainers.patching import announce, config_of_environment
-from channel_metrics.trainers.swift.data import CHANNEL_COLUMN, with_channel_column
+from channel_metrics.trainers.swift.data import CHANNEL_COLUMN
 from channel_metrics.trainers.swift.loss import check_loss_functions
 from channel_metrics.trainers.swift.tasks import RLHF_TASKS, why_without_metrics
 

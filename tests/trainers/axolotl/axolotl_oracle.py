@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from axolotl_tools import NAMES, SIZE
+from axolotl_tools import SIZE
+from mixture_runs import NAMES, Expected, means
 from transformers import Qwen2ForCausalLM
 
 from channel_metrics.demo.tiny import byte_tokenizer
@@ -18,9 +18,6 @@ from channel_metrics.demo.tiny import byte_tokenizer
 __all__ = ["of_sft", "of_texts", "records"]
 
 EOS = byte_tokenizer().eos_token_id
-
-# {channel: (loss, tokens, samples)}
-Expected = dict[str, tuple[float, int, int]]
 
 
 @cache
@@ -63,12 +60,11 @@ def of_texts(files: Path, field: str | None = None) -> Expected:
 
 def _means(files: Path, samples: Iterable[tuple[str, list[int], int]]) -> Expected:
     """samples: (channel, tokens, how many of them are the prompt)."""
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0])
+    found = []
     for name, ids, prompt in samples:
         with torch.no_grad():
             logits = _model(files / "model")(input_ids=torch.tensor([ids])).logits[0, :-1]
         log_probs = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         counted = log_probs[prompt - 1 :]
-        for index, value in enumerate((-float(counted.sum()), len(counted), 1)):
-            sums[name][index] += value
-    return {name: (nll / n, int(n), int(samples)) for name, (nll, n, samples) in sums.items()}
+        found.append((name, -float(counted.sum()), len(counted), 1))
+    return means(found)

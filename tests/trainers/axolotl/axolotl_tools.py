@@ -7,23 +7,21 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fork_client import Preload
+from mixture_runs import NAMES, Logged
 from paths import python_path
 from swift_files import make_model
 
 __all__ = [
     "AXOLOTL",
-    "NAMES",
     "ONLY_HERE",
     "PLUGIN",
     "SIZE",
-    "WHOLE",
     "Command",
     "Run",
     "entries",
@@ -38,11 +36,8 @@ ONLY_HERE = pytest.mark.skipif(
     reason="Axolotl has an environment of its own: `make test-axolotl` runs this",
 )
 PLUGIN = "channel_metrics.trainers.axolotl.ChannelMetricsPlugin"
-NAMES = ("code", "chat")
 # The longest row.
 SIZE = 128
-# A learning rate of 0, no dropout, all records once, one log: the sums of a whole dataset.
-WHOLE: dict[str, Any] = {"learning_rate": 0.0, "num_epochs": 1, "logging_steps": 1000}
 ENVIRON = {"AXOLOTL_DO_NOT_TRACK": "1", "ACCELERATE_USE_CPU": "true"}
 AXOLOTL = Preload(
     ("axolotl.cli.train", "axolotl.train", "axolotl.core.builders.causal", "axolotl_tools:warm"),
@@ -121,16 +116,17 @@ def write_config(
         "bf16": False,
         "tf32": False,
         **({"channel_metrics": {"metrics": ["loss", "tokens", "samples"]}} if plugin else {}),
-        **({} if "num_epochs" in settings else {"max_steps": 4}),
+        **({} if "num_train_epochs" in settings else {"max_steps": 4}),
     }
+    if "num_train_epochs" in settings:
+        settings["num_epochs"] = settings.pop("num_train_epochs")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.yaml"
     path.write_text(json.dumps(given | settings))
     return path
 
 
-@dataclass
-class Run:
+class Run(Logged):
     """A run that has ended."""
 
     folder: Path
@@ -142,17 +138,6 @@ class Run:
         return found
 
     @property
-    def values(self) -> dict[str, Any]:
-        """All that was logged in training, by key."""
-        trained = [e for e in self.log if not any(key.startswith("eval_") for key in e)]
-        return {key: value for entry in trained for key, value in entry.items()}
-
-    @property
-    def evaluation(self) -> dict[str, Any]:
-        """The first evaluation."""
-        return next(entry for entry in self.log if "eval_loss" in entry)
-
-    @property
     def seen(self) -> set[tuple[int, ...]]:
         """With packing: the sequences that the model was trained on. Axolotl leaves some out."""
         lists = (json.loads(path.read_text()) for path in self.folder.glob("seen*.json"))
@@ -162,12 +147,6 @@ class Run:
     def output(self) -> str:
         """What was printed."""
         return "".join(path.read_text() for path in sorted(self.folder.glob("rank*.*")))
-
-    @property
-    def weights(self) -> bytes:
-        """The trained weights."""
-        (path,) = (self.folder / "out").glob("*model.safetensors")
-        return path.read_bytes()
 
 
 def train(config: str) -> None:

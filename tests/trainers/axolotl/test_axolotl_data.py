@@ -14,6 +14,7 @@ from paths import ROOT
 
 from channel_metrics.demo.tiny import byte_tokenizer
 from channel_metrics.errors import ChannelError, ConfigError, UnsupportedVersionError
+from channel_metrics.trainers.hf.columns import NAMES_COLUMN, KeepsNames
 
 pytestmark = [ONLY_HERE, pytest.mark.filterwarnings("ignore")]
 
@@ -42,44 +43,25 @@ def test_duplicates_are_found_without_regard_to_the_channel() -> None:
     from axolotl.utils.data.utils import _deduplicate_dataset
     from datasets import Dataset
 
-    from channel_metrics.trainers.axolotl.data import UniqueRows
+    from channel_metrics.trainers.axolotl.data import unique_rows
 
-    dataset = Dataset.from_dict({"input_ids": [[1], [2], [1]], "channel": ["a", "b", "b"]})
-    unique, _ = _deduplicate_dataset(UniqueRows(dataset))
-    assert unique["channel"][:] == ["a", "b"]
-    assert len(_deduplicate_dataset(dataset)[0]) == 3, "this is why the class is needed"
-
-
-def test_records_that_came_with_tokens_keep_their_own_channel() -> None:
-    from datasets import Dataset
-
-    from channel_metrics.trainers.axolotl.data import with_channels
-
-    rows = {
-        "input_ids": [[1], [2]],
-        "metadata": [{"_fusion_source": "a"}, {"_fusion_source": None}],
-    }
-    given = {"made": Dataset.from_dict(rows)}
-    fields = ("channel", "metadata._fusion_source")
-    dataset, _ = with_channels(lambda made: (made, None), given, "web", fields)
-    assert dataset["channel"][:] == ["a", "web"]
+    rows = {"input_ids": [[1], [2], [1]], NAMES_COLUMN: ["a", "b", "b"]}
+    dataset = Dataset.from_dict(rows)
+    found, _ = unique_rows(_deduplicate_dataset, dataset)
+    assert found[:] == {"input_ids": [[1], [2]], NAMES_COLUMN: ["a", "b"]}
+    assert len(_deduplicate_dataset(dataset)[0]) == 3, "this is why the function is needed"
 
 
 def test_texts_without_a_token_give_no_row() -> None:
     from axolotl.prompt_strategies.completion import load
     from axolotl.utils.dict import DictDefault
 
-    from channel_metrics.trainers.axolotl.data import NamedStrategy
-
-    inner = load(byte_tokenizer(), DictDefault(train_on_inputs=True, sequence_len=4))
-    strategy = NamedStrategy(inner, "web", ("source",), {})
-    assert strategy.tokenize_prompt({"text": [""], "source": ["a"]}) == {}
-    made = strategy.tokenize_prompt({"text": ["", "12345", "1"], "source": ["a", "b", None]})
-    assert made["channel"] == ["b", "b", "web"] and [len(ids) for ids in made["labels"]] == [
-        4,
-        2,
-        2,
-    ]
+    strategy = load(byte_tokenizer(), DictDefault(train_on_inputs=True, sequence_len=4))
+    keep = KeepsNames(strategy.tokenize_prompt, batched=True)
+    assert keep({"text": [""], NAMES_COLUMN: ["a"]}) == {}
+    made = keep({"text": ["", "12345", "1"], NAMES_COLUMN: ["a", "b", "c"]})
+    assert made[NAMES_COLUMN] == ["b", "b", "c"]
+    assert [len(ids) for ids in made["labels"]] == [4, 2, 2]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -87,18 +69,18 @@ def test_texts_without_a_token_give_no_row() -> None:
 def test_rows_of_several_records(kind: str, side: str) -> None:
     from axolotl.utils.collators import batching
 
-    from channel_metrics.trainers.axolotl.mixins import RowsCollator
+    from channel_metrics.trainers.hf.rows import RowsCollator
 
     tokenizer = byte_tokenizer()
     tokenizer.padding_side = side
     base = getattr(batching, f"{kind}DataCollatorForSeq2Seq")(tokenizer, pad_to_multiple_of=8)
-    collate = RowsCollator(base, fields=("channel",), bounds_key="bounds", row_bounds=False)
+    collate = RowsCollator(base, fields=(NAMES_COLUMN,), bounds_key="bounds", row_bounds=False)
 
     def record(channel: str, *ids: int) -> dict[str, Any]:
         places = list(range(len(ids)))
         return {"input_ids": list(ids), "labels": list(ids), "position_ids": places} | {
             "attention_mask": [1] * len(ids),
-            "channel": channel,
+            NAMES_COLUMN: channel,
         }
 
     rows = [[record("a", 5, 6), record("b", 7, 8, 9)], [record("c", 1)]]
@@ -107,8 +89,9 @@ def test_rows_of_several_records(kind: str, side: str) -> None:
     assert batch["bounds"].tolist() == [0, 2 if side == "right" else 5, 8, 16]
     # One row, without a list around it.
     assert collate(rows[0])["channels"] == ["a", "b"]
+    zeros = torch.zeros(1, 8, dtype=torch.int64)
     base.tokenizer = SimpleNamespace(
-        padding_side=side, pad=lambda *_, **__: {"input_ids": torch.zeros(1, 8)}
+        padding_side=side, pad=lambda *_, **__: dict.fromkeys(("input_ids", "labels"), zeros)
     )
     with pytest.raises(ChannelError, match="must hold the 5 tokens of its records"):
         collate(rows[0])
@@ -163,12 +146,12 @@ def test_the_lines_of_the_page(capfd: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "axolotl.md").read_text()
     first, second = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
     assert first == {"plugins": [PLUGIN]}
-    plugin, before = load_plugin(PLUGIN), sft._load_and_process_single_dataset
+    plugin, before = load_plugin(PLUGIN), sft.get_dataset_wrapper
     plugin.register(DictDefault({**second, "datasets": [{"path": "org/chat"}]}))
     try:
         assert plugin.config.fields == ("source",)
-        assert sft._load_and_process_single_dataset is not before
+        assert sft.get_dataset_wrapper is not before
     finally:
         plugin.on_config_validation_error(DictDefault({}))
-    assert sft._load_and_process_single_dataset is before
+    assert sft.get_dataset_wrapper is before
     assert "the channels of `datasets:` are chat" in capfd.readouterr().err

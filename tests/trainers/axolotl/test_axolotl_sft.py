@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 from axolotl_tools import (
     AXOLOTL,
-    NAMES,
     ONLY_HERE,
-    WHOLE,
     Command,
     Run,
     entries,
@@ -19,6 +17,7 @@ from axolotl_tools import (
     train,
     write_config,
 )
+from mixture_runs import AXES, NAMES, WHOLE, check, check_axes, check_split, same
 from rank_cases import RanksOf
 
 pytestmark = [ONLY_HERE, pytest.mark.timeout(900)]
@@ -26,6 +25,7 @@ pytestmark = [ONLY_HERE, pytest.mark.timeout(900)]
 RunOf = Callable[..., Run]
 PACKED = {"sample_packing": True, "micro_batch_size": 2, "gradient_accumulation_steps": 1}
 SOURCE = {"channel_metrics": {"fields": ["source"], "metrics": ["loss", "tokens", "samples"]}}
+LABELS = {"channel_metrics": {"metrics": ["loss", "tokens", "samples"], "axes": AXES}}
 LORA = {
     "adapter": "lora",
     "lora_r": 4,
@@ -56,16 +56,6 @@ def run_of(tmp_path_factory: pytest.TempPathFactory, files: Path, ranks_of: Rank
     return run
 
 
-def check(found: dict[str, Any], wanted: Any, prefix: str = "") -> None:
-    """The same channels, and their values."""
-    ours = {k.removesuffix("_tokens") for k in found if k.endswith("_tokens")}
-    assert ours == {prefix + name for name in wanted}
-    for name, (loss, tokens, samples) in wanted.items():
-        assert found[f"{prefix}{name}_tokens"] == tokens, name
-        assert found[f"{prefix}{name}_samples"] == samples, name
-        assert found[f"{prefix}{name}_loss"] == pytest.approx(loss, rel=1e-6), name
-
-
 def test_padded_rows_and_test_datasets(run_of: RunOf, files: Path) -> None:
     from axolotl_oracle import of_sft
 
@@ -79,9 +69,9 @@ def test_padded_rows_and_test_datasets(run_of: RunOf, files: Path) -> None:
 def test_sample_packing(run_of: RunOf, files: Path, settings: dict[str, Any]) -> None:
     from axolotl_oracle import of_sft
 
-    run = run_of(**WHOLE, **PACKED, **settings)
+    run = run_of(**WHOLE, **PACKED, **LABELS, **settings)
     wanted = of_sft(files, seen=run.seen)
-    check(run.values, wanted)
+    check_axes(run.values, wanted, of_sft(files, "source", run.seen))
     assert sum(samples for _, _, samples in wanted.values()) > 30
 
 
@@ -107,14 +97,6 @@ def test_texts_that_are_cut_into_rows(run_of: RunOf, files: Path, field: str | N
     settings = {**SOURCE, "dataset_num_proc": 2} if field else {}
     run = run_of(**WHOLE, **settings, datasets=texts)
     check(run.values, of_texts(files, field))
-
-
-def same(on: Run, off: Run) -> None:
-    """The same weights, and the same values of the trainer."""
-    assert on.weights == off.weights
-    keys = ("loss", "grad_norm", "eval_loss", "learning_rate")
-    logged = [[{k: e[k] for k in keys if k in e} for e in run.log] for run in (on, off)]
-    assert logged[0] == logged[1] and len(logged[0]) > 4
 
 
 def test_training_is_the_same_without_the_plugin(
@@ -160,7 +142,7 @@ def test_the_command_starts_two_ranks(files: Path, tmp_path: Path) -> None:
 def test_a_stream(run_of: RunOf, files: Path) -> None:
     from axolotl_oracle import of_sft
 
-    run = run_of(**WHOLE | {"num_epochs": 1, "max_steps": 6}, streaming=True)
+    run = run_of(**WHOLE, max_steps=6, streaming=True)
     check(run.values, of_sft(files))
 
 
@@ -168,8 +150,4 @@ def test_a_stream(run_of: RunOf, files: Path) -> None:
 def test_validation_is_split_from_all_channels(run_of: RunOf, packed: bool) -> None:
     """The collator of evaluations is another one than that of training."""
     split = {"val_set_size": 0.25, "eval_sample_packing": packed, "eval_strategy": "epoch"}
-    found = run_of(**WHOLE, **PACKED, **split).evaluation
-    losses = [found[f"eval_{name}_loss"] for name in NAMES]
-    tokens = [found[f"eval_{name}_tokens"] for name in NAMES]
-    assert sum(found[f"eval_{name}_samples"] for name in NAMES) == 12
-    assert min(tokens) > 0 and min(losses) > 0
+    check_split(run_of(**WHOLE, **PACKED, **split), 12)

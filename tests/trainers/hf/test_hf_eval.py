@@ -18,7 +18,7 @@ from hf_tools import (
 )
 from transformers import EarlyStoppingCallback
 
-from channel_metrics import MetricsConfig
+from channel_metrics import ConfigError, MetricsConfig
 from channel_metrics.trainers.hf import attach
 
 SETS = {"near": make_records(7, seed=1), "far": make_records(10, seed=2)}
@@ -87,20 +87,20 @@ def test_a_set_by_its_name_and_a_prediction(tmp_path: Path) -> None:
     assert only_channels(predicted, "test_") == pytest.approx(wanted, rel=1e-5)
 
 
-def set_losses(values: list[float]) -> Any:
-    """Make the evaluation's `eval_bbu_loss` these values, in turn, from our own window."""
+def set_losses(values: list[float], key: str = "eval_bbu_loss") -> Any:
+    """Make this value of the evaluation these values, in turn, from our own window."""
     remaining = iter(values)
 
     def prepare(trainer: Any) -> None:
-        attach(trainer)
+        attach(trainer, MetricsConfig(metrics=("loss", "macro_loss")))
         session = trainer.channel_metrics
         write = session.write
 
         def written(window: Any, logs: dict[str, Any]) -> None:
             write(window, logs)
             if window.split != "train":
-                assert "eval_bbu_loss" in logs
-                logs["eval_bbu_loss"] = next(remaining)
+                assert key in logs
+                logs[key] = next(remaining)
 
         session.write = written
 
@@ -147,15 +147,16 @@ def test_the_best_model_is_chosen_by_the_measured_loss(tmp_path: Path, key: str)
     assert trainer.evaluate()[key] == pytest.approx(losses[best], rel=1e-6)
 
 
-def test_early_stopping_by_a_channel(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["eval_bbu_loss", "eval_macro_loss"])
+def test_early_stopping_of_transformers(tmp_path: Path, key: str) -> None:
     trainer = evaluated(
         tmp_path,
-        prepare=set_losses([3.0, 1.0, 2.0, 2.0, 0.5]),
+        prepare=set_losses([3.0, 1.0, 2.0, 2.0, 0.5], key),
         max_steps=20,
         save_strategy="steps",
         save_steps=2,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_bbu_loss",
+        metric_for_best_model=key,
         greater_is_better=False,
         trainer_arguments={
             "eval_dataset": Dataset.from_list(SETS["far"]),
@@ -164,6 +165,22 @@ def test_early_stopping_by_a_channel(tmp_path: Path) -> None:
     )
     assert trainer.state.global_step == 8
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+
+
+def test_stop_when_is_checked_before_training(tmp_path: Path) -> None:
+    for settings, said in (
+        ({"channel": "bbu", "metric": "eval_ppl"}, "stop_when is 'eval_bbu_ppl', but"),
+        ({"channel": "lang_chat", "metric": "eval_loss"}, "which no record of this set has"),
+        ({"metric": "eval_macro_loss"}, "'macro_loss' is not among `metrics`"),
+    ):
+        config = MetricsConfig(stop_when=settings)
+        held_out = [r for r in SETS["far"] if r["channel"] != "lang_chat"]
+        with pytest.raises(ConfigError, match=said):
+            evaluated(
+                tmp_path,
+                prepare=lambda trainer, config=config: attach(trainer, config),
+                trainer_arguments={"eval_dataset": Dataset.from_list(held_out)},
+            )
 
 
 def test_eval_channels_filter(tmp_path: Path) -> None:

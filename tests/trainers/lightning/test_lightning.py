@@ -130,6 +130,17 @@ def test_csv_and_tensorboard_hold_the_values(tmp_path: Path) -> None:
             assert in_events == pytest.approx([value], rel=1e-6)
 
 
+def test_early_stopping_of_lightning_on_an_objective() -> None:
+    found = run(
+        RECORDS,
+        held_out=[HELD_OUT],
+        callbacks=[EarlyStopping(monitor="val_macro_loss", patience=2, min_delta=1e-6)],
+        config=MetricsConfig(metrics=("loss", "macro_loss")),
+        max_epochs=9,
+    )
+    assert found.trainer.current_epoch == 3, "the model does not learn"
+
+
 def test_callbacks_monitor_the_values(tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path, monitor="val_bbu_loss", filename="{epoch}-{val_bbu_loss:.4f}")
     of_train = ModelCheckpoint(

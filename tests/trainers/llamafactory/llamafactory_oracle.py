@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from llamafactory_tools import NAMES
+from mixture_runs import NAMES, Expected, means
 from transformers import Qwen2ForCausalLM
 
 from channel_metrics.demo.tiny import byte_tokenizer
 
 EOS = byte_tokenizer().eos_token_id
-
-# {channel: (loss, tokens, samples)}
-Expected = dict[str, tuple[float, int, int]]
 
 
 @cache
@@ -53,14 +49,16 @@ def answer(folder: Path, asked: str, said: str) -> torch.Tensor:
 
 def of_sft(files: Path, field: str | None = None) -> Expected:
     """Stage sft. field: a column of the records that names the channel."""
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0])
+    values: list[tuple[str, float, int, int]] = []
     for name in NAMES:
         for record in records(files, name):
             if record["turns"]:
                 asked, said = (turn["value"] for turn in record["turns"])
                 found = answer(files / "model", asked, said)
-                add(sums[record[field] if field else name], -float(found.sum()), len(found))
-    return _means(sums)
+                values.append(
+                    (record[field] if field else name, -float(found.sum()), len(found), 1)
+                )
+    return means(values)
 
 
 def of_packs(files: Path, size: int) -> Expected:
@@ -71,7 +69,7 @@ def of_packs(files: Path, size: int) -> Expected:
             if record["turns"]:
                 asked, said = (list(turn["value"].encode()) for turn in record["turns"])
                 samples.append((name, asked + said, len(asked)))
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0])
+    values: list[tuple[str, float, int, int]] = []
     while samples:
         pack: list[Any] = []
         while fitting := [s for s in samples if sum(len(p[1]) for p in pack) + len(s[1]) <= size]:
@@ -84,9 +82,9 @@ def of_packs(files: Path, size: int) -> Expected:
         found, start = log_probs(files / "model", ids, places), 0
         for name, tokens, prompt in pack:
             answered = found[start + prompt - 1 : start + len(tokens) - 1]
-            add(sums[name], -float(answered.sum()), len(answered))
+            values.append((name, -float(answered.sum()), len(answered), 1))
             start += len(tokens)
-    return _means(sums)
+    return means(values)
 
 
 def of_blocks(files: Path, size: int) -> Expected:
@@ -95,21 +93,14 @@ def of_blocks(files: Path, size: int) -> Expected:
     ids = [token for _, tokens in texts for token in tokens]
     owner = [name for name, tokens in texts for _ in tokens]
     of_text = [number for number, (_, tokens) in enumerate(texts) for _ in tokens]
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0])
+    values: list[tuple[str, float, int, int]] = []
     for start in range(0, len(ids) - size + 1, size):
         block = slice(start, start + size)
         found = log_probs(files / "model", ids[block])
         for name, value in zip(owner[block][1:], found.tolist(), strict=True):
-            add(sums[name], -value, 1, samples=0)
-        for number in set(of_text[block]):
-            sums[texts[number][0]][2] += 1
-    return _means(sums)
-
-
-def add(sums: list[float], nll: float, tokens: int, samples: int = 1) -> None:
-    """Add the nll of some tokens."""
-    for index, value in enumerate((nll, tokens, samples)):
-        sums[index] += value
+            values.append((name, -value, 1, 0))
+        values += [(texts[number][0], 0.0, 0, 1) for number in set(of_text[block])]
+    return means(values)
 
 
 def rewards(files: Path, record: dict[str, Any], beta: float = 0.1) -> Iterator[float]:
@@ -118,7 +109,3 @@ def rewards(files: Path, record: dict[str, Any], beta: float = 0.1) -> Iterator[
         asked, said = record["asked"][0]["value"], record[kind]["value"]
         policy, other = (answer(files / name, asked, said).sum() for name in ("model", "other"))
         yield beta * float(policy - other)
-
-
-def _means(sums: dict[str, list[float]]) -> Expected:
-    return {name: (nll / n, int(n), int(samples)) for name, (nll, n, samples) in sums.items()}

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mixture_runs import NAMES, WHOLE, Logged
 from paths import python_path
 from swift_files import make_model
 
-__all__ = ["NAMES", "ONLY_HERE", "Command", "make_files"]
+__all__ = ["EPOCH", "ONLY_HERE", "Command", "make_files"]
 
 ONLY_HERE = pytest.mark.skipif(
     find_spec("llamafactory") is None,
@@ -24,9 +25,8 @@ ONLY_HERE = pytest.mark.skipif(
 STUBS = Path(__file__).parent / "stubs"
 CLI = Path(sys.executable).with_name("llamafactory-cli")
 OURS = ("-m", "channel_metrics", "run", "--patch", "llamafactory")
-NAMES = ("code", "chat")
-# A learning rate of 0, no dropout, all records once, one log: the sums of a whole dataset.
-WHOLE = {"learning_rate": 0.0, "max_steps": -1, "num_train_epochs": 1, "logging_steps": 1000}
+# See WHOLE. All runs have `max_steps`, which comes first.
+EPOCH = {**WHOLE, "max_steps": -1}
 
 
 def make_files(folder: Path) -> Path:
@@ -69,7 +69,7 @@ def _record(name: str, index: int, rng: random.Random) -> dict[str, Any]:
     }
 
 
-class Command:
+class Command(Logged):
     """A run of `llamafactory-cli train`, which begins at once.
 
     Args:
@@ -94,7 +94,8 @@ class Command:
         **arguments: Any,
     ) -> None:
         folder.mkdir(parents=True)
-        self.folder, self.output = folder, ""
+        super().__init__(folder)
+        self.output = ""
         given = {
             "model_name_or_path": str(files / model),
             "dataset_dir": str(files),
@@ -149,15 +150,3 @@ class Command:
         state = json.loads((self.folder / "out" / "trainer_state.json").read_text())
         found: list[dict[str, Any]] = state["log_history"]
         return found
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """All that was logged in training, by key."""
-        trained = [e for e in self.log if not any(key.startswith("eval_") for key in e)]
-        return {key: value for entry in trained for key, value in entry.items()}
-
-    @property
-    def weights(self) -> bytes:
-        """The trained weights."""
-        (path,) = (self.folder / "out").glob("*model.safetensors")
-        return path.read_bytes()

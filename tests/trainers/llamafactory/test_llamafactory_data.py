@@ -9,6 +9,7 @@ import pytest
 from llamafactory_tools import ONLY_HERE, STUBS
 
 from channel_metrics.errors import UnsupportedVersionError
+from channel_metrics.trainers.hf.columns import LENGTHS_COLUMN, NAMES_COLUMN
 
 pytestmark = [ONLY_HERE, pytest.mark.filterwarnings("ignore")]
 
@@ -42,20 +43,19 @@ def test_packs_that_are_made_in_another_way(data: Any) -> None:
     def processor(pack: Any) -> Any:
         made = Other(None, None, None, SimpleNamespace(cutoff_len=8))
         made.pack = pack
-        return data.ChannelProcessor(made)
+        return data.NumberedRecords(made)
 
-    records = {"_prompt": [[5, 6], [7], [7], [8, 9]], "channel": ["a", "b", "c", "d"]}
+    records = {"_prompt": [[5, 6], [7], [7], [8, 9]], NAMES_COLUMN: ["a", "b", "c", "d"]}
     # Not even the last record of a length comes first.
     other_order = processor(lambda ids: [*ids[3], *ids[1], *ids[2], *ids[0], 0, 0])
     made = other_order.preprocess_dataset(records)
     assert made["input_ids"] == [[8, 9, 7, 7, 5, 6, 0, 0]]
-    assert {type(token) for token in made["input_ids"][0]} == {int}
-    assert made["channel"] == [["d", "b", "c", "a"]]
+    assert made[NAMES_COLUMN] == [["d", "b", "c", "a"]]
     # The padding is nobody's sequence; its tokens are not trained on.
-    assert made["channel_lengths"] == [[2, 1, 1, 4]]
-    copies = processor(lambda ids: [int(str(token)) for part in ids for token in part])
+    assert made[LENGTHS_COLUMN] == [[2, 1, 1, 2]]
+    others = processor(lambda ids: [token % 10 for part in ids for token in part])
     with pytest.raises(UnsupportedVersionError, match=r"cannot be matched .* use 0\.9\.5"):
-        copies.preprocess_dataset(records)
+        others.preprocess_dataset(records)
 
 
 def test_blocks(data: Any) -> None:
@@ -63,8 +63,8 @@ def test_blocks(data: Any) -> None:
     settings = SimpleNamespace(packing=True, cutoff_len=4, template="default")
     inner = data.PretrainDatasetProcessor(None, Texts(), None, settings)
     texts = ["11", "", "22222", "33"]
-    records = {"_prompt": [[{"content": text}] for text in texts], "channel": list("abcd")}
-    made = data.ChannelProcessor(inner).preprocess_dataset(records)
+    records = {"_prompt": [[{"content": text}] for text in texts], NAMES_COLUMN: list("abcd")}
+    made = data.NumberedRecords(inner).preprocess_dataset(records)
     assert made["input_ids"] == [[0, 1, 9, 9], [0, 2, 2, 2], [0, 9, 3, 3]]
-    assert made["channel"] == [["a", "b"], ["c"], ["c", "d"]]
-    assert made["channel_lengths"] == [[3, 1], [4], [2, 2]]
+    assert made[NAMES_COLUMN] == [["a", "b"], ["c"], ["c", "d"]]
+    assert made[LENGTHS_COLUMN] == [[3, 1], [4], [2, 2]]

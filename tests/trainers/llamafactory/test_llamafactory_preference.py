@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llamafactory_tools import NAMES, ONLY_HERE, WHOLE, Command, make_files
+from llamafactory_tools import EPOCH, ONLY_HERE, Command, make_files
+from mixture_runs import NAMES
 
 pytestmark = [ONLY_HERE, pytest.mark.timeout(900)]
 
 CONFIG = "metrics: [loss, samples, share]"
-SHARED = {**WHOLE, "config": CONFIG, "eval_strategy": "epoch"}
+SHARED = {**EPOCH, "config": CONFIG, "eval_strategy": "epoch"}
 PAIRS = {"dataset": "code_pairs,chat_pairs", "eval_dataset": "code_pairs,chat_pairs"}
 ANSWERS = {"dataset": "code_kto,chat_kto", "eval_dataset": "code_kto,chat_kto"}
 

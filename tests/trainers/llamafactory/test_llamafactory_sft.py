@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from llamafactory_tools import NAMES, ONLY_HERE, WHOLE, Command, make_files
+from llamafactory_tools import EPOCH, ONLY_HERE, Command, make_files
+from mixture_runs import AXES, check, check_axes, check_split, same
 
 pytestmark = [ONLY_HERE, pytest.mark.timeout(900)]
 
@@ -18,15 +20,16 @@ RANKS = {"ranks": 2, "per_device_train_batch_size": 23, "gradient_accumulation_s
 STREAM = {"streaming": True, "buffer_size": 8, "max_steps": 6, "dataloader_num_workers": 1}
 TEXTS = {"stage": "pt", "dataset": "code_text,chat_text", "cutoff_len": 32}
 COLUMN = {"config": "fields: [source]\nmetrics: [loss, tokens, samples]"}
+LABELS = {"config": f"metrics: [loss, tokens, samples]\naxes: {json.dumps(AXES)}"}
 # {run: its arguments}
 RUNS: dict[str, dict[str, Any]] = {
-    "padded": {**WHOLE, **EACH, "eval_strategy": "epoch"},
-    "packing": {**WHOLE, "packing": True},
-    "neat_packing": {**WHOLE, "neat_packing": True},
-    "column": {**WHOLE, **COLUMN, "finetuning_type": "lora"},
-    "ranks": {**WHOLE, **RANKS},
-    "streaming": {**WHOLE, **STREAM},
-    "pt": {**WHOLE, **TEXTS},
+    "padded": {**EPOCH, **EACH, "eval_strategy": "epoch"},
+    "packing": {**EPOCH, "packing": True},
+    "neat_packing": {**EPOCH, "neat_packing": True, **LABELS},
+    "column": {**EPOCH, **COLUMN, "finetuning_type": "lora"},
+    "ranks": {**EPOCH, **RANKS},
+    "streaming": {**EPOCH, **STREAM},
+    "pt": {**EPOCH, **TEXTS},
     "on": SPLIT,
     "off": {**SPLIT, "patch": False},
     "on, packed": LORA,
@@ -51,23 +54,16 @@ def ran(tmp_path_factory: pytest.TempPathFactory, files: Path) -> dict[str, Comm
     return ended
 
 
-def check(found: dict[str, Any], wanted: Any, prefix: str = "") -> None:
-    """The same channels, and their values."""
-    ours = {k.removesuffix("_tokens") for k in found if k.endswith("_tokens")}
-    assert ours == {prefix + name for name in wanted}
-    for name, (loss, tokens, samples) in wanted.items():
-        assert found[f"{prefix}{name}_tokens"] == tokens, name
-        assert found[f"{prefix}{name}_samples"] == samples, name
-        assert found[f"{prefix}{name}_loss"] == pytest.approx(loss, rel=1e-6), name
-
-
-@pytest.mark.parametrize("name", ["padded", "neat_packing"])
-def test_the_name_of_a_dataset_is_a_channel(
-    ran: dict[str, Command], files: Path, name: str
-) -> None:
+def test_the_name_of_a_dataset_is_a_channel(ran: dict[str, Command], files: Path) -> None:
     from llamafactory_oracle import of_sft
 
-    check(ran[name].values, of_sft(files))
+    check(ran["padded"].values, of_sft(files))
+
+
+def test_labels_on_further_axes_of_packed_samples(ran: dict[str, Command], files: Path) -> None:
+    from llamafactory_oracle import of_sft
+
+    check_axes(ran["neat_packing"].values, of_sft(files), of_sft(files, "source"))
 
 
 def test_samples_of_a_pack_keep_their_channels(ran: dict[str, Command], files: Path) -> None:
@@ -116,19 +112,8 @@ def test_two_ranks_that_llamafactory_starts(ran: dict[str, Command], files: Path
 
 @pytest.mark.parametrize("name", ["", ", packed"])
 def test_training_is_the_same_without_the_patch(ran: dict[str, Command], name: str) -> None:
-    on, off = ran[f"on{name}"], ran[f"off{name}"]
-    assert on.weights == off.weights
-    same = ("loss", "grad_norm", "eval_loss", "learning_rate")
-    logged = [
-        [{key: entry[key] for key in same if key in entry} for entry in run.log]
-        for run in (on, off)
-    ]
-    assert logged[0] == logged[1] and len(logged[0]) > 4
+    same(ran[f"on{name}"], ran[f"off{name}"])
 
 
 def test_validation_is_split_from_all_channels(ran: dict[str, Command]) -> None:
-    first = next(entry for entry in ran["on"].log if "eval_loss" in entry)
-    tokens = [first[f"eval_{name}_tokens"] for name in NAMES]
-    losses = [first[f"eval_{name}_loss"] for name in NAMES]
-    assert sum(first[f"eval_{name}_samples"] for name in NAMES) == 12
-    assert min(tokens) > 0 and min(losses) > 0
+    check_split(ran["on"], 12)

@@ -12,8 +12,9 @@ from channel_metrics.core.keys import ChannelTable
 from channel_metrics.core.labels import DEFAULT_FIELDS
 from channel_metrics.data.scan import class_names
 from channel_metrics.errors import ChannelError
+from channel_metrics.trainers.hf.columns import with_channel_column
 from channel_metrics.trainers.swift.collator import SwiftCollator
-from channel_metrics.trainers.swift.data import records_of, with_channel_column
+from channel_metrics.trainers.swift.data import records_of
 
 
 def packed(*lengths: int) -> dict[str, Any]:

@@ -1,0 +1,162 @@
+"""What the mixture should be and what it is: shares, epochs over each source, time to go.
+
+The values are added to the log of each train window, under the keys of metrics:
+
+    bbu_target_share, bbu_achieved_share, bbu_source_epochs, bbu_eta_hours
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+from channel_metrics.acting import Budget, goals
+from channel_metrics.core.keys import KeyBook
+from channel_metrics.core.schema import Schema
+from channel_metrics.errors import ConfigError, hint
+from channel_metrics.windows import Window
+
+__all__ = ["BudgetValues", "Goal", "Session", "StopAt", "goals_of"]
+
+Totals = Mapping[str, Mapping[str, int]]
+
+
+class Session(Protocol):
+    """What these observers ask of a `ChannelMetrics`."""
+
+    keys: KeyBook
+    schema: Schema
+
+    def is_label(self, row: str) -> bool:
+        """Whether a row is a label of an axis."""
+
+    def stop(self, reason: str) -> None:
+        """Ask for the end of the run."""
+
+    def warn_once(self, message: str, *values: object) -> None:
+        """Warn."""
+
+
+class Goal:
+    """A total that ends the run.
+
+    Args:
+        key: `bbu_tokens`, or `tokens` of all channels.
+        end: the total.
+        session: its schema has the columns that are counted.
+
+    Raises:
+        ConfigError: the key names nothing that is counted.
+    """
+
+    def __init__(self, key: str, end: float, session: Session) -> None:
+        self.key, self.end, self._session = key, end, session
+        counts = [name.removesuffix("_total") for name in session.schema.run_metrics]
+        name = next((n for n in counts if key == n or key.endswith(f"_{n}")), None)
+        if name is None or key == f"_{name}":
+            raise ConfigError(
+                f"{key!r} in stop_at names no total; give CHANNEL_{counts[0]}, or one of "
+                f"{', '.join(counts)} for all channels."
+            )
+        self._total = f"{name}_total"
+        self.channel = key.removesuffix(name).removesuffix("_")
+
+    def now(self, totals: Totals) -> int:
+        """The total so far."""
+        if self.channel:
+            return totals.get(self.channel, {}).get(self._total, 0)
+        rows = (of for row, of in totals.items() if not self._session.is_label(row))
+        return sum(of_row[self._total] for of_row in rows)
+
+
+def goals_of(stop_at: Mapping[str, object], session: Session) -> list[Goal]:
+    """The goals of the setting `stop_at`; raises `ConfigError` as `Goal`."""
+    return [Goal(key, end, session) for key, end in goals(stop_at).items()]
+
+
+class StopAt:
+    """An observer that ends the run when a total is reached.
+
+    goals: any of them ends it.
+    """
+
+    def __init__(self, goals: list[Goal], session: Session) -> None:
+        self._goals, self._session = goals, session
+
+    def __call__(self, window: Window) -> None:
+        """Look at the totals of a train window."""
+        if window.split != "train":
+            return
+        for goal in self._goals:
+            now = goal.now(window.totals)
+            if now >= goal.end:
+                self._session.stop(
+                    f"{goal.key} of stop_at has reached {now:,} of {goal.end:,.0f} at step "
+                    f"{window.step}"
+                )
+            elif goal.channel and goal.channel not in window.names:
+                self._session.warn_once(
+                    f"{goal.key} of stop_at names {goal.channel!r}, which no record has had so "
+                    f"far; {hint(goal.channel, window.names)}"
+                )
+
+
+class BudgetValues:
+    """Values for the log of each train window.
+
+    Args:
+        settings: what the mixture should be; None if only the time to go is wanted.
+        goals: of `stop_at`.
+        session: gives the keys.
+    """
+
+    def __init__(self, settings: Budget | None, goals: list[Goal], session: Session) -> None:
+        self._settings, self._goals, self._session = settings or Budget(), goals, session
+        self._unit = f"{self._settings.unit}_total"
+        if self._settings.ratios and self._unit not in session.schema.run_metrics:
+            raise ConfigError(
+                f"unit of budget is {self._settings.unit}, which are not counted here; known are "
+                f"{', '.join(name.removesuffix('_total') for name in session.schema.run_metrics)}."
+            )
+        # Time and totals of the first window of this process, for the speed.
+        self._first: tuple[float, dict[str, int]] | None = None
+
+    def __call__(self, window: Window) -> dict[str, float]:
+        """{log key: value} of a window; nothing of an evaluation."""
+        if window.split != "train" or not window.has_counts:
+            return {}
+        found = [*self._shares(window.totals), *self._epochs(window.totals)]
+        logs = {self._session.keys.key(row, metric): value for row, metric, value in found}
+        return logs | self._hours(window)
+
+    def _shares(self, totals: Totals) -> Iterator[tuple[str, str, float]]:
+        ratios = self._settings.ratios
+        if not ratios:
+            return
+        rows = [row for row in totals if not self._session.is_label(row)]
+        whole, parts = sum(totals[row][self._unit] for row in rows), sum(ratios.values())
+        for row, ratio in ratios.items():
+            yield row, "target_share", ratio / parts
+            yield row, "achieved_share", totals.get(row, {}).get(self._unit, 0) / whole
+
+    def _epochs(self, totals: Totals) -> Iterator[tuple[str, str, float]]:
+        for row, records in self._settings.records.items():
+            yield row, "source_epochs", totals.get(row, {}).get("samples_total", 0) / records
+
+    def _hours(self, window: Window) -> dict[str, float]:
+        """How long each goal will take at the mean speed of this process."""
+        now = {goal.key: goal.now(window.totals) for goal in self._goals}
+        if self._first is None or window.time <= self._first[0]:
+            self._first = window.time, now
+            return {}
+        began, before = self._first
+        found = {}
+        for goal in self._goals:
+            speed = (now[goal.key] - before[goal.key]) / (window.time - began)
+            if speed > 0:
+                left = max(goal.end - now[goal.key], 0.0)
+                found[self._key(goal)] = left / speed / 3600
+        return found
+
+    def _key(self, goal: Goal) -> str:
+        return self._session.keys.key(goal.channel, "eta_hours") if goal.channel else "eta_hours"
