@@ -56,9 +56,10 @@ class Counting:
     ) -> None:
         self.labels, self.schema, self.guard = labels, schema, guard
         self.with_correct = with_correct
-        self.with_targets = "text_nll" in schema.column_names
         self.text_sizes: TextSizes | None = None
         self.token_axes = TokenAxes(axes)
+        self._with_text = "text_nll" in schema.column_names
+        self.with_targets = self._with_text or bool(self.token_axes.of_targets)
         if self.token_axes and schema.unit != "tokens":
             raise ConfigError(
                 f"the axes {', '.join(self.token_axes)} are about single tokens, but this "
@@ -92,7 +93,7 @@ class Counting:
                 assert isinstance(table, ChannelLossAccumulator)
                 table.text_sizes = self.text_sizes
                 batch.add_to(table, self._groups(batch))
-                if self.with_targets and (self.text_sizes is None or batch.labels is None):
+                if self._with_text and (self.text_sizes is None or batch.labels is None):
                     self._tell_of_text()
                 if table.in_parts:
                     self._tell_of_parts()
@@ -101,19 +102,27 @@ class Counting:
         """For each token axis the rows of the tokens."""
         if not self.token_axes:
             return []
-        found = batch.of_tokens
-        if found is None and self.token_axes.of_places:
+        needed = self.token_axes.of_places
+        found = batch.of_tokens if needed else None
+        if needed and found is None:
             self.warn_once(
-                f"the batches do not show where a token stands in its sequence, so the axes "
-                f"{', '.join(self.token_axes.of_places)} are left out. This is so where sequences are cut "
-                "across ranks, or packed without their boundaries."
+                "the batches do not show where a token stands in its sequence, so the axes "
+                f"{', '.join(needed)} are left out. This is so where sequences are cut across "
+                "ranks, or packed without their boundaries."
             )
-        return self.token_axes.groups(self.labels, found)
+        return self.token_axes.groups(
+            self.labels,
+            batch.token_losses,
+            places=found,
+            marks=batch.marks,
+            targets=batch.labels,
+        )
 
     def read_tokenizer(self, tokenizer: Any) -> None:
         """Learn from a tokenizer how many bytes of text each token stands for.
 
-        It does nothing if no metric of the config needs this, or without a tokenizer.
+        From a processor also learn which tokens stand for images, for an axis by modality. It
+        does nothing if the config needs none of this, or without a tokenizer.
 
         Args:
             tokenizer: a fast tokenizer of transformers, a processor that has one, or None.
@@ -121,7 +130,8 @@ class Counting:
         Raises:
             ConfigError: the bytes of its tokens cannot be told.
         """
-        if self.with_targets and tokenizer is not None:
+        self.token_axes.read_ids(tokenizer, getattr(tokenizer, "tokenizer", None))
+        if self._with_text and tokenizer is not None:
             self.text_sizes = text_sizes(tokenizer)
 
     def _tell_of_text(self) -> None:

@@ -15,8 +15,8 @@ from session_tools import batch, new
 
 from channel_metrics import ChannelMetrics, ConfigError, MetricsConfig
 from channel_metrics.core.micro_batch import MicroBatch
+from channel_metrics.core.places import bucket_name, buckets, places
 from channel_metrics.core.schema import Column, Metric, Schema
-from channel_metrics.core.token_axes import bucket_name, buckets, places
 
 AXES = {"position": {"by": "position"}, "size": {"by": "length"}}
 METRICS = ("loss", "tokens", "share", "token_acc", "weighted_loss", "samples", "loss_se")
@@ -128,7 +128,7 @@ def test_the_bounds_of_buckets() -> None:
 
 def test_channels_are_as_without_the_axes() -> None:
     """No other value changes: channels, labels of records, crosses, and their totals."""
-    more = {"metrics": (*METRICS, "tokens_total", "samples_total"), "tree": 1}
+    more: dict[str, Any] = {"metrics": (*METRICS, "tokens_total", "samples_total"), "tree": 1}
     lang = {"lang": {"b/c": "en"}}
     plain, both = new(axes=lang, **more), new(axes={**lang, **AXES}, **more)
     for metrics in (plain, both):
@@ -173,8 +173,15 @@ def test_an_id_per_token_shows_no_places(caplog: pytest.LogCaptureFixture) -> No
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"where": {"by": "place"}}, "axes.where must be {by: position} or {by: length}"),
+        ({"where": {"by": "place"}}, "axes.where must be {by: position}, {by: length}, {by: c"),
         ({"where": {"by": "position", "a": "b"}}, "axes.where must be {by: position}"),
+        ({"role": {"by": "column"}}, "{by: column, field: ...,"),
+        ({"role": {"by": "column", "field": "r", "labels": []}}, "labels must list up to 254"),
+        ({"role": {"by": "column", "field": "r", "labels": {0: 1}}}, "or map the entries of 'r'"),
+        ({f"a{i}": {"by": "column", "field": "r"} for i in range(8)}, "axes may hold 7 axes by"),
+        ({"kind": {"by": "modality", "labels": {}}}, "axes.kind.labels must map names to token"),
+        ({"kind": {"by": "modality", "labels": {"a": [1, -1]}}}, "must hold token ids from 0 on"),
+        ({"kind": {"by": "modality", "labels": {"a": 1, "b": 1}}}, "each once, but is"),
     ],
 )
 def test_wrong_settings(axes: dict[str, Any], message: str) -> None:
@@ -184,7 +191,7 @@ def test_wrong_settings(axes: dict[str, Any], message: str) -> None:
 
 def test_an_axis_of_tokens_cannot_be_crossed() -> None:
     with pytest.raises(ConfigError, match="cross names the axis 'position'"):
-        MetricsConfig(axes=AXES, cross=[["channel", "position"]])
+        MetricsConfig(axes=AXES, cross=(("channel", "position"),))
 
 
 def test_a_trainer_of_pairs_has_no_tokens() -> None:

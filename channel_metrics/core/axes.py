@@ -5,7 +5,8 @@ whatever cuts, packs or sorts channels does the same to the labels of all axes, 
 added up once. When a window is closed, the sums of the joint names are added up per channel and
 per label. Only combinations that occur have a joint name.
 
->>> from channel_metrics.core.axes import AxisBook, joint_name
+>>> from channel_metrics.core.axes import AxisBook
+>>> from channel_metrics.core.names import joint_name
 >>> name = joint_name("bbu", [("domain", "target")])
 >>> AxisBook({"domain": ()}).rows(name)
 ['bbu', 'domain/target']

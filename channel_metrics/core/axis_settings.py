@@ -11,9 +11,12 @@ from channel_metrics.errors import ConfigError, hint
 
 __all__ = [
     "CHANNEL",
+    "COLUMN",
     "LENGTH",
+    "MODALITIES",
+    "MODALITY",
     "POSITION",
-    "TOKEN",
+    "TEXT",
     "TREE",
     "TREE_MEAN",
     "Source",
@@ -28,9 +31,10 @@ CHANNEL = "channel"
 # The axes of the groups that the names of channels show.
 TREE, TREE_MEAN = "tree", "tree_mean"
 # What the labels of single tokens may come from.
-POSITION, LENGTH, TOKEN = "position", "length", "token"
-# The labels of an axis by token, if the config does not name them.
+POSITION, LENGTH, COLUMN, MODALITY = "position", "length", "column", "modality"
+# The labels of an axis by column, and of one by modality, if the config does not name them.
 ROLES = ("system", "user", "assistant", "tool", "thinking")
+TEXT, MODALITIES = "text", ("image", "video", "audio")
 _MOST_LABELS, _MOST_AXES = 254, 7
 _TAKEN = (CHANNEL, TREE, TREE_MEAN)
 _AXIS_NAME = re.compile(r"[A-Za-z_][\w-]*")
@@ -68,8 +72,8 @@ def axes_of(given: Any, cross: Any = ()) -> tuple[dict[str, Source], tuple[tuple
     if not isinstance(given, Mapping):
         raise ConfigError(f"axes must map the name of an axis to its field, but is {given!r}.")
     axes = {_axis_name(axis): _source(axis, source) for axis, source in given.items()}
-    if sum(token_source(source) == TOKEN for source in axes.values()) > _MOST_AXES:
-        raise ConfigError(f"axes may hold {_MOST_AXES} axes by {TOKEN}, but hold more.")
+    if sum(token_source(source) == COLUMN for source in axes.values()) > _MOST_AXES:
+        raise ConfigError(f"axes may hold {_MOST_AXES} axes by {COLUMN}, but hold more.")
     if not isinstance(cross, (list, tuple)):
         raise ConfigError(f"cross must be a list of lists of axes, but is {cross!r}.")
     known = [CHANNEL, *(axis for axis, source in axes.items() if not token_source(source))]
@@ -128,21 +132,47 @@ def _source(axis: Any, source: Any) -> Source:
 
 def _of_tokens(axis: Any, source: Mapping[str, Any]) -> Source:
     """The source of an axis of single tokens, with all its settings."""
-    if dict(source) in ({_BY: POSITION}, {_BY: LENGTH}):
+    by, keys = source[_BY], set(source) - {_BY}
+    if by in (POSITION, LENGTH) and not keys:
         return dict(source)
+    if by == COLUMN and {"field"} <= keys <= {"field", "labels"}:
+        return {_BY: by, "field": source["field"], "labels": _entries(axis, source)}
+    if by == MODALITY and keys <= {"labels"}:
+        return {_BY: by, **({"labels": _token_ids(axis, source["labels"])} if keys else {})}
+    raise ConfigError(
+        f"axes.{axis} must be {{by: {POSITION}}}, {{by: {LENGTH}}}, {{by: {COLUMN}, field: ..., "
+        f"labels: [...]}} or {{by: {MODALITY}, labels: {{...}}}}, but is {source!r}."
+    )
+
+
+def _entries(axis: Any, source: Mapping[str, Any]) -> dict[Any, str]:
+    """{entry of the column: label}"""
     labels = source.get("labels", ROLES)
     if isinstance(labels, (list, tuple)):
         labels = {name: name for name in labels}
-    field, others = source.get("field"), set(source) - {_BY, "field", "labels"}
-    if source[_BY] != TOKEN or not isinstance(field, str) or others:
-        raise ConfigError(
-            f"axes.{axis} must be {{by: {POSITION}}}, {{by: {LENGTH}}}, or {{by: {TOKEN}, field: "
-            f"..., labels: [...]}}, but is {source!r}."
-        )
     names = {*labels.values()} if isinstance(labels, Mapping) else {None}
-    if not all(isinstance(n, str) and n.strip() for n in names) or len(names) > _MOST_LABELS:
+    fits = 0 < len(names) <= _MOST_LABELS
+    if not fits or not all(isinstance(name, str) and name.strip() for name in names):
         raise ConfigError(
             f"axes.{axis}.labels must list up to {_MOST_LABELS} names, or map the entries of "
-            f"{field!r} to names, but is {labels!r}."
+            f"{source['field']!r} to names, but is {labels!r}."
         )
-    return {_BY: TOKEN, "field": field, "labels": dict(labels)}
+    return dict(labels)
+
+
+def _token_ids(axis: Any, labels: Any) -> dict[str, list[int]]:
+    """{label: token ids}"""
+    found: dict[str, list[int]] = {}
+    for name, given in labels.items() if isinstance(labels, Mapping) else ():
+        found[name] = [given] if isinstance(given, int) else list(given)
+    ids = [one for of_label in found.values() for one in of_label]
+    if not ids or not all(isinstance(n, str) and n.strip() for n in found):
+        raise ConfigError(
+            f"axes.{axis}.labels must map names to token ids, such as {{image: 151655}}, but is "
+            f"{labels!r}."
+        )
+    if not all(isinstance(one, int) and one >= 0 for one in ids) or len({*ids}) < len(ids):
+        raise ConfigError(
+            f"axes.{axis}.labels must hold token ids from 0 on, each once, but is {labels!r}."
+        )
+    return found

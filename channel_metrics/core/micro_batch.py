@@ -10,8 +10,8 @@ from torch import Tensor
 
 from channel_metrics.core.accumulator import ChannelLossAccumulator
 from channel_metrics.core.checks import channels_shape, check_ids, check_layout
+from channel_metrics.core.places import Places, places
 from channel_metrics.core.sums import TokenValues
-from channel_metrics.core.token_axes import Places, places
 
 __all__ = ["MicroBatch"]
 
@@ -29,6 +29,8 @@ class MicroBatch:
         places: where the tokens stand in their sequences, for the axes `position` and `length`.
             By default this follows from the boundaries, as if there was no padding and each loss
             stood at the position of its own token.
+        marks: the labels of the tokens from columns of the records, int64 in the shape of
+            token_losses, see `TokenAxes.columns`.
     """
 
     token_losses: Tensor
@@ -41,6 +43,7 @@ class MicroBatch:
     reported_sum: Tensor | None = None
     sequences: Tensor | None = None
     places: Places | None = None
+    marks: Tensor | None = None
 
     @classmethod
     def of_values(
@@ -66,6 +69,7 @@ class MicroBatch:
             weights=values.weights,
             reported_sum=reported_sum,
             places=values.places,
+            marks=values.marks,
         )
 
     @property

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from channel_metrics.core.cu_seqlens import can_read, to_target_frame
 from channel_metrics.core.masks import as_bool
+from channel_metrics.core.places import Places
 from channel_metrics.core.schema import TOKENS, Column
-from channel_metrics.core.token_axes import Places
 from channel_metrics.errors import ChannelMetricsError
 
 __all__ = ["SequenceView", "TokenValues", "TokenView", "sequence_sums", "table_rows", "token_sums"]
@@ -37,6 +37,7 @@ class TokenValues(NamedTuple):
         num_bytes, num_chars: the UTF-8 bytes and the characters of this token, int64; None if they
             are not known.
         places: where the tokens stand in their sequences; None if this is not known or not needed.
+        marks: their labels from columns of the records, int64; None without such columns.
     """
 
     losses: Tensor
@@ -47,6 +48,7 @@ class TokenValues(NamedTuple):
     num_bytes: Tensor | None = None
     num_chars: Tensor | None = None
     places: Places | None = None
+    marks: Tensor | None = None
 
     def map(self, moved: Callable[[Tensor], Tensor]) -> TokenValues:
         """The values after `moved` was applied to each tensor."""
@@ -57,6 +59,7 @@ class TokenValues(NamedTuple):
             weights=None if self.weights is None else moved(self.weights),
             targets=None if self.targets is None else moved(self.targets),
             places=None if self.places is None else self.places.map(moved),
+            marks=None if self.marks is None else moved(self.marks),
         )
 
     def in_target_frame(self) -> TokenValues:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from channel_metrics.core.places import Places, places
 from channel_metrics.core.sums import TokenValues
-from channel_metrics.core.token_axes import Places, places
 from channel_metrics.data.batch_layout import WHOLE_KEY
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, CollatorFault
 from channel_metrics.data.token_marks import MARKS_KEY
@@ -35,7 +35,8 @@ class BatchChannels:
         sequences: the boundaries of the sequences, if those of `cu_seqlens` are shorter: the runs
             of one channel.
         attention_mask: that of the batch, if it has one and no encoder.
-        marks: the labels of the tokens from columns of the records, in the shape of the labels.
+        marks: the labels of the tokens from columns of the records, int64 [B, S], each at the
+            position of its label. If there is one id per token, at that of the id.
         places: where the tokens of the labels stand, if this does not follow from the boundaries.
     """
 
@@ -59,17 +60,16 @@ class BatchChannels:
         return len(self.channels)
 
     def with_places(self, values: TokenValues) -> TokenValues:
-        """The values of its tokens, each at the position of its label, and where they stand."""
+        """The values of its tokens, each at the position of its label, with places and marks."""
         shape, mask = values.mask.shape, self.attention_mask
+        if self.marks is not None:
+            marks = self.marks.to(values.mask.device, non_blocking=True)
+            values = values._replace(marks=marks.view(shape))
         if self.per_token or self.places is not None:
             return values._replace(places=self.places)
-        marks = self.marks
-        if marks is not None:
-            marks = marks.to(values.mask.device, non_blocking=True).view(shape)
         keep = mask != 0 if isinstance(mask, Tensor) and mask.shape == shape else None
         bounds = self.cu_seqlens if self.sequences is None else self.sequences
-        found = places(shape, bounds, keep, values.mask)
-        return values._replace(places=found._replace(marks=marks))
+        return values._replace(places=places(shape, bounds, keep, values.mask))
 
 
 def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorFault | None:

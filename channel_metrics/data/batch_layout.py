@@ -30,7 +30,7 @@ __all__ = [
     "without_pad_tail",
 ]
 
-# The batch key for the boundaries of whole sequences, if there are those of the runs of one channel.
+# The batch key for the bounds of whole sequences, if there are those of the runs of one channel.
 WHOLE_KEY = "channel_whole_bounds"
 # For each record the channels that it lists: one, one per packed sequence, or one per token.
 Names = list[list[str | None]]

@@ -42,7 +42,7 @@ from channel_metrics.data.record_order import (
     tokens_of_records,
     tokens_of_spans,
 )
-from channel_metrics.data.token_marks import MARKS_KEY, token_marks
+from channel_metrics.data.token_marks import MARKS_KEY, absent_columns, token_marks
 from channel_metrics.errors import ChannelError, ChannelMetricsError
 
 __all__ = ["BOUNDS_KEY", "RECORDS_KEY", "ChannelCollator", "CollatorFault"]
@@ -85,7 +85,7 @@ class ChannelCollator:
         fields: dotted record fields that may hold the channel.
         table: with it, `channels` is an int64 tensor [N] of its ids, else a list of names. It is
             also a list if the table would grow: growth in a worker process would be lost.
-        strip: record keys that `base` must not see; by default the roots of `fields`.
+        strip: record keys that `base` must not see; by default `roots`.
         bounds_key: the batch key for the boundaries, int32 [N + 1].
         row_bounds: whether to add the boundaries even if every row is one sequence.
         carry_faults: whether an error of ours travels in the batch, as `channels`, so that the
@@ -117,14 +117,13 @@ class ChannelCollator:
         columns: Sequence[TokenColumn] = (),
     ) -> None:
         self.base = base
-        self.columns = columns
+        self.columns = tuple(columns)
         self.classes = dict(classes or {})
         self.records_key = records_key
         self.carry_faults = carry_faults
         self.fields = tuple(fields)
         self.table = table
-        roots = field_roots([*fields, *(field for field, _ in columns)])
-        self.strip = frozenset(roots if strip is None else strip)
+        self.strip = frozenset(self.roots if strip is None else strip)
         self.bounds_key = bounds_key
         self.row_bounds = row_bounds
         self._warned: set[str] = set()
@@ -135,8 +134,8 @@ class ChannelCollator:
 
     @property
     def roots(self) -> tuple[str, ...]:
-        """The record keys that this collator reads the channel from."""
-        return field_roots(self.fields)
+        """The record keys that this collator reads the channel and the labels of tokens from."""
+        return field_roots([*self.fields, *(field for field, _ in self.columns)])
 
     def around(self, base: Callable[[list[Any]], Any]) -> ChannelCollator:
         """A copy of this collator that wraps another `base`."""
@@ -208,6 +207,8 @@ class ChannelCollator:
             channels, given = [channels[i] for i in order], [records[i] for i in order]
         added: dict[str, Any] = {}
         if self.columns:
+            if self._num_batches == 1:
+                self._warn_once(*absent_columns(self.columns, given))
             added[MARKS_KEY] = token_marks(self.columns, given, spans, boundaries, batch)
         if any(per_token) and spans is not None:
             if self.bounds_key == BOUNDS_KEY:

@@ -25,9 +25,9 @@ from channel_metrics.data.batch_layout import rows_of
 from channel_metrics.data.record_order import Span
 from channel_metrics.errors import ChannelError, hint
 
-__all__ = ["MARKS_KEY", "token_marks"]
+__all__ = ["MARKS_KEY", "absent_columns", "marks_of_record", "marks_of_targets", "token_marks"]
 
-# The batch key for the labels of single tokens.
+# The batch key for the labels of single tokens, and the column for those of packs.
 MARKS_KEY = "channel_marks"
 
 
@@ -50,8 +50,8 @@ def token_marks(
     Raises:
         ChannelError: a list does not fit the tokens of its record, or holds an unknown label.
     """
-    fields = ", ".join(field for field, _ in columns)
     if spans is None or len(spans) != len(records):
+        fields = ", ".join(field for field, _ in columns)
         raise ChannelError(
             f"the labels of tokens ({fields}) cannot be placed: the records of a batch are neither "
             "its rows nor its sequences. Take this axis out of `axes`, or make one row of a record."
@@ -62,11 +62,37 @@ def token_marks(
         where = torch.arange(start, end, device="cpu")
         if boundaries.keep is not None:
             where = where[boundaries.keep[start:end]]
-        for field, numbers in columns:
-            values = look_up(record, field)
-            if values is not None:
-                marks[where] += _numbers(values, field, numbers, len(where))
+        marks[where] = marks_of_record(record, columns, len(where))
     return marks.view(shape)
+
+
+def marks_of_record(
+    record: Mapping[str, Any], columns: Sequence[TokenColumn], num_tokens: int
+) -> Tensor:
+    """The labels of the tokens of one record, int64 [num_tokens]; see `token_marks`."""
+    marks = torch.zeros(num_tokens, dtype=torch.int64, device="cpu")
+    for field, numbers in columns:
+        values = look_up(record, field)
+        if values is not None:
+            marks += _numbers(values, field, numbers, num_tokens)
+    return marks
+
+
+def absent_columns(
+    columns: Sequence[TokenColumn], records: Sequence[Mapping[str, Any]]
+) -> tuple[int, str]:
+    """How many columns no record has, and a warning about them."""
+    absent = [f for f, _ in columns if all(look_up(record, f) is None for record in records)]
+    return len(absent), (
+        f"%d columns with labels of tokens ({', '.join(absent)}) are in none of its records, so "
+        "its tokens are counted as unlabeled on these axes. The column is missing, or the trainer "
+        "dropped it when it made tokens of the records."
+    )
+
+
+def marks_of_targets(marks: Tensor) -> Tensor:
+    """At each position the marks of the next token of its row, which it predicts; 0 at the end."""
+    return torch.nn.functional.pad(marks[..., 1:], (0, 1))
 
 
 def _numbers(values: Any, field: str, numbers: Mapping[Any, int], num_tokens: int) -> Tensor:

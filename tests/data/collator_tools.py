@@ -19,6 +19,7 @@ def record(length: int, channel: str | None, first: int = 100) -> Record:
 def padded(records: list[Record], *, left: bool = False, mask: bool = True) -> dict[str, Any]:
     """Rows, padded with 0; labels are the tokens if not given, and -100 at pads."""
     width = max(len(r["input_ids"]) for r in records)
+    values: Any
     batch: dict[str, list[Any]] = {"input_ids": [], "labels": [], "attention_mask": []}
     for r in records:
         ids = r["input_ids"]

@@ -82,6 +82,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         session = self._new_session(config)
         session.ends_run = True
         session.read_tokenizer(getattr(self, "processing_class", None))
+        session.token_axes.read_ids(getattr(self.model, "config", None))
         self.channel_metrics, self.channel_scratch = session, self._new_scratch(session)
         self.pop_callback(LiveTable)
         if config.live_table and wants_live_table(self):
@@ -276,9 +277,9 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
             scratch = self.channel_scratch
             with session.guard.guarded():
                 # In an evaluation, the channels are no longer in the batch.
-                pending = scratch.pending
-                channels = pending.channels if isinstance(pending, BatchChannels) else None
-                cut = shard_with_labels(context, prepared.get("channels", channels))
+                taken = take_channels(dict(prepared)) or scratch.pending
+                found = (taken.channels, taken.marks) if isinstance(taken, BatchChannels) else ()
+                cut = shard_with_labels(context, *found)
                 scratch.cut, context = cut is not context, cut
         return context, prepared
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from channel_metrics.capture.vocab_parallel import Correctness
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.micro_batch import MicroBatch
-from channel_metrics.core.token_axes import Places
+from channel_metrics.core.places import Places
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.errors import BoundaryError, ConfigError
 from channel_metrics.session import ChannelMetrics

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from channel_metrics import swap
-from channel_metrics.core.token_axes import Places
+from channel_metrics.core.places import Places
 from channel_metrics.trainers.megatron.ids import current_ids
 
 __all__ = ["follow_cuts", "follow_labels", "unfollow_cuts"]

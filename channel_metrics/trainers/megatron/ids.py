@@ -20,7 +20,7 @@ from torch import Tensor
 from channel_metrics.core.boundaries import token_channel_ids
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.labels import LabelTable
-from channel_metrics.core.token_axes import Places, places, places_of_positions
+from channel_metrics.core.places import Places, places, places_of_positions
 from channel_metrics.errors import BoundaryError, ChannelError
 
 __all__ = [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from channel_metrics.core.boundaries import rows_as_sequences, token_channel_ids
 from channel_metrics.core.labels import UNLABELED_ID, LabelTable
-from channel_metrics.core.token_axes import Places, places
+from channel_metrics.core.places import Places, places
 from channel_metrics.data.batch_channels import BatchChannels
 from channel_metrics.trainers.swift.collator import text_positions
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from channel_metrics.core.boundaries import token_channel_ids
 from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.core.labels import LabelTable, channels_of
-from channel_metrics.core.token_axes import Places, places
+from channel_metrics.core.places import Places, places
 from channel_metrics.errors import BoundaryError, ChannelError
 from channel_metrics.trainers.swift.collator import text_positions
 
