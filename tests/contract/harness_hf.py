@@ -15,7 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
 from channel_metrics.trainers.hf import attach
 from contract.harness import Forking
 from contract.harness_loop import watch_windows
-from contract.script import ROWS, Evaluation, OneSequence, Ran, Script, flat
+from contract.script import ROWS, Evaluation, OneSequence, Ran, Script, flat, role_of
 
 __all__ = [
     "HFHarness",
@@ -45,14 +45,19 @@ class Records(torch.utils.data.Dataset[dict[str, Any]]):
             raise RuntimeError("an evaluation that fails")
         sequence = self.sequences[index]
         ids = token_ids(sequence)
-        return {"input_ids": ids, "labels": [-100, *ids[1:]], "channel": sequence.channel}
+        return {
+            "input_ids": ids,
+            "labels": [-100, *ids[1:]],
+            "channel": sequence.channel,
+            "roles": [role_of(token) for token in ids],
+        }
 
 
 class HFHarness(Forking):
     """What other trainers that are built on the Trainer do in another way, they override."""
 
     name = "hf"
-    can = frozenset({"ranks", "save", "fails", "stops"})
+    can = frozenset({"ranks", "save", "fails", "stops", "columns"})
     reserved = "eval"
 
     def nll(self, sequence: OneSequence) -> float:
@@ -60,6 +65,9 @@ class HFHarness(Forking):
 
     def losses(self, sequence: OneSequence) -> list[float]:
         return nlls_of(sequence)
+
+    def tokens(self, sequence: OneSequence) -> list[int]:
+        return token_ids(sequence)[1:]
 
     def records(self, sequences: list[OneSequence], fails_at: int | None = None) -> Records:
         """What the trainer takes for a dataset."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from reference import bucket
 
-from channel_metrics import ConfigError
+from channel_metrics import ChannelError, ConfigError
 from channel_metrics.core.names import joint_name
 from contract.cases import CASES, NEEDS, case, config
 from contract.script import (
@@ -26,6 +26,7 @@ from contract.script import (
     measure,
     ran,
     renamed,
+    role_of,
     steps,
     window_sequences,
 )
@@ -107,16 +108,67 @@ def loss_by_position(harness: Harness, folder: Path) -> None:
 
 
 def by_position(harness: Harness, sequences: list[OneSequence]) -> dict[str, dict[str, float]]:
-    """What a window holds per position, by counting one token after the other."""
+    """What a window holds per position."""
+
+    def labels(sequence: OneSequence) -> list[str]:
+        last = harness.first + sequence.tokens
+        return [bucket(position) for position in range(harness.first, last)]
+
+    return by_label(harness, sequences, labels)
+
+
+def by_label(
+    harness: Harness,
+    sequences: list[OneSequence],
+    labels: Callable[[OneSequence], list[str]],
+) -> dict[str, dict[str, float]]:
+    """What a window holds per label of single tokens, by counting one token after the other."""
     found: dict[str, list[float]] = {}
     for sequence in sequences:
-        for position, loss in enumerate(harness.losses(sequence), start=harness.first):
-            found.setdefault(bucket(position), []).append(loss)
+        for label, loss in zip(labels(sequence), harness.losses(sequence), strict=True):
+            found.setdefault(label, []).append(loss)
     tokens = sum(map(len, found.values()))
     return {
         name: {"loss": sum(of) / len(of), "tokens": len(of), "share": len(of) / tokens}
         for name, of in found.items()
     }
+
+
+@case()
+def loss_by_what_a_token_is(harness: Harness, folder: Path) -> None:
+    """Labels from the ids of the tokens in every trainer, from a column where it is kept."""
+    images = [2, 5, *range(20, 40)]
+    of_ids = {"kind": {"by": "modality", "labels": {"image": images}}}
+    roles = {"role": {"by": "column", "field": "roles"}}
+    held = (Evaluation(1, steps("bbaa", first=40)[0]),)
+    has_columns = "columns" in harness.can
+    axes = of_ids | roles if has_columns else of_ids
+    script = Script(config=config(axes=axes), steps=steps("aabb", "abab"), evaluations=held)
+    if measure(harness) != "loss" or "pairs" in harness.can:
+        (refused,) = harness.run(script, folder)
+        assert isinstance(refused.error, ConfigError) and "single tokens" in str(refused.error)
+        return
+
+    def kinds(sequence: OneSequence) -> list[str]:
+        return ["image" if token in images else "text" for token in harness.tokens(sequence)]
+
+    def roles_of(sequence: OneSequence) -> list[str]:
+        return [role_of(token) or "unlabeled" for token in harness.tokens(sequence)]
+
+    found = ran(harness, script, folder)
+    (window,) = [window for window in found.windows if window.split == "train"]
+    (sequences,) = window_sequences(script)
+    check_values(window.values, expected(harness, sequences))
+    check_values(window.axes["kind"], by_label(harness, sequences, kinds))
+    of_held = by_label(harness, flat(held[0].batches), kinds)
+    loss = found.evaluations[0]["eval_kind/text_loss"]
+    assert loss == pytest.approx(of_held["text"]["loss"])
+    if has_columns:
+        check_values(window.axes["role"], by_label(harness, sequences, roles_of))
+        return
+    (refused,) = harness.run(replace(script, config=config(axes=roles)), folder / "refused")
+    assert isinstance(refused.error, ChannelError)
+    assert "needs a label per token ('roles')" in str(refused.error)
 
 
 @case()

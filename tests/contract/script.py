@@ -127,7 +127,8 @@ class Ran:
 class Harness(Protocol):
     """One trainer.
 
-    can: of "rerun", "skip", "peek", "ranks", "lies", "save", "fails", "stops"; and "pairs", where
+    can: of "rerun", "skip", "peek", "ranks", "lies", "save", "fails", "stops"; "columns", if its
+    batches keep a column with a label per token; and "pairs", where
     it counts pairs and no tokens: a sequence of the script is one pair, and its `nll` the loss of
     that pair. With "rewards" too, it logs a reward and no loss, and `nll` is the reward.
     """
@@ -149,6 +150,9 @@ class Harness(Protocol):
 
     def losses(self, sequence: OneSequence) -> list[float]:
         """The losses of the supervised tokens, where tokens are counted."""
+
+    def tokens(self, sequence: OneSequence) -> list[int]:
+        """The ids of the supervised tokens, where tokens are counted."""
 
     def loss(self, sequences: Sequence[OneSequence]) -> float:
         """The loss of these sequences, by an independent way."""
@@ -222,6 +226,11 @@ def window_sequences(script: Script) -> list[list[OneSequence]]:
         if number % script.every == 0:
             windows.append([])
     return [window for window in windows if window]
+
+
+def role_of(token: int) -> str | None:
+    """The label of a token on an axis of the tests."""
+    return ("user", "assistant", None)[token % 3]
 
 
 def check_values(found: dict[str, dict[str, float]], wanted: dict[str, dict[str, float]]) -> None:

@@ -153,7 +153,7 @@ class MegatronChannelMetrics:
                     batch,
                     sequences=sequences if _is_first_shard() else None,
                     weights=None if weights is None else weights.reshape(batch.token_losses.shape),
-                    labels=None if labels is None else labels.reshape(batch.token_losses.shape),
+                    labels=None if labels is None else _beside(labels, batch.token_losses),
                     reported_sum=_reported_sum(result) if reports_sum else None,
                     places=self._places(batch, places),
                 )
@@ -218,10 +218,10 @@ class MegatronChannelMetrics:
 
     def _places(self, batch: MicroBatch, given: Places | None) -> Places | None:
         """Where the targets stand: the boundaries show it for the tokens that predict them."""
-        like = batch.token_losses
         if given is not None:
-            return given.map(lambda one: one.reshape(like.shape).to(like.device, non_blocking=True))
-        return batch.of_tokens.of_next() if self.session.token_axes and batch.of_tokens else None
+            return given.map(lambda one: _beside(one, batch.token_losses))
+        found = batch.of_tokens if self.session.token_axes.of_places else None
+        return None if found is None else found.of_next()
 
     def _warn_of_crossings(self, count: int) -> None:
         if count and not self._warned_of_crossings:
@@ -231,6 +231,10 @@ class MegatronChannelMetrics:
                 "sequence of their pack; they count for the channel of that sequence. A template "
                 "or prompt format that masks them avoids it."
             )
+
+
+def _beside(values: Tensor, losses: Tensor) -> Tensor:
+    return values.reshape(losses.shape).to(losses.device, non_blocking=True)
 
 
 def _in_layout(losses: Tensor, channels: Channels, loss_mask: Tensor) -> tuple[Tensor, Channels]:

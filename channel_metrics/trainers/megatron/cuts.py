@@ -69,8 +69,8 @@ def follow_labels(cut: Callable[..., Any], batch: dict[str, Any], *args: Any, **
     result = cut(batch, *args, **kwargs)
     with now.guard.guarded():
         if probes:
-            found = [cut(probe, *args, **kwargs) for probe in probes]
-            now.ids, *places = [
+            found = [result, *(cut(probe, *args, **kwargs) for probe in probes)]
+            now.labels, now.ids, *places = [
                 (one[0] if isinstance(one, tuple) else one)["labels"] for one in found
             ]
             now.places = Places(*places) if places else None

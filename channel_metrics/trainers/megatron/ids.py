@@ -71,6 +71,7 @@ class BatchIds:
         sequences: int64 [N], the channel of each sequence. It is never cut.
         places: where the target of each position stands in its sequence, in the shape of the
             labels; None if this was not asked for or is not known.
+        labels: the labels, cut as the losses; None if the batch has none.
         is_cut: whether the ids have been cut for context parallelism.
         num_batches: how many batches the forward step has taken.
         num_crossings: how many supervised targets are in the sequence after that of their position.
@@ -91,6 +92,7 @@ class BatchIds:
         self.rows: torch.Size | None = None
         self.sequences: Tensor | None = None
         self.places: Places | None = None
+        self.labels: Tensor | None = None
         self.is_cut = False
         self.num_batches = 0
         self.num_crossings = 0
@@ -157,7 +159,7 @@ class BatchIds:
     def _take(self, batch: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
         key, self.ids = _ids_of(batch, self.table)
         sequences, crossings = ours[SEQUENCES_KEY], ours[CROSSINGS_KEY]
-        self.rows = _rows_of(batch)
+        self.rows, self.labels = _rows_of(batch), batch.get("labels")
         if self.ids is not None and self.rows is not None and key == "channels":
             self.cu_seqlens = _bounds_for(self.ids, batch, self.rows)
         if sequences is not None:

@@ -61,7 +61,7 @@ class SwiftMegatronMixin(BaseMegatronTrainer):  # type: ignore[misc]  # ms-swift
                     given,
                     session.labels,
                     session.classes,
-                    with_places=bool(session.token_axes),
+                    with_places=bool(session.token_axes.of_places),
                 )
         return batch
 
