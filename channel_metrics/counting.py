@@ -12,6 +12,7 @@ from torch import Tensor
 from channel_metrics.core.accumulator import ChannelLossAccumulator
 from channel_metrics.core.axis_settings import Source
 from channel_metrics.core.checks import check_scalar
+from channel_metrics.core.excess import EXCESS_LOSS, UNMATCHED
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.micro_batch import MicroBatch
@@ -42,6 +43,7 @@ class Counting:
         warned: the warnings that were logged.
         with_targets: whether a metric needs the token that each loss is about.
         token_axes: the axes whose labels belong to single tokens.
+        with_entropy: whether a metric needs the entropy of what is predicted.
         text_sizes: the bytes and characters of the tokens, if they are known.
     """
 
@@ -56,6 +58,7 @@ class Counting:
     ) -> None:
         self.labels, self.schema, self.guard = labels, schema, guard
         self.with_correct = with_correct
+        self.with_entropy = "entropy_sum" in schema.column_names
         self.text_sizes: TextSizes | None = None
         self.token_axes = TokenAxes(axes)
         self._with_text = "text_nll" in schema.column_names
@@ -95,8 +98,18 @@ class Counting:
                 batch.add_to(table, self._groups(batch))
                 if self._with_text and (self.text_sizes is None or batch.labels is None):
                     self._tell_of_text()
+                if self.with_entropy and batch.entropy is None:
+                    self.warn_once(
+                        "entropy needs logits, which a micro-batch does not have here: its tokens "
+                        "are left out of it."
+                    )
                 if table.in_parts:
                     self._tell_of_parts()
+                elif UNMATCHED in table.columns and batch.reference is None:
+                    self.warn_once(
+                        f"{EXCESS_LOSS} needs `ref_nll` and `ref_tokens` of each sequence, which "
+                        "a micro-batch does not have: its tokens are left out; see docs/excess.md."
+                    )
 
     def _groups(self, batch: MicroBatch) -> list[Tensor]:
         """For each token axis the rows of the tokens."""
@@ -118,19 +131,21 @@ class Counting:
             targets=batch.labels,
         )
 
-    def read_tokenizer(self, tokenizer: Any) -> None:
+    def read_tokenizer(self, tokenizer: Any, model: Any = None) -> None:
         """Learn from a tokenizer how many bytes of text each token stands for.
 
-        From a processor also learn which tokens stand for images, for an axis by modality. It
-        does nothing if the config needs none of this, or without a tokenizer.
+        For an axis by modality, learn which tokens stand for images, from a processor or else
+        from a model. It does nothing if the config needs none of this, or without a tokenizer.
 
         Args:
             tokenizer: a fast tokenizer of transformers, a processor that has one, or None.
+            model: one of transformers, or None.
 
         Raises:
             ConfigError: the bytes of its tokens cannot be told.
         """
-        self.token_axes.read_ids(tokenizer, getattr(tokenizer, "tokenizer", None))
+        sources = (getattr(tokenizer, "tokenizer", None), getattr(model, "config", None))
+        self.token_axes.read_ids(tokenizer, *sources)
         if self._with_text and tokenizer is not None:
             self.text_sizes = text_sizes(tokenizer)
 

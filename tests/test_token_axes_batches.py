@@ -158,8 +158,8 @@ def test_a_processor_tells_the_ids() -> None:
     """The first that knows an id is asked, and a config of a model comes last."""
     processor = SimpleNamespace(image_token_id=3, tokenizer=SimpleNamespace(video_token_id=4))
     metrics = new(axes={"kind": {"by": "modality"}})
-    metrics.read_tokenizer(processor)
-    metrics.token_axes.read_ids(SimpleNamespace(image_token_index=9, audio_token_id=5))
+    model = SimpleNamespace(config=SimpleNamespace(image_token_index=9, audio_token_id=5))
+    metrics.read_tokenizer(processor, model)
     ids = torch.tensor([1, 3, 4, 5, 9, 3, -100])
     metrics.count(MicroBatch(token_losses=ids.float(), channels=["a"], labels=ids))
     assert {name: of["tokens"] for name, of in metrics.close(1).axes["kind"].items()} == {

@@ -23,6 +23,7 @@ __all__ = [
     "axes_of",
     "axis_fields",
     "check_axis_format",
+    "token_fields",
     "token_source",
 ]
 
@@ -56,6 +57,15 @@ def axis_fields(axes: Mapping[str, Source]) -> tuple[str, ...]:
         for axis, source in axes.items()
         if not isinstance(source, Mapping)
         for field in source
+    )
+
+
+def token_fields(axes: Mapping[str, Source]) -> tuple[str, ...]:
+    """The fields that hold a label per token."""
+    return tuple(
+        source["field"]
+        for source in axes.values()
+        if isinstance(source, Mapping) and token_source(source) == COLUMN
     )
 
 

@@ -40,8 +40,10 @@ class MicroBatch:
     loss_mask: Tensor | None = None
     correct: Tensor | None = None
     weights: Tensor | None = None
+    entropy: Tensor | None = None
     reported_sum: Tensor | None = None
     sequences: Tensor | None = None
+    reference: Tensor | None = None
     places: Places | None = None
     marks: Tensor | None = None
 
@@ -52,12 +54,13 @@ class MicroBatch:
         channels: Tensor | Sequence[str | None],
         cu_seqlens: Tensor | None,
         reported_sum: Tensor | None,
+        reference: Tensor | None = None,
     ) -> MicroBatch:
         """Make one from the values that a `TokenLossReader` has read.
 
         Args:
             values: token losses, mask, correctness and weights.
-            channels, cu_seqlens, reported_sum: as for `ChannelLossAccumulator.update`.
+            channels, cu_seqlens, reported_sum, reference: as for `ChannelLossAccumulator.update`.
         """
         return cls(
             token_losses=values.losses,
@@ -67,7 +70,9 @@ class MicroBatch:
             loss_mask=values.mask,
             correct=values.correct,
             weights=values.weights,
+            entropy=values.entropy,
             reported_sum=reported_sum,
+            reference=reference,
             places=values.places,
             marks=values.marks,
         )
@@ -106,7 +111,9 @@ class MicroBatch:
             loss_mask=self.loss_mask,
             correct=self.correct,
             weights=self.weights,
+            entropy=self.entropy,
             reported_sum=self.reported_sum,
+            reference=self.reference,
             groups=groups,
         )
         if self.sequences is not None:

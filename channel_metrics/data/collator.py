@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import pickle
-import traceback
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -36,16 +34,19 @@ from channel_metrics.data.batch_layout import (
     spans_of_records,
     without_pad_tail,
 )
+from channel_metrics.data.collator_fault import CollatorFault
+from channel_metrics.data.dispatched import names_cannot_be_sent, sends_only_tensors
 from channel_metrics.data.record_order import (
     Span,
     matched_records,
     tokens_of_records,
     tokens_of_spans,
 )
+from channel_metrics.data.reference import REFERENCE_KEY, Reference, split_names
 from channel_metrics.data.token_marks import MARKS_KEY, absent_columns, token_marks
-from channel_metrics.errors import ChannelError, ChannelMetricsError
+from channel_metrics.errors import ChannelError
 
-__all__ = ["BOUNDS_KEY", "RECORDS_KEY", "ChannelCollator", "CollatorFault"]
+__all__ = ["BOUNDS_KEY", "RECORDS_KEY", "ChannelCollator"]
 
 logger = logging.getLogger("channel_metrics")
 
@@ -57,24 +58,6 @@ RECORDS_KEY = "channel_records"
 _FIRST_BATCHES, _ONE_OF = 8, 100
 
 Record = Mapping[str, Any]
-
-
-class CollatorFault:
-    """An error of ours in a collator. It travels to the main process in place of `channels`."""
-
-    # Not a frozen dataclass: Lightning refuses these in a batch.
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    @classmethod
-    def of(cls, error: Exception) -> CollatorFault:
-        """The error itself, or its text if it cannot be pickled."""
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # a class may raise anything here; the first error is what is kept
-            trace = "".join(traceback.format_exception(error))
-            error = ChannelMetricsError(f"the channels of a batch could not be collated.\n{trace}")
-        return cls(error)
 
 
 class ChannelCollator:
@@ -93,6 +76,7 @@ class ChannelCollator:
         classes: {field: names} for fields with class numbers, see `data.scan.class_names`.
         records_key: the batch key for the numbers of the records; added if their order changes.
         columns: the columns with a label per token, see `TokenAxes.columns`.
+        reference: finds the losses of a reference model, which join the batch.
 
     If `base` returns `channels` itself (names or ids, one per sequence), they are not compared
     with the records; if rows are not sequences, it may add boundaries under `bounds_key`.
@@ -115,6 +99,7 @@ class ChannelCollator:
         classes: Mapping[str, Sequence[str]] | None = None,
         records_key: str | None = None,
         columns: Sequence[TokenColumn] = (),
+        reference: Reference | None = None,
     ) -> None:
         self.base = base
         self.columns = tuple(columns)
@@ -123,7 +108,9 @@ class ChannelCollator:
         self.carry_faults = carry_faults
         self.fields = tuple(fields)
         self.table = table
-        self.strip = frozenset(self.roots if strip is None else strip)
+        self.reference = reference
+        own = (*(reference.own_fields if reference else ()), *field_roots(self._of_tokens))
+        self.strip = frozenset((*field_roots(fields), *own) if strip is None else strip)
         self.bounds_key = bounds_key
         self.row_bounds = row_bounds
         self._warned: set[str] = set()
@@ -134,8 +121,13 @@ class ChannelCollator:
 
     @property
     def roots(self) -> tuple[str, ...]:
-        """The record keys that this collator reads the channel and the labels of tokens from."""
-        return field_roots([*self.fields, *(field for field, _ in self.columns)])
+        """The record keys that this collator reads."""
+        of_reference = self.reference.roots if self.reference else ()
+        return (*field_roots([*self.fields, *self._of_tokens]), *of_reference)
+
+    @property
+    def _of_tokens(self) -> list[str]:
+        return [field for field, _ in self.columns]
 
     def around(self, base: Callable[[list[Any]], Any]) -> ChannelCollator:
         """A copy of this collator that wraps another `base`."""
@@ -144,7 +136,7 @@ class ChannelCollator:
         return other
 
     def __getattr__(self, name: str) -> Any:
-        # Trainers read attributes of their collator (`tokenizer`, `padding_free`, ...).
+        # Trainers read attributes of their collator, such as `tokenizer`.
         if name.startswith("__") or name == "base":
             raise AttributeError(name)
         return getattr(self.base, name)
@@ -157,8 +149,8 @@ class ChannelCollator:
         try:
             return self._with_channels(collate, features)
         except Exception as error:
-            # Of `base`, it is raised. Of ours, whatever it is, the main process decides.
-            if error is collate.error:
+            # Of `base`, it is raised. Of ours, whatever it is, the main process decides if it can.
+            if error is collate.error or sends_only_tensors(self):
                 raise
             batch = collate.result if collate.called else self._base_batch(features)
             if not isinstance(batch, MutableMapping):
@@ -186,6 +178,8 @@ class ChannelCollator:
         else:
             found = [as_record(record) for record in records]
             channels = [channels_of(record, self.fields, self.classes) for record in found]
+            if self.reference is not None:
+                channels = self.reference.joined(found, channels)
             batch.update(self._added_keys(batch, channels, found))
         return batch
 
@@ -217,7 +211,10 @@ class ChannelCollator:
         else:
             names = names_per_sequence(channels, boundaries, batch)
             self._check_labels(batch.get("labels"), boundaries)
+        names, reference = split_names(names) if self.reference else (names, None)
         added["channels"] = self._ids_or_names(names)
+        if reference is not None:
+            added[REFERENCE_KEY] = reference
         if self.row_bounds or boundaries.num_sequences != rows_of(batch)[0]:
             added[self.bounds_key] = boundaries.cu_seqlens
         if order is not None and self.records_key is not None:
@@ -264,6 +261,8 @@ class ChannelCollator:
 
     def _ids_or_names(self, names: list[str | None]) -> Tensor | list[str | None]:
         if self.table is None or not self.table.knows_all(names):
+            if sends_only_tensors(self):
+                raise names_cannot_be_sent()
             return names
         return torch.tensor(self.table.ids(names), dtype=torch.int64, device="cpu")
 

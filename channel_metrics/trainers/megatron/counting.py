@@ -141,7 +141,8 @@ class MegatronChannelMetrics:
         @functools.wraps(loss_func)
         def counting_loss_func(losses: Tensor, *args: Any, **kwargs: Any) -> Any:
             result = loss_func(losses, *args, **kwargs)
-            if kwargs.get("non_loss_data") or not self.session.measuring or not _counts_here():
+            off = kwargs.get("non_loss_data") or not self.session.measuring
+            if off or not _is_first("tensor_model"):
                 return result
             with self.session.guard.guarded():
                 _refuse_capture(losses)
@@ -151,7 +152,7 @@ class MegatronChannelMetrics:
                 )
                 batch = replace(
                     batch,
-                    sequences=sequences if _is_first_shard() else None,
+                    sequences=sequences if _is_first("context") else None,
                     weights=None if weights is None else weights.reshape(batch.token_losses.shape),
                     labels=None if labels is None else _beside(labels, batch.token_losses),
                     reported_sum=_reported_sum(result) if reports_sum else None,
@@ -263,19 +264,12 @@ def _refuse_capture(losses: Tensor) -> None:
         )
 
 
-def _counts_here() -> bool:
+def _is_first(group: str) -> bool:
+    """Whether this rank is the first of its tensor-parallel or context-parallel group."""
     from megatron.core import parallel_state
 
-    return not parallel_state.is_initialized() or (
-        parallel_state.get_tensor_model_parallel_rank() == 0
-    )
-
-
-def _is_first_shard() -> bool:
-    """Whether this rank counts the sequences of its context-parallel group."""
-    from megatron.core import parallel_state
-
-    return not parallel_state.is_initialized() or (parallel_state.get_context_parallel_rank() == 0)
+    rank_of = getattr(parallel_state, f"get_{group}_parallel_rank")
+    return not parallel_state.is_initialized() or rank_of() == 0
 
 
 def _bounds(cu_seqlens: Tensor | None, packed_seq_params: Any) -> Tensor | None:

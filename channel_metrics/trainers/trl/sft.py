@@ -17,7 +17,6 @@ from channel_metrics.capture.reader import TokenLossReader
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.labels import field_columns
 from channel_metrics.core.sums import TokenValues
-from channel_metrics.core.token_axes import TokenAxes
 from channel_metrics.data.batch_channels import BatchChannels
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.errors import ChannelError, ConfigError, UnsupportedVersionError
@@ -215,8 +214,7 @@ def prepare_dataset(
     if arguments.get("packing"):
         prepared, names = pack_with_channels(trainer, prepare, arguments, config, names)
     elif arguments["args"].use_liger_kernel:
-        of_tokens = [field for field, _ in TokenAxes(config.axes).columns]
-        prepared = prepare_for_liger(prepare, arguments, [*config.label_fields, *of_tokens])
+        prepared = prepare_for_liger(prepare, arguments, config.record_fields)
     else:
         return prepare(*args, **kwargs)
     setattr(trainer, _NAMES_ATTRIBUTE, names)
