@@ -84,7 +84,8 @@ class ChannelMetrics(Checkpoints):
         schema = schema.narrowed(config.metrics)  # a copy: columns are fixed from here on
         labels = LabelTable(config.channels, unknown=config.unknown)
         correct = any("correct" in metric.needs for metric in schema.chosen(config.metrics))
-        super().__init__(labels, schema, FaultGuard(config.on_error), with_correct=correct)
+        guard = FaultGuard(config.on_error)
+        super().__init__(labels, schema, guard, config.axes, with_correct=correct)
         self.keys = KeyBook(
             config.key_format,
             reserved=reserved,
@@ -165,6 +166,7 @@ class ChannelMetrics(Checkpoints):
             carry_faults=True,
             classes=self.classes,
             records_key=RECORDS_KEY,
+            columns=self.token_axes.columns,
             reference=reference_of(self.config),
         )
 
