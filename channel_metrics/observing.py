@@ -23,7 +23,7 @@ from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.counting import Counting
 from channel_metrics.data.batch_channels import BatchChannels, check_not_cut, take_channels
-from channel_metrics.data.collator import CollatorFault
+from channel_metrics.data.collator_fault import CollatorFault
 from channel_metrics.data.repeats import first_records, real_records
 from channel_metrics.errors import ChannelError, ChannelMetricsError, UnsupportedVersionError
 from channel_metrics.seen import Seen
@@ -78,19 +78,16 @@ def observe(
         if values is None:
             try:
                 values, reported = _captured(
-                    reader,
-                    seen.observation,
-                    model,
-                    labels,
-                    taken,
-                    with_targets=metrics.with_targets,
+                    reader, seen.observation, model, labels, taken, metrics=metrics
                 )
             except UnsupportedVersionError as error:
                 raise UnsupportedVersionError(f"{error} {remedy}") from error
+        values = taken.with_places(values) if metrics.token_axes else values
         real = _real_records(metrics, accelerator, real)
         if real is not None and real[0] < real[1]:
             taken, values, reported = *_without_repeats(taken, values, *real), None
-        metrics.count(MicroBatch.of_values(values, taken.channels, taken.cu_seqlens, reported))
+        of_batch = taken.channels, taken.cu_seqlens, reported, taken.reference
+        metrics.count(MicroBatch.of_values(values, *of_batch))
 
 
 def _check(taken: Any, batch: Mapping[str, Any]) -> None:
@@ -113,6 +110,7 @@ def _reader_of(metrics: Counting, model: torch.nn.Module) -> Any:
     of_session = _readers.setdefault(metrics, WeakKeyDictionary())
     if model not in of_session:
         reader = TokenLossReader(with_correct=metrics.with_correct, guard=metrics.guard)
+        reader.with_entropy = metrics.with_entropy
         of_session[model] = reader
     return of_session[model]
 
@@ -124,7 +122,7 @@ def _captured(
     labels: Any,
     taken: BatchChannels,
     *,
-    with_targets: bool,
+    metrics: Counting,
 ) -> tuple[TokenValues, Tensor | None]:
     """What the model's own loss was made of, and its sum."""
     if not isinstance(labels, Tensor):
@@ -140,8 +138,8 @@ def _captured(
         observation,
         labels,
         causal=causal,
-        by_rows=taken.cu_seqlens is None,
-        with_targets=with_targets,
+        by_rows=taken.cu_seqlens is None and not metrics.token_axes,
+        with_targets=metrics.with_targets,
     )
     return found
 

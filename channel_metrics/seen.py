@@ -61,8 +61,10 @@ class Seen:
                 logits.detach().reshape(-1, logits.shape[-1]),
                 targets.reshape(-1).to(logits.device),
                 with_correct=self._metrics.with_correct,
+                with_entropy=self._metrics.with_entropy,
             )
-            self._keep(targets, place, found.nll, found.correct)
+            more = {"correct": found.correct, "entropy": found.entropy}
+            self._keep(targets, place, found.nll, **more)
 
     def token_losses(
         self,
@@ -88,7 +90,7 @@ class Seen:
                     f"`correct` must have the shape of the losses, {list(losses.shape)}, but has "
                     f"{list(correct.shape)}."
                 )
-            self._keep(targets, place, losses.detach(), correct)
+            self._keep(targets, place, losses.detach(), correct=correct)
 
     def _targets(
         self, shape: torch.Size, labels: Tensor | None, causal: bool
@@ -113,7 +115,7 @@ class Seen:
             "`labels` that they belong to, and causal=False if these are already shifted."
         )
 
-    def _keep(self, targets: Tensor, place: Place, nll: Tensor, correct: Tensor | None) -> None:
+    def _keep(self, targets: Tensor, place: Place, nll: Tensor, **more: Any) -> None:
         if self.values is not None:
             raise ChannelMetricsError(
                 "logits or token losses were handed over twice in one block; open one block of "
@@ -121,7 +123,7 @@ class Seen:
             )
         mask = (targets != IGNORE_INDEX).to(nll.device)
         kept = targets.to(nll.device) if self._metrics.with_targets else None
-        values = TokenValues(nll, mask, correct, targets=kept)
+        values = TokenValues(nll, mask, targets=kept, **more)
         values = values.map(lambda v: v.reshape(targets.shape))
         self.values = beside_labels(values, place, by_rows=False)
 

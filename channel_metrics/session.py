@@ -32,6 +32,7 @@ from channel_metrics.core.schema import TOKENS, Schema
 from channel_metrics.core.table import SumTable
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
+from channel_metrics.data.reference import reference_of
 from channel_metrics.data.scan import class_names, scan_channels
 from channel_metrics.observers.configured import adding_of, observers_of
 from channel_metrics.observing import observe
@@ -84,7 +85,8 @@ class ChannelMetrics(Checkpoints):
         schema = schema.narrowed(config.metrics)  # a copy: columns are fixed from here on
         labels = LabelTable(config.channels, unknown=config.unknown)
         correct = any("correct" in metric.needs for metric in schema.chosen(config.metrics))
-        super().__init__(labels, schema, FaultGuard(config.on_error), with_correct=correct)
+        guard = FaultGuard(config.on_error)
+        super().__init__(labels, schema, guard, config.axes, with_correct=correct)
         self.keys = KeyBook(
             config.key_format,
             reserved=reserved,
@@ -165,15 +167,14 @@ class ChannelMetrics(Checkpoints):
             carry_faults=True,
             classes=self.classes,
             records_key=RECORDS_KEY,
+            columns=self.token_axes.columns,
+            reference=reference_of(self.config),
         )
 
     def observe(
         self, model: torch.nn.Module, batch: MutableMapping[str, Any], *, accelerator: Any = None
     ) -> AbstractContextManager[Seen]:
         """One forward over exactly the labels of `batch`, counted if the block does not raise.
-
-            with metrics.observe(model, batch):
-                loss = model(**batch).loss
 
         Our keys are removed from the batch. The token losses come from the model's own loss. If
         the loop computes the loss itself, it hands over the logits or token losses, see `Seen`.

@@ -79,10 +79,14 @@ def check_wanted(
         known |= names or set()
     logged, refused = set(), ""
     for prefix, names in sets.items():
+        metrics = {metric.name for metric in session.schema.chosen(session.config.metrics)}
+        if not prefix:
+            of_run = {*session.schema.run_metrics, *session.schema.slope_metrics}
+            metrics |= of_run & {*session.config.metrics}
         for channel in sorted(known):
             for metric in session.schema.metric_names:
                 key = session.keys.key(channel, metric, prefix)
-                why = _why_not(session, channel, metric, names, of_train=not prefix)
+                why = _why_not(session, channel, metric, metrics, names, of_train=not prefix)
                 if why is None:
                     logged.add(key)
                 elif key == wanted:
@@ -125,15 +129,18 @@ def check_stop_when(session: ChannelMetrics, sets: Mapping[str, set[str] | None]
 
 
 def _why_not(
-    session: ChannelMetrics, channel: str, metric: str, names: set[str] | None, *, of_train: bool
+    session: ChannelMetrics,
+    channel: str,
+    metric: str,
+    logged: set[str],
+    names: set[str] | None,
+    *,
+    of_train: bool,
 ) -> str | None:
-    """Why a metric of a channel is not logged for a set; None if it is logged."""
+    """Why a metric of a channel is not among those `logged` for a set; None if it is."""
     where = "the training" if of_train else "an evaluation"
     # Evaluations log all labels of further axes.
     chosen = () if of_train or session.is_label(channel) else session.config.eval_channels
-    logged = {metric.name for metric in session.schema.chosen(session.config.metrics)}
-    if of_train:
-        logged |= {*session.config.metrics} & {*session.schema.run_metrics}
     if metric not in logged:
         return (
             f"{where} logs only {', '.join(sorted(logged))} of a channel; add {metric!r} to "
