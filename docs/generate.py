@@ -74,6 +74,7 @@ def schema_of(schema: Schema) -> str:
         for column in schema.columns
         if column.total
     ]
+    metrics += [(f"`{one.name}`", one.unit or "0 to 1", one.doc) for one in schema.slopes]
     columns = [
         (f"`{name}`", column.unit, column.doc)
         for name, column in ((c.name if c.name not in BINS else _BINS, c) for c in schema.columns)

@@ -19,8 +19,10 @@ from functools import partial
 from operator import itemgetter
 
 from channel_metrics.core.error_bars import error_bars
+from channel_metrics.core.excess import excess_loss
 from channel_metrics.core.percentiles import percentiles
 from channel_metrics.core.registry import Column, Metric, Schema, Sums, ratio, ratio_of
+from channel_metrics.core.slopes import SLOPES
 
 __all__ = ["DEFAULT_METRICS", "TOKENS", "Column", "Metric", "Schema", "Sums", "ratio", "ratio_of"]
 
@@ -48,7 +50,7 @@ def _bits_per(size: str, sums: Sums) -> float | None:
 
 
 # No lambdas, so that a table of sums can be pickled.
-TOKENS = Schema("tokens", count="tokens")
+TOKENS = Schema("tokens", count="tokens", slopes=SLOPES)
 TOKENS.register(
     Column("tokens", "tokens", "supervised tokens", total=True, per_token="mask"),
     Column("samples", "sequences", "sequences with a position", total=True, per_sequence="filled"),
@@ -158,5 +160,25 @@ TOKENS.register(
         doc="the same per character",
     ),
 )
+TOKENS.register(
+    Column(
+        "entropy_sum", "nats", "entropies of the prediction", per_token="entropy", optional=True
+    ),
+    Column(
+        "entropy_tokens",
+        "tokens",
+        "tokens for which it was measured",
+        per_token="measured",
+        optional=True,
+    ),
+    Metric(
+        "entropy",
+        ("entropy_sum", "entropy_tokens"),
+        ratio_of("entropy_sum", "entropy_tokens"),
+        unit="nats",
+        doc="the mean entropy of the predicted distribution; how sure the model is of itself",
+    ),
+)
 TOKENS.register(*error_bars("loss", "nll", "nats"), *error_bars("token_acc", "correct", ""))
 TOKENS.register(*percentiles())
+TOKENS.register(*excess_loss())

@@ -17,7 +17,7 @@ from channel_metrics.core.schema import Schema, ratio
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.windows import Window
 
-__all__ = ["Session", "WindowStream", "line_of"]
+__all__ = ["Session", "WindowStream", "drop_half_line", "line_of"]
 
 _BLOCK = 4096
 
@@ -53,7 +53,7 @@ class WindowStream:
             return
         if not self._is_open:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_half_line(self.path)
+            drop_half_line(self.path)
             self._is_open = True
         line = json.dumps(
             line_of(window, self._session.schema.unit), ensure_ascii=False, allow_nan=False
@@ -93,7 +93,8 @@ def _whole_loss(window: Window) -> float | None:
     return ratio(sums["nll"], sums["tokens"] - sums["nonfinite"])
 
 
-def _drop_half_line(path: Path) -> None:
+def drop_half_line(path: Path) -> None:
+    """Cut off what a run that was killed has left behind the last whole line."""
     if not path.exists():
         return
     with path.open("r+b") as file:

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from channel_metrics.acting import StopWhen
 from channel_metrics.core.objectives import OBJECTIVES
+from channel_metrics.data.scan import count_channels
 from channel_metrics.errors import ConfigError, hint
 from channel_metrics.session import ChannelMetrics
 
-__all__ = ["check_stop_when", "check_wanted"]
+__all__ = ["channels_in", "check_stop_when", "check_wanted"]
+
+
+def channels_in(session: ChannelMetrics, dataset: Any) -> set[str] | None:
+    """What is logged of a dataset: its channels, which the session learns, and labels of axes.
+
+    None if it cannot be scanned, see `count_channels`.
+    """
+    counts = count_channels(dataset, session.config.label_fields)
+    if counts is None:
+        return None
+    session.declare_names(sorted(name for name in counts if name is not None))
+    return session.rows(counts)
 
 
 def check_wanted(
@@ -37,7 +51,8 @@ def check_wanted(
     for prefix, names in sets.items():
         metrics = {metric.name for metric in session.schema.chosen(session.config.metrics)}
         if not prefix:
-            metrics |= {*session.config.metrics} & {*session.schema.run_metrics}
+            of_run = {*session.schema.run_metrics, *session.schema.slope_metrics}
+            metrics |= of_run & {*session.config.metrics}
         for channel in sorted(known):
             for metric in session.schema.metric_names:
                 key = session.keys.key(channel, metric, prefix)
