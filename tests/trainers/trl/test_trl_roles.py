@@ -77,12 +77,14 @@ def test_roles_of_tokens(tmp_path: Path, trainer_class: Any, options: dict[str, 
         pytest.skip("this trl does not split sequences")
     if options.get("padding_free") and not HAS_BOUNDS:
         pytest.skip("this trl gives padding-free rows no position ids")
-    check(*run(tmp_path, records(), CONFIG, trainer_class, **options), "role", OF_ROLE)
+    trainer, seen = run(tmp_path, records(), CONFIG, trainer_class, **options)
+    check(trainer, seen, "role", OF_ROLE)
 
 
 def test_a_stream_is_packed_with_roles(tmp_path: Path) -> None:
     stream = Dataset.from_list(records()).to_iterable_dataset()
-    check(*run(tmp_path, stream, CONFIG, MySFT, packing=True), "role", OF_ROLE)
+    trainer, seen = run(tmp_path, stream, CONFIG, MySFT, packing=True)
+    check(trainer, seen, "role", OF_ROLE)
 
 
 @pytest.mark.parametrize("packing", [False, True])
