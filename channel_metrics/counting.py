@@ -11,6 +11,7 @@ from torch import Tensor
 
 from channel_metrics.core.accumulator import ChannelLossAccumulator
 from channel_metrics.core.checks import check_scalar
+from channel_metrics.core.excess import EXCESS_LOSS, UNMATCHED
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.micro_batch import MicroBatch
@@ -38,6 +39,7 @@ class Counting:
     Attributes:
         warned: the warnings that were logged.
         with_targets: whether a metric needs the token that each loss is about.
+        with_entropy: whether a metric needs the entropy of what is predicted.
         text_sizes: the bytes and characters of the tokens, if they are known.
     """
 
@@ -47,6 +49,7 @@ class Counting:
         self.labels, self.schema, self.guard = labels, schema, guard
         self.with_correct = with_correct
         self.with_targets = "text_nll" in schema.column_names
+        self.with_entropy = "entropy_sum" in schema.column_names
         self.text_sizes: TextSizes | None = None
         self.warned: set[str] = set()
         self._train = OpenWindow(self._new_table())
@@ -78,8 +81,18 @@ class Counting:
                 batch.add_to(table)
                 if self.with_targets and (self.text_sizes is None or batch.labels is None):
                     self._tell_of_text()
+                if self.with_entropy and batch.entropy is None:
+                    self.warn_once(
+                        "entropy needs logits, which a micro-batch does not have here: its tokens "
+                        "are left out of it."
+                    )
                 if table.in_parts:
                     self._tell_of_parts()
+                elif UNMATCHED in table.columns and batch.reference is None:
+                    self.warn_once(
+                        f"{EXCESS_LOSS} needs `ref_nll` and `ref_tokens` of each sequence, which "
+                        "a micro-batch does not have: its tokens are left out; see docs/excess.md."
+                    )
 
     def read_tokenizer(self, tokenizer: Any) -> None:
         """Learn from a tokenizer how many bytes of text each token stands for.

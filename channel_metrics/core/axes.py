@@ -101,7 +101,9 @@ class AxisBook:
         for axes in self.cross:
             combined = product(*(found[axis] for axis in axes))
             rows += [self.row(".".join(axes), ".".join(labels)) for labels in combined]
-        rows += [self.row(TREE, group) for group in groups_of(channel or "")[: self.tree]]
+        for group in groups_of(channel or "")[: self.tree]:
+            rows.append(self.row(TREE, group))
+            self.row(TREE_MEAN, group)  # no channel may have this name
         return [*found[CHANNEL], *dict.fromkeys(rows)]
 
     def by_axis(self, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -143,9 +145,14 @@ class AxisBook:
         return Projected(tuple(rows), added, len(channels))
 
     def row(self, axis: str, label: str) -> str:
-        """The name of the row of a label."""
+        """The name of the row of a label; raises `ChannelError` if another label has it."""
         row = self.form.format(axis=axis, label=label)
-        self.labels[row] = axis, label
+        known = self.labels.setdefault(row, (axis, label))
+        if known != (axis, label):
+            raise ChannelError(
+                f"the labels {known[1]!r} on the axis {known[0]!r} and {label!r} on the axis "
+                f"{axis!r} would both be called {row!r}; choose another axis_format."
+            )
         return row
 
     def names(self, names: Iterable[str]) -> list[str]:
@@ -157,8 +164,8 @@ class AxisBook:
         rows = [self.rows(name) for name in names]
         channels = dict.fromkeys(of_name[0] for of_name in rows if of_name[0] != UNLABELED)
         others = dict.fromkeys(row for of_name in rows for row in of_name[1:])
-        for row in others:
-            if row in channels:
+        for row in channels:
+            if row in self.labels:
                 axis, label = self.labels[row]
                 raise ChannelError(
                     f"channel {row!r} has the name of the label {label!r} on the axis {axis!r}; "
@@ -187,8 +194,7 @@ class AxisBook:
         import torch
 
         of_unlabeled = self.rows(None)
-        rows = self.names(names)
-        rows += [row for row in of_unlabeled[1:] if row not in rows]
+        rows = list(dict.fromkeys([*self.names(names), *of_unlabeled[1:]]))
         place = {UNLABELED: 0, **{row: i for i, row in enumerate(rows, start=1)}}
         pairs = [(0, place[row]) for row in of_unlabeled]
         pairs += [(i, place[row]) for i, name in enumerate(names, 1) for row in self.rows(name)]

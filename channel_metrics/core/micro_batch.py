@@ -34,8 +34,10 @@ class MicroBatch:
     loss_mask: Tensor | None = None
     correct: Tensor | None = None
     weights: Tensor | None = None
+    entropy: Tensor | None = None
     reported_sum: Tensor | None = None
     sequences: Tensor | None = None
+    reference: Tensor | None = None
 
     @classmethod
     def of_values(
@@ -44,12 +46,13 @@ class MicroBatch:
         channels: Tensor | Sequence[str | None],
         cu_seqlens: Tensor | None,
         reported_sum: Tensor | None,
+        reference: Tensor | None = None,
     ) -> MicroBatch:
         """Make one from the values that a `TokenLossReader` has read.
 
         Args:
             values: token losses, mask, correctness and weights.
-            channels, cu_seqlens, reported_sum: as for `ChannelLossAccumulator.update`.
+            channels, cu_seqlens, reported_sum, reference: as for `ChannelLossAccumulator.update`.
         """
         return cls(
             token_losses=values.losses,
@@ -59,7 +62,9 @@ class MicroBatch:
             loss_mask=values.mask,
             correct=values.correct,
             weights=values.weights,
+            entropy=values.entropy,
             reported_sum=reported_sum,
+            reference=reference,
         )
 
     def add_to(self, table: ChannelLossAccumulator) -> None:
@@ -82,7 +87,9 @@ class MicroBatch:
             loss_mask=self.loss_mask,
             correct=self.correct,
             weights=self.weights,
+            entropy=self.entropy,
             reported_sum=self.reported_sum,
+            reference=self.reference,
         )
         if self.sequences is not None:
             sequences = self.sequences.to(device, non_blocking=True)

@@ -35,6 +35,7 @@ class TokenValues(NamedTuple):
         targets: int64, the token that each loss is about; None if no metric needs it.
         num_bytes, num_chars: the UTF-8 bytes and the characters of this token, int64; None if they
             are not known.
+        entropy: of the distribution that predicted it, in nats; None if not measured.
     """
 
     losses: Tensor
@@ -44,16 +45,12 @@ class TokenValues(NamedTuple):
     targets: Tensor | None = None
     num_bytes: Tensor | None = None
     num_chars: Tensor | None = None
+    entropy: Tensor | None = None
 
     def map(self, moved: Callable[[Tensor], Tensor]) -> TokenValues:
         """The values after `moved` was applied to each tensor."""
-        return TokenValues(
-            losses=moved(self.losses),
-            mask=moved(self.mask),
-            correct=None if self.correct is None else moved(self.correct),
-            weights=None if self.weights is None else moved(self.weights),
-            targets=None if self.targets is None else moved(self.targets),
-        )
+        given = {name: values for name, values in self._asdict().items() if values is not None}
+        return self._replace(**{name: moved(values) for name, values in given.items()})
 
     def in_target_frame(self) -> TokenValues:
         """The values at the positions of their targets, see `to_target_frame`."""
@@ -79,6 +76,7 @@ class TokenView:
         nonfinite_weight: bool, whether the loss is finite but the weight is not.
         text_bytes, text_chars, text_nll: bytes, characters and nll of the tokens that stand for
             known text and have a finite loss.
+        entropy, measured: the entropy where it and the loss are finite, and whether it is (bool).
     """
 
     def __init__(self, values: TokenValues, dtype: torch.dtype) -> None:
@@ -86,7 +84,7 @@ class TokenView:
         self.mask: Tensor = as_bool(values.mask)
         self.nonfinite = self.correct = self.judged = None
         self.weight = self.weighted_nll = self.nonfinite_weight = None
-        self.text_bytes = self.text_chars = self.text_nll = None
+        self.text_bytes = self.text_chars = self.text_nll = self.entropy = self.measured = None
         finite, counted = self.losses, self.mask
         # On the host, one look at the sum shows whether all losses are finite.
         if not can_read(finite) or not math.isfinite(finite.sum().item()):
@@ -108,6 +106,9 @@ class TokenView:
             self.text_nll = self.nll * (num_bytes > 0)
             self.text_bytes = num_bytes.to(dtype)
             self.text_chars = (values.num_chars * counted).to(dtype)
+        if values.entropy is not None:
+            self.measured = counted & values.entropy.isfinite()
+            self.entropy = values.entropy.to(dtype).where(self.measured, 0)
 
     def column(self, column: Column) -> Tensor | None:
         """The values of one column at the supervised positions, 0 elsewhere."""
@@ -124,10 +125,12 @@ class SequenceView(NamedTuple):
     Attributes:
         lengths: int64 [N], positions per sequence, padding included.
         sums: {column: [N]}, the sums of the token columns.
+        reference: float64 [N, 2], nll and tokens of a reference model; None if there is none.
     """
 
     lengths: Tensor
     sums: dict[str, Tensor]
+    reference: Tensor | None = None
 
     @property
     def filled(self) -> Tensor:
@@ -140,6 +143,7 @@ def sequence_sums(
     cu_seqlens: Tensor | None,
     dtype: torch.dtype = torch.float64,
     columns: Sequence[Column] | None = None,
+    reference: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The sums of each sequence.
 
@@ -150,6 +154,7 @@ def sequence_sums(
         dtype: of the sums.
         columns: by default the registered ones that are not optional. A column for which this
             micro-batch has no values is left out.
+        reference: float64 [N, 2], nll and tokens of a reference model; NaN if not known.
 
     Returns:
         {column: [N + 1]}. The last entry holds the tokens past the last bound. Without cu_seqlens
@@ -170,7 +175,9 @@ def sequence_sums(
         sums = _segment_sums(_token_columns(view, columns), bounds, dtype)
         # The tokens past the last bound are no sequence, so their length is 0.
         lengths = torch.nn.functional.pad(cu_seqlens.diff().long(), (0, 1))
-    of_sequences = SequenceView(lengths, sums)
+        if reference is not None:
+            reference = torch.nn.functional.pad(reference, (0, 0, 0, 1), value=torch.nan)
+    of_sequences = SequenceView(lengths, sums, reference)
     for column in columns:
         found = _values_of(of_sequences, column.per_sequence)
         if found is not None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, CollatorFault
+from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY
+from channel_metrics.data.collator_fault import CollatorFault
+from channel_metrics.data.dispatched import REMEDY, current_dispatcher
+from channel_metrics.data.reference import REFERENCE_KEY, numbers_of
 from channel_metrics.errors import ChannelError
 
 __all__ = ["COLUMNS_KEY", "BatchChannels", "check_not_cut", "take_channels"]
@@ -28,12 +30,15 @@ class BatchChannels:
             one sequence.
         records: int64, the index of the record in each row or sequence; None if they are in order.
         columns: the columns of the records, if none of them may hold a channel; else none.
+        reference: float64 [num_sequences, 2], nll and tokens of a reference model; None if there
+            is none.
     """
 
     channels: Tensor | list[str | None]
     cu_seqlens: Tensor | None
     records: Tensor | None = None
     columns: Sequence[str] = ()
+    reference: Tensor | None = None
 
     @property
     def per_token(self) -> bool:
@@ -57,27 +62,19 @@ def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorF
     """
     channels, cu_seqlens = inputs.pop("channels", None), inputs.pop(BOUNDS_KEY, None)
     records, columns = inputs.pop(RECORDS_KEY, None), inputs.pop(COLUMNS_KEY, ())
+    reference = numbers_of(inputs.pop(REFERENCE_KEY, None))
     if channels is None or isinstance(channels, CollatorFault):
         return channels
-    return BatchChannels(channels, cu_seqlens, records, columns)
+    return BatchChannels(channels, cu_seqlens, records, columns, reference)
 
 
 def check_not_cut(batch: BatchChannels) -> None:
-    """Raise `ChannelError` if accelerate has cut the boundaries as if they were rows.
-
-    It does so if one process reads the data for all, which is its default for streams, also if
-    there is no other process.
-    """
+    """Raise `ChannelError` if accelerate has cut the boundaries as if they were rows."""
     bounds = batch.cu_seqlens
-    if bounds is None or len(bounds) == batch.num_sequences + 1 or "accelerate" not in sys.modules:
+    if bounds is None or len(bounds) == batch.num_sequences + 1 or current_dispatcher() is None:
         return
-    from accelerate.data_loader import DataLoaderDispatcher
-    from accelerate.state import GradientState
-
-    if isinstance(GradientState().active_dataloader, DataLoaderDispatcher):
-        raise ChannelError(
-            f"a batch of {batch.num_sequences} channels has {len(bounds)} boundaries: accelerate "
-            "reads the data on one process and cuts packed or flattened batches as if each "
-            "sequence were a row. Let each process read its own part: "
-            "Accelerator(dataloader_config=DataLoaderConfiguration(dispatch_batches=False))."
-        )
+    raise ChannelError(
+        f"a batch of {batch.num_sequences} channels has {len(bounds)} boundaries: accelerate reads "
+        "the data on one process and cuts packed or flattened batches as if each sequence were a "
+        f"row. {REMEDY}."
+    )

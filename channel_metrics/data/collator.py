@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import pickle
-import traceback
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -33,15 +31,18 @@ from channel_metrics.data.batch_layout import (
     spans_of_records,
     without_pad_tail,
 )
+from channel_metrics.data.collator_fault import CollatorFault
+from channel_metrics.data.dispatched import names_cannot_be_sent, sends_only_tensors
 from channel_metrics.data.record_order import (
     Span,
     matched_records,
     tokens_of_records,
     tokens_of_spans,
 )
-from channel_metrics.errors import ChannelError, ChannelMetricsError
+from channel_metrics.data.reference import REFERENCE_KEY, Reference, split_names
+from channel_metrics.errors import ChannelError
 
-__all__ = ["BOUNDS_KEY", "RECORDS_KEY", "ChannelCollator", "CollatorFault"]
+__all__ = ["BOUNDS_KEY", "RECORDS_KEY", "ChannelCollator"]
 
 logger = logging.getLogger("channel_metrics")
 
@@ -53,24 +54,6 @@ RECORDS_KEY = "channel_records"
 _FIRST_BATCHES, _ONE_OF = 8, 100
 
 Record = Mapping[str, Any]
-
-
-class CollatorFault:
-    """An error of ours in a collator. It travels to the main process in place of `channels`."""
-
-    # Not a frozen dataclass: Lightning refuses these in a batch.
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    @classmethod
-    def of(cls, error: Exception) -> CollatorFault:
-        """The error itself, or its text if it cannot be pickled."""
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # a class may raise anything here; the first error is what is kept
-            trace = "".join(traceback.format_exception(error))
-            error = ChannelMetricsError(f"the channels of a batch could not be collated.\n{trace}")
-        return cls(error)
 
 
 class ChannelCollator:
@@ -88,6 +71,7 @@ class ChannelCollator:
             main process decides about it. Otherwise it is raised.
         classes: {field: names} for fields with class numbers, see `data.scan.class_names`.
         records_key: the batch key for the numbers of the records; added if their order changes.
+        reference: finds the losses of a reference model, which join the batch.
 
     If `base` returns `channels` itself (names or ids, one per sequence), they are not compared
     with the records; if rows are not sequences, it may add boundaries under `bounds_key`.
@@ -109,6 +93,7 @@ class ChannelCollator:
         carry_faults: bool = False,
         classes: Mapping[str, Sequence[str]] | None = None,
         records_key: str | None = None,
+        reference: Reference | None = None,
     ) -> None:
         self.base = base
         self.classes = dict(classes or {})
@@ -116,7 +101,9 @@ class ChannelCollator:
         self.carry_faults = carry_faults
         self.fields = tuple(fields)
         self.table = table
-        self.strip = frozenset(field_roots(fields) if strip is None else strip)
+        self.reference = reference
+        own = reference.own_fields if reference else ()
+        self.strip = frozenset((*field_roots(fields), *own) if strip is None else strip)
         self.bounds_key = bounds_key
         self.row_bounds = row_bounds
         self._warned: set[str] = set()
@@ -127,8 +114,8 @@ class ChannelCollator:
 
     @property
     def roots(self) -> tuple[str, ...]:
-        """The record keys that this collator reads the channel from."""
-        return field_roots(self.fields)
+        """The record keys that this collator reads."""
+        return (*field_roots(self.fields), *(self.reference.roots if self.reference else ()))
 
     def around(self, base: Callable[[list[Any]], Any]) -> ChannelCollator:
         """A copy of this collator that wraps another `base`."""
@@ -137,7 +124,7 @@ class ChannelCollator:
         return other
 
     def __getattr__(self, name: str) -> Any:
-        # Trainers read attributes of their collator (`tokenizer`, `padding_free`, ...).
+        # Trainers read attributes of their collator, such as `tokenizer`.
         if name.startswith("__") or name == "base":
             raise AttributeError(name)
         return getattr(self.base, name)
@@ -150,8 +137,8 @@ class ChannelCollator:
         try:
             return self._with_channels(collate, features)
         except Exception as error:
-            # Of `base`, it is raised. Of ours, whatever it is, the main process decides.
-            if error is collate.error:
+            # Of `base`, it is raised. Of ours, whatever it is, the main process decides if it can.
+            if error is collate.error or sends_only_tensors(self):
                 raise
             batch = collate.result if collate.called else self._base_batch(features)
             if not isinstance(batch, MutableMapping):
@@ -179,6 +166,8 @@ class ChannelCollator:
         else:
             found = [_as_record(record) for record in records]
             channels = [channels_of(record, self.fields, self.classes) for record in found]
+            if self.reference is not None:
+                channels = self.reference.joined(found, channels)
             batch.update(self._added_keys(batch, channels, found))
         return batch
 
@@ -203,7 +192,10 @@ class ChannelCollator:
         else:
             names = names_per_sequence(channels, boundaries, batch)
             self._check_labels(batch.get("labels"), boundaries)
+        names, reference = split_names(names) if self.reference else (names, None)
         added: dict[str, Any] = {"channels": self._ids_or_names(names)}
+        if reference is not None:
+            added[REFERENCE_KEY] = reference
         if self.row_bounds or boundaries.num_sequences != rows_of(batch)[0]:
             added[self.bounds_key] = boundaries.cu_seqlens
         if order is not None and self.records_key is not None:
@@ -250,6 +242,8 @@ class ChannelCollator:
 
     def _ids_or_names(self, names: list[str | None]) -> Tensor | list[str | None]:
         if self.table is None or not self.table.knows_all(names):
+            if sends_only_tensors(self):
+                raise names_cannot_be_sent()
             return names
         return torch.tensor(self.table.ids(names), dtype=torch.int64, device="cpu")
 

@@ -36,7 +36,7 @@ class Forking(Harness):
         with warnings_of_ours() as ran.warnings, faulty_count(script.fault_at):
             try:
                 self.train(script, folder, ran)
-            except Exception as error:
+            except Exception as error:  # whatever ends a run is part of the outcome
                 ran.error = error
         return ran
 

@@ -8,6 +8,7 @@ from typing import Any
 from channel_metrics.core.labels import LabelTable, field_columns, field_roots
 from channel_metrics.data.batch_channels import COLUMNS_KEY, BatchChannels
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
+from channel_metrics.data.reference import Reference
 from channel_metrics.errors import ChannelError
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import Scratch, has_token_labels
@@ -69,6 +70,7 @@ def wrap_collator(
     remove_unused_columns: bool,
     kind: type[ChannelCollator] = ChannelCollator,
     classes: Mapping[str, Sequence[str]] | None = None,
+    reference: Reference | None = None,
 ) -> ChannelCollator:
     """Wrap a collator so that its batches carry channels.
 
@@ -85,11 +87,13 @@ def wrap_collator(
         remove_unused_columns: the training argument of that name.
         kind: the class of the wrapper.
         classes: {field: class names} of the dataset columns of type `ClassLabel`.
+        reference: finds the losses of a reference model.
     """
     modules = (type(base).__module__, getattr(base, "__module__", ""))
     theirs = any(module.split(".")[0] in _NO_STRINGS for module in modules)
     drop = remove_unused_columns or theirs
-    strip = [root for root in field_roots(fields) if drop and root not in signature_columns]
+    roots = (*field_roots(fields), *(reference.roots if reference else ()))
+    strip = [root for root in roots if drop and root not in signature_columns]
     return kind(
         base,
         fields=fields,
@@ -100,4 +104,5 @@ def wrap_collator(
         carry_faults=True,
         classes=classes,
         records_key=RECORDS_KEY,
+        reference=reference,
     )

@@ -17,7 +17,7 @@ from channel_metrics.config import MetricsConfig
 from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.data.batch_channels import BatchChannels, take_channels
-from channel_metrics.data.collator import CollatorFault
+from channel_metrics.data.collator_fault import CollatorFault
 from channel_metrics.data.repeats import first_records, real_records
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.observers.live_table import LiveTable, wants_live_table
@@ -83,6 +83,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         session.ends_run = True
         session.read_tokenizer(getattr(self, "processing_class", None))
         self.channel_metrics, self.channel_scratch = session, self._new_scratch(session)
+        self.channel_scratch.reader.with_entropy = session.with_entropy
         self.pop_callback(LiveTable)
         if config.live_table and wants_live_table(self):
             table = LiveTable(self.callback_handler.callbacks)
@@ -252,7 +253,8 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
                     "told, so they are counted twice."
                 )
             batch, values = kept or (batch, values)
-        session.count(MicroBatch.of_values(values, batch.channels, batch.cu_seqlens, reported))
+        of_batch = batch.channels, batch.cu_seqlens, reported, batch.reference
+        session.count(MicroBatch.of_values(values, *of_batch))
         return of_all
 
     def _real_records(self, session: ChannelMetrics) -> tuple[int, int] | None:

@@ -33,6 +33,7 @@ from transformers import DataCollatorWithFlattening
 
 from channel_metrics.core.boundaries import rows_as_sequences, token_channel_ids
 from channel_metrics.data.collator import ChannelCollator
+from channel_metrics.data.reference import REFERENCE_KEY
 from channel_metrics.errors import ConfigError, UnsupportedVersionError
 
 __all__ = [
@@ -168,6 +169,7 @@ class TargetIdCollator(ChannelCollator):
                 f"[batch, sequence], but they are {came}."
             )
         bounds = added.pop(self.bounds_key, None)
+        added.pop(REFERENCE_KEY, None)  # whole sequences only
         bounds = rows_as_sequences(*labels.shape) if bounds is None else bounds
         of_tokens = token_channel_ids(ids, bounds, labels.numel()).view(labels.shape)
         return {**added, "channels": target_ids(of_tokens)}

@@ -209,7 +209,7 @@ def prepare_dataset(
     if arguments.get("packing"):
         prepared, names = pack_with_channels(trainer, prepare, arguments, config, names)
     elif arguments["args"].use_liger_kernel:
-        prepared = prepare_for_liger(prepare, arguments, config.label_fields)
+        prepared = prepare_for_liger(prepare, arguments, config.record_fields)
     else:
         return prepare(*args, **kwargs)
     setattr(trainer, _NAMES_ATTRIBUTE, names)
