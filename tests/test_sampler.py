@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,32 @@ def test_a_change_arrives_after_the_lag_and_not_later() -> None:
     assert weights(trained(session(), stream(lag=16), range(7), workers=2)[1]) == pytest.approx(
         [0.5] * 5 + [0.75] * 2
     )
-    with pytest.raises(ChannelMetricsError, match="its lag is 15; make it at least 16"):
-        trained(session(), stream(lag=15), range(1), workers=2)
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(1, 2), (2, 2), (2, 3)])
+def test_how_far_workers_are_ahead(workers: int, prefetch: int) -> None:
+    """Exactly prefetch_factor * num_workers batches, which a smaller lag would miss."""
+    ahead = prefetch * workers * SIZE
+    for lag in (ahead, ahead - 1):
+        metrics, made = session(), stream(lag=lag)
+        made.follow(metrics)
+        options: Any = {"num_workers": workers, "prefetch_factor": prefetch}
+        loader = iter(DataLoader(made, batch_size=SIZE, collate_fn=list, **options))
+        for step in range(1, 4):
+            channels = [record["channel"] for record in next(loader)]
+            end = time.monotonic() + 60
+            while int(made.plan.drawn.max()) < step * SIZE + ahead and time.monotonic() < end:
+                time.sleep(0.01)
+            time.sleep(0.05)  # for records that must not come
+            assert int(made.plan.drawn.max()) == step * SIZE + ahead
+            metrics.count(MicroBatch(token_losses=torch.ones(SIZE, 1), channels=channels))
+            if lag < ahead:
+                with pytest.raises(
+                    ChannelMetricsError, match=f"is {lag}; make it at least {ahead}"
+                ):
+                    metrics.close(step)
+                break
+            metrics.close(step)
 
 
 def test_other_channels_in_the_checkpoint(tmp_path: Path, caplog: Any) -> None:

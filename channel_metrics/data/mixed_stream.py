@@ -173,6 +173,12 @@ class MixedStream(IterableDataset[Any]):
                 "nothing tells a MixedStream its weights; call stream.follow(metrics) before the "
                 "training."
             )
+        if info and self.lag < workers * self.plan.spread:
+            raise ConfigError(
+                f"num_workers of the loader is {workers}, so the lag of a MixedStream must be at "
+                f"least prefetch_factor * {workers} batches of {self.plan.spread} records, but is "
+                f"{self.lag}."
+            )
         own, shards = self.rank + self.ranks * worker, self.ranks * workers
         entries, changes = list[Entry](), plan.changes()
         counts, sums, orders = [*plan.counts], list[float](), dict[int, tuple[int, Tensor]]()

@@ -20,7 +20,7 @@ START = [(0, [0.5, 0.3, 0.2])]
 
 
 def stream(entries: Any = None, position: int = 0, counts: Any = (0, 0, 0), **options: Any) -> Any:
-    made = MixedStream(SOURCES, **{"batch_size": 4, **options})
+    made = MixedStream(SOURCES, **{"batch_size": 4, "lag": 32, **options})
     made.plan.begin(list(entries or START), position, counts)
     return made
 
@@ -122,5 +122,7 @@ def test_wrong_arguments() -> None:
     for wrong in arguments:
         with pytest.raises(ConfigError, match="batch_size must be 1 or more, lag 0 or more"):
             MixedStream(SOURCES, **wrong)
+    with pytest.raises(ConfigError, match=r"at least prefetch_factor \* 2 batches of 4 records"):
+        next(batches(stream(lag=7), 2))
     with pytest.raises(ConfigError, match=r"call stream\.follow\(metrics\) before"):
         next(iter(MixedStream(SOURCES)))
