@@ -19,6 +19,7 @@ from channel_metrics.core.totals import RunTotals
 from channel_metrics.data import weights as rules
 from channel_metrics.data.mixed_stream import Plan
 from channel_metrics.errors import ChannelMetricsError, ConfigError
+from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.windows import Window
 
 __all__ = ["SamplerObserver", "Session"]
@@ -34,6 +35,7 @@ class Session(Protocol):
     config: MetricsConfig
     keys: KeyBook
     totals: RunTotals
+    ranks: Ranks
 
     def warn_once(self, message: str, *values: object) -> None:
         """Warn."""
@@ -213,8 +215,6 @@ class SamplerObserver:
                 "the names of the channels."
             )
         drawn = int(plan.drawn.max())
-        if not drawn:
-            return  # another rank reads the stream
         ahead = drawn - position
         if ahead > self._lag:
             raise ChannelMetricsError(
@@ -224,7 +224,8 @@ class SamplerObserver:
                 "resume, the trainer must not skip batches by itself (transformers: "
                 "ignore_data_skip=True)."
             )
-        if ahead <= -plan.spread:
+        # On other ranks, the workers of a loader may only have begun: the first rank reads for all.
+        if ahead <= -plan.spread and self._session.ranks.rank == 0:
             raise ChannelMetricsError(
                 f"{position} records were trained on, but a MixedStream has given only {drawn}: "
                 "each record must be one sequence, and all training data must come from it."
