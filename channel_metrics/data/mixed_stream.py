@@ -169,6 +169,8 @@ class MixedStream(IterableDataset[Any]):
         plan, info = self.plan, get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         if not plan.entries:
+            # TRL looks at one record when it is made, which is before a session can be.
+            yield self._record(0, 0, {})
             raise ConfigError(
                 "nothing tells a MixedStream its weights; call stream.follow(metrics) before the "
                 "training."

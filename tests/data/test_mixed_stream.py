@@ -124,5 +124,7 @@ def test_wrong_arguments() -> None:
             MixedStream(SOURCES, **wrong)
     with pytest.raises(ConfigError, match=r"at least prefetch_factor \* 2 batches of 4 records"):
         next(batches(stream(lag=7), 2))
+    alone = iter(MixedStream(SOURCES))
+    assert next(alone)["channel"] == "a", "some trainers look at the first record"
     with pytest.raises(ConfigError, match=r"call stream\.follow\(metrics\) before"):
-        next(iter(MixedStream(SOURCES)))
+        next(alone)
