@@ -13,9 +13,18 @@ from typing import Any, Literal, TypeVar, get_args
 
 from channel_metrics.errors import ConfigError, hint
 
-__all__ = ["ActingConfig", "Budget", "StopWhen", "goals", "refuse_unknown_keys"]
+__all__ = [
+    "ActingConfig",
+    "Budget",
+    "Section",
+    "StopWhen",
+    "goals",
+    "is_number",
+    "numbers",
+    "refuse_unknown_keys",
+]
 
-SectionT = TypeVar("SectionT", bound="_Section")
+SectionT = TypeVar("SectionT", bound="Section")
 Mode = Literal["min", "max"]
 # How names of metrics end whose better values are the lower or the higher ones.
 _LOWER = ("loss", "ppl", "bits_per_byte", "bits_per_char")
@@ -58,7 +67,7 @@ class ActingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Section:
+class Section:
     """Settings that stand in one mapping."""
 
     @classmethod
@@ -85,7 +94,7 @@ class _Section:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget(_Section):
+class Budget(Section):
     """What the mixture should be, by channel."""
 
     ratios: Mapping[str, float] = field(default_factory=dict)
@@ -99,13 +108,13 @@ class Budget(_Section):
 
     def __post_init__(self) -> None:
         for name in ("ratios", "records"):
-            object.__setattr__(self, name, _numbers(f"{name} of budget", getattr(self, name)))
+            object.__setattr__(self, name, numbers(f"{name} of budget", getattr(self, name)))
         if self.unit not in ("samples", "tokens"):
             raise ConfigError(f"unit of budget must be samples or tokens, but is {self.unit!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StopWhen(_Section):
+class StopWhen(Section):
     """When a run ends early: after `patience` windows in a row without a better value."""
 
     metric: str
@@ -132,7 +141,7 @@ class StopWhen(_Section):
             raise ConfigError(
                 f"patience of stop_when must be a whole number above 0, but is {self.patience!r}."
             )
-        if not _is_number(self.min_delta) or self.min_delta < 0:
+        if not is_number(self.min_delta) or self.min_delta < 0:
             raise ConfigError(
                 f"min_delta of stop_when must be a number, 0 or more, but is {self.min_delta!r}."
             )
@@ -151,7 +160,7 @@ class StopWhen(_Section):
 
 def goals(stop_at: Any) -> dict[str, float]:
     """{`bbu_tokens`: number} of `stop_at`; raises `ConfigError` for what is none."""
-    return _numbers("stop_at", stop_at)
+    return numbers("stop_at", stop_at)
 
 
 def refuse_unknown_keys(mapping: Mapping[str, Any], known: Iterable[str], where: str) -> None:
@@ -171,8 +180,8 @@ def refuse_unknown_keys(mapping: Mapping[str, Any], known: Iterable[str], where:
             raise ConfigError(f"unknown key {key!r} in {where}; {hint(str(key), known)}")
 
 
-def _numbers(where: str, given: Any) -> dict[str, float]:
-    """A mapping of names to numbers above 0."""
+def numbers(where: str, given: Any) -> dict[str, float]:
+    """A mapping of names to numbers above 0; raises `ConfigError` for what is none."""
     if not isinstance(given, Mapping):
         raise ConfigError(f"{where} must be a mapping of names to numbers, but is {given!r}.")
     found = {}
@@ -188,5 +197,6 @@ def _numbers(where: str, given: Any) -> dict[str, float]:
     return found
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
