@@ -24,7 +24,7 @@ KINDS = (
 ALERTS_FILE = "alerts.jsonl"
 TARGETS = ("logger", "trackio", "wandb", "webhook")
 # Kinds that need a part of the setting `budget`.
-_NEEDS = {"share": "ratios", "exhausted": "records"}
+_NEEDS = {"share": ("ratios",), "exhausted": ("records", "tokens")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +110,14 @@ class Alerts(Section):
 
     def check(self, budget: Mapping[str, Any]) -> None:
         """Raise `ConfigError` for a kind that was asked for and needs more of `budget`."""
-        for kind, part in _NEEDS.items():
-            if kind in self.kinds and part not in budget:
+        for kind, parts in _NEEDS.items():
+            if kind in self.kinds and not set(parts).intersection(budget):
                 raise ConfigError(
-                    f"alerts of the kind {kind!r} need `{part}` in the setting `budget`."
+                    f"alerts of the kind {kind!r} need `{'` or `'.join(parts)}` in the setting "
+                    "`budget`."
                 )
 
     def chosen(self, budget: Mapping[str, Any]) -> frozenset[str]:
         """The kinds that are watched for."""
-        possible = (k for k in KINDS if k not in _NEEDS or _NEEDS[k] in budget)
+        possible = (k for k in KINDS if k not in _NEEDS or set(_NEEDS[k]).intersection(budget))
         return frozenset(self.kinds or possible)

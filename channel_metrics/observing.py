@@ -28,7 +28,7 @@ from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.counting import Counting
 from channel_metrics.data.batch_channels import BatchChannels, check_not_cut, take_channels
-from channel_metrics.data.collator import CollatorFault
+from channel_metrics.data.collator_fault import CollatorFault
 from channel_metrics.data.repeats import first_records, real_records
 from channel_metrics.errors import ChannelError, ChannelMetricsError, UnsupportedVersionError
 from channel_metrics.losses.cross_entropy import token_losses_of_logits
@@ -83,8 +83,10 @@ class Seen:
                 logits.detach().reshape(-1, logits.shape[-1]),
                 targets.reshape(-1).to(logits.device),
                 with_correct=self._metrics.with_correct,
+                with_entropy=self._metrics.with_entropy,
             )
-            self._keep(targets, place, found.nll, found.correct)
+            more = {"correct": found.correct, "entropy": found.entropy}
+            self._keep(targets, place, found.nll, **more)
 
     def token_losses(
         self,
@@ -110,7 +112,7 @@ class Seen:
                     f"`correct` must have the shape of the losses, {list(losses.shape)}, but has "
                     f"{list(correct.shape)}."
                 )
-            self._keep(targets, place, losses.detach(), correct)
+            self._keep(targets, place, losses.detach(), correct=correct)
 
     def _targets(
         self, shape: torch.Size, labels: Tensor | None, causal: bool
@@ -135,7 +137,7 @@ class Seen:
             "`labels` that they belong to, and causal=False if these are already shifted."
         )
 
-    def _keep(self, targets: Tensor, place: Place, nll: Tensor, correct: Tensor | None) -> None:
+    def _keep(self, targets: Tensor, place: Place, nll: Tensor, **more: Any) -> None:
         if self.values is not None:
             raise ChannelMetricsError(
                 "logits or token losses were handed over twice in one block; open one block of "
@@ -143,7 +145,7 @@ class Seen:
             )
         mask = (targets != IGNORE_INDEX).to(nll.device)
         kept = targets.to(nll.device) if self._metrics.with_targets else None
-        values = TokenValues(nll, mask, correct, targets=kept)
+        values = TokenValues(nll, mask, targets=kept, **more)
         values = values.map(lambda v: v.reshape(targets.shape))
         self.values = beside_labels(values, place, by_rows=False)
 
@@ -187,19 +189,16 @@ def observe(
         if values is None:
             try:
                 values, reported = _captured(
-                    reader,
-                    seen.observation,
-                    model,
-                    labels,
-                    taken,
-                    with_targets=metrics.with_targets,
+                    reader, seen.observation, model, labels, taken, metrics=metrics
                 )
             except UnsupportedVersionError as error:
                 raise UnsupportedVersionError(f"{error} {remedy}") from error
+        values = taken.with_places(values) if metrics.token_axes else values
         real = _real_records(metrics, accelerator, real)
         if real is not None and real[0] < real[1]:
             taken, values, reported = *_without_repeats(taken, values, *real), None
-        metrics.count(MicroBatch.of_values(values, taken.channels, taken.cu_seqlens, reported))
+        of_batch = taken.channels, taken.cu_seqlens, reported, taken.reference
+        metrics.count(MicroBatch.of_values(values, *of_batch))
 
 
 def _check(taken: Any, batch: Mapping[str, Any]) -> None:
@@ -222,6 +221,7 @@ def _reader_of(metrics: Counting, model: torch.nn.Module) -> Any:
     of_session = _readers.setdefault(metrics, WeakKeyDictionary())
     if model not in of_session:
         reader = TokenLossReader(with_correct=metrics.with_correct, guard=metrics.guard)
+        reader.with_entropy = metrics.with_entropy
         of_session[model] = reader
     return of_session[model]
 
@@ -233,7 +233,7 @@ def _captured(
     labels: Any,
     taken: BatchChannels,
     *,
-    with_targets: bool,
+    metrics: Counting,
 ) -> tuple[TokenValues, Tensor | None]:
     """What the model's own loss was made of, and its sum."""
     if not isinstance(labels, Tensor):
@@ -249,8 +249,8 @@ def _captured(
         observation,
         labels,
         causal=causal,
-        by_rows=taken.cu_seqlens is None,
-        with_targets=with_targets,
+        by_rows=taken.cu_seqlens is None and not metrics.token_axes,
+        with_targets=metrics.with_targets,
     )
     return found
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from paths import ROOT
 from session_tools import batch, new
 
 from channel_metrics import ConfigError, MetricsConfig
+from channel_metrics.alerting import KINDS
 from channel_metrics.core.schema import Column, Schema
 from channel_metrics.observers.window_alerts import _starved, chance_of_absence, new_presence
 from channel_metrics.session import ChannelMetrics
@@ -182,6 +184,9 @@ def test_the_file_of_alerts(tmp_path: Path) -> None:
     metrics = new(alerts={"to": []}, stream=str(tmp_path / "windows.jsonl"))
     run(metrics, [(None, 1, 1.0), ("a", 1, 1.0)])
     (line,) = (tmp_path / "alerts.jsonl").read_text().splitlines()
+    schema = json.loads((ROOT / "docs/alerts.schema.json").read_text())
+    assert set(json.loads(line)) == set(schema["required"]) == set(schema["properties"])
+    assert set(schema["properties"]["alert"]["enum"]) == set(KINDS)
     assert json.loads(line) == {
         "channel_metrics": 1, "alert": "unlabeled", "channel": "unlabeled", "split": "train",
         "step": 1, "text": "50.0% of the tokens of a window have no channel",

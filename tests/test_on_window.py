@@ -14,7 +14,7 @@ import pytest
 from paths import ROOT
 from session_tools import batch
 
-from channel_metrics import ChannelMetrics, ConfigError, MetricsConfig
+from channel_metrics import ChannelMetrics, ConfigError, MetricsConfig, Window
 
 SEEN: list[int] = []
 
@@ -31,8 +31,8 @@ class Shows:
 shows = Shows()
 
 
-def keep(window: object) -> None:
-    SEEN.append(window.step)  # type: ignore[attr-defined]  # a Window
+def keep(window: Window) -> None:
+    SEEN.append(window.step)
 
 
 def test_a_function_gets_each_closed_window() -> None:

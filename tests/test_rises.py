@@ -7,7 +7,6 @@ import math
 import random
 
 import pytest
-from scipy.stats import t as student
 
 from benchmarks.alarms import delays, false_alarms
 from channel_metrics.observers.rises import (
@@ -41,10 +40,24 @@ def test_a_rise_is_found_in_time(rise: float, windows: int) -> None:
         assert sorted(delays(15, 10, correlation, rise))[7] <= windows
 
 
-@pytest.mark.parametrize("freedom", [2, 8, 16, 32])
-def test_the_tail_is_that_of_students_distribution(freedom: int) -> None:
-    for value in (0.1, 1.0, 3.0, 8.0):
-        assert tail(value, freedom) == pytest.approx(student.sf(value, freedom), rel=1e-3)
+@pytest.mark.parametrize(
+    ("freedom", "value", "chance"),
+    # From tables of Student's distribution.
+    [(2, 2.919986, 0.05), (2, 31.59905, 5e-4), (8, 2.306004, 0.025), (16, 4.014996, 5e-4)],
+)
+def test_the_tail_is_that_of_students_distribution(
+    freedom: int, value: float, chance: float
+) -> None:
+    assert tail(value, freedom) == pytest.approx(chance, rel=1e-5)
+
+
+def test_far_out_the_tail_is_that_of_the_density() -> None:
+    def density(t: float) -> float:
+        scale = math.gamma(33 / 2) / math.gamma(16) / math.sqrt(32 * math.pi)
+        return scale * (1 + t * t / 32) ** (-33 / 2)
+
+    area = sum(density(6 + (i + 0.5) / 100) for i in range(4000)) / 100
+    assert tail(6.0, 32) == pytest.approx(area, rel=1e-4) and area < 1e-6
 
 
 def test_the_widening_is_that_of_correlated_noise() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LineFile"]
+__all__ = ["LineFile", "drop_half_line"]
 
 _BLOCK = 4096
 
@@ -28,7 +28,7 @@ class LineFile:
         """Write one line; raises `OSError` if that fails."""
         if not self._is_open:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_half_line(self.path)
+            drop_half_line(self.path)
             self._is_open = True
         line = json.dumps(values, ensure_ascii=False, allow_nan=False)
         # One write, so no reader sees half a line.
@@ -39,7 +39,8 @@ class LineFile:
             os.close(file)
 
 
-def _drop_half_line(path: Path) -> None:
+def drop_half_line(path: Path) -> None:
+    """Cut off what a run that was killed has left behind the last whole line."""
     if not path.exists():
         return
     with path.open("r+b") as file:

@@ -27,9 +27,6 @@ class Session(Protocol):
 
     schema: Schema
 
-    def is_label(self, row: str) -> bool:
-        """Whether a row is a label of an axis."""
-
     def warn_once(self, message: str, *values: object) -> None:
         """Warn."""
 
@@ -91,10 +88,10 @@ def _losses(window: Window, session: Session) -> dict[str, Block]:
         )
         return {}
     found = {}
-    for name in window.names:
+    for name in window.names[: window.num_channels]:
         sums = window.sums(name)
         count = sums[session.schema.count]
-        value = loss.formula(sums) if count and not session.is_label(name) else None
+        value = loss.formula(sums) if count else None
         if value is not None and math.isfinite(value):
             found[name] = [value, count]
     return found

@@ -68,7 +68,7 @@ def window_judged(
         budget: the ratios and the records of the sources.
         presence: of `new_presence`, which is changed.
     """
-    names = [name for name in window.names if not session.is_label(name)]
+    names = window.names[: window.num_channels]
     counts = {name: window.sums(name)[session.schema.count] for name in (UNLABELED, *names)}
     if "nonfinite" in kinds:
         yield from _nonfinite(window, counts)
@@ -154,7 +154,8 @@ def _shares(window: Window, session: Session, budget: Budget, limit: float) -> I
 
 
 def _exhausted(window: Window, budget: Budget, epochs: float) -> Iterator[Judged]:
-    for row, records in budget.records.items():
-        samples = window.totals.get(row, {}).get("samples_total", 0)
-        text = f"{samples:,} samples were trained on, of a source of {records:,.0f} records"
-        yield Judged("exhausted", row, samples >= epochs * records, text)
+    for unit, counted in (("records", "samples"), ("tokens", "tokens")):
+        for row, size in getattr(budget, unit).items():
+            seen = window.totals.get(row, {}).get(f"{counted}_total", 0)
+            text = f"{seen:,} {counted} were trained on, of a source of {size:,.0f} {unit}"
+            yield Judged("exhausted", row, seen >= epochs * size, text)

@@ -10,7 +10,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
 from channel_metrics.core.names import joint_name
-from channel_metrics.data.collator import CollatorFault
+from channel_metrics.data.collator_fault import CollatorFault
 from channel_metrics.errors import ChannelError
 from channel_metrics.trainers.hf.columns import (
     LENGTHS_COLUMN,
@@ -100,8 +100,8 @@ def collator(side: str = "right", *, width: int = 6) -> RowsCollator:
             ids = [token for record in records for token in record["input_ids"]]
             pads = [PAD] * (width - len(ids))
             rows.append([*pads, *ids] if side == "left" else [*ids, *pads])
-        ids = torch.tensor(rows)
-        return {"input_ids": ids, "labels": ids.masked_fill(ids == PAD, -100)}
+        batch = torch.tensor(rows)
+        return {"input_ids": batch, "labels": batch.masked_fill(batch == PAD, -100)}
 
     return RowsCollator(base, fields=(NAMES_COLUMN,), bounds_key="bounds", row_bounds=False)
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from rank_cases import RanksOf, case
 from swift_checks import check_training
-from swift_rlhf_files import CHANNELS, given, run
-from swift_tools import SWIFT, needs_swift
+from swift_rlhf_files import CHANNELS, given
+from swift_tools import SWIFT, needs_swift, run
 
 pytestmark = needs_swift
 alone = case(SWIFT, ranks=1)
