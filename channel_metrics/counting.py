@@ -100,8 +100,9 @@ class Counting:
                     self._tell_of_text()
                 if self.with_entropy and batch.entropy is None:
                     self.warn_once(
-                        "entropy needs logits, which a micro-batch does not have here: its tokens "
-                        "are left out of it."
+                        "entropy needs logits, but the loss of a micro-batch was computed without "
+                        "them (by a fused loss, by Megatron, or in a loop that hands over token "
+                        "losses): its tokens are left out of `entropy`."
                     )
                 if table.in_parts:
                     self._tell_of_parts()

@@ -35,10 +35,11 @@ from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollat
 from channel_metrics.data.reference import reference_of
 from channel_metrics.data.scan import class_names, scan_channels
 from channel_metrics.observers.configured import adding_of, observers_of
-from channel_metrics.observing import Seen, observe
+from channel_metrics.observing import observe
 from channel_metrics.ranks.agreed_names import Agreement
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.ranks.sync import sum_over_ranks
+from channel_metrics.seen import Seen
 from channel_metrics.window_maker import WindowMaker
 from channel_metrics.windows import Evaluation, Window, tell
 

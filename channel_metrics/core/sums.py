@@ -33,8 +33,7 @@ class TokenValues(NamedTuple):
         correct: bool, whether the target was predicted; None if not measured.
         weights: float; None if tokens are not weighted.
         targets: int64, the token that each loss is about; None if no metric needs it.
-        num_bytes, num_chars: the UTF-8 bytes and the characters of this token, int64; None if they
-            are not known.
+        num_bytes, num_chars: its UTF-8 bytes and characters, int64; None if not known.
         entropy: of the distribution that predicted it, in nats; None if not measured.
         places, marks: see `MicroBatch`; None if not known or not needed.
     """

@@ -130,7 +130,11 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
                 inject = self.template.sequence_parallel_size == 1 and not fused
                 stack.enter_context(own_channel_loss_off(self.args, inputs, inject=inject))
             reader.seen = stack.enter_context(
-                observe_token_losses(with_correct=reader.with_correct, guard=reader.guard)
+                observe_token_losses(
+                    with_correct=reader.with_correct,
+                    with_entropy=reader.with_entropy,
+                    guard=reader.guard,
+                )
             )
             try:
                 return super()._observed_loss(compute, model, inputs, *args, **kwargs)
