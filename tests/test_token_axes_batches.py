@@ -133,6 +133,15 @@ def test_labels_that_do_not_fit_are_refused() -> None:
             raise fault.error
 
 
+def test_a_collator_with_channels_of_its_own_cannot_place_labels() -> None:
+    def own(records: list[Record]) -> Any:
+        return {**padded(records), "channels": ["a"] * len(records)}
+
+    collate = new(axes=AXES).collator(own)
+    with pytest.raises(ChannelError, match="or the collator returns `channels` itself"):
+        raise collate(RECORDS)["channels"].error
+
+
 def test_without_the_column_there_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     metrics = new(axes={"role": {"by": "column", "field": "role"}})
     collate = metrics.collator(padded)
