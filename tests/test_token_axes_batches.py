@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from collator_tools import left, padded
+from no_sync import NoSync
 from reference import Batch, reference_token_axis
 from session_tools import new
 from transformers import DataCollatorWithFlattening
@@ -183,3 +184,18 @@ def test_nothing_is_added_where_no_axis_asks() -> None:
     metrics = new(axes={"position": {"by": "position"}})
     assert not metrics.with_targets
     assert "channel_marks" not in metrics.collator(padded)(RECORDS)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    metrics = new("a", metrics=("loss",), axes=AXES)
+    ids = torch.arange(6, device="meta").view(2, 3)
+    batch = MicroBatch(
+        token_losses=torch.empty(2, 3, device="meta"),
+        channels=torch.zeros(2, dtype=torch.int64, device="meta"),
+        cu_seqlens=torch.empty(3, dtype=torch.int32, device="meta"),
+        labels=ids,
+        marks=ids,
+    )
+    with NoSync():
+        metrics.count(batch)
+        metrics.count(batch)
