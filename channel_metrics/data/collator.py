@@ -201,9 +201,9 @@ class ChannelCollator:
             channels, given = [channels[i] for i in order], [records[i] for i in order]
         added: dict[str, Any] = {}
         if self.columns:
+            added[MARKS_KEY] = token_marks(self.columns, given, spans, boundaries, batch)
             if self._num_batches == 1:
                 self._warn_once(*absent_columns(self.columns, given))
-            added[MARKS_KEY] = token_marks(self.columns, given, spans, boundaries, batch)
         if any(per_token) and spans is not None:
             if self.bounds_key == BOUNDS_KEY:
                 added[WHOLE_KEY] = boundaries.cu_seqlens
