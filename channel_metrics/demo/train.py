@@ -161,7 +161,7 @@ def _trainer(
         _probe(trainer, config.probe, tokenizer, config.max_length)
     attach(trainer, config.metrics_of_run())
     if stream is not None:
-        stream.follow(trainer.channel_metrics)
+        stream.follow(vars(trainer)["channel_metrics"])
     return trainer
 
 
