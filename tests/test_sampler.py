@@ -21,6 +21,7 @@ from channel_metrics import (
     MixedStream,
 )
 from channel_metrics.analysis.readers.keys import decode_keys
+from channel_metrics.core.schema import Column, Schema
 from channel_metrics.data.weights import followed, speed
 
 LOSSES = {"a": 1.0, "b": 3.0}
@@ -215,6 +216,9 @@ def test_a_state_in_mid_window_is_said(caplog: Any) -> None:
 
 
 def test_what_does_not_fit() -> None:
+    pairs = Schema("pairs", "pairs", [Column("pairs", "pairs", "pairs", total=True)])
+    with pytest.raises(ConfigError, match=r"but this trainer counts pairs \(pairs\); remove"):
+        new(metrics=(), sampler={"start": START}, schema=pairs)
     metrics = session()
     metrics.count(MicroBatch(token_losses=torch.ones(1, 1), channels=["b"]))
     with pytest.raises(ConfigError, match="but no dataset follows it"):

@@ -161,7 +161,7 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         disable_tqdm=True,
     )
     names = {"model": tiny_model(), "collate": PaddingCollator(), "args": arguments, **sources()}
-    # The third one changes the process; tests/trainers/swift runs it.
+    # Those of ms-swift and TRL are run by tests of these trainers.
     for block in text.split("```python\n")[1:3]:
         exec(block.split("```")[0], names)
     assert "'bbu_weight': 0.75" in capsys.readouterr().out
