@@ -35,10 +35,11 @@ from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollat
 from channel_metrics.data.reference import reference_of
 from channel_metrics.data.scan import class_names, scan_channels
 from channel_metrics.observers.configured import adding_of, observers_of, sampler_of
-from channel_metrics.observing import Seen, observe
+from channel_metrics.observing import observe
 from channel_metrics.ranks.agreed_names import Agreement
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.ranks.sync import sum_over_ranks
+from channel_metrics.seen import Seen
 from channel_metrics.window_maker import WindowMaker
 from channel_metrics.windows import Evaluation, Window, tell
 
@@ -85,7 +86,8 @@ class ChannelMetrics(Checkpoints):
         schema = schema.narrowed(config.metrics)  # a copy: columns are fixed from here on
         labels = LabelTable(config.channels, unknown=config.unknown)
         correct = any("correct" in metric.needs for metric in schema.chosen(config.metrics))
-        super().__init__(labels, schema, FaultGuard(config.on_error), with_correct=correct)
+        guard = FaultGuard(config.on_error)
+        super().__init__(labels, schema, guard, config.axes, with_correct=correct)
         self.keys = KeyBook(
             config.key_format,
             reserved=reserved,
@@ -170,6 +172,7 @@ class ChannelMetrics(Checkpoints):
             carry_faults=True,
             classes=self.classes,
             records_key=RECORDS_KEY,
+            columns=self.token_axes.columns,
             reference=reference_of(self.config),
         )
 

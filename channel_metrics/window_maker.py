@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
 from channel_metrics.config import MetricsConfig
-from channel_metrics.core.axes import CHANNEL, TREE, TREE_MEAN, AxisBook, Projected, groups_of
+from channel_metrics.core.axes import AxisBook, Projected, groups_of
+from channel_metrics.core.axis_settings import CHANNEL, TREE, TREE_MEAN, token_source
 from channel_metrics.core.excess import UNMATCHED
 from channel_metrics.core.keys import KeyBook
 from channel_metrics.core.labels import UNLABELED
@@ -46,6 +47,7 @@ class WindowMaker:
         self.book = AxisBook(config.axes, config.cross, config.tree, config.axis_format)
         self._metrics = schema.chosen(config.metrics)
         self._slopes = Slopes([name for name in config.metrics if name in schema.slope_metrics])
+        self._of_sequences = schema.of_sequences
         mark("session")
 
     def make(
@@ -83,6 +85,7 @@ class WindowMaker:
         elif final:
             self._add_totals(so_far, values, of_axes)
             self._add_slopes(rows, so_far, totals, values, of_axes)
+        self._drop_of_sequences(of_axes)
         means = self._means_of_groups({**values, **of_axes})
         of_axes |= means
         self.learn([*names, *means], prefix)
@@ -209,6 +212,13 @@ class WindowMaker:
         for values in groups:
             for of_row in values.values():
                 for name in counts.intersection(of_row):
+                    del of_row[name]
+
+    def _drop_of_sequences(self, of_axes: Values) -> None:
+        """Leave out what the labels of single tokens do not have, such as `samples`."""
+        for row, of_row in of_axes.items():
+            if token_source(self.config.axes.get(self.book.labels[row][0])):
+                for name in self._of_sequences & of_row.keys():
                     del of_row[name]
 
     def _add_totals(self, totals: Totals, *groups: Values) -> None:

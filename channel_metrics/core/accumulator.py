@@ -31,7 +31,7 @@ from channel_metrics.core.keys import ChannelTable, metric_key
 from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.percentiles import BINS, sequence_bins
 from channel_metrics.core.schema import DEFAULT_METRICS, TOKENS, Schema
-from channel_metrics.core.sums import sequence_sums, table_rows, token_sums
+from channel_metrics.core.sums import TokenView, sequence_sums, table_rows, token_sums
 from channel_metrics.core.table import SumTable, values_by_channel
 from channel_metrics.core.text_sizes import TextSizes
 
@@ -119,6 +119,7 @@ class ChannelLossAccumulator(SumTable):
         entropy: Tensor | None = None,
         reported_sum: Tensor | None = None,
         reference: Tensor | None = None,
+        groups: Sequence[Tensor] = (),
     ) -> ChannelLossAccumulator:
         """Add one micro-batch. If an argument is refused, nothing is added.
 
@@ -143,6 +144,8 @@ class ChannelLossAccumulator(SumTable):
                 these tokens. `mismatch` keeps the largest relative difference from our sum.
             reference: float64 [N, 2], the nll and the tokens of a reference model in each
                 sequence, for `excess_loss`; NaN if not known.
+            groups: for each token axis the ids of its rows, int64 of the shape of token_losses,
+                see `channel_metrics.core.token_axes`. The tokens are added to these rows too.
 
         Returns:
             This accumulator.
@@ -164,18 +167,22 @@ class ChannelLossAccumulator(SumTable):
         in_parts = per_token or self.dtype != torch.float64
         columns = [column for column in self.schema.columns if not (in_parts and column.whole)]
         self.in_parts |= len(columns) < len(self.schema.columns)
-        if per_token:
-            sums = token_sums(values, self.dtype, columns)
-        else:
+        if not per_token:
             check_layout(values.losses, shape, cu_seqlens)
             if reference is not None:
                 reference = checked_reference(reference, shape.numel(), self.device)
-            sums = sequence_sums(values, cu_seqlens, self.dtype, columns, reference)
+        view = TokenView(values, self.dtype)
+        of_tokens = token_sums(view, columns=columns) if per_token or groups else {}
+        sums = of_tokens
+        if not per_token:
+            sums = sequence_sums(view, cu_seqlens, columns=columns, reference=reference)
         # Names join the table here, so all checks must come before this line.
         ids = self._ids(channels)
         self._add(ids, sums)
         if BINS[0] in self._place and not in_parts:
             self._add_bins(ids, sums)
+        for group in groups:
+            self._add(group, of_tokens)
         if reported_sum is not None:
             nll = sums["nll"].sum()
             if "nonfinite" in sums:

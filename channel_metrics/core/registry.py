@@ -144,6 +144,14 @@ class Schema:
         return tuple(f"{name}_total" for name in self.total_names)
 
     @property
+    def of_sequences(self) -> frozenset[str]:
+        """The metrics and totals that need more than sums over tokens."""
+        columns = {column.name for column in self.columns if column.per_token is None}
+        metrics = (metric.name for metric in self.metrics if columns.intersection(metric.needs))
+        totals = (f"{name}_total" for name in self.total_names if name in columns)
+        return frozenset([*metrics, *totals])
+
+    @property
     def slope_metrics(self) -> tuple[str, ...]:
         """The names of the metrics that need more than one window."""
         return tuple(metric.name for metric in self.slopes)

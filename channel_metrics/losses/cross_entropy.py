@@ -134,17 +134,19 @@ def token_losses_of_logits(
     return TokenLosses(all_nll, all_correct, target, all_nll.sum(), all_entropy)
 
 
-def entropy_of(log_probs: Tensor, chunk_size: int = 1024) -> Tensor:
-    """float32 [T]: the entropy in nats of distributions, from their logarithms [T, V].
+def entropy_of(log_probs: Tensor) -> Tensor:
+    """[T]: the entropy in nats of distributions, from their logarithms [T, V].
 
-    The added memory is that of `chunk_size` tokens.
+    Some tokens are worked on at a time: on a CPU as many as its caches hold, which takes a quarter
+    of the time; elsewhere as many as need 256 MB.
     """
+    numbers = 2**21 if log_probs.device.type == "cpu" else 2**26
     found = []
-    for rows in torch.split(log_probs, chunk_size):
+    for rows in torch.split(log_probs, max(numbers // log_probs.shape[-1], 1)):
         exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
         # A token that cannot come has the logarithm -inf, and adds nothing.
         finite = exact.clamp(min=torch.finfo(exact.dtype).min)
-        found.append(-(exact.exp() * finite).sum(-1))
+        found.append(-torch.linalg.vecdot(exact.exp(), finite))
     return torch.cat(found)
 
 

@@ -20,6 +20,7 @@ class Forking(Harness):
     # One server for all that import no swift and no Megatron.
     preload = Preload(("contract.harness_trl", "contract.harness_lightning"))
     is_here = True
+    first = 1
     ranks_of: RanksOf
     """The tests give it."""
 

@@ -59,7 +59,7 @@ BOUNDS = torch.tensor([0, 2, 4], dtype=torch.int32)
 )  # fmt: skip
 def test_refuses_and_loses_nothing(given: dict[str, Any], message: str) -> None:
     accumulator = ChannelLossAccumulator(["a", "b"])
-    good = {"token_losses": ONES, "channels": IDS, "cu_seqlens": BOUNDS}
+    good: dict[str, Any] = {"token_losses": ONES, "channels": IDS, "cu_seqlens": BOUNDS}
     before = accumulator.update(**good).compute()
     with pytest.raises(ChannelMetricsError, match=re.escape(message)):
         accumulator.update(**{**good, **given})

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf_tools import tiny_model
+from datasets import Dataset
+from hf_tools import (
+    PaddingCollator,
+    channel_logs,
+    expected_entropies,
+    make_records,
+    tiny_model,
+    train,
+)
 from no_sync import NoSync
 from reference import entropy
 from session_tools import batch, new
+from transformers import DataCollatorWithFlattening
 
+from channel_metrics import MetricsConfig
 from channel_metrics.losses.cross_entropy import (
     cross_entropy,
     entropy_of,
     token_losses_of_logits,
 )
+from channel_metrics.trainers.hf import attach
 
 
 def logits_with(dtype: torch.dtype) -> torch.Tensor:
@@ -38,7 +50,7 @@ def test_it_is_that_of_the_softmax(dtype: torch.dtype, chunk_size: int) -> None:
     assert found.entropy is not None
     assert found.entropy.tolist() == pytest.approx(expected, abs=1e-5)
     log_probs = torch.log_softmax(logits.double(), -1)
-    assert entropy_of(log_probs, chunk_size).tolist() == pytest.approx(expected, abs=1e-12)
+    assert entropy_of(log_probs).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_loss_and_its_gradient_stay_as_they_are() -> None:
@@ -86,6 +98,33 @@ def test_of_a_model(by: str) -> None:
     assert logs["b_entropy"] == pytest.approx(sum(rows[1][1:3]) / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("collator", [PaddingCollator(left=True), DataCollatorWithFlattening()])
+def test_of_a_trainer(tmp_path: Path, collator: Any) -> None:
+    """Padded rows, and packed ones, in training and evaluation."""
+    model, records, held_out = (
+        tiny_model(attention_dropout=0.0),
+        make_records(8),
+        make_records(5, 1),
+    )
+    run = train(
+        tmp_path,
+        prepare=lambda trainer: attach(trainer, MetricsConfig(metrics=("entropy",))),
+        model=model,
+        records=records,
+        learning_rate=0.0,
+        max_steps=2,
+        trainer_arguments={"data_collator": collator},
+    )
+    evaluated = run.evaluate(Dataset.from_list(held_out))
+    found = {k: value for k, value in evaluated.items() if k.endswith("_entropy")}
+    of_windows = [
+        {k: v for k, v in log.items() if k.endswith("_entropy")} for log in channel_logs(run)
+    ]
+    for logs, those, prefix in ((of_windows[0], records, ""), (found, held_out, "eval_")):
+        ids = [[record["input_ids"] for record in those]]
+        assert logs == pytest.approx(expected_entropies(model, those, ids, prefix), rel=1e-5)
+
+
 def test_off_is_free_and_it_is_not_measured() -> None:
     metrics = new(metrics=("loss",))
     inputs, model = given_batch(metrics), tiny_model()
@@ -102,9 +141,9 @@ def test_without_logits_it_is_absent_and_said_once(caplog: pytest.LogCaptureFixt
             metrics.count(batch(("a", 3, 1.0)))
             assert metrics.close(step).logs == {"a_loss": 1.0}
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("entropy needs logits")
+    assert said.startswith("entropy needs logits, but the loss of a micro-batch")
 
 
 def test_nothing_waits_for_the_device() -> None:
     with NoSync():
-        entropy_of(torch.zeros(4, 9, device="meta"), 3)
+        entropy_of(torch.zeros(4, 9, device="meta"))
