@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +41,8 @@ class Counting:
         with_targets: whether a metric needs the token that each loss is about.
         with_entropy: whether a metric needs the entropy of what is predicted.
         text_sizes: the bytes and characters of the tokens, if they are known.
+        on_count: functions that get each micro-batch of training, after it was counted and before
+            its backward pass.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Counting:
         self.with_targets = "text_nll" in schema.column_names
         self.with_entropy = "entropy_sum" in schema.column_names
         self.text_sizes: TextSizes | None = None
+        self.on_count: list[Callable[[MicroBatch], object]] = []
         self.warned: set[str] = set()
         self._train = OpenWindow(self._new_table())
         self._evaluations: list[Evaluation] = []
@@ -79,6 +82,8 @@ class Counting:
                 assert isinstance(table, ChannelLossAccumulator)
                 table.text_sizes = self.text_sizes
                 batch.add_to(table)
+                for tell in () if self.evaluating else self.on_count:
+                    tell(batch)
                 if self.with_targets and (self.text_sizes is None or batch.labels is None):
                     self._tell_of_text()
                 if self.with_entropy and batch.entropy is None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from channel_metrics.capture.gradients import Gradients
 from channel_metrics.checkpoints import Checkpoints
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.faults import FaultGuard
@@ -64,6 +65,7 @@ class ChannelMetrics(Checkpoints):
         stop_reason: why the run should end; empty if it should not. It is set when a window is
             closed, on all ranks alike. Some trainers end by it. A loop of one's own asks for it.
         ends_run: whether the trainer ends by it.
+        gradients: `gradients.watch(model)` turns on the metrics `grad_...`, see docs/gradients.md.
 
     Raises:
         ConfigError, ChannelError: if declared channels would share a log key, or if an entry of
@@ -99,6 +101,7 @@ class ChannelMetrics(Checkpoints):
         self.on_window = [*on_window, *observers_of(config, self)]
         self._adding = adding_of(config, self)
         self.totals = RunTotals(schema)
+        self.gradients = Gradients(self)
         self._agreement = Agreement()
         self.classes: dict[str, tuple[str, ...]] = {}  # {field: names} in the declared datasets
         self._maker.declare(labels.names)
@@ -245,10 +248,18 @@ class ChannelMetrics(Checkpoints):
                 found = sum_over_ranks(
                     table, self._agreement, self.ranks, self.guard, self._riders()
                 )
+                gradients = None
                 if split == "train" and final:
                     self.totals.add(found.names, found.sums)
+                    gradients = self.gradients.summed()
                 window = self._maker.make(
-                    found, split=split, step=step, prefix=prefix, totals=self.totals, final=final
+                    found,
+                    split=split,
+                    step=step,
+                    prefix=prefix,
+                    totals=self.totals,
+                    final=final,
+                    gradients=gradients,
                 )
                 return self._with_more(window) if final else window
         return Window(split=split, step=step, prefix=prefix, final=final)

@@ -243,3 +243,36 @@ def student_t(freedom: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if between(middle) < wanted else (low, middle)
     return math.tan(low) * math.sqrt(freedom)
+
+
+def gradient_metrics(
+    gradients: Mapping[str, Sequence[Sequence[float]]],
+) -> dict[str, dict[str, float]]:
+    """The metrics of {channel: gradients of its sequences}, of a channel and of all."""
+
+    def dot(a: Sequence[float], b: Sequence[float]) -> float:
+        return math.fsum(x * y for x, y in zip(a, b, strict=True))
+
+    sums = {
+        c: [math.fsum(column) for column in zip(*of, strict=True)] for c, of in gradients.items()
+    }
+    total = [math.fsum(column) for column in zip(*sums.values(), strict=True)]
+    found = {}
+    for channel, own in sums.items():
+        rest = [x - y for x, y in zip(total, own, strict=True)]
+        found[channel] = {
+            "grad_share": dot(own, total) / dot(total, total),
+            "grad_norm": math.sqrt(dot(own, own) / dot(total, total)),
+        }
+        if any(rest):
+            cosine = dot(own, rest) / math.sqrt(dot(own, own) * dot(rest, rest))
+            found[channel]["grad_cosine"] = cosine
+        num = len(gradients[channel])
+        if num > 1:
+            mean = [x / num for x in own]
+            squares = math.fsum(dot(g, g) for g in gradients[channel])
+            variance = (squares - num * dot(mean, mean)) / (num - 1)
+            signal = dot(mean, mean) - variance / num
+            if signal > 0:
+                found[channel]["grad_noise"] = variance / signal
+    return found

@@ -89,7 +89,7 @@ def _why_not(
     chosen = () if of_train or session.is_label(channel) else session.config.eval_channels
     logged = {metric.name for metric in session.schema.chosen(session.config.metrics)}
     if of_train:
-        of_run = (*session.schema.run_metrics, *session.schema.slope_metrics)
+        of_run = (*session.schema.run_metrics, *session.schema.extra_metrics)
         logged |= {*session.config.metrics} & {*of_run}
     if metric not in logged:
         return (

@@ -32,6 +32,7 @@ RUN_BY = {
     "docs/report.md": "tests/project/test_docs_parts.py",
     "docs/acting.md": "tests/test_acting.py",
     "docs/stream.md": "tests/test_stream.py",
+    "docs/gradients.md": "tests/capture/test_gradients.py",
 }
 
 # {(page, first line of a block): why it is not run}
