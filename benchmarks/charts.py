@@ -37,7 +37,10 @@ const host = document.getElementById("plot");
 window.refused = new Set();
 document.addEventListener("securitypolicyviolation", (e) => refused.add(e.effectiveDirective));
 """
+# The paths are those of the report.
 BY_HAND = """
+const positions = () => XS;
+PATHS
 const made = (tag, attributes) => {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const name in attributes) element.setAttribute(name, attributes[name]);
@@ -47,11 +50,11 @@ window.render = (log, [low, high]) => {
   const bend = log ? Math.log : Number;
   const [floor, roof] = [bend(log ? 0.3 : 0), bend(5.4)];
   const x = (v) => 50 + (v - low) / (high - low) * 930;
+  x.domain = [low, high];
   const y = (v) => 380 - (bend(v) - floor) / (roof - floor) * 370;
   const svg = made("svg", { width: 1100, height: 420 });
   YS.forEach((ys, c) => {
-    let d = "";
-    ys.forEach((v, i) => (d += `${i ? "L" : "M"}${x(XS[i]).toFixed(1)} ${y(v).toFixed(1)}`));
+    const d = linePath({ values: ys }, x, y);
     svg.append(made("path", { d, fill: "none", stroke: color(c), "stroke-width": 0.9 }));
   });
   host.replaceChildren(svg);
@@ -105,6 +108,7 @@ const frame = () => new Promise((r) => requestAnimationFrame(() => requestAnimat
   done([times, [...refused].sort(), document.images.length, window.hacked ?? null]);
 })();
 """
+PATHS = Path(__file__).parents[1] / "channel_metrics" / "analysis" / "report" / "page" / "paths.js"
 ENTRY = 'export { plot, line, areaY, dot, ruleX, ruleY, text } from "@observablehq/plot";'
 
 
@@ -118,7 +122,7 @@ class Way:
 
 
 WAYS = (
-    Way("by hand, SVG", (), BY_HAND),
+    Way("by hand, SVG", (), BY_HAND.replace("PATHS", PATHS.read_text(encoding="utf-8"))),
     Way("uPlot 1.6.32, canvas", ("node_modules/uplot/dist/uPlot.iife.min.js",), UPLOT),
     Way("Observable Plot 0.6.17, SVG", ("plot.js",), PLOT),
     Way("plotly.js of plotly 7.1.0, SVG", ("plotly/package_data/plotly.min.js",), PLOTLY),

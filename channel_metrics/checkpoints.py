@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +57,24 @@ class Checkpoints(Counting):
     def resume(self, folder: Path) -> None:
         """Go on from the totals of a checkpoint. If it has none, warn and start at zero."""
         path = totals_path(folder)
-        if path is None:
+        read = None if path is None else lambda: RunTotals(self.schema).load(path)
+        self.resume_with(read, f"{folder} has no {TOTALS_FILE}: it")
+
+    def resume_with(self, read: Callable[[], RunTotals] | None, checkpoint: str) -> None:
+        """Do so with the totals that `read` gives; None if the `checkpoint` has none."""
+        self.totals = RunTotals(self.schema)
+        if read is None:
             self.warn_once(
-                f"{folder} has no {TOTALS_FILE}: it was written without channel metrics, so "
+                f"{checkpoint} was written without channel metrics, so "
                 f"{' and '.join(self.schema.run_metrics)} count from here."
             )
             return
-        self.totals = RunTotals(self.schema)
         try:
-            self.totals.load(path)
+            self.totals = read()
         except ChannelMetricsError as error:  # the counts from here on are right
             if self.guard.raises:
                 raise
-            self.warn_once(f"{error} Until then, they start at zero.")
+            self.warn_once(f"{error} The totals of the run start at zero.")
 
     def state_dict(self) -> dict[str, Any]:
         """The totals and the open window of this rank, for a checkpoint of your own."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
 from channel_metrics.acting import ActingConfig, refuse_unknown_keys
-from channel_metrics.core.axes import axes_of, axis_fields, check_axis_format
+from channel_metrics.core.axis_settings import axes_of, axis_fields, check_axis_format, token_fields
 from channel_metrics.core.excess import EXCESS_LOSS
 from channel_metrics.core.faults import OnError
 from channel_metrics.core.keys import ChannelTable
@@ -163,7 +163,8 @@ class MetricsConfig(ActingConfig):
     def record_fields(self) -> tuple[str, ...]:
         """All fields of a record that are read."""
         own = (self.reference_id,) if self.reference else ("ref_nll", "ref_tokens")
-        return (*self.label_fields, *(own if self.with_reference else ()))
+        of_tokens = token_fields(self.axes)
+        return (*self.label_fields, *(own if self.with_reference else ()), *of_tokens)
 
     def reading(self, column: str) -> MetricsConfig:
         """This config for records whose joint names stand in one column."""

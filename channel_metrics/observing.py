@@ -137,7 +137,7 @@ class Seen:
             "`labels` that they belong to, and causal=False if these are already shifted."
         )
 
-    def _keep(self, targets: Tensor, place: Place, nll: Tensor, **more: Tensor | None) -> None:
+    def _keep(self, targets: Tensor, place: Place, nll: Tensor, **more: Any) -> None:
         if self.values is not None:
             raise ChannelMetricsError(
                 "logits or token losses were handed over twice in one block; open one block of "
@@ -189,15 +189,11 @@ def observe(
         if values is None:
             try:
                 values, reported = _captured(
-                    reader,
-                    seen.observation,
-                    model,
-                    labels,
-                    taken,
-                    with_targets=metrics.with_targets,
+                    reader, seen.observation, model, labels, taken, metrics=metrics
                 )
             except UnsupportedVersionError as error:
                 raise UnsupportedVersionError(f"{error} {remedy}") from error
+        values = taken.with_places(values) if metrics.token_axes else values
         real = _real_records(metrics, accelerator, real)
         if real is not None and real[0] < real[1]:
             taken, values, reported = *_without_repeats(taken, values, *real), None
@@ -237,7 +233,7 @@ def _captured(
     labels: Any,
     taken: BatchChannels,
     *,
-    with_targets: bool,
+    metrics: Counting,
 ) -> tuple[TokenValues, Tensor | None]:
     """What the model's own loss was made of, and its sum."""
     if not isinstance(labels, Tensor):
@@ -253,8 +249,8 @@ def _captured(
         observation,
         labels,
         causal=causal,
-        by_rows=taken.cu_seqlens is None,
-        with_targets=with_targets,
+        by_rows=taken.cu_seqlens is None and not metrics.token_axes,
+        with_targets=metrics.with_targets,
     )
     return found
 

@@ -85,9 +85,9 @@ class ChannelMetrics(Checkpoints):
         self.config = config = config or MetricsConfig()
         schema = schema.narrowed(config.metrics)  # a copy: columns are fixed from here on
         labels = LabelTable(config.channels, unknown=config.unknown)
-        guard = FaultGuard(config.on_error)
         correct = any("correct" in metric.needs for metric in schema.chosen(config.metrics))
-        super().__init__(labels, schema, guard, with_correct=correct)
+        guard = FaultGuard(config.on_error)
+        super().__init__(labels, schema, guard, config.axes, with_correct=correct)
         self.keys = KeyBook(
             config.key_format,
             reserved=reserved,
@@ -169,6 +169,7 @@ class ChannelMetrics(Checkpoints):
             carry_faults=True,
             classes=self.classes,
             records_key=RECORDS_KEY,
+            columns=self.token_axes.columns,
             reference=reference_of(self.config),
         )
 
@@ -209,8 +210,7 @@ class ChannelMetrics(Checkpoints):
         fields = fields or self.config.label_fields
         self.classes.update(class_names(dataset, fields))
         names = scan_channels(dataset, fields, split, needed=not self.config.channels)
-        if names is not None:
-            self.declare_names(names)
+        self.declare_names(names or ())
         return names is not None
 
     def declare_names(self, names: Iterable[str]) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
 from channel_metrics.config import MetricsConfig
-from channel_metrics.core.axes import CHANNEL, TREE, TREE_MEAN, AxisBook, Projected, groups_of
+from channel_metrics.core.axes import AxisBook, Projected, groups_of
+from channel_metrics.core.axis_settings import CHANNEL, TREE, TREE_MEAN, token_source
 from channel_metrics.core.excess import UNMATCHED
 from channel_metrics.core.gradients import GRADIENTS, gradient_values
 from channel_metrics.core.keys import KeyBook
@@ -49,6 +50,7 @@ class WindowMaker:
         extra = {one.name for one in schema.extra}.intersection(config.metrics)
         self._slopes = Slopes([one.name for one in SLOPES if one.name in extra])
         self._gradients = [one.name for one in GRADIENTS if one.name in extra]
+        self._of_sequences = schema.of_sequences
         mark("session")
 
     def make(
@@ -90,6 +92,7 @@ class WindowMaker:
             self._add_slopes(rows, so_far, totals, values, of_axes)
             if gradients is not None:
                 self._add_gradients(gradients, values, of_axes)
+        self._drop_of_sequences(of_axes)
         means = self._means_of_groups({**values, **of_axes})
         of_axes |= means
         self.learn([*names, *means], prefix)
@@ -111,6 +114,7 @@ class WindowMaker:
             worst_channel=worst_channel(losses) if "worst_loss" in self.config.objectives else "",
             final=final,
             names=rows.names,
+            num_channels=rows.num_channels,
             columns=self.schema.column_names,
             table=tuple(map(tuple, rows.sums.tolist())),
             totals=so_far,
@@ -215,6 +219,13 @@ class WindowMaker:
         for values in groups:
             for of_row in values.values():
                 for name in counts.intersection(of_row):
+                    del of_row[name]
+
+    def _drop_of_sequences(self, of_axes: Values) -> None:
+        """Leave out what the labels of single tokens do not have, such as `samples`."""
+        for row, of_row in of_axes.items():
+            if token_source(self.config.axes.get(self.book.labels[row][0])):
+                for name in self._of_sequences & of_row.keys():
                     del of_row[name]
 
     def _add_totals(self, totals: Totals, *groups: Values) -> None:

@@ -67,6 +67,12 @@ class Batch:
     """The text of each token; empty for special ones."""
     references: Sequence[tuple[float, int] | None] = ()
     """nll and tokens of a reference model, of each sequence."""
+    pads: frozenset[int] = frozenset()
+    """The positions that are padding."""
+    marks: Sequence[str | None] = ()
+    """The label of each token, None for one without."""
+    kinds: Mapping[int, str] = field(default_factory=dict)
+    """What the tokens that are no text stand for."""
 
 
 def reference_sums(batches: Sequence[Batch]) -> dict[str, Sums]:
@@ -103,6 +109,40 @@ def reference_metrics(
         for channel, s in sums.items()
         for metric, value in _values(s, all_tokens).items()
     }
+
+
+def reference_token_axis(batches: Sequence[Batch], by: str) -> dict[str, dict[str, float]]:
+    """{label: {metric: value}} of an axis by `position`, `length`, `column` or `modality`."""
+    found: dict[str, Sums] = {}
+    for batch in batches:
+        for target in range(len(batch.losses)):
+            _add_token(found.setdefault(_label(batch, target, by), Sums()), batch, target)
+    sums = {label: s for label, s in found.items() if s.tokens}
+    values = {s: _values(of, sum(t.tokens for t in sums.values())) for s, of in sums.items()}
+    return {s: {m: v for m, v in of.items() if m != "samples"} for s, of in values.items()}
+
+
+def _label(batch: Batch, target: int, by: str) -> str:
+    if by == "column":
+        return batch.marks[target] or "unlabeled"
+    if by == "modality":
+        assert batch.labels is not None
+        return batch.kinds.get(batch.labels[target], "text")
+    for start, end in zip(batch.bounds, batch.bounds[1:], strict=False):
+        if start <= target < end:
+            last = target if by == "position" else end
+            return bucket(sum(at not in batch.pads for at in range(start, last)))
+    return "unlabeled"
+
+
+def bucket(number: int) -> str:
+    """The range that a number is in: 0, 1, 2 to 3, 4 to 7, ..., and all from 1048576 on."""
+    if number < 2:
+        return f"{number:07}"
+    low = 2
+    while 2 * low <= number and low < 1048576:
+        low *= 2
+    return f"{low:07}-{2 * low - 1:07}" if low < 1048576 else f"{low:07}-"
 
 
 def _sequences(batch: Batch) -> list[tuple[str | None, int, int]]:
@@ -243,36 +283,3 @@ def student_t(freedom: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if between(middle) < wanted else (low, middle)
     return math.tan(low) * math.sqrt(freedom)
-
-
-def gradient_metrics(
-    gradients: Mapping[str, Sequence[Sequence[float]]],
-) -> dict[str, dict[str, float]]:
-    """The metrics of {channel: gradients of its sequences}, of a channel and of all."""
-
-    def dot(a: Sequence[float], b: Sequence[float]) -> float:
-        return math.fsum(x * y for x, y in zip(a, b, strict=True))
-
-    sums = {
-        c: [math.fsum(column) for column in zip(*of, strict=True)] for c, of in gradients.items()
-    }
-    total = [math.fsum(column) for column in zip(*sums.values(), strict=True)]
-    found = {}
-    for channel, own in sums.items():
-        rest = [x - y for x, y in zip(total, own, strict=True)]
-        found[channel] = {
-            "grad_share": dot(own, total) / dot(total, total),
-            "grad_norm": math.sqrt(dot(own, own) / dot(total, total)),
-        }
-        if any(rest):
-            cosine = dot(own, rest) / math.sqrt(dot(own, own) * dot(rest, rest))
-            found[channel]["grad_cosine"] = cosine
-        num = len(gradients[channel])
-        if num > 1:
-            mean = [x / num for x in own]
-            squares = math.fsum(dot(g, g) for g in gradients[channel])
-            variance = (squares - num * dot(mean, mean)) / (num - 1)
-            signal = dot(mean, mean) - variance / num
-            if signal > 0:
-                found[channel]["grad_noise"] = variance / signal
-    return found

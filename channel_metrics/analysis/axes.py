@@ -8,7 +8,7 @@ all tokens by themselves, and the other names do, too.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from channel_metrics.analysis.run import Run
     from channel_metrics.analysis.store import Steps, Values
 
-__all__ = ["axis_of", "with_axis", "without_labels"]
+__all__ = ["axis_of", "check_axis", "meanings_shown", "note_of", "with_axis", "without_labels"]
 
 # The axes of the groups that names such as `code/python` show.
 _TREES = ("tree", "tree_mean")
@@ -55,11 +55,8 @@ def without_labels(run: Run, declared: Container[str] = ()) -> Run:
     labels = {key: means for key, means in meanings.items() if axis_of(means.channel) in axes}
     if not labels:
         return run
-    named = ", ".join(axes)
-    word = "axis" if len(axes) == 1 else "axes"
-    run.problems.note(f"labels of the {word} {named} are left aside; --axis {axes[0]}{_OPTION}")
-    channels = {key: means for key, means in meanings.items() if key not in labels}
-    return replace(run, meanings=channels, labels=labels)
+    run.problems.note(note_of(axes))
+    return replace(run, meanings=meanings_shown(meanings, axes), labels=labels)
 
 
 def with_axis(run: Run, axis: str) -> Run:
@@ -68,28 +65,45 @@ def with_axis(run: Run, axis: str) -> Run:
     Raises:
         ChannelMetricsError: if the log has no such axis.
     """
-    if axis not in run.axes:
-        has = f"has {', '.join(run.axes)}" if run.axes else "has labels of no axis"
-        raise ChannelMetricsError(
-            f"expected an axis of {run.name}, but got {axis!r}; its log {has}."
-        )
-    own = {
-        key: means._replace(channel=means.channel.removeprefix(f"{axis}/"))
-        for key, means in run.labels.items()
-        if axis_of(means.channel) == axis
-    }
-    whole = {key: means for key, means in run.meanings.items() if means.channel == GLOBAL}
+    check_axis(axis, run.axes, run.name)
     notes = [note for note in run.problems.notes if not note.endswith(_OPTION)]
     notes.append(f"labels of the axis {axis} stand in place of the channels")
     return replace(
         run,
         problems=replace(run.problems, notes=notes),
-        meanings=whole | own,
+        meanings=meanings_shown(run.meanings | run.labels, run.axes, axis),
         labels={},
         ratios={},
         records={},
         axis=axis,
     )
+
+
+def check_axis(axis: str, axes: Sequence[str], name: str) -> None:
+    """Raise `ChannelMetricsError` if `axis` is none of the axes of the run with this name."""
+    if axis not in axes:
+        has = f"has {', '.join(axes)}" if axes else "has labels of no axis"
+        raise ChannelMetricsError(f"expected an axis of {name}, but got {axis!r}; its log {has}.")
+
+
+def meanings_shown(
+    meanings: Mapping[str | Key, Key], axes: Container[str], axis: str = ""
+) -> dict[str | Key, Key]:
+    """The meanings without labels of `axes`, or with those of one axis in place of the channels."""
+    told = {key: _tree_mean(means) for key, means in meanings.items()}
+    if not axis:
+        return {key: means for key, means in told.items() if axis_of(means.channel) not in axes}
+    return {
+        key: means._replace(channel=means.channel.removeprefix(f"{axis}/"))
+        for key, means in told.items()
+        if means.channel == GLOBAL or axis_of(means.channel) == axis
+    }
+
+
+def note_of(axes: Sequence[str]) -> str:
+    """A note about labels that are not shown."""
+    word = "axis" if len(axes) == 1 else "axes"
+    return f"labels of the {word} {', '.join(axes)} are left aside; --axis {axes[0]}{_OPTION}"
 
 
 def _axes(run: Run, declared: Container[str]) -> list[str]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     Steps = NDArray[np.int64]
     Values = NDArray[np.float64]
 
-__all__ = ["SeriesStore", "SeriesWriter", "store_of"]
+__all__ = ["JoinedStore", "SeriesStore", "SeriesWriter", "store_of"]
 
 _CHUNK = 1 << 16
 
@@ -222,6 +222,36 @@ class SeriesStore:
             last = self._np.append(self._np.diff(steps[order]) > 0, True)
             steps, values = steps[order][last], values[order][last]
         return self._np.asarray(steps), self._np.asarray(values)
+
+
+class JoinedStore(SeriesStore):
+    """A store, and another one with further series. If both have a key, the second one counts."""
+
+    def __init__(self, first: SeriesStore, more: SeriesStore) -> None:
+        self._first, self._more = first, more
+        self._store_of = dict.fromkeys(first.keys, first) | dict.fromkeys(more.keys, more)
+        self.resumes = first.resumes
+
+    @property
+    def keys(self) -> tuple[str | Key, ...]:
+        """All keys, those of the first store first."""
+        return tuple(self._store_of)
+
+    def __len__(self) -> int:
+        """The number of readings in both."""
+        return len(self._first) + len(self._more)
+
+    def series(self, key: str | Key) -> tuple[Steps, Values]:
+        """The series in the store that has it."""
+        return self._store_of[key].series(key)
+
+    def overwritten(self, key: str | Key) -> tuple[Steps, Values]:
+        """What a resume has overwritten, in the store that has the key."""
+        return self._store_of[key].overwritten(key)
+
+    def num_repeated(self, key: str | Key) -> int:
+        """The number of readings of `key` that later ones replace, in the store that has it."""
+        return self._store_of[key].num_repeated(key)
 
 
 def store_of(readings: Iterable[Reading], *, in_order: bool = True) -> SeriesStore:

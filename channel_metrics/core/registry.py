@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from channel_metrics.errors import ConfigError, hint
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from channel_metrics.core.sums import SequenceView, TokenView
 
-__all__ = ["Column", "Metric", "RunMetric", "Schema", "Sums", "ratio"]
+__all__ = ["Column", "Metric", "RunMetric", "Schema", "Sums", "ratio", "ratio_of"]
 
 Sums = Mapping[str, float]
 
@@ -145,6 +146,14 @@ class Schema:
         return tuple(f"{name}_total" for name in self.total_names)
 
     @property
+    def of_sequences(self) -> frozenset[str]:
+        """The metrics and totals that need more than sums over tokens."""
+        columns = {column.name for column in self.columns if column.per_token is None}
+        metrics = (metric.name for metric in self.metrics if columns.intersection(metric.needs))
+        totals = (f"{name}_total" for name in self.total_names if name in columns)
+        return frozenset([*metrics, *totals])
+
+    @property
     def extra_metrics(self) -> tuple[str, ...]:
         """The names of the metrics that are no formula over the columns of one window."""
         return tuple(metric.name for metric in self.extra)
@@ -215,3 +224,12 @@ class Schema:
 def ratio(numerator: float, denominator: float) -> float | None:
     """numerator / denominator; None if the denominator is 0."""
     return numerator / denominator if denominator else None
+
+
+def ratio_of(numerator: str, denominator: str) -> Callable[[Sums], float | None]:
+    """The formula of a metric that is one column / another. It can be pickled."""
+    return partial(_ratio_of, numerator, denominator)
+
+
+def _ratio_of(numerator: str, denominator: str, sums: Sums) -> float | None:
+    return ratio(sums[numerator], sums[denominator])

@@ -22,10 +22,10 @@ from channel_metrics.core.error_bars import error_bars
 from channel_metrics.core.excess import excess_loss
 from channel_metrics.core.gradients import GRADIENTS
 from channel_metrics.core.percentiles import percentiles
-from channel_metrics.core.registry import Column, Metric, Schema, Sums, ratio
+from channel_metrics.core.registry import Column, Metric, Schema, Sums, ratio, ratio_of
 from channel_metrics.core.slopes import SLOPES
 
-__all__ = ["DEFAULT_METRICS", "TOKENS", "Column", "Metric", "Schema", "Sums", "ratio"]
+__all__ = ["DEFAULT_METRICS", "TOKENS", "Column", "Metric", "Schema", "Sums", "ratio", "ratio_of"]
 
 DEFAULT_METRICS = ("loss", "token_acc", "tokens", "share")
 
@@ -44,10 +44,6 @@ def _perplexity(sums: Sums) -> float | None:
 
 def _nonfinite(sums: Sums) -> float | None:
     return sums["nonfinite"] + sums["nonfinite_weight"] or None
-
-
-def _ratio_of(numerator: str, denominator: str, sums: Sums) -> float | None:
-    return ratio(sums[numerator], sums[denominator])
 
 
 def _bits_per(size: str, sums: Sums) -> float | None:
@@ -82,14 +78,14 @@ TOKENS.register(
     Metric(
         "weighted_loss",
         ("weighted_nll", "weight"),
-        partial(_ratio_of, "weighted_nll", "weight"),
+        ratio_of("weighted_nll", "weight"),
         unit="nats",
         doc="weighted nll / weight; only where tokens are weighted",
     ),
     Metric(
         "token_acc",
         ("correct", "judged"),
-        partial(_ratio_of, "correct", "judged"),
+        ratio_of("correct", "judged"),
         doc="correct / tokens; a target that ties for the maximum counts as correct",
         label="Token accuracy",
     ),
@@ -119,7 +115,7 @@ TOKENS.register(
     Metric(
         "share",
         ("tokens",),
-        partial(_ratio_of, "tokens", "all"),
+        ratio_of("tokens", "all"),
         doc="tokens / tokens of all channels, `unlabeled` among them",
         label="Share of the tokens",
     ),
@@ -179,7 +175,7 @@ TOKENS.register(
     Metric(
         "entropy",
         ("entropy_sum", "entropy_tokens"),
-        partial(_ratio_of, "entropy_sum", "entropy_tokens"),
+        ratio_of("entropy_sum", "entropy_tokens"),
         unit="nats",
         doc="the mean entropy of the predicted distribution; how sure the model is of itself",
     ),

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from analysis.analysis_tools import run_of
-from channel_metrics.analysis.judging.means import LEVEL, Difference, Rise, difference, rise_of
+from channel_metrics.analysis.judging.means import (
+    LEVEL,
+    Difference,
+    Rise,
+    Series,
+    difference,
+    rise_of,
+)
 from channel_metrics.analysis.judging.trends import trends_of
 from channel_metrics.analysis.run import Run
 
@@ -21,7 +28,7 @@ def steps_of(count: int) -> np.ndarray:
 
 def rise(values: list[float], weights: list[float] | None = None) -> Rise:
     array = None if weights is None else np.array(weights)
-    return rise_of(steps_of(len(values)), np.array(values), array)
+    return rise_of(Series(steps_of(len(values)), np.array(values), array))
 
 
 def noise(generator: np.random.Generator, count: int, correlation: float) -> np.ndarray:
@@ -64,7 +71,7 @@ def test_the_rate_of_false_differences() -> None:
     for number in range(1000):
         count = [8, 20, 60, 300][number % 4]
         one, other = (
-            (steps_of(count), 2 + 0.1 * noise(generator, count, 0.3), None) for _ in range(2)
+            Series(steps_of(count), 2 + 0.1 * noise(generator, count, 0.3)) for _ in range(2)
         )
         found = difference(one, other)
         assert found is not None
@@ -80,7 +87,7 @@ def test_the_interval_holds_the_difference() -> None:
     held = 0
     for _ in range(NUM_RUNS):
         first, second = (curve * factor + noise(generator, 200, 0) * 0.1 for factor in (1, 1.18))
-        found = difference((steps_of(200), second, None), (steps_of(200), first, None))
+        found = difference(Series(steps_of(200), second), Series(steps_of(200), first))
         assert found is not None
         truth = 0.18 * curve[-66:].mean()
         held += abs(found.change - truth) <= found.limit
@@ -121,7 +128,7 @@ def test_a_steep_beginning_is_no_noise() -> None:
     generator = np.random.default_rng(4)
     steps = steps_of(200)
     losses = 3 + 8 * np.exp(-steps / 7) + 0.4 * np.maximum(0, steps / 200 - 0.5)
-    found = rise_of(steps, losses + 0.05 * generator.standard_normal(200))
+    found = rise_of(Series(steps, losses + 0.05 * generator.standard_normal(200)))
     assert found.change > found.limit
     assert found.last - found.low == pytest.approx(0.2, abs=0.05)
 
@@ -129,14 +136,14 @@ def test_a_steep_beginning_is_no_noise() -> None:
 def test_few_values_tell_nothing() -> None:
     found = rise([1, 2, 3, 4, 5])
     assert found.limit == math.inf and found.change == 4
-    short, long = ((steps_of(n), np.ones(n), None) for n in (5, 6))
+    short, long = (Series(steps_of(n), np.ones(n)) for n in (5, 6))
     assert difference(short, long) is None
     assert isinstance(difference(long, long), Difference)
 
 
 def test_runs_are_compared_over_their_common_steps() -> None:
-    long = steps_of(90), np.arange(90.0), None
-    short = steps_of(60), np.zeros(60), None
+    long = Series(steps_of(90), np.arange(90.0))
+    short = Series(steps_of(60), np.zeros(60))
     found = difference(long, short)
     assert found is not None
     assert found.change == pytest.approx(np.arange(40, 60).mean())

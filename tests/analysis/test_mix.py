@@ -13,7 +13,7 @@ from analysis.analysis_tools import run_of, series_of, write_jsonl
 from channel_metrics import ChannelMetricsError
 from channel_metrics.analysis.estimate.mix import load_mix, windows_of, with_estimates, with_mix
 from channel_metrics.analysis.readers.keys import GLOBAL
-from channel_metrics.analysis.run import load_run
+from channel_metrics.analysis.run import RUN_FILE, Run, load_run
 
 NAMES = ("a", "b", "c")
 
@@ -171,3 +171,29 @@ def test_the_tokens_of_channels_in_the_log_are_enough_for_an_estimate(tmp_path: 
         values = list(series_of(run, name, "loss_estimate").values())
         assert len(values) > 20
         assert values == pytest.approx([expected] * len(values), abs=0.1)
+
+
+def test_a_resumed_run_with_estimates_keeps_its_resumes_and_records(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    log = []
+    for step in [*range(1, 41), *range(31, 81)]:
+        tokens = rng.integers(10, 100, 2)
+        entry = {"step": step, "loss": float(tokens @ [1.0, 2.0] / tokens.sum())}
+        entry |= {"bbu_tokens": int(tokens[0]), "rru_tokens": int(tokens[1])}
+        log.append(entry | {"grad_norm": float(step)})
+    write_jsonl(tmp_path / "logging.jsonl", log)
+    facts = {"ratios": {"bbu": 1, "rru": 1}, "records": {"bbu": 300, "rru": 500}}
+    (tmp_path / RUN_FILE).write_text(json.dumps(facts))
+    plain = load_run(tmp_path)
+    run = with_estimates(plain)
+    assert run.resumes == plain.resumes == (31,)
+    assert run.records == facts["records"] and run.ratios == {"bbu": 1.0, "rru": 1.0}
+    for key in plain.keys:
+        for read in (Run.series, Run.overwritten):
+            before, after = (read(r, key.channel, key.metric, key.split) for r in (plain, run))
+            assert [part.tolist() for part in before] == [part.tolist() for part in after]
+    assert len(run.overwritten("bbu", "tokens")[0]) == 10
+    steps, estimates = run.series("bbu", "loss_estimate")
+    assert len(steps) > 10 and estimates == pytest.approx(1.0, abs=0.01)
+    assert len(run.overwritten("bbu", "loss_estimate")[0]) == 0
+    assert len(run.store) == len(plain.store) + 6 * len(steps)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +76,49 @@ def test_swanlab(tmp_path: Path) -> None:
     run = load_run(tmp_path)
     check(run, HISTORY, rel=1e-6)
     assert not run.problems.count
+
+
+def write_old_swanlab(path: Path, records: list[Any]) -> None:
+    """A file in the form that SwanLab 0.6.12 and 0.7.20 wrote; texts are written as they are."""
+    blobs = [r if isinstance(r, str) else json.dumps(r) for r in records]
+    frames = [struct.pack("<IHB", 0, len(b.encode()), 1) + b.encode() for b in blobs]
+    path.parent.mkdir(parents=True)
+    path.write_bytes(struct.pack("<4sHB", b":SWL", 0xE1D6, 1) + b"".join(frames))
+
+
+def scalar(key: str, step: int, value: float | str) -> Any:
+    metric = {"index": step, "data": value, "create_time": "2026-11-28T19:56:50.342892+00:00"}
+    data = {"metric": metric, "key": key, "step": step, "epoch": step}
+    return {"model_type": "Scalar", "data": data}
+
+
+def test_swanlab_of_older_versions(tmp_path: Path) -> None:
+    records: list[Any] = [
+        {"model_type": "Header", "data": {"backup_type": "DEFAULT"}},
+        {"model_type": "Column", "data": {"key": "loss", "kid": "0", "column_type": "FLOAT"}},
+    ]
+    for entry in HISTORY:
+        own = {key: value for key, value in entry.items() if key != "step"}
+        records += [scalar(key, entry["step"], value) for key, value in own.items()]
+    records += [scalar("loss", 99, "NaN"), scalar("__swanlab__.cpu.pct", 0, 12.5)]
+    write_old_swanlab(tmp_path / "run-1" / "backup.swanlab", records)
+    run = load_run(tmp_path)
+    losses = series_of(run, GLOBAL, "loss")
+    assert math.isnan(losses.pop(99))
+    assert losses == series_of(run_of(HISTORY), GLOBAL, "loss")
+    assert series_of(run, "bbu", "tokens") == series_of(run_of(HISTORY), "bbu", "tokens")
+    assert not run.problems.count
+    assert not any("swanlab" in key.metric for key in run.keys)
+
+
+def test_damaged_records_of_older_swanlab_are_problems(tmp_path: Path) -> None:
+    lost = scalar("loss", 2, 2.0)
+    del lost["data"]["step"]
+    records = [scalar("loss", 1, 3.0), "{broken", lost, scalar("loss", 3, "x")]
+    write_old_swanlab(tmp_path / "run-1" / "backup.swanlab", records)
+    run = load_run(tmp_path)
+    assert series_of(run, GLOBAL, "loss") == {1: 3.0}
+    assert run.problems.count == 3
 
 
 def test_our_own_table(tmp_path: Path) -> None:

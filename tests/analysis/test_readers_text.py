@@ -139,9 +139,56 @@ def test_olmo_core(tmp_path: Path) -> None:
     assert losses == pytest.approx({1: 11.25, 10: float("nan")}, nan_ok=True)
     assert series_of(run, GLOBAL, "ppl") == {1: 76879.0}
     assert series_of(run, GLOBAL, "optim/LR (group 0)") == {10: 2e-05}
-    # The lines of an evaluation do not say at which step it was.
+    # The lines of this evaluation do not say at which step it was.
     assert {key.metric for key in run.keys if "CE" in key.metric} == set()
     assert run.channels() == []
+    assert "some evaluations are left out" in str(run.problems.notes)
+
+
+def olmo_evaluated(loss: str) -> str:
+    return f"""\
+2026-03-01 10:00:02 INFO Running lm evals...
+2026-03-01 10:00:02 INFO [eval=lm,step=5/5]
+2026-03-01 10:00:02 INFO Finished lm evals in 1.0 seconds. Metrics:
+    c4_en-validation/CE loss={loss}
+    c4_en-validation/PPL=76,879
+    wiki/CE loss=2.5
+2026-03-01 10:00:02 INFO Finished downstream evals in 1.0 seconds. Metrics:
+    arc_easy (accuracy)=0.25
+2026-03-01 10:00:02 INFO Evaluation speed:
+    arc_easy (accuracy) (+variants): 0.1 sec (2 batches)
+    Total evaluation time: 2.0 seconds (7 batches)
+"""
+
+
+def olmo_step(step: int, *, is_evaluated: bool) -> str:
+    timed = "    throughput/in-loop eval time (s)=2.000\n" if is_evaluated else ""
+    head = f"2026-03-01 10:00:03 INFO [step={step}/1000,epoch=1,eta=16m]\n"
+    return f"{head}    train/CE loss={step}\n{timed}    optim/total grad norm=1.0\n"
+
+
+def test_an_evaluation_of_olmo_core_belongs_to_the_step_with_its_time(tmp_path: Path) -> None:
+    """The metrics of several steps are printed together, after the evaluation at the last one."""
+    before = olmo_evaluated("9.0")  # An evaluation at the start has no step.
+    text = before + olmo_step(8, is_evaluated=False) + olmo_evaluated("4.0")
+    text += olmo_step(9, is_evaluated=False) + olmo_step(10, is_evaluated=True)
+    text += olmo_step(19, is_evaluated=False) + olmo_evaluated("3.0")
+    text += olmo_step(20, is_evaluated=True)
+    run = read(tmp_path, text)
+    assert series_of(run, "c4_en-validation", "loss", "eval") == {10: 4.0, 20: 3.0}
+    assert series_of(run, "c4_en-validation", "ppl", "eval") == {10: 76879.0, 20: 76879.0}
+    assert series_of(run, "wiki", "loss", "eval") == {10: 2.5, 20: 2.5}
+    assert series_of(run, GLOBAL, "downstream/arc_easy (accuracy)", "eval") == {10: 0.25, 20: 0.25}
+    assert series_of(run, GLOBAL, "loss") == {8: 8, 9: 9, 10: 10, 19: 19, 20: 20}
+    assert series_of(run, GLOBAL, "optim/total grad norm") == dict.fromkeys((8, 9, 10, 19, 20), 1.0)
+    assert sorted(run.channels()) == ["c4_en-validation", "wiki"]
+    assert [note for note in run.problems.notes if "evaluations are left out" in note]
+    assert not run.problems.count
+
+
+def test_evaluations_of_olmo_core_with_their_steps_need_no_note(tmp_path: Path) -> None:
+    run = read(tmp_path, olmo_evaluated("4.0") + olmo_step(10, is_evaluated=True))
+    assert run.problems.notes == [] and run.channels("eval") == ["c4_en-validation", "wiki"]
 
 
 def test_automodel_with_bars(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import re
-from html.parser import HTMLParser
 from operator import mul
 from pathlib import Path
 from typing import Any
@@ -17,54 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.analysis_tools import make_history, run_of
+from analysis.report_page import page_of
 from analysis.report_runs import HOSTILE_NAMES, run_with, troubled_run
 from channel_metrics.analysis.report import html
-from channel_metrics.analysis.report.html import MAX_BYTES, write_report
 from channel_metrics.analysis.report.page_data import dump_json
 from channel_metrics.analysis.report.pictures import PALETTE
-from channel_metrics.analysis.report.views import rank_channels, shown, view_run
-from channel_metrics.analysis.run import Run
-from channel_metrics.errors import ChannelMetricsError
+from channel_metrics.analysis.report.views import rank_channels, shown, views_of
 
 PAGE = Path(html.__file__).parent / "page"
-
-
-class Page(HTMLParser):
-    """The elements of a page, the texts of its scripts and styles, and all other text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, tuple[str, ...]]] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.inside: dict[str, list[str]] = {"script": [], "style": []}
-        self.text = ""
-        self.open = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, tuple(name for name, _ in attrs)))
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        self.open = tag
-
-    def handle_endtag(self, tag: str) -> None:
-        self.open = ""
-
-    def handle_data(self, data: str) -> None:
-        if self.open in self.inside:
-            self.inside[self.open].append(data)
-        else:
-            self.text += data
-
-    @property
-    def data(self) -> Any:
-        return json.loads(self.inside["script"][0])
-
-
-def page_of(runs: list[Run], folder: Path, **more: Any) -> Page:
-    file = folder / "report.html"
-    size = write_report(runs, file, **more)
-    assert file.stat().st_size == size.num_bytes < MAX_BYTES
-    return Page(file.read_text(encoding="utf-8"))
 
 
 def test_hostile_names_give_the_same_elements_as_plain_ones(tmp_path: Path) -> None:
@@ -190,25 +149,6 @@ def test_the_curves_of_the_page_are_those_of_the_log(tmp_path: Path) -> None:
         assert sum(curve["tokens"]) == sum(e.get(f"{name}_tokens", 0) for e in history)
 
 
-def test_a_page_too_large_loses_points_and_then_channels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = run_with([f"channel {i}" for i in range(20)], steps=112)
-    whole = write_report([run], tmp_path / "whole.html")
-    assert whole.num_left_out == 0
-    monkeypatch.setattr(html, "MAX_BYTES", whole.num_bytes * 2 // 3)
-    thin = write_report([run], tmp_path / "thin.html")
-    assert thin.num_left_out == 0 and thin.max_points < 112
-    assert "has 112 points" in Page((tmp_path / "thin.html").read_text()).text
-    monkeypatch.setattr(html, "MAX_BYTES", 100_000)
-    small = write_report([run], tmp_path / "small.html")
-    assert small.num_bytes < 100_000 and small.num_left_out > 0
-    page = Page((tmp_path / "small.html").read_text())
-    assert f"{small.num_left_out} channels with the fewest tokens are left out" in page.text
-    ranked = rank_channels([run])
-    assert page.data["channels"] == ranked[: small.num_channels]
-
-
 def test_channels_with_most_tokens_come_first_and_unlabeled_last() -> None:
     entry = {"step": 1, "a_loss": 1, "a_tokens": 5, "b_loss": 1, "b_tokens": 9}
     run = run_of([entry | {"unlabeled_loss": 1, "unlabeled_tokens": 99}])
@@ -220,18 +160,12 @@ def test_chance_is_no_finding_and_a_wrong_mix_is() -> None:
         entry = {"step": 1}
         for name, count in zip("ab", samples, strict=True):
             entry |= {f"{name}_loss": 1, f"{name}_tokens": 10, f"{name}_samples": count}
-        view = view_run(run_of([entry], ratios={"a": 1, "b": 1}), 0, {"a": 0, "b": 1})
+        (view,) = views_of([run_of([entry], ratios={"a": 1, "b": 1})])
         return [row.name for row in view.off]
 
     assert off((54, 46)) == []
     assert off((5400, 4600)) == ["a", "b"]
     assert off((50_100, 49_900)) == []
-
-
-def test_runs_that_are_missing_or_too_many(tmp_path: Path) -> None:
-    for runs in ([], [troubled_run()] * 9):
-        with pytest.raises(ChannelMetricsError, match=f"1 to 8 runs.*got {len(runs)}"):
-            write_report(runs, tmp_path / "report.html")
 
 
 def test_a_log_without_channels_is_a_report_of_the_run(tmp_path: Path) -> None:
@@ -276,7 +210,8 @@ def linear(color: str) -> list[float]:
 
 def contrast(a: str, b: str) -> float:
     """WCAG 2."""
-    low, high = sorted(sum(map(mul, (0.2126, 0.7152, 0.0722), linear(c))) for c in (a, b))
+    weights = (0.2126, 0.7152, 0.0722)
+    low, high = sorted(sum(w * p for w, p in zip(weights, linear(c), strict=True)) for c in (a, b))
     return (high + 0.05) / (low + 0.05)
 
 

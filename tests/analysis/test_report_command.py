@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from analysis.analysis_tools import make_history, run_of, write_jsonl
 from analysis.report_runs import HOSTILE_NAMES, run_with
 from channel_metrics.analysis.report.command import report_of_training
+from channel_metrics.analysis.report.html import write_report
 from channel_metrics.analysis.report.pictures import write_pictures
 from channel_metrics.analysis.report.views import shown
 from channel_metrics.cli.main import app
@@ -124,3 +125,12 @@ def test_pictures_show_what_there_is_and_are_the_same_each_time(tmp_path: Path) 
     # Two runs of two channels; a point of the log is a vertex of its line.
     drawn = [path.get("d", "").count("L") + 1 for path in lines if "#" in str(path.get("style"))]
     assert drawn.count(19) == 4
+
+
+def test_without_configured_ratios_the_mix_has_no_empty_columns(tmp_path: Path) -> None:
+    pages = []
+    for name, ratios in (("planned", {"bbu": 1.0, "rru": 1.0}), ("free", {})):
+        write_report([run_of(make_history(12), ratios=ratios)], tmp_path / name)
+        pages.append((tmp_path / name).read_text(encoding="utf-8"))
+    for word in (">configured<", "difference, points"):
+        assert [word in page for page in pages] == [True, False]

@@ -8,7 +8,7 @@ import pytest
 
 from analysis.analysis_tools import run_of
 from channel_metrics.analysis.report.html import write_report
-from channel_metrics.analysis.report.views import view_run
+from channel_metrics.analysis.report.views import views_of
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_badge(tmp_path: Path, errors: list[float], verdict: str, badge: str) ->
         for step, error in enumerate(errors, 1)
     ]
     run = run_of(history)
-    view = view_run(run, 0, {"a": 0})
+    (view,) = views_of([run])
     assert view.verdict == verdict
     assert view.check is not None
     assert view.check.largest == pytest.approx(max(errors))

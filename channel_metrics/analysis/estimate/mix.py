@@ -20,6 +20,7 @@ from channel_metrics.analysis.readers.readings import (
 )
 from channel_metrics.analysis.readers.samples import read_sample_log, read_sample_order
 from channel_metrics.analysis.run import Run, run_from_readings
+from channel_metrics.analysis.store import JoinedStore, store_of
 from channel_metrics.errors import ChannelMetricsError
 
 if TYPE_CHECKING:
@@ -96,7 +97,6 @@ def with_mix(run: Run, mix: Run) -> Run:
     shift = _shift(run, mix) if has_loss else 0
 
     def readings() -> Iterator[Reading]:
-        yield from _all_readings(run)
         for key, steps, values in mix.all_series():
             if key.channel or not has_loss:
                 for step, value in zip((steps + shift).tolist(), values.tolist(), strict=True):
@@ -105,7 +105,7 @@ def with_mix(run: Run, mix: Run) -> Run:
     problems = _sum(run.problems, mix.problems)
     if shift:
         problems.note(f"{mix.origin} counts steps from 0, the log from 1: moved by one")
-    return _again(run, readings(), problems)
+    return _with_more(run, readings(), problems)
 
 
 def with_estimates(run: Run, mix: Run | None = None) -> Run:
@@ -137,12 +137,7 @@ def with_estimates(run: Run, mix: Run | None = None) -> Run:
     sizes = windows.totals if windows.metric == "tokens" else None
     found = estimate_curves(windows.steps, windows.losses, windows.weights, sizes)
     _say(windows, found, problems)
-
-    def readings() -> Iterator[Reading]:
-        yield from _all_readings(joined)
-        yield from _estimate_readings(windows, found)
-
-    return _again(joined, readings(), problems)
+    return _with_more(joined, _estimate_readings(windows, found), problems)
 
 
 def windows_of(run: Run) -> Windows | None:
@@ -249,16 +244,13 @@ def _say(windows: Windows, found: Estimate, problems: Problems) -> None:
             )
 
 
-def _all_readings(run: Run) -> Iterator[Reading]:
-    for key, steps, values in run.all_series():
-        for step, value in zip(steps.tolist(), values.tolist(), strict=True):
-            yield step, key, value
-
-
-def _again(run: Run, readings: Iterator[Reading], problems: Problems) -> Run:
-    return run_from_readings(
-        readings, name=run.name, origin=run.origin, problems=problems, ratios=run.ratios
-    )
+def _with_more(run: Run, readings: Iterator[Reading], problems: Problems) -> Run:
+    """The run with further series, whose keys are meanings. They take the place of its own."""
+    more = store_of(readings)
+    added: dict[str | Key, Key] = {key: key for key in more.keys if isinstance(key, Key)}
+    own = {key: means for key, means in run.meanings.items() if means not in added}
+    store = JoinedStore(run.store, more)
+    return replace(run, problems=problems, store=store, meanings=own | added)
 
 
 def _sum(*parts: Problems) -> Problems:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from channel_metrics.analysis.judging.finding import Finding, bad, listed, subject_of
-from channel_metrics.analysis.judging.means import MIN_VALUES
+from channel_metrics.analysis.judging.means import LEVEL, MIN_VALUES
 from channel_metrics.analysis.judging.nonfinite import GRADIENT
 from channel_metrics.analysis.readers.keys import GLOBAL
 
@@ -51,21 +51,26 @@ def worse(view: RunView) -> Iterator[Finding]:
             )
         else:
             text = (
-                f"worse since step {rise.low_step:,} ({_nats(rise.last - rise.low)}), "
+                f"worse since step {rise.low_step:,} ({_nats(rise.last - rise.low)}{_bar(trend)}), "
                 f"from {rise.low:.4f} to {rise.last:.4f}{_context(trend)}"
             )
         yield bad(trend.state, trend.channel, trend.split, text)
+    if found:
+        yield from _by_chance(len(view.trends))
 
 
 def worse_than_first(view: RunView) -> Iterator[Finding]:
     """Losses that are above those of the first run; the largest difference first."""
-    for found in sorted((v for v in view.versus if v.is_worse), key=lambda found: -found.change):
+    worse = [versus for versus in view.versus if versus.is_worse]
+    for found in sorted(worse, key=lambda found: -found.change):
         low, high = found.change - found.limit, found.change + found.limit
         text = (
             f"worse than in the first run ({view.first_name}) by {found.change:.1%}, between "
             f"{low:.1%} and {high:.1%}, over the last third of their steps, to {found.last_step:,}"
         )
         yield bad("versus", found.channel, found.split, text)
+    if worse:
+        yield from _by_chance(len(view.versus))
 
 
 def unknown(view: RunView) -> Iterator[Finding]:
@@ -96,6 +101,13 @@ def not_worse(view: RunView) -> Iterator[Finding]:
     if names := _compared(view, is_known=True):
         text = f"not worse than in {view.first_name}, because {ruled_out}: {listed(names)}"
         yield _told("good", text)
+
+
+def _by_chance(count: int) -> Iterator[Finding]:
+    """How many of so many losses that did not change are called worse."""
+    if LEVEL * count >= 1:
+        text = f"of {count:,} losses, noise alone makes about {LEVEL * count:.0f} look worse"
+        yield Finding(kind="trend", level="unknown", text=text, word="chance")
 
 
 def _told(level: str, text: str) -> Finding:
@@ -151,10 +163,21 @@ def _compared(view: RunView, *, is_known: bool) -> list[str]:
 
 def _doubt(trend: Trend) -> str:
     rise = trend.rise
+    if trend.num_values == 1:
+        return "1 value"
     since = f"{_nats(rise.last - rise.low)} since step {rise.low_step:,}"
-    if math.isfinite(rise.limit):
-        return f"{since}, the last third {rise.change:+.2f} \u00b1 {rise.limit:.2f}"
-    return f"{trend.num_values} value{'' if trend.num_values == 1 else 's'}, {since}"
+    if rise.last == rise.low:
+        since = "now at its lowest"
+    if trend.num_values < MIN_VALUES:
+        return f"{trend.num_values} values, {since}{_bar(trend)}"
+    return f"{since}, the last third {rise.change:+.2f} \u00b1 {rise.limit:.2f}"
+
+
+def _bar(trend: Trend) -> str:
+    """What the error bars of the log say of a rise, if it is judged by them."""
+    if trend.num_values >= MIN_VALUES or math.isinf(trend.rise.limit):
+        return ""
+    return f" \u00b1 {trend.rise.limit:.2g} by its error bars"
 
 
 def _nats(value: float) -> str:

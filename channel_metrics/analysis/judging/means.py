@@ -4,6 +4,9 @@ A series is cut into up to 18 blocks of consecutive values, and the means of blo
 The noise is read off the bends (second differences) of these means, so a steady rise or fall is
 no noise. A difference is more than noise if it is larger than 99 of 100 differences in series that
 only scatter around a constant. Such series are drawn here, for each number of blocks.
+
+Fewer values than that tell no noise. If the log has their standard errors, single values are
+compared instead.
 """
 
 from __future__ import annotations
@@ -11,14 +14,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
     from channel_metrics.analysis.store import Steps, Values
 
-__all__ = ["CORRELATION", "LEVEL", "MIN_VALUES", "Difference", "Rise", "difference", "rise_of"]
+__all__ = [
+    "CORRELATION",
+    "LEVEL",
+    "MIN_VALUES",
+    "Difference",
+    "Rise",
+    "Series",
+    "difference",
+    "rise_of",
+]
 
 # One of so many series without a trend is taken for one that rises.
 LEVEL = 0.01
@@ -33,6 +46,23 @@ _MAX_BLOCKS = 18
 _MAX_SIZE = 10
 # The 99 % quantile of so many draws is exact to about 3 %.
 _DRAWS = 10_000
+
+
+class Series(NamedTuple):
+    """The finite values of a metric."""
+
+    steps: Steps
+    """int64 [N], increasing."""
+
+    values: Values
+    """float64 [N]."""
+
+    weights: Values | None = None
+    """float64 [N], such as the tokens of each value. All weigh the same if there are none, or if
+    one is not above 0."""
+
+    errors: Values | None = None
+    """float64 [N], the standard errors of the values; NaN where the log has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,23 +122,21 @@ class _Blocks:
             self.smooth = _moving(values * weights, self.size) / _moving(weights, self.size)
 
 
-def rise_of(steps: Steps, values: Values, weights: Values | None = None) -> Rise:
+def rise_of(series: Series) -> Rise:
     """Whether a series has left its lowest level.
 
     Args:
-        steps: int64 [N], increasing, N > 0.
-        values: float64 [N], finite.
-        weights: float64 [N], such as the tokens of each value. All weigh the same if there are
-            none, or if one is not above 0.
+        series: at least one value.
 
     Returns:
         The rise. With fewer than `MIN_VALUES` values, it is that of the last value above the lowest
-        one, and its limit is infinite.
+        one, and its limit is infinite unless both have a standard error.
     """
+    steps, values, weights, _ = series
     blocks = _Blocks(values, weights)
     low = int(blocks.smooth.argmin())
     if len(values) < MIN_VALUES:
-        change, limit, level = values[-1] - values[low], math.inf, values[low]
+        change, limit, level = values[-1] - values[low], _limit_of_few(series, low), values[low]
     else:
         change, error, level = _rise(blocks.sums, blocks.weights)
         limit = error * _critical("rise", len(blocks.sums), min(blocks.size, _MAX_SIZE))
@@ -122,22 +150,22 @@ def rise_of(steps: Steps, values: Values, weights: Values | None = None) -> Rise
     )
 
 
-def difference(
-    one: tuple[Steps, Values, Values | None], other: tuple[Steps, Values, Values | None]
-) -> Difference | None:
-    """Compare two series, each given as (steps, values, weights), over their common steps.
+def difference(one: Series, other: Series) -> Difference | None:
+    """Compare two series over their common steps.
+
+    If one of them has fewer than `MIN_VALUES` values there, their last values are compared.
 
     Returns:
-        None if one of them has fewer than `MIN_VALUES` values there.
+        None if these have no standard errors.
     """
-    first = max(int(series[0][0]) if len(series[0]) else 0 for series in (one, other))
-    last = min(int(series[0][-1]) if len(series[0]) else -1 for series in (one, other))
+    first = max(int(series.steps[0]) if len(series.steps) else 0 for series in (one, other))
+    last = min(int(series.steps[-1]) if len(series.steps) else -1 for series in (one, other))
+    both = [_between(series, first, last) for series in (one, other)]
+    if min(len(series.steps) for series in both) < MIN_VALUES:
+        return _difference_of_last(*both)
     means, variances, counts, sizes = [], [], [], []
-    for steps, values, weights in (one, other):
-        inside = (steps >= first) & (steps <= last)
-        if inside.sum() < MIN_VALUES:
-            return None
-        blocks = _Blocks(values[inside], None if weights is None else weights[inside])
+    for series in both:
+        blocks = _Blocks(series.values, series.weights)
         third = len(blocks.sums) // 3
         means.append(blocks.sums[-third:].sum() / blocks.weights[-third:].sum())
         variances.append(_noise(blocks.sums / blocks.weights) / third)
@@ -149,6 +177,48 @@ def difference(
         limit=error * _critical("difference", min(counts), min(*sizes, _MAX_SIZE)),
         level=float(means[1]),
         last_step=last,
+    )
+
+
+def _limit_of_few(series: Series, low: int) -> float:
+    """How far the last value is above the lowest one by chance, given their standard errors.
+
+    Each value before it may be the lowest one, so there are as many comparisons.
+    """
+    others = len(series.values) - 1
+    if series.errors is None or not others:
+        return math.inf
+    error = math.hypot(series.errors[low], series.errors[-1])
+    return error * _quantile(LEVEL / others) if math.isfinite(error) else math.inf
+
+
+def _difference_of_last(one: Series, other: Series) -> Difference | None:
+    if one.errors is None or other.errors is None or not min(len(one.steps), len(other.steps)):
+        return None
+    error = math.hypot(one.errors[-1], other.errors[-1])
+    if not math.isfinite(error):
+        return None
+    return Difference(
+        change=float(one.values[-1] - other.values[-1]),
+        limit=error * _quantile(LEVEL),
+        level=float(other.values[-1]),
+        last_step=int(min(one.steps[-1], other.steps[-1])),
+    )
+
+
+def _quantile(level: float) -> float:
+    """What the normal distribution exceeds with this probability."""
+    return NormalDist().inv_cdf(1 - level)
+
+
+def _between(series: Series, first: int, last: int) -> Series:
+    steps, values, weights, errors = series
+    inside = (steps >= first) & (steps <= last)
+    return Series(
+        steps[inside],
+        values[inside],
+        None if weights is None else weights[inside],
+        None if errors is None else errors[inside],
     )
 
 

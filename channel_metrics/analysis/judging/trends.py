@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from channel_metrics.analysis.judging.means import MIN_VALUES, Rise, rise_of
+from channel_metrics.analysis.judging.means import Rise, Series, rise_of
 from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.report.curves import splits_of
 from channel_metrics.analysis.report.moving import values_at
@@ -21,8 +21,6 @@ from channel_metrics.analysis.rows import loss_metric
 if TYPE_CHECKING:
     from channel_metrics.analysis.run import Run
     from channel_metrics.analysis.store import Steps, Values
-
-    Series = tuple[Steps, Values, Values | None]
 
 __all__ = ["LEAST", "STEADY", "Trend", "losses_of", "trends_of"]
 
@@ -35,6 +33,9 @@ STEADY = 0.05
 _APART = 2.0
 # The loss at a step is the mean over so small a part of the run around it.
 _PART = 1 / 18
+# The ends of a 95 % interval are so many standard errors away from its middle. With few sequences
+# they are further away, and then the error is taken for larger than it is.
+_ENDS = 1.96
 
 State = Literal["worse", "overfitting", "steady", "few", "noisy", "estimated"]
 
@@ -90,14 +91,22 @@ def trends_of(run: Run) -> list[Trend]:
 
 
 def losses_of(run: Run, channel: str, split: str) -> Series:
-    """The steps, the finite losses, and the tokens of each (None if they are not logged)."""
+    """The finite losses of a channel, with their tokens, and their errors if intervals are logged.
+
+    Estimates have intervals, too, but are smooth, so that their values depend on each other.
+    """
     metric = loss_metric(run, channel, split) or "loss"
     steps, losses = run.series(channel, metric, split)
     finite = np.isfinite(losses)
     steps, losses = steps[finite], losses[finite]
     counts = run.series(channel, "tokens", split)
     weights = np.nan_to_num(values_at(steps, *counts)) if len(counts[0]) else None
-    return steps, losses, weights
+    errors = None
+    if metric == "loss" and run.has(channel, "loss_high", split):
+        # The low end of an interval stops at 0.
+        high = values_at(steps, *run.series(channel, "loss_high", split))
+        errors = (high - losses) / _ENDS
+    return Series(steps, losses, weights, errors)
 
 
 class _Judge:
@@ -115,8 +124,8 @@ class _Judge:
 
     def trend(self, channel: str, split: str) -> Trend:
         """The trend of a loss that has finite values."""
-        steps, losses, weights = losses_of(self._run, channel, split)
-        rise = rise_of(steps, losses, weights)
+        own = losses_of(self._run, channel, split)
+        rise = rise_of(own)
         trained = losses_of(self._run, channel, "train")
         partner = trained if len(trained[0]) else self._whole
         is_evaluated = split != "train"
@@ -124,13 +133,13 @@ class _Judge:
             # Its values are smooth, so its noise cannot be read off them.
             state: State = "estimated"
         else:
-            is_stuck = is_evaluated and _leaves_training(steps, losses, partner, rise)
-            state = _state(rise, len(losses), is_stuck)
+            is_stuck = is_evaluated and _leaves_training(own, partner, rise)
+            state = _state(rise, is_stuck)
         return Trend(
             channel=channel,
             split=split,
             state=state,
-            num_values=len(losses),
+            num_values=len(own.values),
             rise=rise,
             in_mix=bool(len(trained[0])) or not self._run.channels("train"),
             training=_change(partner, rise.low_step) if is_evaluated else None,
@@ -144,8 +153,8 @@ class _Judge:
         return (part[0] / whole[0], part[1] / whole[1]) if all(whole) else None
 
 
-def _state(rise: Rise, num_values: int, is_stuck: bool) -> State:
-    if num_values < MIN_VALUES:
+def _state(rise: Rise, is_stuck: bool) -> State:
+    if math.isinf(rise.limit):
         return "few"
     # The loss of some trainers is below 0.
     size = abs(rise.level)
@@ -159,8 +168,9 @@ def _state(rise: Rise, num_values: int, is_stuck: bool) -> State:
     return "steady" if at_lowest or highest <= STEADY * size else "noisy"
 
 
-def _leaves_training(steps: Steps, losses: Values, trained: Series, rise: Rise) -> bool:
+def _leaves_training(own: Series, trained: Series, rise: Rise) -> bool:
     """Whether an evaluation has stopped falling, and its ratio to the training loss doubled."""
+    steps, losses, *_ = own
     if rise.low_step == steps[-1] or rise.change < -rise.limit:
         return False
     firsts = [-1, *steps.tolist()]
@@ -169,7 +179,7 @@ def _leaves_training(steps: Steps, losses: Values, trained: Series, rise: Rise) 
     known = np.isfinite(ratios) & (ratios > 0)
     if not known.any():
         return False
-    apart = rise_of(steps[known], np.log(ratios[known]))
+    apart = rise_of(Series(steps[known], np.log(ratios[known])))
     return apart.change > max(apart.limit, math.log(_APART))
 
 
@@ -185,14 +195,14 @@ def _change(series: Series, step: int) -> float | None:
 
 def _mean(series: Series, after: int, until: int) -> float:
     """The mean loss of these steps, weighted by tokens; NaN if there is none."""
-    steps, losses, _ = series
+    steps, losses, *_ = series
     inside = slice(*np.searchsorted(steps, (after, until), side="right"))
     weight = _counts(series)[1][inside]
     return float((losses[inside] * weight).sum() / weight.sum()) if weight.sum() else math.nan
 
 
 def _counts(series: Series) -> tuple[Steps, Values]:
-    steps, _, weights = series
+    steps, _, weights, _ = series
     return steps, np.ones(len(steps)) if weights is None else weights
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from channel_metrics.analysis.readers.format import Files, Folder, Format
 from channel_metrics.analysis.readers.readings import Problems, Progress, Reading
+from channel_metrics.analysis.readers.record_files import message_of
 from channel_metrics.extras import need
 
 __all__ = ["TENSORBOARD", "read_event_file"]
@@ -27,12 +28,8 @@ def read_event_file(path: Path, problems: Problems, progress: Progress) -> Itera
     for number, record in enumerate(loader.Load(), 1):
         read += len(record) + _FRAME_BYTES
         progress(len(record) + _FRAME_BYTES)
-        try:
-            event = event_type.FromString(record)
-        except Exception as error:  # each protobuf has its own errors; the reader reports them
-            problems.add(path, None, f"record {number} is no event ({error})")
-            continue
-        if event.HasField("summary"):
+        event = message_of(record, event_type, path, number, problems)
+        if event is not None and event.HasField("summary"):
             for value in event.summary.value:
                 scalar = _scalar(value)
                 if scalar is not None:

@@ -84,6 +84,8 @@ _OF_TRAINERS = {
 _MEGATRON = re.compile(
     r"(?:lm-loss-validation/)?(?P<key>.+) validation(?:-(?P<set>.+?))?(?P<ppl> ppl)?"
 )
+# A set that OLMo-core evaluates. What its other evaluators log is no loss per token.
+_OLMO = re.compile(r"eval/lm/(?P<set>.+)/(?P<metric>CE loss|PPL)")
 # Megatron logs some of its values a second time, over samples or tokens in place of steps.
 _OTHER_SCALE = re.compile(r" vs (samples|tokens|gigaflos)\b")
 # Keys of trainers, even if a channel is named `loss` or `grad`.
@@ -157,6 +159,8 @@ def _fixed(key: str | Key) -> Key | None:
     if key in _OF_TRAINERS:
         split, metric = _OF_TRAINERS[key]
         return Key(split, GLOBAL, metric)
+    if match := _OLMO.fullmatch(key):
+        return Key("eval", match["set"], "loss" if match["metric"] == "CE loss" else "ppl")
     match = _MEGATRON.fullmatch(key)
     if match is None:
         return None

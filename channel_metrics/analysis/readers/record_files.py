@@ -5,10 +5,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from channel_metrics.analysis.readers.readings import Problems, Progress
 
-__all__ = ["blobs_of"]
+__all__ = ["blobs_of", "message_of"]
 
 _HEADER_BYTES = 7
 _BLOCK_BYTES = 32 * 1024
@@ -42,3 +43,14 @@ def blobs_of(path: Path, magic: bytes, problems: Problems, progress: Progress) -
             if kind in (_FULL, _LAST):
                 yield parts
                 parts = b""
+
+
+def message_of(
+    blob: bytes, message_type: Any, path: Path, number: int, problems: Problems
+) -> Any | None:
+    """A message of protobuf; None, with a problem, if the record is damaged."""
+    try:
+        return message_type.FromString(blob)
+    except Exception as error:  # protobuf's C and Python code raise different ones
+        problems.add(path, None, f"record {number} is damaged ({error})")
+        return None

@@ -10,7 +10,7 @@ from typing import Any
 from channel_metrics.analysis.readers.format import Format, in_folder
 from channel_metrics.analysis.readers.json_logs import readings_of, step_of
 from channel_metrics.analysis.readers.readings import Problems, Progress, Reading
-from channel_metrics.analysis.readers.record_files import blobs_of
+from channel_metrics.analysis.readers.record_files import blobs_of, message_of
 from channel_metrics.extras import need
 
 __all__ = ["WANDB", "read_wandb_file"]
@@ -20,12 +20,8 @@ def read_wandb_file(path: Path, problems: Problems, progress: Progress) -> Itera
     """Every number in the history."""
     record_type: Any = need("wandb.proto.wandb_internal_pb2", extra="trackers").Record
     for number, blob in enumerate(blobs_of(path, b":W&B", problems, progress), 1):
-        try:
-            record = record_type.FromString(blob)
-        except Exception as error:  # each protobuf has its own; the reader reports them
-            problems.add(path, None, f"record {number} is damaged ({error})")
-            continue
-        if record.WhichOneof("record_type") == "history":
+        record = message_of(blob, record_type, path, number, problems)
+        if record is not None and record.WhichOneof("record_type") == "history":
             entry = _history_entry(record.history, path, number, problems)
             step = step_of(entry)
             if step is None:

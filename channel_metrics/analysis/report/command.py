@@ -97,7 +97,7 @@ def add_report_command(
             from channel_metrics.analysis.judging.finding import is_worse, lines_of
             from channel_metrics.analysis.judging.told import findings_of
             from channel_metrics.analysis.progress import phase
-            from channel_metrics.analysis.report.html import write_report
+            from channel_metrics.analysis.report.html import write_views
             from channel_metrics.analysis.report.views import views_of
             from channel_metrics.analysis.run import folder_of
             from channel_metrics.extras import check_installed
@@ -110,7 +110,7 @@ def add_report_command(
             views = views_of(loaded)
             found = [findings_of(view) for view in views]
             with phase(f"writing {file.name}"):
-                size = write_report(loaded, file, title=title)
+                size = write_views(views, found, file, title=title)
             drawn: list[Path] = []
             if pictures:
                 from channel_metrics.analysis.report.pictures import write_pictures

@@ -13,7 +13,7 @@ import base64
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from operator import attrgetter
 from pathlib import Path
@@ -29,16 +29,17 @@ from channel_metrics.analysis.report.views import (
     RunView,
     rank_channels,
     shown,
-    view_run,
+    views_of,
 )
 from channel_metrics.analysis.whole_file import whole_file
 from channel_metrics.errors import ChannelMetricsError
 from channel_metrics.extras import need
 
 if TYPE_CHECKING:
+    from channel_metrics.analysis.judging.finding import Finding
     from channel_metrics.analysis.run import Run
 
-__all__ = ["MAX_BYTES", "ReportSize", "write_report"]
+__all__ = ["MAX_BYTES", "ReportSize", "write_report", "write_views"]
 
 MAX_BYTES = 6_000_000
 
@@ -55,6 +56,7 @@ _SCRIPTS = (
     "state",
     "places",
     "compare",
+    "paths",
     "lines",
     "cursor",
     "axes",
@@ -89,28 +91,42 @@ def write_report(runs: Sequence[Run], path: Path, *, title: str = "") -> ReportS
     """Write the report of one run, or a comparison of several.
 
     The file has at most `MAX_BYTES`. Curves are thinned out until it fits. If that is not enough,
-    channels with few tokens are left out. The page says so. Raises `ChannelMetricsError` for no
-    runs, or too many.
+    channels with few tokens are left out, but not from the findings. The page says so. Raises
+    `ChannelMetricsError` for no runs, or too many.
     """
-    if not 0 < len(runs) <= _MAX_RUNS:
+    views = views_of(runs)
+    return write_views(views, [findings_of(view) for view in views], path, title=title)
+
+
+def write_views(
+    views: Sequence[RunView], found: Sequence[Sequence[Finding]], path: Path, *, title: str = ""
+) -> ReportSize:
+    """The same, where the contents about the runs and their findings are there already."""
+    if not 0 < len(views) <= _MAX_RUNS:
         raise ChannelMetricsError(
-            f"expected 1 to {_MAX_RUNS} runs to compare, but got {len(runs)}; name fewer."
+            f"expected 1 to {_MAX_RUNS} runs to compare, but got {len(views)}; name fewer."
         )
-    ranked = rank_channels(runs)
+    ranked = rank_channels([view.run for view in views])
     channels = ranked[:_MAX_CHANNELS]
-    points = _first_limit(len(channels) * len(runs))
-    views = _views(runs, channels)
+    points = _first_limit(len(channels) * len(views))
     while True:
-        text = _render(views, channels, len(ranked) - len(channels), points, title)
+        text = _render(
+            views,
+            found,
+            channels=channels,
+            num_left_out=len(ranked) - len(channels),
+            points=points,
+            title=title,
+        )
         page = text.encode("utf-8", errors="replace")
         if len(page) < MAX_BYTES:
             break
         if points > _MIN_POINTS:
-            points = max(_MIN_POINTS, points * 2 // 3)
+            fitting = 0.9 * points * MAX_BYTES / len(page)
+            points = max(_MIN_POINTS, int(fitting))
         else:
             fitting = len(channels) * MAX_BYTES / len(page)
             channels = channels[: int(fitting * 0.9)]
-            views = _views(runs, channels)
     with whole_file(path) as part:
         part.write_bytes(page)
     return ReportSize(
@@ -126,24 +142,25 @@ def _first_limit(num_channels: int) -> int:
     return min(_MAX_POINTS, max(_MIN_POINTS, _ALL_POINTS // num_curves))
 
 
-def _views(runs: Sequence[Run], channels: Sequence[str]) -> list[RunView]:
-    indices = {name: index for index, name in enumerate(channels)}
-    return [
-        view_run(run, index, indices, runs[0] if index else None) for index, run in enumerate(runs)
-    ]
-
-
 def _render(
-    views: Sequence[RunView], channels: Sequence[str], num_left_out: int, points: int, title: str
+    views: Sequence[RunView],
+    found: Sequence[Sequence[Finding]],
+    *,
+    channels: Sequence[str],
+    num_left_out: int,
+    points: int,
+    title: str,
 ) -> str:
     markup: Any = need("markupsafe", extra="report").Markup
+    drawn_rows = ([row for row in view.rows if row.index < len(channels)] for view in views)
+    views = [replace(view, rows=rows) for view, rows in zip(views, drawn_rows, strict=True)]
     data = page_data(views, channels, points)
     drawn = {curve["metric"] for curve in data["curves"]}
     style, script = _file("page.css"), _script()
     text: str = _template().render(
         title=shown(title or " · ".join(view.run.name for view in views)),
         runs=views,
-        found=[findings_of(view) for view in views],
+        found=found,
         indices={name: index for index, name in enumerate(channels)},
         num_channels=len(channels),
         num_left_out=num_left_out,
@@ -151,6 +168,7 @@ def _render(
         max_points=points,
         charts=[metric for metric in (*charts(), MIX, EPOCHS) if metric.name in drawn],
         table=_table(views, len(channels)),
+        planned=any(row.configured is not None for view in views for row in view.rows),
         names=data["channels"],
         widest=_widest(views),
         style=markup(style),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from channel_metrics.analysis.run import Run
     from channel_metrics.analysis.summary import ChannelRow
 
-__all__ = ["ChannelView", "GapView", "RunView", "rank_channels", "shown", "view_run", "views_of"]
+__all__ = ["ChannelView", "GapView", "RunView", "rank_channels", "shown", "views_of"]
 
 _MAX_NAME = 160
 # The share of the records is off if it differs by more than random drawing explains.
@@ -90,7 +90,6 @@ class ChannelView:
 class GapView:
     """A stretch without a channel. place: its begin and end, in percent of the run."""
 
-    index: int
     name: str
     gap: Gap
     place: tuple[float, float]
@@ -157,7 +156,7 @@ class RunView:
         return next((item for item in final if item.channel == GLOBAL), next(iter(final), None))
 
 
-def view_run(
+def _view_of(
     run: Run, index: int, channels: Mapping[str, int], first_run: Run | None = None
 ) -> RunView:
     """The contents about a run.
@@ -165,20 +164,18 @@ def view_run(
     Args:
         run: the run.
         index: its index in the report.
-        channels: {channel that is shown: its index}.
+        channels: {each channel of the run: its index}.
         first_run: the run that it is compared with.
     """
     global_losses = run.series(GLOBAL, "loss")[1].tolist()
     first, last = _span(run)
-    shown_names = {GLOBAL, *channels}
-    nonfinite = [item for item in nonfinite_of(run) if item.channel in shown_names]
+    nonfinite = nonfinite_of(run)
     # Until it was lost, a loss may have been fine, but this is no comfort.
     lost = {(item.channel, item.split) for item in nonfinite if item.is_final}
     versus = [
         found
         for found in ([] if first_run is None else versus_of(run, first_run))
-        if found.channel in shown_names
-        and (found.is_worse or (found.channel, found.split) not in lost)
+        if found.is_worse or (found.channel, found.split) not in lost
     ]
     compared = {found.channel: found for found in versus if found.split == "train"}
     return RunView(
@@ -197,24 +194,20 @@ def view_run(
                 compared.get(row.channel),
             )
             for row in final_rows(run)
-            if row.channel in channels
         ],
         trends=[
             trend
             for trend in trends_of(run)
-            if trend.channel in shown_names
-            and (trend.is_bad or (trend.channel, trend.split) not in lost)
+            if trend.is_bad or (trend.channel, trend.split) not in lost
         ],
         nonfinite_losses=nonfinite,
         gaps=[
             GapView(
-                index=channels[gap.channel],
                 name=shown(gap.channel),
                 gap=gap,
                 place=(_part(gap.first_step, first, last), _part(gap.last_step, first, last)),
             )
             for gap in find_gaps(run)
-            if gap.channel in channels
         ],
         check=self_check(run),
         first_name="" if first_run is None else shown(first_run.name),
@@ -226,7 +219,7 @@ def views_of(runs: Sequence[Run]) -> list[RunView]:
     """The contents about runs with all their channels; all but the first are compared with it."""
     channels = {name: index for index, name in enumerate(rank_channels(runs))}
     return [
-        view_run(run, index, channels, runs[0] if index else None) for index, run in enumerate(runs)
+        _view_of(run, index, channels, runs[0] if index else None) for index, run in enumerate(runs)
     ]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from channel_metrics.analysis.report.command import AxisOption
 from channel_metrics.errors import ChannelMetricsError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def add_watch_command(
         channel: Annotated[
             list[str] | None, typer.Option("--channel", help="A name that is a channel.")
         ] = None,
+        axis: AxisOption = "",
         as_json: Annotated[
             bool, typer.Option("--json", help="With --once: print JSON instead of a table.")
         ] = False,
@@ -66,7 +68,13 @@ def add_watch_command(
             if as_json and not once:
                 raise ChannelMetricsError("--json is one answer; give --once, too.")
             _Watch(
-                run, format=format, channels=channel or [], order=sort, top=top, console=console()
+                run,
+                format=format,
+                channels=channel or [],
+                axis=axis,
+                order=sort,
+                top=top,
+                console=console(),
             ).start(interval, once, as_json)
 
 
@@ -77,6 +85,7 @@ class _Watch:
         *,
         format: str | None,
         channels: list[str],
+        axis: str,
         order: str,
         top: int | None,
         console: Console,
@@ -86,6 +95,7 @@ class _Watch:
         need("numpy", extra="report")
         from channel_metrics.analysis.readers.readings import Problems
         from channel_metrics.analysis.watch.follow import Follower
+        from channel_metrics.analysis.watch.labels import LabelFinder
         from channel_metrics.analysis.watch.screen import ORDERS
 
         if order not in ORDERS:
@@ -94,6 +104,9 @@ class _Watch:
             )
         self.follower: Follower = Follower(run, format)
         self.console = console
+        self._labels = LabelFinder(self.follower)
+        self._axes: list[str] = []
+        self._axis = axis
         self._channels = channels
         self._ratios: dict[str, float] = {}
         self._ratio_problems = Problems()
@@ -118,9 +131,13 @@ class _Watch:
             self.follower.close()
 
     def _show_once(self, as_json: bool) -> None:
+        from channel_metrics.analysis.axes import check_axis
+
         view = self._look(to_end=True)
         if not self.follower.traces:
             raise ChannelMetricsError(self.follower.waiting_for)
+        if self._axis:
+            check_axis(self._axis, self._axes, self.follower.run.name)
         if as_json:
             from channel_metrics.analysis.watch.as_json import view_text
 
@@ -166,7 +183,14 @@ class _Watch:
                 # The file is written when the training begins, maybe later than this.
                 self._ratios = configured_ratios(self.follower.run, self._ratio_problems)
             names = [*self._channels, *self._ratios]
-            self._view = view_of(self.follower.traces, channels=names, order=self._order)
+            self._axes = self._labels.axes(names)
+            self._view = view_of(
+                self.follower.traces,
+                channels=names,
+                order=self._order,
+                axes=self._axes,
+                axis=self._axis,
+            )
         return self._view
 
     def _screen(self, max_rows: int | None) -> RenderableType:
@@ -179,7 +203,7 @@ class _Watch:
         view = self._view
         assert view is not None
         is_ascii = not self.console.encoding.lower().startswith("utf")
-        lines = header(self.follower, view)
+        lines = [*header(self.follower, view), *self._about_labels()]
         lines += [shown(example) for example in self._ratio_problems.examples]
         if not self.follower.traces:
             return Group(*map(Text, lines))
@@ -187,6 +211,16 @@ class _Watch:
         return Group(
             *texts, render(view, width=self.console.width, max_rows=max_rows, is_ascii=is_ascii)
         )
+
+    def _about_labels(self) -> list[str]:
+        from channel_metrics.analysis.axes import note_of
+        from channel_metrics.analysis.report.views import shown
+
+        if self._axis and self._axis not in self._axes:
+            return [f"waiting: the log has no labels of the axis {shown(self._axis)} yet"]
+        if self._axes and not self._axis:
+            return [shown(note_of(self._axes))]
+        return []
 
     def _name(self) -> str:
         from channel_metrics.analysis.report.views import shown

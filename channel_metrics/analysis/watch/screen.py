@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from channel_metrics.analysis.axes import meanings_shown
 from channel_metrics.analysis.readers.keys import GLOBAL, Key, decode_keys
 from channel_metrics.analysis.report.curves import charts
 from channel_metrics.analysis.report.views import shown
@@ -84,20 +85,30 @@ class View:
     """`train`, or another split if only that has channels."""
 
 
-def view_of(traces: Traces, *, channels: Sequence[str] = (), order: str = "share") -> View:
+def view_of(
+    traces: Traces,
+    *,
+    channels: Sequence[str] = (),
+    order: str = "share",
+    axes: Sequence[str] = (),
+    axis: str = "",
+) -> View:
     """The contents of the screen for a log.
 
     Args:
         traces: the values so far.
         channels: names that are channels. By default, they are inferred from the keys.
         order: one of `ORDERS`. In all of them, `unlabeled` is last.
+        axes: the axes that the log has labels of. Their labels are left aside.
+        axis: one of them, whose labels are shown in place of the channels.
     """
     meanings = decode_keys(traces, [*channels, UNLABELED] if channels else ())
+    meanings = meanings_shown(meanings, axes, axis)
     by_key = {meaning: traces[key] for key, meaning in meanings.items()}
     splits = dict.fromkeys(key.split for key in by_key if key.channel)
     split = "train" if "train" in splits or not splits else next(iter(splits))
     names = dict.fromkeys(key.channel for key in by_key if key.channel and key.split == split)
-    shares = _shares(by_key, split, names)
+    shares = _shares(by_key, split, names, is_axis=bool(axis))
     rows = [_row(by_key, split, name, shares[name]) for name in names]
     # Channels that only another split has.
     others = {k.channel: k.split for k in by_key if k.channel and k.channel not in names}
@@ -223,9 +234,10 @@ def _row(by_key: Mapping[Key, Trace], split: str, name: str, share: float | None
 
 
 def _shares(
-    by_key: Mapping[Key, Trace], split: str, names: Mapping[str, None]
+    by_key: Mapping[Key, Trace], split: str, names: Mapping[str, None], *, is_axis: bool
 ) -> dict[str, float | None]:
-    tokens = {name: _tokens(by_key, split, name) for name in names}
+    # The labels of an axis need not add up to the whole run.
+    tokens = {name: None if is_axis else _tokens(by_key, split, name) for name in names}
     whole = sum(count for count in tokens.values() if count is not None)
     shares: dict[str, float | None] = {}
     for name, count in tokens.items():

@@ -176,5 +176,6 @@ class ChannelLoadersMixin(_TrainerBase):
             remove_unused_columns=self.args.remove_unused_columns,
             kind=kind,
             classes=class_names(dataset, session.config.label_fields),
+            columns=session.token_axes.columns,
             reference=reference_of(session.config),
         )

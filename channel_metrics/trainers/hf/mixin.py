@@ -81,7 +81,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         vars(self).pop("_eval_dataloaders", None)
         session = self._new_session(config)
         session.ends_run = True
-        session.read_tokenizer(getattr(self, "processing_class", None))
+        session.read_tokenizer(getattr(self, "processing_class", None), self.model)
         self.channel_metrics, self.channel_scratch = session, self._new_scratch(session)
         self.channel_scratch.reader.with_entropy = session.with_entropy
         session.gradients.watch(self.model)
@@ -237,11 +237,11 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
             observation,
             labels,
             causal=None if reader.captured is not None else self._is_causal(),
-            by_rows=batch.cu_seqlens is None,
+            by_rows=batch.cu_seqlens is None and not session.token_axes,
             per_token=batch.per_token,
             with_targets=session.with_targets,
         )
-        of_all = values
+        of_all, values = values, batch.with_places(values) if session.token_axes else values
         real = self._real_records(session)
         if real is not None and real[0] < real[1]:
             reported = None
@@ -277,9 +277,9 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
             scratch = self.channel_scratch
             with session.guard.guarded():
                 # In an evaluation, the channels are no longer in the batch.
-                pending = scratch.pending
-                channels = pending.channels if isinstance(pending, BatchChannels) else None
-                cut = shard_with_labels(context, prepared.get("channels", channels))
+                taken = take_channels(dict(prepared)) or scratch.pending
+                found = (taken.channels, taken.marks) if isinstance(taken, BatchChannels) else ()
+                cut = shard_with_labels(context, *found)
                 scratch.cut, context = cut is not context, cut
         return context, prepared
 

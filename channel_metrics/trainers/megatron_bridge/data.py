@@ -20,11 +20,7 @@ from channel_metrics.core.labels import UNLABELED_ID, channels_of
 from channel_metrics.errors import ChannelError
 from channel_metrics.trainers.megatron.data import ChannelDataset
 from channel_metrics.trainers.megatron.ids import BATCH_KEY, NO_SEQUENCE, SEQUENCES_KEY
-from channel_metrics.trainers.megatron.names import (
-    dataset_name,
-    names_in_order,
-    refuse_axes_by_field,
-)
+from channel_metrics.trainers.megatron.names import names_in_order, refuse_axes_by_field
 from channel_metrics.trainers.megatron_bridge.packs import names_of_packs
 from channel_metrics.trainers.megatron_bridge.run import BridgeRun
 
@@ -65,19 +61,7 @@ def _blend(run: BridgeRun, dataset: Any) -> ChannelDataset:
     names = names_in_order(paths, session.config.channels, "channels of the config")
     session.declare_names(names.values())
     session.check_eval_channels()
-
-    def id_of(path: str | None) -> int:
-        name = names.setdefault(path, dataset_name(path))
-        session.declare_names([name])
-        return session.labels.ids([name])[0]
-
-    return ChannelDataset(
-        dataset,
-        session.labels,
-        id_of,
-        declare=session.declare_names,
-        fields=session.config.label_fields,
-    )
+    return ChannelDataset(dataset, session, names)
 
 
 class _NamedRows:

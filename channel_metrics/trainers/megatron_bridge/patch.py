@@ -25,8 +25,7 @@ from typing import Any
 from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import UnsupportedVersionError
-from channel_metrics.trainers.megatron.cuts import follow_cuts, unfollow_cuts
-from channel_metrics.trainers.megatron.ids import follow_labels
+from channel_metrics.trainers.megatron.cuts import follow_cuts, follow_labels, unfollow_cuts
 from channel_metrics.trainers.megatron.step import counting_schedule
 from channel_metrics.trainers.megatron_bridge import packs
 from channel_metrics.trainers.megatron_bridge.data import with_channels

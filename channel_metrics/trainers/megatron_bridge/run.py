@@ -6,7 +6,6 @@ The events are those of Bridge's own `CallbackManager`. All ranks get them in th
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from channel_metrics.config import MetricsConfig
@@ -16,6 +15,7 @@ from channel_metrics.trainers.megatron.arguments import captures_iterations
 from channel_metrics.trainers.megatron.counting import MegatronChannelMetrics
 from channel_metrics.trainers.megatron.log import write
 from channel_metrics.trainers.megatron.reserved import megatron_keys
+from channel_metrics.trainers.megatron.run import folder_of
 from channel_metrics.windows import Evaluation, Window
 
 __all__ = ["BridgeRun"]
@@ -47,7 +47,7 @@ class BridgeRun:
         """Begin with an empty window, and with the totals of the checkpoint that was loaded."""
         self._drop_evaluation()
         step, loaded = context.state.train_state.step, self.bridge.checkpoint.load
-        self.session.start(_folder(loaded, step) if step and loaded else None)
+        self.session.start(folder_of(loaded, step) if step and loaded else None)
 
     def on_train_step_end(self, context: Any) -> None:
         """End the step; at the end of a log interval, close the window and write its values."""
@@ -83,7 +83,7 @@ class BridgeRun:
         """Write the totals into the folder of the checkpoint of this iteration."""
         from megatron.bridge.utils.common_utils import is_last_rank
 
-        folder = _folder(self.bridge.checkpoint.save, state.train_state.step)
+        folder = folder_of(self.bridge.checkpoint.save, state.train_state.step)
         self.session.save(folder, is_writer=is_last_rank())
 
     def _drop_evaluation(self) -> None:
@@ -119,7 +119,3 @@ def _refuse_unsupported(model: Any) -> None:
             "channel metrics do not work with dist_train, which has a schedule of its own; leave "
             "it out, or run without --patch megatron_bridge."
         )
-
-
-def _folder(root: str, step: int) -> Path:
-    return Path(root) / f"iter_{step:07d}"

@@ -190,7 +190,12 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
                 "the others (dispatch_batches), so their channels would be lost; set both off, or "
                 "packing=False."
             )
-        return PackCollator(self.data_collator, names=names, table=session.labels)
+        return PackCollator(
+            self.data_collator,
+            names=names,
+            table=session.labels,
+            with_marks=bool(session.token_axes.columns),
+        )
 
 
 def prepare_dataset(

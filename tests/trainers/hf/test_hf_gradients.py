@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import ParallelismConfig
+from gradient_tools import gradient_metrics
 from hf_case_tools import (
     FSDP2,
     check_bits,
@@ -24,7 +25,6 @@ from hf_case_tools import (
 from hf_tools import PaddingCollator, channel_logs, make_records, tiny_model
 from peft import LoraConfig, get_peft_model
 from rank_cases import RanksOf
-from reference import gradient_metrics
 from test_hf_parallel import Unpadded, _attention_over_ranks
 from transformers import DataCollatorWithFlattening
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

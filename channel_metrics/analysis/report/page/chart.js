@@ -24,12 +24,15 @@ class Chart {
     this.plot.addEventListener("blur", () => this.setCursor(null));
   }
 
-  render() {
-    const width = this.plot.clientWidth;
-    const height = this.plot.clientHeight;
+  size() {
+    return [this.plot.clientWidth, this.plot.clientHeight];
+  }
+
+  render([width, height]) {
     const curves = curvesNow(this.metric);
     this.drawn = curves;
-    this.curves = curves.filter((curve) => !hasSmoothTwin(curve, curves));
+    const raws = rawOf(curves);
+    this.curves = curves.filter((curve) => !raws.has(curve));
     const labels = width > 560 && new Set(curves.map((c) => c.channel)).size <= MAX_LABELS;
     this.area = { left: 50, right: width - (labels ? 118 : 30), top: 10, bottom: height - 40 };
     this.setScales(curves);

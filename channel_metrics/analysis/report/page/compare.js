@@ -1,5 +1,9 @@
 // In place of the curves of the later runs: what they have more than the first one, at the same place.
-const isSame = (a, b) => a.channel === b.channel && a.metric === b.metric && a.split === b.split && a.smooth === b.smooth;
+const kindOf = ({ channel, metric, split, smooth }) => JSON.stringify([channel, metric, split, smooth]);
+const inFirstRun = new Map();
+for (const curve of DATA.curves) {
+  if (curve.run === 0 && !inFirstRun.has(kindOf(curve))) inFirstRun.set(kindOf(curve), curve);
+}
 
 const minus = (curve, base) => {
   const [at, others] = [positions(curve), positions(base)];
@@ -14,7 +18,7 @@ const minus = (curve, base) => {
 
 const differences = (curves) =>
   curves.flatMap((curve) => {
-    const base = curve.run && DATA.curves.find((other) => other.run === 0 && isSame(other, curve));
+    const base = curve.run && inFirstRun.get(kindOf(curve));
     const difference = base && minus(curve, base);
     return difference ? [difference] : [];
   });

@@ -1,4 +1,4 @@
-// Curves as SVG paths.
+// Which curves are drawn, and how each looks.
 // The curves of one metric that are to be drawn now; smooth ones beside what they are made of.
 const curvesNow = (metric) => {
   const channels = new Set(visible());
@@ -13,48 +13,15 @@ const curvesNow = (metric) => {
       (!curve.smooth || curve.smooth === state.smooth),
   );
   if (!state.difference) return chosen;
-  return differences(chosen.filter((curve) => !curve.overwritten && !hasSmoothTwin(curve, chosen)));
+  const raws = rawOf(chosen);
+  return differences(chosen.filter((curve) => !curve.overwritten && !raws.has(curve)));
 };
 
-const hasSmoothTwin = (curve, curves) =>
-  !curve.smooth &&
-  curves.some(
-    (other) =>
-      other.smooth &&
-      other.run === curve.run &&
-      other.channel === curve.channel &&
-      other.split === curve.split,
-  );
-
-const drawable = (value, scale) => value !== null && (!scale.log || value > 0);
-const isOn = (scale, at) => !scale.log || at > 0;
-
-const linePath = (curve, x, y) => {
-  const at = positions(curve);
-  let path = "";
-  let pen = false;
-  for (let i = 0; i < at.length; i++) {
-    const value = curve.values[i];
-    if (!drawable(value, y) || !isOn(x, at[i])) {
-      pen = false;
-      continue;
-    }
-    path += `${pen ? "L" : "M"}${x(at[i]).toFixed(1)} ${y(value).toFixed(1)}`;
-    pen = true;
-  }
-  return path;
-};
-
-const bandPath = (curve, x, y) => {
-  const at = positions(curve);
-  const top = [];
-  const bottom = [];
-  for (let i = 0; i < at.length; i++) {
-    if (!drawable(curve.low[i], y) || !drawable(curve.high[i], y) || !isOn(x, at[i])) continue;
-    top.push(`${x(at[i]).toFixed(1)} ${y(curve.high[i]).toFixed(1)}`);
-    bottom.unshift(`${x(at[i]).toFixed(1)} ${y(curve.low[i]).toFixed(1)}`);
-  }
-  return top.length > 1 ? `M${[...top, ...bottom].join("L")}Z` : "";
+// The curves of one metric that stand behind a smooth one.
+const rawOf = (curves) => {
+  const twin = (curve) => `${curve.run} ${curve.channel} ${curve.split}`;
+  const smooth = new Set(curves.filter((curve) => curve.smooth).map(twin));
+  return new Set(curves.filter((curve) => !curve.smooth && smooth.has(twin(curve))));
 };
 
 const MAX_MARKS = 60;
@@ -66,7 +33,8 @@ const drawCurves = (group, curves, x, y) => {
   const count = new Set(curves.map((curve) => curve.channel)).size;
   const several = count > MAX_RAW;
   const crowded = count > 2 * MAX_RAW;
-  const raws = new Set(curves.filter((curve) => curve.overwritten || hasSmoothTwin(curve, curves)));
+  const raws = rawOf(curves);
+  for (const curve of curves) if (curve.overwritten) raws.add(curve);
   const own = curves.filter((curve) => !raws.has(curve));
   // What says most is drawn last: smooth over raw, the whole run over its channels.
   own.sort((a, b) => (a.channel === WHOLE_RUN) - (b.channel === WHOLE_RUN));
@@ -85,7 +53,6 @@ const drawCurves = (group, curves, x, y) => {
     const path = drawn("path", { class: classes.join(" "), d: linePath(curve, x, y) });
     path.dataset.channel = curve.channel;
     group.append(path);
-    if (curve.split === "train" && lonePoints(curve).length === 0) continue;
     const marked = curve.split === "train" ? lonePoints(curve) : [...curve.values.keys()];
     if (marked.length > MAX_MARKS) continue;
     for (const i of marked) {

@@ -3,7 +3,8 @@ const charts = findAll(".chart").map((figure, number) => new Chart(figure, numbe
 
 const renderCharts = () => {
   highlight(null); // The lines that stood out are gone.
-  for (const chart of charts) chart.render();
+  const sizes = charts.map((chart) => chart.size()); // First, since reading one lays out what was drawn.
+  charts.forEach((chart, i) => chart.render(sizes[i]));
   find("#reset-zoom").hidden = state.zoom === null && !Object.keys(state.zoomY).length;
   find("#minus").hidden = !state.difference;
 };

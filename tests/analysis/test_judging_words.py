@@ -1,0 +1,42 @@
+"""What findings say beside the verdict: what is expected by chance, what is at its lowest."""
+
+from __future__ import annotations
+
+from analysis.judging_tools import evaluated, found_in, run_with_log, told_in, training
+from channel_metrics.analysis.run import Run
+
+
+def test_many_losses_are_told_how_many_look_worse_by_chance() -> None:
+    def rising(count: int) -> str:
+        losses = {f"c{i}": lambda s: 1.0 for i in range(count - 1)}
+        return told_in(run_with_log(training(36, losses | {"up": lambda s: 1 + s / 36})))
+
+    # Each channel, and the whole run.
+    many = rising(149).splitlines()
+    place = next(i for i, line in enumerate(many) if line.startswith("! up: worse since step"))
+    chance = "? of 150 losses, noise alone makes about 2 look worse"
+    assert chance in many[place:]
+    assert "noise alone makes" not in rising(20)
+
+
+def test_nothing_is_said_of_chance_where_nothing_is_worse() -> None:
+    run = run_with_log(training(36, {f"c{i}": lambda s: 3 - s / 18 for i in range(120)}))
+    assert [finding.word for finding in found_in(run)].count("chance") == 0
+
+
+def test_chance_is_told_of_runs_that_are_compared() -> None:
+    names = [f"c{i}" for i in range(120)]
+
+    def run(more: float) -> Run:
+        losses = {name: lambda s: 3 - s / 18 for name in names}
+        return run_with_log(training(36, losses | {"c7": lambda s: 3 - s / 18 + more}))
+
+    text = told_in(run(0.0), run(1.0))
+    assert "! c7: worse than in the first run" in text
+    assert "? of 121 losses, noise alone makes about 1 look worse" in text
+
+
+def test_the_last_value_of_a_few_is_the_lowest() -> None:
+    text = told_in(run_with_log(evaluated(10, {"A": [3.0, 2.0], "B": [2.0, 3.0]})))
+    assert "A in eval (2 values, now at its lowest)" in text
+    assert "B in eval (2 values, +1.00 since step 10)" in text
