@@ -34,7 +34,7 @@ from channel_metrics.ranks.exchange import GlobalSums
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.ranks.sync import sum_over_ranks
 
-__all__ = ["GradientTable", "Gradients"]
+__all__ = ["GradientTable", "Gradients", "Session"]
 
 
 class GradientTable(SumTable):
