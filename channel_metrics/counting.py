@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,8 @@ class Counting:
         token_axes: the axes whose labels belong to single tokens.
         with_entropy: whether a metric needs the entropy of what is predicted.
         text_sizes: the bytes and characters of the tokens, if they are known.
+        on_count: functions that get each micro-batch of training, after it was counted and before
+            its backward pass.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Counting:
         self.with_correct = with_correct
         self.with_entropy = "entropy_sum" in schema.column_names
         self.text_sizes: TextSizes | None = None
+        self.on_count: list[Callable[[MicroBatch], object]] = []
         self.token_axes = TokenAxes(axes)
         self._with_text = "text_nll" in schema.column_names
         self.with_targets = self._with_text or bool(self.token_axes.of_targets)
@@ -96,6 +99,8 @@ class Counting:
                 assert isinstance(table, ChannelLossAccumulator)
                 table.text_sizes = self.text_sizes
                 batch.add_to(table, self._groups(batch))
+                for tell in () if self.evaluating else self.on_count:
+                    tell(batch)
                 if self._with_text and (self.text_sizes is None or batch.labels is None):
                     self._tell_of_text()
                 if self.with_entropy and batch.entropy is None:

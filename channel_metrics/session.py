@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from channel_metrics.capture.gradients import Gradients
 from channel_metrics.checkpoints import Checkpoints
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.faults import FaultGuard
@@ -65,6 +66,7 @@ class ChannelMetrics(Checkpoints):
         stop_reason: why the run should end; empty if it should not. It is set when a window is
             closed, on all ranks alike. Some trainers end by it. A loop of one's own asks for it.
         ends_run: whether the trainer ends by it.
+        gradients: `gradients.watch(model)` turns on the metrics `grad_...`, see docs/gradients.md.
         sampler: what a `MixedStream` follows; None without the setting `sampler`.
 
     Raises:
@@ -101,6 +103,7 @@ class ChannelMetrics(Checkpoints):
         self.on_window = [*on_window, *observers_of(config, self)]
         self._adding = adding_of(config, self)
         self.totals = RunTotals(schema)
+        self.gradients = Gradients(self)
         self.sampler = sampler_of(config, self)
         if self.sampler is not None:
             self.on_window.append(self.sampler)
@@ -251,10 +254,17 @@ class ChannelMetrics(Checkpoints):
                 found = sum_over_ranks(
                     table, self._agreement, self.ranks, self.guard, self._riders()
                 )
-                if split == "train" and final:
+                closes = split == "train" and final
+                if closes:
                     self.totals.add(found.names, found.sums)
                 window = self._maker.make(
-                    found, split=split, step=step, prefix=prefix, totals=self.totals, final=final
+                    found,
+                    split=split,
+                    step=step,
+                    prefix=prefix,
+                    totals=self.totals,
+                    final=final,
+                    gradients=self.gradients.summed() if closes else None,
                 )
                 return self._with_more(window) if final else window
         return Window(split=split, step=step, prefix=prefix, final=final)

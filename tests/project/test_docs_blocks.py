@@ -33,6 +33,7 @@ RUN_BY = {
     "docs/acting.md": "tests/test_acting.py",
     "docs/sampler.md": "tests/trainers/hf/test_hf_sampler.py",
     "docs/stream.md": "tests/test_stream.py",
+    "docs/gradients.md": "tests/capture/test_gradients.py",
 }
 
 # {(page, first line of a block): why it is not run}
