@@ -25,7 +25,7 @@ MIX = Metric(
     "mix",
     ("samples",),
     lambda sums: sums["samples"],
-    doc="records / records of all channels since the first step; dotted: the configured share",
+    doc="records / records of all channels since the first step",
     label="Share of the records so far",
 )
 EPOCHS = Metric(
