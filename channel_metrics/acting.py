@@ -94,12 +94,23 @@ class Budget(_Section):
     records: Mapping[str, float] = field(default_factory=dict)
     """How many records each source has, for the epochs."""
 
+    tokens: Mapping[str, float] = field(default_factory=dict)
+    """How many supervised tokens each source has, for the epochs; instead of its records."""
+
+    until: Mapping[str, float] = field(default_factory=dict)
+    """Totals as in `stop_at`, for the time to go only: nothing ends at them."""
+
     unit: Literal["samples", "tokens"] = "samples"
     """What `ratios` are parts of. Blends of Megatron and `interleave_datasets` mix records."""
 
     def __post_init__(self) -> None:
-        for name in ("ratios", "records"):
+        for name in ("ratios", "records", "tokens", "until"):
             object.__setattr__(self, name, _numbers(f"{name} of budget", getattr(self, name)))
+        twice = sorted({*self.records} & {*self.tokens})
+        if twice:
+            raise ConfigError(
+                f"budget has both records and tokens of {twice[0]!r}; give one, for its epochs."
+            )
         if self.unit not in ("samples", "tokens"):
             raise ConfigError(f"unit of budget must be samples or tokens, but is {self.unit!r}.")
 

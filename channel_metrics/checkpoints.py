@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +57,48 @@ class Checkpoints(Counting):
     def resume(self, folder: Path) -> None:
         """Go on from the totals of a checkpoint. If it has none, warn and start at zero."""
         path = totals_path(folder)
-        if path is None:
+        read = None if path is None else lambda: RunTotals(self.schema).load(path)
+        self._resume(read, f"{folder} has no {TOTALS_FILE}: it")
+
+    def totals_state(self, *, alone: bool = False) -> dict[str, Any]:
+        """`totals_now()` for the checkpoint of a trainer that keeps states of its callbacks.
+
+        Args:
+            alone: whether the other ranks may not do the same. Then it is no collective, and the
+                open window is left out.
+        """
+        totals = self.totals if alone and not self.ranks.is_one else self.totals_now()
+        return {} if totals is None else {"totals": totals.state_dict()}
+
+    def resume_state(self, state: Any, checkpoint: str) -> None:
+        """Go on from `totals_state()`, or warn if there is none; `checkpoint` is its path."""
+
+        def read() -> RunTotals:
+            totals: Any = state.get("totals") if isinstance(state, Mapping) else state
+            try:
+                return RunTotals(self.schema).load_state_dict(totals)
+            except ChannelMetricsError as error:
+                raise ChannelMetricsError(
+                    f"the totals in {checkpoint} cannot be read: {error} To go on with totals that "
+                    'start at zero, set on_error="warn" in the config.'
+                ) from error
+
+        self._resume(read if state else None, checkpoint)
+
+    def _resume(self, read: Callable[[], RunTotals] | None, checkpoint: str) -> None:
+        self.totals = RunTotals(self.schema)
+        if read is None:
             self.warn_once(
-                f"{folder} has no {TOTALS_FILE}: it was written without channel metrics, so "
+                f"{checkpoint} was written without channel metrics, so "
                 f"{' and '.join(self.schema.run_metrics)} count from here."
             )
             return
-        self.totals = RunTotals(self.schema)
         try:
-            self.totals.load(path)
+            self.totals = read()
         except ChannelMetricsError as error:  # the counts from here on are right
             if self.guard.raises:
                 raise
-            self.warn_once(f"{error} Until then, they start at zero.")
+            self.warn_once(f"{error} The totals of the run start at zero.")
 
     def state_dict(self) -> dict[str, Any]:
         """The totals and the open window of this rank, for a checkpoint of your own."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
 from channel_metrics.acting import ActingConfig, refuse_unknown_keys
-from channel_metrics.core.axes import axes_of, axis_fields, check_axis_format
+from channel_metrics.core.axis_settings import axes_of, axis_fields, check_axis_format, token_fields
+from channel_metrics.core.excess import EXCESS_LOSS
 from channel_metrics.core.faults import OnError
 from channel_metrics.core.keys import ChannelTable
 from channel_metrics.core.labels import DEFAULT_FIELDS, Unknown
@@ -69,6 +71,14 @@ class MetricsConfig(ActingConfig):
     channel_weights: Mapping[str, float] = field(default_factory=dict, hash=False)
     """The weight of each channel in `weighted_loss_of_channels`; other channels have none."""
 
+    reference: str = ""
+    """A file of JSON lines with `ref_nll`, `ref_tokens` and an id, for `excess_loss`.
+
+    Empty: the records hold `ref_nll` and `ref_tokens` themselves."""
+
+    reference_id: str = "id"
+    """The field with the id, in the records and in the file of `reference`."""
+
     eval_channels: tuple[str, ...] = ()
     """The channels that evaluations log. If empty, they log all of them."""
 
@@ -94,6 +104,9 @@ class MetricsConfig(ActingConfig):
             if not listed or not all(isinstance(item, str) for item in value):
                 raise ConfigError(f"{name} must be a list of strings, but is {value!r}.")
             object.__setattr__(self, name, tuple(value))
+        if not isinstance(self.reference, (str, os.PathLike)):
+            raise ConfigError(f"reference must be the path of a file, but is {self.reference!r}.")
+        object.__setattr__(self, "reference", os.fspath(self.reference))
         self.check_acting()
         if self.on_error not in (None, *get_args(OnError)):
             raise ConfigError(
@@ -109,8 +122,9 @@ class MetricsConfig(ActingConfig):
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise ConfigError(f"{name} must be a whole number, 0 or more, but is {value!r}.")
-        known = (*TOKENS.window_metrics, *TOKENS.run_metrics, *(one.name for one in OBJECTIVES))
-        TOKENS.check(self.metrics, known)
+        TOKENS.check(self.metrics, (*TOKENS.loggable, *(one.name for one in OBJECTIVES)))
+        if self.reference and not self.with_reference:
+            raise ConfigError(f"reference needs {EXCESS_LOSS!r} among metrics; add it.")
         self._check_weights()
         self.new_table()
 
@@ -140,6 +154,18 @@ class MetricsConfig(ActingConfig):
         """`fields`, and entries for the labels on further axes, as `channels_of` takes them."""
         return (*self.fields, *axis_fields(self.axes))
 
+    @property
+    def with_reference(self) -> bool:
+        """Whether the losses of a reference model are needed."""
+        return EXCESS_LOSS in self.metrics
+
+    @property
+    def record_fields(self) -> tuple[str, ...]:
+        """All fields of a record that are read."""
+        own = (self.reference_id,) if self.reference else ("ref_nll", "ref_tokens")
+        of_tokens = token_fields(self.axes)
+        return (*self.label_fields, *(own if self.with_reference else ()), *of_tokens)
+
     def reading(self, column: str) -> MetricsConfig:
         """This config for records whose joint names stand in one column."""
         axes = {a: s if isinstance(s, Mapping) else () for a, s in self.axes.items()}
@@ -152,7 +178,7 @@ class MetricsConfig(ActingConfig):
 
     @property
     def run_metrics(self) -> tuple[str, ...]:
-        """The entries of `metrics` that describe the whole run."""
+        """The entries of `metrics` that are counts of the whole run."""
         return tuple(name for name in self.metrics if name in TOKENS.run_metrics)
 
     def new_table(self, reserved: Collection[str] = ()) -> ChannelTable:

@@ -10,15 +10,18 @@ from typing import Any
 from torch import Tensor
 
 from channel_metrics.core.accumulator import ChannelLossAccumulator
+from channel_metrics.core.axis_settings import Source
 from channel_metrics.core.checks import check_scalar
+from channel_metrics.core.excess import EXCESS_LOSS, UNMATCHED
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.schema import Schema
 from channel_metrics.core.table import SumTable
 from channel_metrics.core.text_sizes import TextSizes
+from channel_metrics.core.token_axes import TokenAxes
 from channel_metrics.core.token_text import text_sizes
-from channel_metrics.errors import ChannelMetricsError
+from channel_metrics.errors import ChannelMetricsError, ConfigError
 from channel_metrics.windows import Evaluation, OpenWindow
 
 __all__ = ["Counting"]
@@ -33,21 +36,38 @@ class Counting:
         labels: the channels.
         schema: what is counted.
         guard: decides what an error does. After the first error, nothing is counted any more.
+        axes: those of the config.
         with_correct: whether `observe` measures which tokens are predicted.
 
     Attributes:
         warned: the warnings that were logged.
         with_targets: whether a metric needs the token that each loss is about.
+        token_axes: the axes whose labels belong to single tokens.
+        with_entropy: whether a metric needs the entropy of what is predicted.
         text_sizes: the bytes and characters of the tokens, if they are known.
     """
 
     def __init__(
-        self, labels: LabelTable, schema: Schema, guard: FaultGuard, *, with_correct: bool
+        self,
+        labels: LabelTable,
+        schema: Schema,
+        guard: FaultGuard,
+        axes: Mapping[str, Source],
+        *,
+        with_correct: bool,
     ) -> None:
         self.labels, self.schema, self.guard = labels, schema, guard
         self.with_correct = with_correct
-        self.with_targets = "text_nll" in schema.column_names
+        self.with_entropy = "entropy_sum" in schema.column_names
         self.text_sizes: TextSizes | None = None
+        self.token_axes = TokenAxes(axes)
+        self._with_text = "text_nll" in schema.column_names
+        self.with_targets = self._with_text or bool(self.token_axes.of_targets)
+        if self.token_axes and schema.unit != "tokens":
+            raise ConfigError(
+                f"the axes {', '.join(self.token_axes)} are about single tokens, but this "
+                f"trainer counts {schema.unit}; take them out of `axes`."
+            )
         self.warned: set[str] = set()
         self._train = OpenWindow(self._new_table())
         self._evaluations: list[Evaluation] = []
@@ -75,24 +95,59 @@ class Counting:
                 table = self._open_table()
                 assert isinstance(table, ChannelLossAccumulator)
                 table.text_sizes = self.text_sizes
-                batch.add_to(table)
-                if self.with_targets and (self.text_sizes is None or batch.labels is None):
+                batch.add_to(table, self._groups(batch))
+                if self._with_text and (self.text_sizes is None or batch.labels is None):
                     self._tell_of_text()
+                if self.with_entropy and batch.entropy is None:
+                    self.warn_once(
+                        "entropy needs logits, but the loss of a micro-batch was computed without "
+                        "them (by a fused loss, by Megatron, or in a loop that hands over token "
+                        "losses): its tokens are left out of `entropy`."
+                    )
                 if table.in_parts:
                     self._tell_of_parts()
+                elif UNMATCHED in table.columns and batch.reference is None:
+                    self.warn_once(
+                        f"{EXCESS_LOSS} needs `ref_nll` and `ref_tokens` of each sequence, which "
+                        "a micro-batch does not have: its tokens are left out; see docs/excess.md."
+                    )
 
-    def read_tokenizer(self, tokenizer: Any) -> None:
+    def _groups(self, batch: MicroBatch) -> list[Tensor]:
+        """For each token axis the rows of the tokens."""
+        if not self.token_axes:
+            return []
+        needed = self.token_axes.of_places
+        found = batch.of_tokens if needed else None
+        if needed and found is None:
+            self.warn_once(
+                "the batches do not show where a token stands in its sequence, so the axes "
+                f"{', '.join(needed)} are left out. This is so where sequences are cut across "
+                "ranks, or packed without their boundaries."
+            )
+        return self.token_axes.groups(
+            self.labels,
+            batch.token_losses,
+            places=found,
+            marks=batch.marks,
+            targets=batch.labels,
+        )
+
+    def read_tokenizer(self, tokenizer: Any, model: Any = None) -> None:
         """Learn from a tokenizer how many bytes of text each token stands for.
 
-        It does nothing if no metric of the config needs this, or without a tokenizer.
+        For an axis by modality, learn which tokens stand for images, from a processor or else
+        from a model. It does nothing if the config needs none of this, or without a tokenizer.
 
         Args:
             tokenizer: a fast tokenizer of transformers, a processor that has one, or None.
+            model: one of transformers, or None.
 
         Raises:
             ConfigError: the bytes of its tokens cannot be told.
         """
-        if self.with_targets and tokenizer is not None:
+        sources = (getattr(tokenizer, "tokenizer", None), getattr(model, "config", None))
+        self.token_axes.read_ids(tokenizer, *sources)
+        if self._with_text and tokenizer is not None:
             self.text_sizes = text_sizes(tokenizer)
 
     def _tell_of_text(self) -> None:

@@ -32,12 +32,14 @@ from channel_metrics.core.schema import TOKENS, Schema
 from channel_metrics.core.table import SumTable
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
+from channel_metrics.data.reference import reference_of
 from channel_metrics.data.scan import class_names, scan_channels
 from channel_metrics.observers.configured import adding_of, observers_of
-from channel_metrics.observing import Seen, observe
+from channel_metrics.observing import observe
 from channel_metrics.ranks.agreed_names import Agreement
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.ranks.sync import sum_over_ranks
+from channel_metrics.seen import Seen
 from channel_metrics.window_maker import WindowMaker
 from channel_metrics.windows import Evaluation, Window, tell
 
@@ -82,9 +84,9 @@ class ChannelMetrics(Checkpoints):
         self.config = config = config or MetricsConfig()
         schema = schema.narrowed(config.metrics)  # a copy: columns are fixed from here on
         labels = LabelTable(config.channels, unknown=config.unknown)
-        guard = FaultGuard(config.on_error)
         correct = any("correct" in metric.needs for metric in schema.chosen(config.metrics))
-        super().__init__(labels, schema, guard, with_correct=correct)
+        guard = FaultGuard(config.on_error)
+        super().__init__(labels, schema, guard, config.axes, with_correct=correct)
         self.keys = KeyBook(
             config.key_format,
             reserved=reserved,
@@ -165,15 +167,14 @@ class ChannelMetrics(Checkpoints):
             carry_faults=True,
             classes=self.classes,
             records_key=RECORDS_KEY,
+            columns=self.token_axes.columns,
+            reference=reference_of(self.config),
         )
 
     def observe(
         self, model: torch.nn.Module, batch: MutableMapping[str, Any], *, accelerator: Any = None
     ) -> AbstractContextManager[Seen]:
         """One forward over exactly the labels of `batch`, counted if the block does not raise.
-
-            with metrics.observe(model, batch):
-                loss = model(**batch).loss
 
         Our keys are removed from the batch. The token losses come from the model's own loss. If
         the loop computes the loss itself, it hands over the logits or token losses, see `Seen`.
@@ -207,8 +208,7 @@ class ChannelMetrics(Checkpoints):
         fields = fields or self.config.label_fields
         self.classes.update(class_names(dataset, fields))
         names = scan_channels(dataset, fields, split, needed=not self.config.channels)
-        if names is not None:
-            self.declare_names(names)
+        self.declare_names(names or ())
         return names is not None
 
     def declare_names(self, names: Iterable[str]) -> None:

@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
 from channel_metrics.config import MetricsConfig
-from channel_metrics.core.axes import CHANNEL, TREE, TREE_MEAN, AxisBook, Projected, groups_of
+from channel_metrics.core.axes import AxisBook, Projected, groups_of
+from channel_metrics.core.axis_settings import CHANNEL, TREE, TREE_MEAN, token_source
+from channel_metrics.core.excess import UNMATCHED
 from channel_metrics.core.keys import KeyBook
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.objectives import WEIGHTED, objective, worst_channel
 from channel_metrics.core.schema import Schema
+from channel_metrics.core.slopes import Slopes, points_of
 from channel_metrics.core.table import values_by_channel
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.errors import ConfigError, hint
@@ -43,6 +46,8 @@ class WindowMaker:
         self.config, self.schema, self.keys, self.warn_once = config, schema, keys, warn_once
         self.book = AxisBook(config.axes, config.cross, config.tree, config.axis_format)
         self._metrics = schema.chosen(config.metrics)
+        self._slopes = Slopes([name for name in config.metrics if name in schema.slope_metrics])
+        self._of_sequences = schema.of_sequences
         mark("session")
 
     def make(
@@ -72,12 +77,15 @@ class WindowMaker:
             mark("channel")
         if final:
             self._warn_of(split, found.mismatch, values)
+            self._warn_of_unmatched(rows)
         else:
             self._drop_counts(values, of_axes)
         if split != "train":
             self._choose(values, names[:num_channels])
         elif final:
             self._add_totals(so_far, values, of_axes)
+            self._add_slopes(rows, so_far, totals, values, of_axes)
+        self._drop_of_sequences(of_axes)
         means = self._means_of_groups({**values, **of_axes})
         of_axes |= means
         self.learn([*names, *means], prefix)
@@ -99,6 +107,7 @@ class WindowMaker:
             worst_channel=worst_channel(losses) if "worst_loss" in self.config.objectives else "",
             final=final,
             names=rows.names,
+            num_channels=rows.num_channels,
             columns=self.schema.column_names,
             table=tuple(map(tuple, rows.sums.tolist())),
             totals=so_far,
@@ -205,12 +214,28 @@ class WindowMaker:
                 for name in counts.intersection(of_row):
                     del of_row[name]
 
+    def _drop_of_sequences(self, of_axes: Values) -> None:
+        """Leave out what the labels of single tokens do not have, such as `samples`."""
+        for row, of_row in of_axes.items():
+            if token_source(self.config.axes.get(self.book.labels[row][0])):
+                for name in self._of_sequences & of_row.keys():
+                    del of_row[name]
+
     def _add_totals(self, totals: Totals, *groups: Values) -> None:
         chosen = [name for name in self.schema.run_metrics if name in self.config.metrics]
         for values in groups if chosen else ():
             for row, of_row in values.items():
                 # The members of `others` change, so it has no totals.
                 of_row.update({name: totals[row][name] for name in chosen if row in totals})
+
+    def _add_slopes(self, rows: Projected, totals: Totals, run: RunTotals, *groups: Values) -> None:
+        if not self._slopes.names:
+            return
+        of_rows = {row: of_row["tokens_total"] for row, of_row in totals.items()}
+        self._slopes.add(points_of(rows, self.schema.column_names, of_rows), run)
+        for values in groups:
+            for row, of_row in values.items():
+                of_row.update(self._slopes.values(row))
 
     def _choose(self, values: Values, names: Sequence[str]) -> None:
         """Keep the channels that evaluation logs."""
@@ -230,6 +255,19 @@ class WindowMaker:
             for name in self.config.eval_channels
             if name not in names and name != UNLABELED
         ]
+
+    def _warn_of_unmatched(self, rows: Projected) -> None:
+        if UNMATCHED not in self.schema.column_names:
+            return
+        of_rows = rows.sums[: rows.num_channels + 1, self.schema.column_names.index(UNMATCHED)]
+        names = (UNLABELED, *rows.names[: rows.num_channels])
+        left = {n: int(c) for n, c in zip(names, of_rows.tolist(), strict=True) if c}
+        if left:
+            self.warn_once(
+                "excess_loss leaves out sequences whose reference is not known, or counts other "
+                "tokens (cut, or other labels): %s of a window.",
+                ", ".join(f"{count} of {name}" for name, count in left.items()),
+            )
 
     def _warn_of(self, split: str, mismatch: float, values: Values) -> None:
         if mismatch > MISMATCH_TOLERANCE:

@@ -49,6 +49,9 @@ class Window:
     """The channels that the ranks know, in the order of `table`, and then rows of the axes, such
     as `domain/target`."""
 
+    num_channels: int = 0
+    """How many of `names` are channels; the rows after these hold the same tokens once more."""
+
     columns: tuple[str, ...] = ()
     """The columns of `table`."""
 
@@ -140,8 +143,7 @@ def tell(
     for observer in list(observers):
         try:
             observer(window)
-        except Exception as error:
-            # Of any kind, but only a display may fail: other observers steer the training.
+        except Exception as error:  # only a display may fail: others steer the training
             if not getattr(observer, "is_display", False):
                 raise
             observers.remove(observer)

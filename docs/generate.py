@@ -27,7 +27,7 @@ from channel_metrics.core.schema import TOKENS, Schema
 try:
     from docs.signatures import interface_of
 except ModuleNotFoundError:
-    from signatures import interface_of  # type: ignore[import-not-found, no-redef]
+    from signatures import interface_of  # type: ignore[import-not-found, no-redef]  # as a script
 
 # In place of a line for each bin.
 _BINS = f"{BINS[0]}` to `{BINS[-1]}"
@@ -74,6 +74,7 @@ def schema_of(schema: Schema) -> str:
         for column in schema.columns
         if column.total
     ]
+    metrics += [(f"`{one.name}`", one.unit or "0 to 1", one.doc) for one in schema.slopes]
     columns = [
         (f"`{name}`", column.unit, column.doc)
         for name, column in ((c.name if c.name not in BINS else _BINS, c) for c in schema.columns)

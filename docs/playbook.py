@@ -16,16 +16,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import matplotlib
+import matplotlib.pyplot as plt
+import torch
 import yaml
+
+from channel_metrics.demo.config import load_config
+from channel_metrics.demo.train import train
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "channel_metrics"
-
-import matplotlib.pyplot as plt  # noqa: E402 - the backend is chosen before
-import torch  # noqa: E402
-
-from channel_metrics.demo.config import load_config  # noqa: E402
-from channel_metrics.demo.train import train  # noqa: E402
 
 DOCS = Path(__file__).resolve().parent
 DATA = DOCS.parent / "configs" / "fused_data"

@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "channel_metrics"
-
-import matplotlib.pyplot as plt  # noqa: E402 - the backend is chosen before
 
 CHANNELS = {"bbu": "#2a78d6", "rru": "#1baf7a", "lvis": "#eda100", "lang_chat": "#e34948"}
 

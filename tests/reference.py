@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 IGNORED = -100
 
@@ -34,6 +35,10 @@ class Sums:
     num_chars: int = 0
     hits_of_sequences: list[tuple[int, float]] = field(default_factory=list)
     """(judged tokens, those predicted) of each sequence."""
+    excess: list[float] = field(default_factory=list)
+    """The losses, and minus the nll of the reference model, of sequences with its tokens."""
+    excess_tokens: int = 0
+    entropies: list[float] = field(default_factory=list)
 
     @property
     def correct(self) -> float:
@@ -55,17 +60,26 @@ class Batch:
     loss_mask: Sequence[float] | None = None
     correct: Sequence[bool] | None = None
     weights: Sequence[float] | None = None
+    entropy: Sequence[float] | None = None
     causal: bool = False
     row_length: int | None = None
     text: Mapping[int, str] = field(default_factory=dict)
     """The text of each token; empty for special ones."""
+    references: Sequence[tuple[float, int] | None] = ()
+    """nll and tokens of a reference model, of each sequence."""
+    pads: frozenset[int] = frozenset()
+    """The positions that are padding."""
+    marks: Sequence[str | None] = ()
+    """The label of each token, None for one without."""
+    kinds: Mapping[int, str] = field(default_factory=dict)
+    """What the tokens that are no text stand for."""
 
 
 def reference_sums(batches: Sequence[Batch]) -> dict[str, Sums]:
     """{channel: sums}; a token past the last bound, or without a channel, is `unlabeled`."""
     found: dict[str, Sums] = {}
     for batch in batches:
-        for channel, start, end in _sequences(batch):
+        for number, (channel, start, end) in enumerate(_sequences(batch)):
             sums = found.setdefault(channel or "unlabeled", Sums())
             losses, hits = len(sums.losses), len(sums.hits)
             for target in range(start, end):
@@ -73,6 +87,10 @@ def reference_sums(batches: Sequence[Batch]) -> dict[str, Sums]:
             of_sequence, of_hits = sums.losses[losses:], sums.hits[hits:]
             sums.of_sequences.append((len(of_sequence), math.fsum(of_sequence)))
             sums.hits_of_sequences.append((len(of_hits), math.fsum(of_hits)))
+            known = batch.references[number] if number < len(batch.references) else None
+            if known is not None and known[1] == len(of_sequence):
+                sums.excess += [*of_sequence, -known[0]]
+                sums.excess_tokens += known[1]
         for channel, start, end in zip(
             batch.channels, batch.bounds, batch.bounds[1:], strict=False
         ):
@@ -91,6 +109,40 @@ def reference_metrics(
         for channel, s in sums.items()
         for metric, value in _values(s, all_tokens).items()
     }
+
+
+def reference_token_axis(batches: Sequence[Batch], by: str) -> dict[str, dict[str, float]]:
+    """{label: {metric: value}} of an axis by `position`, `length`, `column` or `modality`."""
+    found: dict[str, Sums] = {}
+    for batch in batches:
+        for target in range(len(batch.losses)):
+            _add_token(found.setdefault(_label(batch, target, by), Sums()), batch, target)
+    sums = {label: s for label, s in found.items() if s.tokens}
+    values = {s: _values(of, sum(t.tokens for t in sums.values())) for s, of in sums.items()}
+    return {s: {m: v for m, v in of.items() if m != "samples"} for s, of in values.items()}
+
+
+def _label(batch: Batch, target: int, by: str) -> str:
+    if by == "column":
+        return batch.marks[target] or "unlabeled"
+    if by == "modality":
+        assert batch.labels is not None
+        return batch.kinds.get(batch.labels[target], "text")
+    for start, end in zip(batch.bounds, batch.bounds[1:], strict=False):
+        if start <= target < end:
+            last = target if by == "position" else end
+            return bucket(sum(at not in batch.pads for at in range(start, last)))
+    return "unlabeled"
+
+
+def bucket(number: int) -> str:
+    """The range that a number is in: 0, 1, 2 to 3, 4 to 7, ..., and all from 1048576 on."""
+    if number < 2:
+        return f"{number:07}"
+    low = 2
+    while 2 * low <= number and low < 1048576:
+        low *= 2
+    return f"{low:07}-{2 * low - 1:07}" if low < 1048576 else f"{low:07}-"
 
 
 def _sequences(batch: Batch) -> list[tuple[str | None, int, int]]:
@@ -116,6 +168,8 @@ def _add_token(sums: Sums, batch: Batch, target: int) -> None:
         sums.nonfinite += 1
         return
     sums.losses.append(batch.losses[at])
+    if batch.entropy is not None and math.isfinite(batch.entropy[at]):
+        sums.entropies.append(batch.entropy[at])
     if batch.labels is not None and (text := batch.text.get(batch.labels[target])):
         sums.text_losses.append(batch.losses[at])
         sums.num_bytes += len(text.encode())
@@ -146,6 +200,10 @@ def _values(sums: Sums, all_tokens: int) -> dict[str, float]:
         bits = math.fsum(sums.text_losses) / math.log(2)
         values["bits_per_byte"] = bits / sums.num_bytes
         values["bits_per_char"] = bits / sums.num_chars
+    if sums.entropies:
+        values["entropy"] = math.fsum(sums.entropies) / len(sums.entropies)
+    if sums.excess_tokens:
+        values["excess_loss"] = math.fsum(sums.excess) / sums.excess_tokens
     means = sorted(y / n for n, y in sums.of_sequences if n)
     for percent in (10, 50, 90) if means else ():
         exact = means[math.ceil(percent / 100 * len(means)) - 1]
@@ -155,6 +213,14 @@ def _values(sums: Sums, all_tokens: int) -> dict[str, float]:
     if sums.nonfinite + sums.nonfinite_weights:
         values["nonfinite"] = float(sums.nonfinite + sums.nonfinite_weights)
     return values
+
+
+def entropy(logits: Sequence[float]) -> float:
+    """The entropy in nats of a softmax."""
+    highest = max(logits)
+    total = math.fsum(math.exp(x - highest) for x in logits)
+    shares = [math.exp(x - highest) / total for x in logits]
+    return -math.fsum(p * math.log(p) for p in shares if p)
 
 
 def error_bars(
@@ -177,6 +243,29 @@ def error_bars(
     found[f"{metric}_low"] = max(mean - half, 0.0)
     found[f"{metric}_high"] = min(mean + half, highest)
     return found
+
+
+def slope(windows: Sequence[tuple[int, float]]) -> tuple[float, float] | None:
+    """d loss / d own tokens, and its standard error: the normal equations in whole fractions.
+
+    windows: (tokens, mean loss) of each, in order. A window stands for as many points as it has
+    tokens, all in its middle, but for one degree of freedom only.
+    """
+    points, seen = [], 0
+    for tokens, loss in windows:
+        points.append((tokens, Fraction(2 * seen + tokens, 2), Fraction(loss)))
+        seen += tokens
+    if len(points) < 3:
+        return None
+    n, x, y, xx, xy = (
+        sum((w * a**i * b**j for w, a, b in points), Fraction(0))
+        for i, j in ((0, 0), (1, 0), (0, 1), (2, 0), (1, 1))
+    )
+    found = (n * xy - x * y) / (n * xx - x * x)
+    start = (y - found * x) / n
+    rest = sum((w * (b - start - found * a) ** 2 for w, a, b in points), Fraction(0))
+    variance = rest / (len(points) - 2) * n / (n * xx - x * x)
+    return float(found), math.sqrt(variance)
 
 
 @functools.cache

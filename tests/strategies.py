@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -44,16 +45,22 @@ class Case:
             "loss_mask": _optional(batch.loss_mask, torch.float32),
             "correct": _optional(batch.correct, torch.bool),
             "weights": _optional(batch.weights, torch.float32),
+            "entropy": _optional(batch.entropy, torch.float64),
         }
         shaped = {k: v.view(self.shape) for k, v in given.items() if v is not None}
         bounds = torch.tensor(batch.bounds, dtype=torch.int32) if self.pass_bounds else None
-        return {**shaped, "channels": list(batch.channels), "cu_seqlens": bounds}
+        made: dict[str, Any] = {**shaped, "channels": list(batch.channels), "cu_seqlens": bounds}
+        if batch.references:
+            pairs = [pair or (math.nan, math.nan) for pair in batch.references]
+            made["reference"] = torch.tensor(pairs, dtype=torch.float64)
+        return made
 
     def values(self, dtype: torch.dtype = torch.float64) -> TokenValues:
         """The same, without channels and bounds."""
         given = self.tensors(dtype)
         names = ("token_losses", "labels", "loss_mask", "correct", "weights")
-        return token_values(*cast(Any, [given.get(name) for name in names]))
+        args = cast(Any, [given.get(name) for name in names])
+        return token_values(*args, entropy=given.get("entropy"))
 
 
 def _optional(values: Any, dtype: torch.dtype) -> torch.Tensor | None:
@@ -95,12 +102,16 @@ def cases(draw: st.DrawFn, finite: bool = False) -> Case:
         "labels": st.sampled_from([IGNORED, 0, 1]),
         "correct": st.booleans(),
         "weights": st.floats(0, 4, width=16) | st.just(4.0 if finite else float("nan")),
+        "entropy": st.floats(0, 12) | st.just(12.0 if finite else float("nan")),
     }
     drawn: dict[str, Any] = {
         key: draw(st.none() | st.lists(values, min_size=num_tokens, max_size=num_tokens))
         for key, values in optional.items()
     }
-    return replace(case, batch=replace(case.batch, text=TEXT, **drawn))
+    pair = st.tuples(st.floats(0, 400), st.integers(0, 4))
+    num = len(channels)
+    references = draw(st.just([]) | st.lists(st.none() | pair, min_size=num, max_size=num))
+    return replace(case, batch=replace(case.batch, text=TEXT, references=references, **drawn))
 
 
 def _losses(draw: st.DrawFn, num_tokens: int, finite: bool) -> list[float]:

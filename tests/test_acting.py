@@ -108,6 +108,31 @@ def test_time_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [log["eta_hours"] for log in found[1:]] == [2.0, 1.75]
 
 
+def test_epochs_over_tokens_and_a_total_that_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a channel, a label of an axis, and tokens without a channel; and a wrong name."""
+    clock = iter([0.0, 3600.0])
+    monkeypatch.setattr("channel_metrics.session.time", lambda: next(clock))
+    sources = {"a": 6, "kind/x": "5", "unlabeled": 1, "B": 8}
+    budget = {"tokens": sources, "records": {"b": 4}, "until": {"kind/x_tokens": 8}}
+    metrics = new(metrics=("loss",), axes={"kind": {"a": "x", "b": "x"}}, budget=budget)
+    for step in (1, 2):
+        metrics.count(batch(("a", 3, 1.0), ("b", 1, 1.0), (None, 1, 1.0)))
+        logs = metrics.close(step).logs
+    assert {key: value for key, value in logs.items() if not key.endswith("loss")} == {
+        "a_source_epochs": 1.0,
+        "b_source_epochs": 0.5,
+        "B_source_epochs": 0.0,
+        "kind/x_source_epochs": 8 / 5,
+        "unlabeled_source_epochs": 2.0,
+        "kind/x_eta_hours": 0.0,
+    }
+    assert not metrics.stop_reason
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("tokens of budget name 'B', which no record has had so far; ")
+
+
 def test_a_taken_key_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     metrics = new(metrics=("share",), budget={"ratios": {"a": 1, "b": 1}, "unit": "tokens"})
     metrics.count(batch(("a", 3, 1.0), ("a_target", 1, 1.0)))
@@ -134,6 +159,8 @@ def test_readers_know_the_values() -> None:
         ({"stop_when": WATCH | {"chanel": "a"}}, "unknown key 'chanel' in stop_when; did you mean"),
         ({"budget": ["a"]}, "budget must be a mapping of settings"),
         ({"budget": {"ratios": {"a": True}}}, "'a' in ratios of budget must be a number above 0"),
+        ({"budget": {"until": {"a_loss": 3}}}, "'a_loss' in until of budget names no total"),
+        ({"budget": {"tokens": {"a": 1}, "records": {"a": 1}}}, "both records and tokens of 'a'"),
         ({"budget": {"unit": "bytes"}}, "unit of budget must be samples or tokens"),
     ],
 )

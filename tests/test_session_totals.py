@@ -116,9 +116,10 @@ def test_a_damaged_state_of_ones_own_changes_nothing(change: dict[str, Any]) -> 
     state = trained(new()).state_dict()
     with pytest.raises(ChannelMetricsError):
         metrics.load_state_dict({**state, **change})
-    for damaged in ({}, {"train": state["train"]}, [state], "state"):
+    states: list[Any] = [{}, {"train": state["train"]}, [state], "state"]
+    for damaged in states:
         with pytest.raises(ChannelMetricsError, match="a mapping with `totals`"):
-            metrics.load_state_dict(damaged)  # type: ignore[arg-type]
+            metrics.load_state_dict(damaged)
     after = metrics.state_dict()
     assert after["totals"] == before["totals"]
     assert torch.equal(after["train"].pop("sums"), before["train"].pop("sums"))

@@ -73,6 +73,16 @@ def test_a_half_line_is_dropped_at_the_next_start(tmp_path: Path, size: int) -> 
     assert [line["step"] for line in lines(path)] == [1]
 
 
+@pytest.mark.parametrize("settings", [{"top": 1}, {"axes": {"kind": {"bbu": "x"}}}])
+def test_its_loss_is_that_of_all_tokens(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Also of the channels that are not logged, and of each once."""
+    metrics = run(tmp_path / "w.jsonl", range(1, 2), eval_channels=("bbu",), **settings)
+    with metrics.evaluation("code", 1):
+        metrics.count(batch(("bbu", 1, 1.0), ("rru", 3, 2.0)))
+    train, evaluation = lines(tmp_path / "w.jsonl")
+    assert train["loss"] == evaluation["eval_loss"] == 7 / 4
+
+
 def test_kill_9_in_the_middle_of_a_line(tmp_path: Path) -> None:
     path = tmp_path / "windows.jsonl"
     script = f"import test_stream; test_stream.die_in_line(3, {str(path)!r})"

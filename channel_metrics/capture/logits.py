@@ -21,13 +21,16 @@ def shifted_labels(labels: Tensor) -> Tensor:
     return torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
 
 
-def token_losses_from_outputs(forward: Forward, targets: Tensor, with_correct: bool) -> TokenLosses:
+def token_losses_from_outputs(
+    forward: Forward, targets: Tensor, with_correct: bool, *, with_entropy: bool = False
+) -> TokenLosses:
     """Token losses [B * S], measured on the logits [B, S, V] that the model returned.
 
     Args:
         forward: the forward that returned them.
         targets: int64 [B, S], the label that each position predicts.
         with_correct: whether to measure which tokens are predicted.
+        with_entropy: whether to measure the entropy of what is predicted.
 
     Raises:
         UnsupportedVersionError: the model returned no logits, or not for all labels.
@@ -56,6 +59,7 @@ def token_losses_from_outputs(forward: Forward, targets: Tensor, with_correct: b
         logits.detach().flatten(0, -2),
         targets.reshape(-1).to(logits.device),
         with_correct=with_correct,
+        with_entropy=with_entropy,
     )
 
 

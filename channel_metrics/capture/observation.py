@@ -80,6 +80,7 @@ class Observation:
 
     Attributes:
         with_correct: whether to measure which tokens are predicted.
+        with_entropy: whether to measure the entropy of what is predicted, if there are logits.
         guard: decides what an error of ours inside the model's loss does.
         forwards: the forwards of the model.
         others: trained losses that were computed outside of the forwards, over other logits.
@@ -91,6 +92,7 @@ class Observation:
     forwards: list[Forward] = field(default_factory=list)
     others: list[TokenLosses] = field(default_factory=list)
     busy: bool = False
+    with_entropy: bool = False
     _depth: int = 0
 
     @property

@@ -119,4 +119,7 @@ def spread_out(found: TokenLosses, labels: Tensor) -> TokenLosses | None:
     correct = found.correct
     if correct is not None:
         correct = torch.zeros_like(supervised).masked_scatter(supervised, correct)
-    return replace(found, nll=nll, correct=correct, target=flat)
+    entropy = found.entropy
+    if entropy is not None:
+        entropy = entropy.new_zeros(flat.shape).masked_scatter(supervised, entropy)
+    return replace(found, nll=nll, correct=correct, target=flat, entropy=entropy)

@@ -52,13 +52,14 @@ class TokenLossReader:
         captured: True if the token losses of the last batch are those of the loss itself, False
             if they were measured on the logits, None before the first batch.
         warned: whether a warning was logged.
+        with_entropy: whether to measure the entropy of what is predicted, if there are logits.
     """
 
     def __init__(self, *, with_correct: bool = True, guard: FaultGuard | None = None) -> None:
         self.with_correct = with_correct
         self.guard = guard or FaultGuard()
         self.captured: bool | None = None
-        self.warned = False
+        self.warned = self.with_entropy = False
         self._causal: bool | None = None
         # {(per_token, lead): the place that was seen} and {per_token: whether it likely shifts}
         self._places: dict[tuple[bool, int], Place] = {}
@@ -66,7 +67,12 @@ class TokenLossReader:
 
     def observe(self, model: torch.nn.Module) -> AbstractContextManager[Observation]:
         """A block in which `model` computes the loss of one batch."""
-        return observe_loss(model, with_correct=self.with_correct, guard=self.guard)
+        return observe_loss(
+            model,
+            with_correct=self.with_correct,
+            with_entropy=self.with_entropy,
+            guard=self.guard,
+        )
 
     def read(
         self,
@@ -110,7 +116,9 @@ class TokenLossReader:
             assert forward is not None
             shifts = self._likely_shift(forward, labels, per_token)
             targets = shifted_labels(labels) if shifts else labels
-            found = token_losses_from_outputs(forward, targets, self.with_correct)
+            found = token_losses_from_outputs(
+                forward, targets, self.with_correct, with_entropy=self.with_entropy
+            )
         self.captured = reported is not None
         values = TokenValues(
             found.nll,
@@ -118,6 +126,7 @@ class TokenLossReader:
             found.correct,
             self.weights(found.nll, per_token=per_token),
             found.target if with_targets else None,
+            entropy=found.entropy,
         )
         shape = (*labels.shape[:-1], labels.shape[-1] + lead)
         values, place = values.map(lambda value: value.view(shape)), Place(shifts, lead)

@@ -63,16 +63,21 @@ def check_loss_hook() -> None:
 
 @contextmanager
 def observe_loss(
-    model: torch.nn.Module, *, with_correct: bool, guard: FaultGuard | None = None
+    model: torch.nn.Module,
+    *,
+    with_correct: bool,
+    with_entropy: bool = False,
+    guard: FaultGuard | None = None,
 ) -> Iterator[Observation]:
     """Observe the cross entropies and the outputs of `model` inside the block.
 
     Args:
         model: the model as the trainer calls it.
         with_correct: whether to measure which tokens are predicted.
+        with_entropy: whether to measure the entropy of what is predicted.
         guard: decides what an error of ours inside the model's loss does; None raises it.
     """
-    observation = Observation(with_correct, guard or FaultGuard())
+    observation = Observation(with_correct, guard or FaultGuard(), with_entropy=with_entropy)
     with ExitStack() as stack:
         for module in _as_called(model):
             stack.enter_context(_forwards_seen(module, observation))
@@ -125,13 +130,15 @@ def _observing_cross_entropy(
 ) -> Tensor:
     def seen(compute: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         source, target, num_items, ignored = _arguments(*args, **kwargs)
+        wanted = {
+            "with_correct": observation.with_correct,
+            "with_entropy": observation.with_entropy,
+        }
         if _is_own(original) and _is_plain(original, source, target, num_items):
-            loss, tokens = _two_steps(source, target, num_items, ignored, observation.with_correct)
+            loss, tokens = _two_steps(source, target, num_items, ignored, **wanted)
         else:
             # Measure first, because the replacement may overwrite the logits with their gradient.
-            tokens = token_losses_of_logits(
-                source.detach(), target, ignore_index=ignored, with_correct=observation.with_correct
-            )
+            tokens = token_losses_of_logits(source.detach(), target, ignore_index=ignored, **wanted)
             loss = compute(*args, **kwargs)
         observation.record(tokens, loss, source)
         return loss
@@ -163,11 +170,11 @@ def _two_steps(
     target: Tensor,
     num_items_in_batch: Tensor | int | None,
     ignore_index: int,
-    with_correct: bool,
+    **wanted: bool,
 ) -> tuple[Tensor, TokenLosses]:
     reduction = "mean" if num_items_in_batch is None else "sum"
     loss, token_losses = cross_entropy(
-        source, target, reduction=reduction, ignore_index=ignore_index, with_correct=with_correct
+        source, target, reduction=reduction, ignore_index=ignore_index, **wanted
     )
     if num_items_in_batch is not None:
         if isinstance(num_items_in_batch, Tensor):
@@ -189,7 +196,7 @@ def _is_plain(
         with torch.no_grad():
             few = source[:8].detach().clone()
             targets = torch.arange(len(few), device=target.device) % source.shape[-1]
-            ours, _ = _two_steps(few, targets, num_items, -100, False)
+            ours, _ = _two_steps(few, targets, num_items, -100, with_correct=False)
             _verified[key] = torch.equal(ours, original(few, targets, num_items))
         if not _verified[key]:
             logger.warning(

@@ -1,4 +1,4 @@
-"""The command `channel-metrics`: train, check, doctor, run, and those of `analysis.commands`."""
+"""The command `channel-metrics`: those of its own, and those that are added from other modules."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ except ModuleNotFoundError as missing:
     ) from None
 
 from channel_metrics.analysis.commands import add_commands
+from channel_metrics.cli.reference_command import add_reference
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -225,6 +226,7 @@ def _console() -> Console:
 
 
 add_commands(app, _reported_file_errors, _console)
+add_reference(app, _reported_file_errors)
 
 
 def _show_run(summary: TrainSummary, settings: TrainConfig) -> None:

@@ -24,13 +24,14 @@ from channel_metrics.core.checks import (
     channels_shape,
     check_layout,
     check_scalar,
+    checked_reference,
     token_values,
 )
 from channel_metrics.core.keys import ChannelTable, metric_key
 from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.percentiles import BINS, sequence_bins
 from channel_metrics.core.schema import DEFAULT_METRICS, TOKENS, Schema
-from channel_metrics.core.sums import sequence_sums, table_rows, token_sums
+from channel_metrics.core.sums import TokenView, sequence_sums, table_rows, token_sums
 from channel_metrics.core.table import SumTable, values_by_channel
 from channel_metrics.core.text_sizes import TextSizes
 
@@ -115,7 +116,10 @@ class ChannelLossAccumulator(SumTable):
         loss_mask: Tensor | None = None,
         correct: Tensor | None = None,
         weights: Tensor | None = None,
+        entropy: Tensor | None = None,
         reported_sum: Tensor | None = None,
+        reference: Tensor | None = None,
+        groups: Sequence[Tensor] = (),
     ) -> ChannelLossAccumulator:
         """Add one micro-batch. If an argument is refused, nothing is added.
 
@@ -133,10 +137,15 @@ class ChannelLossAccumulator(SumTable):
                 first.
             loss_mask: 0 where not supervised. It may be given together with labels.
             correct: bool, whether the target was predicted.
-            weights: float, one per token, for `weighted_loss`. labels, loss_mask, correct and
-                weights have the shape of token_losses.
+            weights: float, one per token, for `weighted_loss`.
+            entropy: float, in nats, of the distribution that predicted the token. labels,
+                loss_mask, correct, weights and entropy have the shape of token_losses.
             reported_sum: a tensor of one number, the sum of nll that the trainer computed on
                 these tokens. `mismatch` keeps the largest relative difference from our sum.
+            reference: float64 [N, 2], the nll and the tokens of a reference model in each
+                sequence, for `excess_loss`; NaN if not known.
+            groups: for each token axis the ids of its rows, int64 of the shape of token_losses,
+                see `channel_metrics.core.token_axes`. The tokens are added to these rows too.
 
         Returns:
             This accumulator.
@@ -146,8 +155,8 @@ class ChannelLossAccumulator(SumTable):
             BoundaryError: cu_seqlens is no list of bounds over these tokens.
             ChannelMetricsError: another tensor has the wrong type or shape.
         """
-        values = token_values(token_losses, labels, loss_mask, correct, weights)
-        if labels is not None and self.text_sizes is not None and "text_nll" in self.columns:
+        values = token_values(token_losses, labels, loss_mask, correct, weights, entropy=entropy)
+        if labels is not None and self.text_sizes is not None and "text_nll" in self._place:
             num_bytes, num_chars = self.text_sizes.of(labels)
             values = values._replace(num_bytes=num_bytes, num_chars=num_chars)
         if reported_sum is not None:
@@ -155,21 +164,25 @@ class ChannelLossAccumulator(SumTable):
         shape = channels_shape(channels)
         # If there is one token and one id, it is the id of a sequence: [T] is one sequence.
         per_token = cu_seqlens is None and shape == token_losses.shape and shape != (1,)
-        columns = self.schema.columns
-        if per_token or self.dtype != torch.float64:
-            whole = [column for column in columns if not column.whole]
-            self.in_parts |= len(whole) < len(columns)
-            columns = whole
-        if per_token:
-            sums = token_sums(values, self.dtype, columns)
-        else:
+        in_parts = per_token or self.dtype != torch.float64
+        columns = [column for column in self.schema.columns if not (in_parts and column.whole)]
+        self.in_parts |= len(columns) < len(self.schema.columns)
+        if not per_token:
             check_layout(values.losses, shape, cu_seqlens)
-            sums = sequence_sums(values, cu_seqlens, self.dtype, columns)
+            if reference is not None:
+                reference = checked_reference(reference, shape.numel(), self.device)
+        view = TokenView(values, self.dtype)
+        of_tokens = token_sums(view, columns=columns) if per_token or groups else {}
+        sums = of_tokens
+        if not per_token:
+            sums = sequence_sums(view, cu_seqlens, columns=columns, reference=reference)
         # Names join the table here, so all checks must come before this line.
         ids = self._ids(channels)
         self._add(ids, sums)
-        if BINS[0] in self.columns and not per_token and self.dtype == torch.float64:
+        if BINS[0] in self._place and not in_parts:
             self._add_bins(ids, sums)
+        for group in groups:
+            self._add(group, of_tokens)
         if reported_sum is not None:
             nll = sums["nll"].sum()
             if "nonfinite" in sums:
@@ -183,7 +196,7 @@ class ChannelLossAccumulator(SumTable):
         bins, used = sequence_bins(sums)
         width = self._num_rows()
         rows = table_rows(ids.flatten(), width, used.numel(), checked=can_read(ids))
-        places = (self.columns.index(BINS[0]) + bins) * width + rows
+        places = (self._place[BINS[0]] + bins) * width + rows
         self._sums.view(-1).scatter_add_(0, places, used.to(self.dtype))
 
     def merge_state(self, others: Iterable[ChannelLossAccumulator]) -> ChannelLossAccumulator:

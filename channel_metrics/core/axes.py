@@ -5,7 +5,8 @@ whatever cuts, packs or sorts channels does the same to the labels of all axes, 
 added up once. When a window is closed, the sums of the joint names are added up per channel and
 per label. Only combinations that occur have a joint name.
 
->>> from channel_metrics.core.axes import AxisBook, joint_name
+>>> from channel_metrics.core.axes import AxisBook
+>>> from channel_metrics.core.names import joint_name
 >>> name = joint_name("bbu", [("domain", "target")])
 >>> AxisBook({"domain": ()}).rows(name)
 ['bbu', 'domain/target']
@@ -15,40 +16,22 @@ Letters: J joint names, R rows, K columns.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from channel_metrics.core.axis_settings import CHANNEL, TREE, TREE_MEAN, Source, token_source
 from channel_metrics.core.labels import UNLABELED
-from channel_metrics.core.names import MARK, split_name
-from channel_metrics.errors import ChannelError, ConfigError, hint
+from channel_metrics.core.names import split_name, token_label
+from channel_metrics.errors import ChannelError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "CHANNEL",
-    "OTHERS",
-    "TREE",
-    "TREE_MEAN",
-    "AxisBook",
-    "Projected",
-    "axes_of",
-    "axis_fields",
-    "check_axis_format",
-    "groups_of",
-]
+__all__ = ["OTHERS", "AxisBook", "Projected", "groups_of"]
 
-# What the first axis is called in `cross`.
-CHANNEL = "channel"
-# The axis of the groups that the names of channels show, and the row of what `top` leaves out.
-TREE, TREE_MEAN, OTHERS = "tree", "tree_mean", "others"
-_TAKEN = (CHANNEL, TREE, TREE_MEAN)
-_AXIS_NAME = re.compile(r"[A-Za-z_][\w-]*")
-
-# Fields that hold the label, or {channel: label}.
-Source = tuple[str, ...] | Mapping[str, str]
+# The row of what `top` leaves out.
+OTHERS = "others"
 
 
 class Projected(NamedTuple):
@@ -83,25 +66,33 @@ class AxisBook:
     ) -> None:
         self.axes, self.cross, self.form = dict(axes), [tuple(names) for names in cross], form
         self.tree = tree
+        self._of_records = {a: one for a, one in self.axes.items() if not token_source(one)}
         # {row: (axis, label)}
         self.labels: dict[str, tuple[str, str]] = {}
         self._cached: tuple[tuple[str, ...], Any] | None = None
 
     def rows(self, name: str | None) -> list[str]:
-        """The rows of a joint name; the first one is its channel, or `unlabeled`."""
+        """The rows of a joint name; the first one is its channel, or `unlabeled`.
+
+        The name of a label of single tokens has one row and no channel.
+        """
+        if of_tokens := token_label(name):
+            return [self.row(*of_tokens)]
         channel, own = (None, []) if name is None else split_name(name)
         found = {CHANNEL: [channel or UNLABELED]}
-        for axis, source in self.axes.items():
+        for axis, source in self._of_records.items():
             if isinstance(source, Mapping):
                 labels = [source[channel]] if channel and channel in source else []
             else:
                 labels = [label for of, label in own if of == axis]
             found[axis] = labels or [UNLABELED]
-        rows = [self.row(axis, label) for axis in self.axes for label in found[axis]]
+        rows = [self.row(axis, label) for axis in self._of_records for label in found[axis]]
         for axes in self.cross:
             combined = product(*(found[axis] for axis in axes))
             rows += [self.row(".".join(axes), ".".join(labels)) for labels in combined]
-        rows += [self.row(TREE, group) for group in groups_of(channel or "")[: self.tree]]
+        for group in groups_of(channel or "")[: self.tree]:
+            rows.append(self.row(TREE, group))
+            self.row(TREE_MEAN, group)  # no channel may have this name
         return [*found[CHANNEL], *dict.fromkeys(rows)]
 
     def by_axis(self, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -143,9 +134,14 @@ class AxisBook:
         return Projected(tuple(rows), added, len(channels))
 
     def row(self, axis: str, label: str) -> str:
-        """The name of the row of a label."""
+        """The name of the row of a label; raises `ChannelError` if another label has it."""
         row = self.form.format(axis=axis, label=label)
-        self.labels[row] = axis, label
+        known = self.labels.setdefault(row, (axis, label))
+        if known != (axis, label):
+            raise ChannelError(
+                f"the labels {known[1]!r} on the axis {known[0]!r} and {label!r} on the axis "
+                f"{axis!r} would both be called {row!r}; choose another axis_format."
+            )
         return row
 
     def names(self, names: Iterable[str]) -> list[str]:
@@ -154,11 +150,16 @@ class AxisBook:
         Raises:
             ChannelError: a channel has the name of a row of an axis.
         """
-        rows = [self.rows(name) for name in names]
-        channels = dict.fromkeys(of_name[0] for of_name in rows if of_name[0] != UNLABELED)
-        others = dict.fromkeys(row for of_name in rows for row in of_name[1:])
-        for row in others:
-            if row in channels:
+        channels: dict[str, None] = {}
+        others: dict[str, None] = {}
+        for name in names:
+            rows = self.rows(name)
+            if not token_label(name):
+                channels[rows.pop(0)] = None
+            others |= dict.fromkeys(rows)
+        channels.pop(UNLABELED, None)
+        for row in channels:
+            if row in self.labels:
                 axis, label = self.labels[row]
                 raise ChannelError(
                     f"channel {row!r} has the name of the label {label!r} on the axis {axis!r}; "
@@ -187,8 +188,7 @@ class AxisBook:
         import torch
 
         of_unlabeled = self.rows(None)
-        rows = self.names(names)
-        rows += [row for row in of_unlabeled[1:] if row not in rows]
+        rows = list(dict.fromkeys([*self.names(names), *of_unlabeled[1:]]))
         place = {UNLABELED: 0, **{row: i for i, row in enumerate(rows, start=1)}}
         pairs = [(0, place[row]) for row in of_unlabeled]
         pairs += [(i, place[row]) for i, name in enumerate(names, 1) for row in self.rows(name)]
@@ -199,80 +199,3 @@ class AxisBook:
 def groups_of(channel: str) -> list[str]:
     """The groups that a name such as `code/python/web` is in: `code` and `code/python`."""
     return list(accumulate(channel.split("/")[:-1], "{}/{}".format))
-
-
-def axis_fields(axes: Mapping[str, Source]) -> tuple[str, ...]:
-    """The entries for `channels_of` that read the labels of these axes."""
-    return tuple(
-        f"{axis}{MARK}{field}"
-        for axis, source in axes.items()
-        if not isinstance(source, Mapping)
-        for field in source
-    )
-
-
-def axes_of(given: Any, cross: Any = ()) -> tuple[dict[str, Source], tuple[tuple[str, ...], ...]]:
-    """The settings `axes` and `cross`, checked.
-
-    Args:
-        given: {axis: field, fields, or {channel: label}}.
-        cross: lists of axes.
-
-    Raises:
-        ConfigError: one of them has another form, or an axis is unknown.
-    """
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"axes must map the name of an axis to its field, but is {given!r}.")
-    axes = {_axis_name(axis): _source(axis, source) for axis, source in given.items()}
-    if not isinstance(cross, (list, tuple)):
-        raise ConfigError(f"cross must be a list of lists of axes, but is {cross!r}.")
-    known = [CHANNEL, *axes]
-    for names in cross:
-        if not isinstance(names, (list, tuple)) or len({*names}) != len(names) or len(names) < 2:
-            raise ConfigError(
-                f"an entry of cross must list two or more different axes, but is {names!r}."
-            )
-        for name in names:
-            if name not in known:
-                raise ConfigError(f"cross names the axis {name!r}; {hint(str(name), known)}")
-    return axes, tuple(tuple(names) for names in cross)
-
-
-def check_axis_format(form: Any) -> None:
-    """Raise `ConfigError` unless `form` has `{axis}` and `{label}`."""
-    try:
-        whole = form.format(axis="\1", label="\2")
-    except (AttributeError, LookupError, ValueError):
-        whole = ""
-    if "\1" not in whole or "\2" not in whole:
-        raise ConfigError(
-            f"axis_format must be built from {{axis}} and {{label}}, but is {form!r}."
-        )
-
-
-def _axis_name(name: Any) -> str:
-    if not isinstance(name, str) or not _AXIS_NAME.fullmatch(name) or name in _TAKEN:
-        raise ConfigError(
-            f"the name of an axis must be letters, digits, _ and -, and none of "
-            f"{', '.join(_TAKEN)}, but is {name!r}."
-        )
-    return name
-
-
-def _source(axis: Any, source: Any) -> Source:
-    if isinstance(source, str):
-        return (source,)
-    if isinstance(source, Mapping):
-        for channel, label in source.items():
-            if not isinstance(channel, str) or not isinstance(label, str) or not label.strip():
-                raise ConfigError(
-                    f"axes.{axis} must map names of channels to names of labels, but maps "
-                    f"{channel!r} to {label!r}."
-                )
-        return {channel.strip(): label.strip() for channel, label in source.items()}
-    if isinstance(source, (list, tuple)) and all(isinstance(field, str) for field in source):
-        return tuple(source)
-    raise ConfigError(
-        f"axes.{axis} must be a field, a list of fields, or a mapping of channels to labels, but "
-        f"is {source!r}."
-    )

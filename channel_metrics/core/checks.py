@@ -19,6 +19,7 @@ __all__ = [
     "check_ids",
     "check_layout",
     "check_scalar",
+    "checked_reference",
     "token_values",
 ]
 
@@ -32,6 +33,8 @@ def token_values(
     loss_mask: Tensor | None = None,
     correct: Tensor | None = None,
     weights: Tensor | None = None,
+    *,
+    entropy: Tensor | None = None,
 ) -> TokenValues:
     """Check that the tensors fit each other, and find the supervised positions.
 
@@ -43,7 +46,7 @@ def token_values(
         labels: integer token ids.
         loss_mask: 0 where not supervised.
         correct: bool, whether the target was predicted.
-        weights: one per token.
+        weights, entropy: one per token.
 
     Raises:
         ChannelMetricsError: a tensor has the wrong type or shape.
@@ -64,13 +67,14 @@ def token_values(
     _check_shape("loss_mask", loss_mask, shape)
     _check_shape("correct", correct, shape)
     _check_shape("weights", weights, shape)
+    _check_shape("entropy", entropy, shape)
     if labels is not None and labels.is_floating_point():
         raise ChannelMetricsError(f"labels must be integer token ids, but is {labels.dtype}.")
     if correct is not None and correct.dtype != torch.bool:
         raise ChannelMetricsError(f"correct must be bool, but is {correct.dtype}.")
     correct = None if correct is None else as_bool(correct)
     mask = _mask(token_losses, labels, loss_mask)
-    return TokenValues(token_losses, mask, correct, weights, targets=labels)
+    return TokenValues(token_losses, mask, correct, weights, targets=labels, entropy=entropy)
 
 
 def check_ids(ids: Tensor, num_channels: int) -> None:
@@ -98,6 +102,20 @@ def channels_shape(channels: Tensor | Sequence[str | None]) -> torch.Size:
             f"channels must be one name per sequence, but is the string {channels!r}; pass a list."
         )
     return channels.shape if isinstance(channels, Tensor) else torch.Size([len(channels)])
+
+
+def checked_reference(reference: Tensor, num_sequences: int, device: torch.device) -> Tensor:
+    """The numbers of a reference model, on `device`.
+
+    Raises:
+        ChannelError: they are not float64 [num_sequences, 2].
+    """
+    if list(reference.shape) != [num_sequences, 2] or reference.dtype != torch.float64:
+        raise ChannelError(
+            f"reference must be float64 [{num_sequences}, 2], nll and tokens of each sequence, but "
+            f"is {reference.dtype} {list(reference.shape)}."
+        )
+    return reference.to(device, non_blocking=True)
 
 
 def check_scalar(name: str, value: Tensor) -> None:

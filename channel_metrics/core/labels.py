@@ -66,7 +66,7 @@ def channels_of(
         record: a record of a dataset.
         fields: dotted fields. The first one that holds a channel is used. A list there means one
             channel per packed sequence, or one per token. With fields of axes among them, see
-            `channel_metrics.core.axes.axis_fields`, each channel is a joint name.
+            `channel_metrics.core.axis_settings.axis_fields`, each channel is a joint name.
         classes: {field: names} for fields that hold class numbers, see
             `channel_metrics.data.scan.class_names`.
 

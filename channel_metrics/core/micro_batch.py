@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from channel_metrics.core.accumulator import ChannelLossAccumulator
-from channel_metrics.core.checks import check_ids
+from channel_metrics.core.checks import channels_shape, check_ids, check_layout
+from channel_metrics.core.places import Places, places
 from channel_metrics.core.sums import TokenValues
 
 __all__ = ["MicroBatch"]
@@ -19,12 +20,17 @@ __all__ = ["MicroBatch"]
 class MicroBatch:
     """The tokens of one micro-batch on this rank.
 
-    The fields are the arguments of `ChannelLossAccumulator.update`, and one more.
+    The fields are the arguments of `ChannelLossAccumulator.update`, and some more.
 
     Attributes:
         sequences: int64 [N], the channel id of each sequence, if `channels` holds one id per
             token. It is needed to count `samples`. Only one of the ranks that share the sequences
             may give it; it is None on the others.
+        places: where the tokens stand in their sequences, for the axes `position` and `length`.
+            By default this follows from the boundaries, as if there was no padding and each loss
+            stood at the position of its own token.
+        marks: the labels of the tokens from columns of the records, int64 in the shape of
+            token_losses, see `TokenAxes.columns`.
     """
 
     token_losses: Tensor
@@ -34,8 +40,12 @@ class MicroBatch:
     loss_mask: Tensor | None = None
     correct: Tensor | None = None
     weights: Tensor | None = None
+    entropy: Tensor | None = None
     reported_sum: Tensor | None = None
     sequences: Tensor | None = None
+    reference: Tensor | None = None
+    places: Places | None = None
+    marks: Tensor | None = None
 
     @classmethod
     def of_values(
@@ -44,12 +54,13 @@ class MicroBatch:
         channels: Tensor | Sequence[str | None],
         cu_seqlens: Tensor | None,
         reported_sum: Tensor | None,
+        reference: Tensor | None = None,
     ) -> MicroBatch:
         """Make one from the values that a `TokenLossReader` has read.
 
         Args:
             values: token losses, mask, correctness and weights.
-            channels, cu_seqlens, reported_sum: as for `ChannelLossAccumulator.update`.
+            channels, cu_seqlens, reported_sum, reference: as for `ChannelLossAccumulator.update`.
         """
         return cls(
             token_losses=values.losses,
@@ -59,11 +70,29 @@ class MicroBatch:
             loss_mask=values.mask,
             correct=values.correct,
             weights=values.weights,
+            entropy=values.entropy,
             reported_sum=reported_sum,
+            reference=reference,
+            places=values.places,
+            marks=values.marks,
         )
 
-    def add_to(self, table: ChannelLossAccumulator) -> None:
+    @property
+    def of_tokens(self) -> Places | None:
+        """`places`, or what follows from the boundaries; None if these do not show it."""
+        shape, ids = self.token_losses.shape, self.channels
+        if self.places is not None or (
+            self.cu_seqlens is None and isinstance(ids, Tensor) and ids.shape == shape != (1,)
+        ):
+            return self.places
+        check_layout(self.token_losses, channels_shape(ids), self.cu_seqlens)
+        return places(shape, self.cu_seqlens, None, self.token_losses)
+
+    def add_to(self, table: ChannelLossAccumulator, groups: Sequence[Tensor] = ()) -> None:
         """Add the tokens to `table`, which moves to their device.
+
+        Args:
+            groups: as for `ChannelLossAccumulator.update`.
 
         Raises the errors of `ChannelLossAccumulator.update`.
         """
@@ -82,7 +111,10 @@ class MicroBatch:
             loss_mask=self.loss_mask,
             correct=self.correct,
             weights=self.weights,
+            entropy=self.entropy,
             reported_sum=self.reported_sum,
+            reference=self.reference,
+            groups=groups,
         )
         if self.sequences is not None:
             sequences = self.sequences.to(device, non_blocking=True)

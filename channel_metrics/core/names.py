@@ -22,12 +22,16 @@ __all__ = [
     "look_up",
     "split_field",
     "split_name",
+    "token_label",
+    "token_name",
 ]
 
 logger = logging.getLogger("channel_metrics")
 
 # Begins each label in a joint name, and ends the axis of a field.
 MARK = "\x01"
+# Begins the name of a label that belongs to single tokens, and to no channel.
+_TOKENS = "\x02"
 
 # Names with spaces around them for which a warning has been logged.
 _told: set[str] = set()
@@ -56,6 +60,19 @@ def split_name(name: str) -> tuple[str | None, list[tuple[str, str]]]:
     channel, *labels = name.split(MARK)
     pairs = [(axis, label) for axis, _, label in (one.partition("=") for one in labels)]
     return channel or None, pairs
+
+
+def token_name(axis: str, label: str) -> str:
+    """What a label of single tokens is called in a label table, see `core.token_axes`."""
+    return f"{_TOKENS}{axis}={label}"
+
+
+def token_label(name: str | None) -> tuple[str, str] | None:
+    """(axis, label) of a `token_name`; None for a joint name."""
+    if name is None or not name.startswith(_TOKENS):
+        return None
+    axis, _, label = name[len(_TOKENS) :].partition("=")
+    return axis, label
 
 
 def first_names(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from channel_metrics.errors import ConfigError, hint
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from channel_metrics.core.sums import SequenceView, TokenView
 
-__all__ = ["Column", "Metric", "Schema", "Sums", "ratio"]
+__all__ = ["Column", "Metric", "RunMetric", "Schema", "Sums", "ratio", "ratio_of"]
 
 Sums = Mapping[str, float]
 
@@ -76,17 +77,31 @@ class Metric:
     """Whether it is logged also for channels that `eval_channels` leaves out."""
 
 
+@dataclass(frozen=True)
+class RunMetric:
+    """One value per channel, from the train windows of a run, see `channel_metrics.core.slopes`.
+
+    unit: empty for a share of a whole.
+    """
+
+    name: str
+    unit: str
+    doc: str
+
+
 @dataclass
 class Schema:
     """The columns and metrics of one unit: tokens, preference pairs, completions.
 
-    unit: what is counted. count: the column that counts it.
+    unit: what is counted. count: the column that counts it. slopes: the metrics that need more
+    than one window.
     """
 
     unit: str
     count: str
     columns: list[Column] = field(default_factory=list)
     metrics: list[Metric] = field(default_factory=list)
+    slopes: tuple[RunMetric, ...] = ()
 
     def register(self, *entries: Column | Metric) -> None:
         """Add columns and metrics. Register a metric after the columns that it needs.
@@ -129,14 +144,32 @@ class Schema:
         return tuple(f"{name}_total" for name in self.total_names)
 
     @property
+    def of_sequences(self) -> frozenset[str]:
+        """The metrics and totals that need more than sums over tokens."""
+        columns = {column.name for column in self.columns if column.per_token is None}
+        metrics = (metric.name for metric in self.metrics if columns.intersection(metric.needs))
+        totals = (f"{name}_total" for name in self.total_names if name in columns)
+        return frozenset([*metrics, *totals])
+
+    @property
+    def slope_metrics(self) -> tuple[str, ...]:
+        """The names of the metrics that need more than one window."""
+        return tuple(metric.name for metric in self.slopes)
+
+    @property
     def window_metrics(self) -> tuple[str, ...]:
         """The metrics of a window that a config can ask for."""
         return tuple(metric.name for metric in self.metrics if not metric.always)
 
     @property
+    def loggable(self) -> tuple[str, ...]:
+        """All metrics that a config can ask for."""
+        return (*self.window_metrics, *self.run_metrics, *self.slope_metrics)
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
         """All metrics that can be logged."""
-        return (*(metric.name for metric in self.metrics), *self.run_metrics)
+        return (*(m.name for m in self.metrics), *self.run_metrics, *self.slope_metrics)
 
     def metric(self, name: str) -> Metric | None:
         """The metric with this name; None for a total of the run, or an unknown name."""
@@ -147,7 +180,7 @@ class Schema:
 
         known: the metrics that are allowed, by default all that a config can ask for.
         """
-        known = known or (*self.window_metrics, *self.run_metrics)
+        known = known or self.loggable
         chosen = tuple(dict.fromkeys(names))
         for name in chosen:
             if name not in known:
@@ -189,3 +222,12 @@ class Schema:
 def ratio(numerator: float, denominator: float) -> float | None:
     """numerator / denominator; None if the denominator is 0."""
     return numerator / denominator if denominator else None
+
+
+def ratio_of(numerator: str, denominator: str) -> Callable[[Sums], float | None]:
+    """The formula of a metric that is one column / another. It can be pickled."""
+    return partial(_ratio_of, numerator, denominator)
+
+
+def _ratio_of(numerator: str, denominator: str, sums: Sums) -> float | None:
+    return ratio(sums[numerator], sums[denominator])

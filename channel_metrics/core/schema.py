@@ -19,10 +19,12 @@ from functools import partial
 from operator import itemgetter
 
 from channel_metrics.core.error_bars import error_bars
+from channel_metrics.core.excess import excess_loss
 from channel_metrics.core.percentiles import percentiles
-from channel_metrics.core.registry import Column, Metric, Schema, Sums, ratio
+from channel_metrics.core.registry import Column, Metric, Schema, Sums, ratio, ratio_of
+from channel_metrics.core.slopes import SLOPES
 
-__all__ = ["DEFAULT_METRICS", "TOKENS", "Column", "Metric", "Schema", "Sums", "ratio"]
+__all__ = ["DEFAULT_METRICS", "TOKENS", "Column", "Metric", "Schema", "Sums", "ratio", "ratio_of"]
 
 DEFAULT_METRICS = ("loss", "token_acc", "tokens", "share")
 
@@ -43,16 +45,12 @@ def _nonfinite(sums: Sums) -> float | None:
     return sums["nonfinite"] + sums["nonfinite_weight"] or None
 
 
-def _ratio_of(numerator: str, denominator: str, sums: Sums) -> float | None:
-    return ratio(sums[numerator], sums[denominator])
-
-
 def _bits_per(size: str, sums: Sums) -> float | None:
     return ratio(sums["text_nll"] / math.log(2), sums[size])
 
 
 # No lambdas, so that a table of sums can be pickled.
-TOKENS = Schema("tokens", count="tokens")
+TOKENS = Schema("tokens", count="tokens", slopes=SLOPES)
 TOKENS.register(
     Column("tokens", "tokens", "supervised tokens", total=True, per_token="mask"),
     Column("samples", "sequences", "sequences with a position", total=True, per_sequence="filled"),
@@ -79,14 +77,14 @@ TOKENS.register(
     Metric(
         "weighted_loss",
         ("weighted_nll", "weight"),
-        partial(_ratio_of, "weighted_nll", "weight"),
+        ratio_of("weighted_nll", "weight"),
         unit="nats",
         doc="weighted nll / weight; only where tokens are weighted",
     ),
     Metric(
         "token_acc",
         ("correct", "judged"),
-        partial(_ratio_of, "correct", "judged"),
+        ratio_of("correct", "judged"),
         doc="correct / tokens; a target that ties for the maximum counts as correct",
         label="Token accuracy",
     ),
@@ -116,7 +114,7 @@ TOKENS.register(
     Metric(
         "share",
         ("tokens",),
-        partial(_ratio_of, "tokens", "all"),
+        ratio_of("tokens", "all"),
         doc="tokens / tokens of all channels, `unlabeled` among them",
         label="Share of the tokens",
     ),
@@ -162,5 +160,25 @@ TOKENS.register(
         doc="the same per character",
     ),
 )
+TOKENS.register(
+    Column(
+        "entropy_sum", "nats", "entropies of the prediction", per_token="entropy", optional=True
+    ),
+    Column(
+        "entropy_tokens",
+        "tokens",
+        "tokens for which it was measured",
+        per_token="measured",
+        optional=True,
+    ),
+    Metric(
+        "entropy",
+        ("entropy_sum", "entropy_tokens"),
+        ratio_of("entropy_sum", "entropy_tokens"),
+        unit="nats",
+        doc="the mean entropy of the predicted distribution; how sure the model is of itself",
+    ),
+)
 TOKENS.register(*error_bars("loss", "nll", "nats"), *error_bars("token_acc", "correct", ""))
 TOKENS.register(*percentiles())
+TOKENS.register(*excess_loss())

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from channel_metrics.core.cu_seqlens import can_read, to_target_frame
 from channel_metrics.core.masks import as_bool
+from channel_metrics.core.places import Places
 from channel_metrics.core.schema import TOKENS, Column
 from channel_metrics.errors import ChannelMetricsError
 
@@ -33,8 +34,9 @@ class TokenValues(NamedTuple):
         correct: bool, whether the target was predicted; None if not measured.
         weights: float; None if tokens are not weighted.
         targets: int64, the token that each loss is about; None if no metric needs it.
-        num_bytes, num_chars: the UTF-8 bytes and the characters of this token, int64; None if they
-            are not known.
+        num_bytes, num_chars: its UTF-8 bytes and characters, int64; None if not known.
+        entropy: of the distribution that predicted it, in nats; None if not measured.
+        places, marks: see `MicroBatch`; None if not known or not needed.
     """
 
     losses: Tensor
@@ -44,16 +46,17 @@ class TokenValues(NamedTuple):
     targets: Tensor | None = None
     num_bytes: Tensor | None = None
     num_chars: Tensor | None = None
+    entropy: Tensor | None = None
+    places: Places | None = None
+    marks: Tensor | None = None
 
     def map(self, moved: Callable[[Tensor], Tensor]) -> TokenValues:
         """The values after `moved` was applied to each tensor."""
-        return TokenValues(
-            losses=moved(self.losses),
-            mask=moved(self.mask),
-            correct=None if self.correct is None else moved(self.correct),
-            weights=None if self.weights is None else moved(self.weights),
-            targets=None if self.targets is None else moved(self.targets),
-        )
+        given = {name: values for name, values in self._asdict().items() if values is not None}
+        found: dict[str, Any] = {
+            name: v.map(moved) if name == "places" else moved(v) for name, v in given.items()
+        }
+        return self._replace(**found)
 
     def in_target_frame(self) -> TokenValues:
         """The values at the positions of their targets, see `to_target_frame`."""
@@ -79,14 +82,16 @@ class TokenView:
         nonfinite_weight: bool, whether the loss is finite but the weight is not.
         text_bytes, text_chars, text_nll: bytes, characters and nll of the tokens that stand for
             known text and have a finite loss.
+        entropy, measured: the entropy where it and the loss are finite, and whether it is (bool).
     """
 
     def __init__(self, values: TokenValues, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.losses: Tensor = values.losses.detach()
         self.mask: Tensor = as_bool(values.mask)
         self.nonfinite = self.correct = self.judged = None
         self.weight = self.weighted_nll = self.nonfinite_weight = None
-        self.text_bytes = self.text_chars = self.text_nll = None
+        self.text_bytes = self.text_chars = self.text_nll = self.entropy = self.measured = None
         finite, counted = self.losses, self.mask
         # On the host, one look at the sum shows whether all losses are finite.
         if not can_read(finite) or not math.isfinite(finite.sum().item()):
@@ -108,6 +113,9 @@ class TokenView:
             self.text_nll = self.nll * (num_bytes > 0)
             self.text_bytes = num_bytes.to(dtype)
             self.text_chars = (values.num_chars * counted).to(dtype)
+        if values.entropy is not None:
+            self.measured = counted & values.entropy.isfinite()
+            self.entropy = values.entropy.to(dtype).where(self.measured, 0)
 
     def column(self, column: Column) -> Tensor | None:
         """The values of one column at the supervised positions, 0 elsewhere."""
@@ -124,10 +132,12 @@ class SequenceView(NamedTuple):
     Attributes:
         lengths: int64 [N], positions per sequence, padding included.
         sums: {column: [N]}, the sums of the token columns.
+        reference: float64 [N, 2], nll and tokens of a reference model; None if there is none.
     """
 
     lengths: Tensor
     sums: dict[str, Tensor]
+    reference: Tensor | None = None
 
     @property
     def filled(self) -> Tensor:
@@ -136,20 +146,22 @@ class SequenceView(NamedTuple):
 
 
 def sequence_sums(
-    values: TokenValues,
+    values: TokenValues | TokenView,
     cu_seqlens: Tensor | None,
     dtype: torch.dtype = torch.float64,
     columns: Sequence[Column] | None = None,
+    reference: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The sums of each sequence.
 
     Args:
-        values: of one micro-batch.
+        values: of one micro-batch; a view of them has its own dtype.
         cu_seqlens: int32 [N + 1]. Without it, each row of [B, S] is one sequence, and [T] is one
             sequence.
         dtype: of the sums.
         columns: by default the registered ones that are not optional. A column for which this
             micro-batch has no values is left out.
+        reference: float64 [N, 2], nll and tokens of a reference model; NaN if not known.
 
     Returns:
         {column: [N + 1]}. The last entry holds the tokens past the last bound. Without cu_seqlens
@@ -159,18 +171,21 @@ def sequence_sums(
         ChannelMetricsError: a column gave values of the wrong shape.
     """
     columns = _always() if columns is None else columns
-    view = TokenView(values, dtype)
+    view = values if isinstance(values, TokenView) else TokenView(values, dtype)
+    dtype = view.dtype
     if cu_seqlens is None:
-        shape = values.losses.shape
+        shape = view.losses.shape
         size = (shape[0] if len(shape) == 2 else 1,)
-        lengths = values.losses.new_full(size, shape[-1], dtype=torch.int64)
+        lengths = view.losses.new_full(size, shape[-1], dtype=torch.int64)
         sums = _row_sums(_token_columns(view, columns), dtype)
     else:
-        bounds = torch.nn.functional.pad(cu_seqlens, (0, 1), value=values.losses.numel())
+        bounds = torch.nn.functional.pad(cu_seqlens, (0, 1), value=view.losses.numel())
         sums = _segment_sums(_token_columns(view, columns), bounds, dtype)
         # The tokens past the last bound are no sequence, so their length is 0.
         lengths = torch.nn.functional.pad(cu_seqlens.diff().long(), (0, 1))
-    of_sequences = SequenceView(lengths, sums)
+        if reference is not None:
+            reference = torch.nn.functional.pad(reference, (0, 0, 0, 1), value=torch.nan)
+    of_sequences = SequenceView(lengths, sums, reference)
     for column in columns:
         found = _values_of(of_sequences, column.per_sequence)
         if found is not None:
@@ -180,23 +195,22 @@ def sequence_sums(
 
 
 def token_sums(
-    values: TokenValues,
+    values: TokenValues | TokenView,
     dtype: torch.dtype = torch.float64,
     columns: Sequence[Column] | None = None,
 ) -> dict[str, Tensor]:
     """{column: [T]}: the values of each token, to be added up by an id per token.
 
-    It is for sharded layouts that boundaries cannot describe. Columns of sequences are left out,
-    because a shard does not know its sequences.
+    It is for shards of rows and for labels of tokens. Columns of sequences are left out.
 
     Args:
-        values: of one micro-batch.
+        values: of one micro-batch; a view of them has its own dtype.
         dtype: of the values.
         columns: by default the registered ones that are not optional.
     """
-    view = TokenView(values, dtype)
+    view = values if isinstance(values, TokenView) else TokenView(values, dtype)
     found = _token_columns(view, _always() if columns is None else columns)
-    return {name: _as_numbers(column).flatten().to(dtype) for name, column in found.items()}
+    return {name: _as_numbers(one).flatten().to(view.dtype) for name, one in found.items()}
 
 
 def table_rows(ids: Tensor, num_rows: int, num_sums: int, *, checked: bool = False) -> Tensor:

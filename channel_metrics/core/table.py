@@ -58,6 +58,7 @@ class SumTable:
         device = torch.device(device)
         self.labels = labels
         self.columns = tuple(columns)
+        self._place = {name: index for index, name in enumerate(self.columns)}
         self.dtype = dtype or _dtype_of(device)
         if self.dtype not in (torch.float64, torch.float32):
             raise ConfigError(
@@ -198,9 +199,9 @@ class SumTable:
         # `_ids` has checked the ids that can be read.
         rows = table_rows(ids.flatten(), self._num_rows(), num_sums, checked=can_read(ids))
         sums = self._sums if self.dtype == torch.float64 else torch.zeros_like(self._sums)
-        for row, name in zip(sums, self.columns, strict=True):
-            if name in values:
-                row.scatter_add_(0, rows, values[name].to(self.dtype))
+        for name, added in values.items():
+            if name in self._place:
+                sums[self._place[name]].scatter_add_(0, rows, added.to(self.dtype))
         if sums is not self._sums:
             self._add_up(sums)
 
@@ -229,8 +230,8 @@ class SumTable:
         rows = torch.tensor([0, *(index + 1 for index in ids)], device=self.device)
         placed = sums.new_zeros(len(self.columns), len(sums))
         for index, name in enumerate(columns):
-            if name in self.columns:
-                placed[self.columns.index(name)] = sums[:, index]
+            if name in self._place:
+                placed[self._place[name]] = sums[:, index]
         # One float32 cannot hold a float64, but two can hold it almost exactly.
         for part in _in_two(placed, self.dtype):
             moved = part.to(self.device)

@@ -19,6 +19,8 @@ from channel_metrics.data.record_order import Span
 from channel_metrics.errors import ChannelError
 
 __all__ = [
+    "WHOLE_KEY",
+    "as_record",
     "has_channel_per_token",
     "names_per_run",
     "names_per_sequence",
@@ -28,6 +30,8 @@ __all__ = [
     "without_pad_tail",
 ]
 
+# The batch key for the bounds of whole sequences, if there are those of the runs of one channel.
+WHOLE_KEY = "channel_whole_bounds"
 # For each record the channels that it lists: one, one per packed sequence, or one per token.
 Names = list[list[str | None]]
 
@@ -209,3 +213,16 @@ def _sequences_per_row(boundaries: Boundaries, batch: Mapping[str, Any]) -> list
     rows = (boundaries.cu_seqlens[:-1].long() // row_length).clamp(max=num_rows - 1)
     counts: list[int] = torch.bincount(rows, minlength=num_rows).tolist()
     return counts
+
+
+def as_record(feature: Any) -> Mapping[str, Any]:
+    """A feature as a mapping; raises `ChannelError` if it has no attributes to read."""
+    if isinstance(feature, Mapping):
+        return feature
+    if not hasattr(feature, "__dict__"):
+        raise ChannelError(
+            "a record must be a mapping or an object with attributes to have a channel, but is "
+            f"{type(feature).__name__}; return a dict from the dataset."
+        )
+    record: Mapping[str, Any] = vars(feature)
+    return record

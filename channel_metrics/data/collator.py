@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import pickle
-import traceback
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -23,8 +21,11 @@ from channel_metrics.core.boundaries import Boundaries, boundaries_from_batch
 from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.core.faults import Once
 from channel_metrics.core.labels import DEFAULT_FIELDS, LabelTable, channels_of, field_roots
+from channel_metrics.core.token_axes import TokenColumn
 from channel_metrics.data.batch_layout import (
+    WHOLE_KEY,
     Names,
+    as_record,
     has_channel_per_token,
     names_per_run,
     names_per_sequence,
@@ -33,15 +34,19 @@ from channel_metrics.data.batch_layout import (
     spans_of_records,
     without_pad_tail,
 )
+from channel_metrics.data.collator_fault import CollatorFault
+from channel_metrics.data.dispatched import names_cannot_be_sent, sends_only_tensors
 from channel_metrics.data.record_order import (
     Span,
     matched_records,
     tokens_of_records,
     tokens_of_spans,
 )
-from channel_metrics.errors import ChannelError, ChannelMetricsError
+from channel_metrics.data.reference import REFERENCE_KEY, Reference, split_names
+from channel_metrics.data.token_marks import MARKS_KEY, absent_columns, token_marks
+from channel_metrics.errors import ChannelError
 
-__all__ = ["BOUNDS_KEY", "RECORDS_KEY", "ChannelCollator", "CollatorFault"]
+__all__ = ["BOUNDS_KEY", "RECORDS_KEY", "ChannelCollator"]
 
 logger = logging.getLogger("channel_metrics")
 
@@ -55,24 +60,6 @@ _FIRST_BATCHES, _ONE_OF = 8, 100
 Record = Mapping[str, Any]
 
 
-class CollatorFault:
-    """An error of ours in a collator. It travels to the main process in place of `channels`."""
-
-    # Not a frozen dataclass: Lightning refuses these in a batch.
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    @classmethod
-    def of(cls, error: Exception) -> CollatorFault:
-        """The error itself, or its text if it cannot be pickled."""
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # a class may raise anything here; the first error is what is kept
-            trace = "".join(traceback.format_exception(error))
-            error = ChannelMetricsError(f"the channels of a batch could not be collated.\n{trace}")
-        return cls(error)
-
-
 class ChannelCollator:
     """Wraps `base` and adds keys to its batch. The other keys stay as they are.
 
@@ -81,13 +68,15 @@ class ChannelCollator:
         fields: dotted record fields that may hold the channel.
         table: with it, `channels` is an int64 tensor [N] of its ids, else a list of names. It is
             also a list if the table would grow: growth in a worker process would be lost.
-        strip: record keys that `base` must not see; by default the roots of `fields`.
+        strip: record keys that `base` must not see; by default `roots`.
         bounds_key: the batch key for the boundaries, int32 [N + 1].
         row_bounds: whether to add the boundaries even if every row is one sequence.
         carry_faults: whether an error of ours travels in the batch, as `channels`, so that the
             main process decides about it. Otherwise it is raised.
         classes: {field: names} for fields with class numbers, see `data.scan.class_names`.
         records_key: the batch key for the numbers of the records; added if their order changes.
+        columns: the columns with a label per token, see `TokenAxes.columns`.
+        reference: finds the losses of a reference model, which join the batch.
 
     If `base` returns `channels` itself (names or ids, one per sequence), they are not compared
     with the records; if rows are not sequences, it may add boundaries under `bounds_key`.
@@ -109,14 +98,19 @@ class ChannelCollator:
         carry_faults: bool = False,
         classes: Mapping[str, Sequence[str]] | None = None,
         records_key: str | None = None,
+        columns: Sequence[TokenColumn] = (),
+        reference: Reference | None = None,
     ) -> None:
         self.base = base
+        self.columns = tuple(columns)
         self.classes = dict(classes or {})
         self.records_key = records_key
         self.carry_faults = carry_faults
         self.fields = tuple(fields)
         self.table = table
-        self.strip = frozenset(field_roots(fields) if strip is None else strip)
+        self.reference = reference
+        own = (*(reference.own_fields if reference else ()), *field_roots(self._of_tokens))
+        self.strip = frozenset((*field_roots(fields), *own) if strip is None else strip)
         self.bounds_key = bounds_key
         self.row_bounds = row_bounds
         self._warned: set[str] = set()
@@ -127,8 +121,13 @@ class ChannelCollator:
 
     @property
     def roots(self) -> tuple[str, ...]:
-        """The record keys that this collator reads the channel from."""
-        return field_roots(self.fields)
+        """The record keys that this collator reads."""
+        of_reference = self.reference.roots if self.reference else ()
+        return (*field_roots([*self.fields, *self._of_tokens]), *of_reference)
+
+    @property
+    def _of_tokens(self) -> list[str]:
+        return [field for field, _ in self.columns]
 
     def around(self, base: Callable[[list[Any]], Any]) -> ChannelCollator:
         """A copy of this collator that wraps another `base`."""
@@ -137,7 +136,7 @@ class ChannelCollator:
         return other
 
     def __getattr__(self, name: str) -> Any:
-        # Trainers read attributes of their collator (`tokenizer`, `padding_free`, ...).
+        # Trainers read attributes of their collator, such as `tokenizer`.
         if name.startswith("__") or name == "base":
             raise AttributeError(name)
         return getattr(self.base, name)
@@ -150,8 +149,8 @@ class ChannelCollator:
         try:
             return self._with_channels(collate, features)
         except Exception as error:
-            # Of `base`, it is raised. Of ours, whatever it is, the main process decides.
-            if error is collate.error:
+            # Of `base`, it is raised. Of ours, whatever it is, the main process decides if it can.
+            if error is collate.error or sends_only_tensors(self):
                 raise
             batch = collate.result if collate.called else self._base_batch(features)
             if not isinstance(batch, MutableMapping):
@@ -177,8 +176,10 @@ class ChannelCollator:
             view = batch if bounds is None else {**batch, "cu_seqlens": bounds}
             batch.update(self._added_keys(view, channels))
         else:
-            found = [_as_record(record) for record in records]
+            found = [as_record(record) for record in records]
             channels = [channels_of(record, self.fields, self.classes) for record in found]
+            if self.reference is not None:
+                channels = self.reference.joined(found, channels)
             batch.update(self._added_keys(batch, channels, found))
         return batch
 
@@ -190,20 +191,30 @@ class ChannelCollator:
         channels: those that each record lists. records: those to compare the order of the batch
         with; none if it must not be compared.
         """
-        records = records or [{}] * len(channels)
+        given, records = records, records or [{}] * len(channels)
         per_token = [has_channel_per_token(r, c) for r, c in zip(records, channels, strict=True)]
         counts = [1 if all_ else len(c) for all_, c in zip(per_token, channels, strict=True)]
         boundaries = without_pad_tail(boundaries_from_batch(batch), sum(counts), batch)
         spans = spans_of_records(counts, boundaries, batch)
         order = self._changed_order(records, batch, boundaries, spans)
         if order is not None:
-            channels = [channels[i] for i in order]
+            channels, given = [channels[i] for i in order], [records[i] for i in order]
+        added: dict[str, Any] = {}
+        if self.columns:
+            if self._num_batches == 1:
+                self._warn_once(*absent_columns(self.columns, given))
+            added[MARKS_KEY] = token_marks(self.columns, given, spans, boundaries, batch)
         if any(per_token) and spans is not None:
+            if self.bounds_key == BOUNDS_KEY:
+                added[WHOLE_KEY] = boundaries.cu_seqlens
             names, boundaries = names_per_run(channels, spans, boundaries)
         else:
             names = names_per_sequence(channels, boundaries, batch)
             self._check_labels(batch.get("labels"), boundaries)
-        added: dict[str, Any] = {"channels": self._ids_or_names(names)}
+        names, reference = split_names(names) if self.reference else (names, None)
+        added["channels"] = self._ids_or_names(names)
+        if reference is not None:
+            added[REFERENCE_KEY] = reference
         if self.row_bounds or boundaries.num_sequences != rows_of(batch)[0]:
             added[self.bounds_key] = boundaries.cu_seqlens
         if order is not None and self.records_key is not None:
@@ -250,6 +261,8 @@ class ChannelCollator:
 
     def _ids_or_names(self, names: list[str | None]) -> Tensor | list[str | None]:
         if self.table is None or not self.table.knows_all(names):
+            if sends_only_tensors(self):
+                raise names_cannot_be_sent()
             return names
         return torch.tensor(self.table.ids(names), dtype=torch.int64, device="cpu")
 
@@ -283,15 +296,3 @@ class ChannelCollator:
         if count and message not in self._warned:
             self._warned.add(message)
             logger.warning("first such batch: " + message, count)
-
-
-def _as_record(feature: Any) -> Mapping[str, Any]:
-    if isinstance(feature, Mapping):
-        return feature
-    if not hasattr(feature, "__dict__"):
-        raise ChannelError(
-            "a record must be a mapping or an object with attributes to have a channel, but is "
-            f"{type(feature).__name__}; return a dict from the dataset."
-        )
-    record: Mapping[str, Any] = vars(feature)
-    return record

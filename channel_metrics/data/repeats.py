@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sized
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -114,9 +115,11 @@ def first_records(
         if batch.per_token:
             return batch, kept
         # Without bounds every row counts as one sample, so the other rows must go.
-        return BatchChannels(batch.channels[:count], None), kept.map(lambda rows: rows[:count])
+        reference = None if batch.reference is None else batch.reference[:count]
+        first = replace(batch, channels=batch.channels[:count], reference=reference)
+        return first, kept.map(lambda rows: rows[:count])
     # Sequences behind the end become empty. They have no tokens and count no samples.
-    return BatchChannels(batch.channels, bounds.clamp(max=end)), kept
+    return replace(batch, cu_seqlens=bounds.clamp(max=end)), kept
 
 
 def _in_order_of_records(
@@ -128,12 +131,14 @@ def _in_order_of_records(
         channels = channels[order]
     else:
         channels = [channels[i] for i in order.tolist()]
+    reference = None if batch.reference is None else batch.reference[order]
+    batch = replace(batch, channels=channels, records=None, reference=reference)
     shape, bounds = values.mask.shape, batch.cu_seqlens
     if shape[0] == len(order) and len(shape) == 2:
-        return BatchChannels(channels, bounds), values.map(lambda rows: rows[order])
+        return batch, values.map(lambda rows: rows[order])
     assert bounds is not None
     # Tokens move with their sequence. Those behind the last bound stay at the end.
     ranks = torch.nn.functional.pad(records, (0, 1), value=len(order))
     moved = ranks[sequence_index(bounds, values.mask.numel())].argsort(stable=True)
     bounds = torch.nn.functional.pad(bounds.diff()[order].cumsum(0), (1, 0)).to(bounds.dtype)
-    return BatchChannels(channels, bounds), values.map(lambda t: t.flatten()[moved].view(shape))
+    return replace(batch, cu_seqlens=bounds), values.map(lambda t: t.flatten()[moved].view(shape))

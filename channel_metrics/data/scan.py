@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch.utils.data import Subset
@@ -13,7 +13,13 @@ from channel_metrics.core.labels import channels_of, field_columns, field_roots
 from channel_metrics.core.names import fields_of_channel, look_up, split_field, split_name
 from channel_metrics.errors import ChannelError
 
-__all__ = ["class_names", "count_channels", "label_records", "scan_channels"]
+__all__ = [
+    "class_names",
+    "count_channels",
+    "label_records",
+    "learn_classes",
+    "scan_channels",
+]
 
 logger = logging.getLogger("channel_metrics")
 
@@ -105,6 +111,21 @@ def class_names(dataset: Any, fields: Sequence[str]) -> dict[str, tuple[str, ...
         if type(feature).__name__ == "ClassLabel" and feature.names:
             found[field] = tuple(feature.names)
     return found
+
+
+def learn_classes(
+    classes: MutableMapping[str, Sequence[str]], dataset: Any, fields: Sequence[str]
+) -> None:
+    """Add the class names of a dataset to those that a collator knows.
+
+    Raises `ChannelError` if a dataset before it has numbered the same classes differently.
+    """
+    for field, names in class_names(dataset, fields).items():
+        if classes.setdefault(field, names) != names:
+            raise ChannelError(
+                f"the data sets of two data loaders number the classes of {field!r} in different "
+                "ways, but share a collator; make one with `metrics.collator` for each of them."
+            )
 
 
 def label_records(dataset: Any, fields: Sequence[str]) -> Iterator[dict[str, Any]]:

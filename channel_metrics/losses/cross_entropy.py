@@ -17,7 +17,14 @@ from torch import Tensor
 
 from channel_metrics.core.checks import IGNORE_INDEX
 
-__all__ = ["HeadInputs", "TokenLosses", "cross_entropy", "is_correct", "token_losses_of_logits"]
+__all__ = [
+    "HeadInputs",
+    "TokenLosses",
+    "cross_entropy",
+    "entropy_of",
+    "is_correct",
+    "token_losses_of_logits",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +62,15 @@ class TokenLosses:
 
     nll: in nats; 0 where the target is ignored. correct: bool, whether the target has the largest
     logit (a tie counts); None if not wanted. target: the target ids of the loss. reported_sum:
-    0-d, the sum of nll in the loss.
+    0-d, the sum of nll in the loss. entropy: of the predicted distribution, in nats; None if not
+    wanted, or where there are no logits.
     """
 
     nll: Tensor
     correct: Tensor | None
     target: Tensor
     reported_sum: Tensor
+    entropy: Tensor | None = None
 
 
 def cross_entropy(
@@ -71,6 +80,7 @@ def cross_entropy(
     reduction: str,
     ignore_index: int = IGNORE_INDEX,
     with_correct: bool = True,
+    with_entropy: bool = False,
 ) -> tuple[Tensor, TokenLosses]:
     """`F.cross_entropy(logits [T, V], target [T])` and the losses of its tokens.
 
@@ -86,7 +96,8 @@ def cross_entropy(
         reported = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
         if reduction == "mean":
             reported = reported * (target != ignore_index).sum()
-    return loss, TokenLosses(nll, correct, target, reported)
+        entropy = entropy_of(log_probs) if with_entropy else None
+    return loss, TokenLosses(nll, correct, target, reported, entropy)
 
 
 def token_losses_of_logits(
@@ -95,6 +106,7 @@ def token_losses_of_logits(
     *,
     ignore_index: int = IGNORE_INDEX,
     with_correct: bool = True,
+    with_entropy: bool = False,
     chunk_size: int = 1024,
 ) -> TokenLosses:
     """Token losses [T] from logits [T, V] that another loss has used, with a second softmax.
@@ -103,7 +115,7 @@ def token_losses_of_logits(
     nll is always the plain one. Only `chunk_size` tokens are worked on at a time, so the added
     memory is chunk_size x V.
     """
-    nll, correct = [], []
+    nll, correct, entropy = [], [], []
     with torch.no_grad():
         for rows, wanted in zip(
             torch.split(logits, chunk_size), torch.split(target, chunk_size), strict=True
@@ -114,9 +126,28 @@ def token_losses_of_logits(
             nll.append(F.nll_loss(log_probs, wanted, ignore_index=ignore_index, reduction="none"))
             if with_correct:
                 correct.append(is_correct(rows, wanted))
+            if with_entropy:
+                entropy.append(entropy_of(log_probs))
         all_nll = torch.cat(nll)
         all_correct = torch.cat(correct) if with_correct else None
-    return TokenLosses(all_nll, all_correct, target, all_nll.sum())
+        all_entropy = torch.cat(entropy) if with_entropy else None
+    return TokenLosses(all_nll, all_correct, target, all_nll.sum(), all_entropy)
+
+
+def entropy_of(log_probs: Tensor) -> Tensor:
+    """[T]: the entropy in nats of distributions, from their logarithms [T, V].
+
+    Some tokens are worked on at a time: on a CPU as many as its caches hold, which takes a quarter
+    of the time; elsewhere as many as need 256 MB.
+    """
+    numbers = 2**21 if log_probs.device.type == "cpu" else 2**26
+    found = []
+    for rows in torch.split(log_probs, max(numbers // log_probs.shape[-1], 1)):
+        exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        # A token that cannot come has the logarithm -inf, and adds nothing.
+        finite = exact.clamp(min=torch.finfo(exact.dtype).min)
+        found.append(-torch.linalg.vecdot(exact.exp(), finite))
+    return torch.cat(found)
 
 
 def is_correct(logits: Tensor, target: Tensor) -> Tensor:

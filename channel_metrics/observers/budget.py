@@ -44,18 +44,19 @@ class Goal:
         key: `bbu_tokens`, or `tokens` of all channels.
         end: the total.
         session: its schema has the columns that are counted.
+        where: the setting, for messages.
 
     Raises:
         ConfigError: the key names nothing that is counted.
     """
 
-    def __init__(self, key: str, end: float, session: Session) -> None:
+    def __init__(self, key: str, end: float, session: Session, where: str = "stop_at") -> None:
         self.key, self.end, self._session = key, end, session
         counts = [name.removesuffix("_total") for name in session.schema.run_metrics]
         name = next((n for n in counts if key == n or key.endswith(f"_{n}")), None)
         if name is None or key == f"_{name}":
             raise ConfigError(
-                f"{key!r} in stop_at names no total; give CHANNEL_{counts[0]}, or one of "
+                f"{key!r} in {where} names no total; give CHANNEL_{counts[0]}, or one of "
                 f"{', '.join(counts)} for all channels."
             )
         self._total = f"{name}_total"
@@ -69,9 +70,9 @@ class Goal:
         return sum(of_row[self._total] for of_row in rows)
 
 
-def goals_of(stop_at: Mapping[str, object], session: Session) -> list[Goal]:
-    """The goals of the setting `stop_at`; raises `ConfigError` as `Goal`."""
-    return [Goal(key, end, session) for key, end in goals(stop_at).items()]
+def goals_of(given: Mapping[str, object], session: Session, where: str = "stop_at") -> list[Goal]:
+    """The goals of a setting; raises `ConfigError` as `Goal`."""
+    return [Goal(key, end, session, where) for key, end in goals(given).items()]
 
 
 class StopAt:
@@ -106,18 +107,22 @@ class BudgetValues:
 
     Args:
         settings: what the mixture should be; None if only the time to go is wanted.
-        goals: of `stop_at`.
+        goals: of `stop_at`; those of the settings are added.
         session: gives the keys.
     """
 
     def __init__(self, settings: Budget | None, goals: list[Goal], session: Session) -> None:
-        self._settings, self._goals, self._session = settings or Budget(), goals, session
+        self._settings, self._session = settings or Budget(), session
+        self._goals = [*goals, *goals_of(self._settings.until, session, "until of budget")]
         self._unit = f"{self._settings.unit}_total"
-        if self._settings.ratios and self._unit not in session.schema.run_metrics:
-            raise ConfigError(
-                f"unit of budget is {self._settings.unit}, which are not counted here; known are "
-                f"{', '.join(name.removesuffix('_total') for name in session.schema.run_metrics)}."
-            )
+        units = [self._settings.unit] if self._settings.ratios else []
+        counted = [name.removesuffix("_total") for name in session.schema.run_metrics]
+        for unit in [*units, *(["tokens"] if self._settings.tokens else [])]:
+            if unit not in counted:
+                raise ConfigError(
+                    f"budget is in {unit}, which are not counted here; known are "
+                    f"{', '.join(counted)}."
+                )
         # Time and totals of the first window of this process, for the speed.
         self._first: tuple[float, dict[str, int]] | None = None
 
@@ -140,8 +145,15 @@ class BudgetValues:
             yield row, "achieved_share", totals.get(row, {}).get(self._unit, 0) / whole
 
     def _epochs(self, totals: Totals) -> Iterator[tuple[str, str, float]]:
-        for row, records in self._settings.records.items():
-            yield row, "source_epochs", totals.get(row, {}).get("samples_total", 0) / records
+        for unit in ("records", "tokens"):
+            total = "samples_total" if unit == "records" else "tokens_total"
+            for row, of_source in getattr(self._settings, unit).items():
+                yield row, "source_epochs", totals.get(row, {}).get(total, 0) / of_source
+                if row not in totals:
+                    self._session.warn_once(
+                        f"{unit} of budget name {row!r}, which no record has had so far; "
+                        f"{hint(row, list(totals))}"
+                    )
 
     def _hours(self, window: Window) -> dict[str, float]:
         """How long each goal will take at the mean speed of this process."""

@@ -84,8 +84,7 @@ class LiveTable(transformers.TrainerCallback):
             return
         try:
             self._show(window, args, state)
-        except Exception as error:
-            # Terminals and notebooks fail in many ways. No display is worth a training.
+        except Exception as error:  # terminals and notebooks fail in many ways
             self._failed = True
             logger.warning("the live table failed, and shows nothing from now on: %r", error)
 

@@ -12,11 +12,12 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from channel_metrics.core.schema import Schema
+from channel_metrics.core.labels import UNLABELED
+from channel_metrics.core.schema import Schema, ratio
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.windows import Window
 
-__all__ = ["Session", "WindowStream", "line_of"]
+__all__ = ["Session", "WindowStream", "drop_half_line", "line_of"]
 
 _BLOCK = 4096
 
@@ -52,7 +53,7 @@ class WindowStream:
             return
         if not self._is_open:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_half_line(self.path)
+            drop_half_line(self.path)
             self._is_open = True
         line = json.dumps(
             line_of(window, self._session.schema.unit), ensure_ascii=False, allow_nan=False
@@ -67,7 +68,7 @@ class WindowStream:
 
 def line_of(window: Window, unit: str) -> dict[str, Any]:
     """The line of a window, as plain values. A value that is not finite is null."""
-    names = ("unlabeled", *window.names)
+    names = (UNLABELED, *window.names)
     values: dict[str, float] = dict(window.logs)
     whole = _whole_loss(window)
     if whole is not None:
@@ -84,15 +85,16 @@ def line_of(window: Window, unit: str) -> dict[str, Any]:
 
 
 def _whole_loss(window: Window) -> float | None:
-    """nll / tokens of all channels; rows of other axes hold the same tokens once more."""
+    """nll / tokens of all channels, also of those that are not logged."""
     if not {"nll", "tokens", "nonfinite"} <= {*window.columns}:
         return None
-    counted = [window.sums(name) for name in window.values]
-    tokens = sum(sums["tokens"] - sums["nonfinite"] for sums in counted)
-    return sum(sums["nll"] for sums in counted) / tokens if tokens else None
+    added = map(sum, zip(*window.table[: window.num_channels + 1], strict=True))
+    sums = dict(zip(window.columns, added, strict=True))
+    return ratio(sums["nll"], sums["tokens"] - sums["nonfinite"])
 
 
-def _drop_half_line(path: Path) -> None:
+def drop_half_line(path: Path) -> None:
+    """Cut off what a run that was killed has left behind the last whole line."""
     if not path.exists():
         return
     with path.open("r+b") as file:

@@ -2,14 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from channel_metrics.acting import StopWhen
 from channel_metrics.core.objectives import OBJECTIVES
+from channel_metrics.data.scan import count_channels
 from channel_metrics.errors import ConfigError, hint
 from channel_metrics.session import ChannelMetrics
 
-__all__ = ["check_stop_when", "check_wanted"]
+__all__ = ["channels_in", "check_sets", "check_stop_when", "check_wanted"]
+
+
+def channels_in(session: ChannelMetrics, dataset: Any) -> set[str] | None:
+    """What is logged of a dataset: its channels, which the session learns, and labels of axes.
+
+    None if it cannot be scanned, see `count_channels`.
+    """
+    counts = count_channels(dataset, session.config.label_fields)
+    if counts is None:
+        return None
+    session.declare_names(sorted(name for name in counts if name is not None))
+    return session.rows(counts)
+
+
+def check_sets(
+    session: ChannelMetrics,
+    sets: Mapping[str, set[str] | None],
+    watched: Iterable[tuple[str, str]] = (),
+) -> None:
+    """Check the settings that name channels or log keys, as far as they can be known now.
+
+    Args:
+        session: the metrics.
+        sets: as for `check_wanted`: the training set, and those of the evaluations to come.
+        watched: (what watches a key, the key). The script itself may log a key that is none of
+            ours, so this only warns.
+
+    Raises:
+        ConfigError, ChannelError: two values would share a key, or a setting names a channel that
+            no set has.
+    """
+    held = [prefix for prefix in sets if prefix]
+    for error in [error for prefix in held for error in session.keys.learn(prefix=prefix)]:
+        raise error
+    if held and None not in sets.values():
+        session.check_eval_channels()
+    for setting, key in watched:
+        try:
+            check_wanted(session, key, sets, setting)
+        except ConfigError as error:
+            session.warn_once(f"{error} (Ignore this if the script itself logs the key.)")
+    check_stop_when(session, sets)
 
 
 def check_wanted(
@@ -35,10 +79,14 @@ def check_wanted(
         known |= names or set()
     logged, refused = set(), ""
     for prefix, names in sets.items():
+        metrics = {metric.name for metric in session.schema.chosen(session.config.metrics)}
+        if not prefix:
+            of_run = {*session.schema.run_metrics, *session.schema.slope_metrics}
+            metrics |= of_run & {*session.config.metrics}
         for channel in sorted(known):
             for metric in session.schema.metric_names:
                 key = session.keys.key(channel, metric, prefix)
-                why = _why_not(session, channel, metric, names, of_train=not prefix)
+                why = _why_not(session, channel, metric, metrics, names, of_train=not prefix)
                 if why is None:
                     logged.add(key)
                 elif key == wanted:
@@ -81,15 +129,18 @@ def check_stop_when(session: ChannelMetrics, sets: Mapping[str, set[str] | None]
 
 
 def _why_not(
-    session: ChannelMetrics, channel: str, metric: str, names: set[str] | None, *, of_train: bool
+    session: ChannelMetrics,
+    channel: str,
+    metric: str,
+    logged: set[str],
+    names: set[str] | None,
+    *,
+    of_train: bool,
 ) -> str | None:
-    """Why a metric of a channel is not logged for a set; None if it is logged."""
+    """Why a metric of a channel is not among those `logged` for a set; None if it is."""
     where = "the training" if of_train else "an evaluation"
     # Evaluations log all labels of further axes.
     chosen = () if of_train or session.is_label(channel) else session.config.eval_channels
-    logged = {metric.name for metric in session.schema.chosen(session.config.metrics)}
-    if of_train:
-        logged |= {*session.config.metrics} & {*session.schema.run_metrics}
     if metric not in logged:
         return (
             f"{where} logs only {', '.join(sorted(logged))} of a channel; add {metric!r} to "

@@ -20,6 +20,7 @@ class Forking(Harness):
     # One server for all that import no swift and no Megatron.
     preload = Preload(("contract.harness_trl", "contract.harness_lightning"))
     is_here = True
+    first = 1
     ranks_of: RanksOf
     """The tests give it."""
 
@@ -36,7 +37,7 @@ class Forking(Harness):
         with warnings_of_ours() as ran.warnings, faulty_count(script.fault_at):
             try:
                 self.train(script, folder, ran)
-            except Exception as error:
+            except Exception as error:  # whatever ends a run is part of the outcome
                 ran.error = error
         return ran
 

@@ -15,7 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
 from channel_metrics.trainers.hf import attach
 from contract.harness import Forking
 from contract.harness_loop import watch_windows
-from contract.script import ROWS, Evaluation, OneSequence, Ran, Script, flat
+from contract.script import ROWS, Evaluation, OneSequence, Ran, Script, flat, role_of
 
 __all__ = [
     "HFHarness",
@@ -45,18 +45,29 @@ class Records(torch.utils.data.Dataset[dict[str, Any]]):
             raise RuntimeError("an evaluation that fails")
         sequence = self.sequences[index]
         ids = token_ids(sequence)
-        return {"input_ids": ids, "labels": [-100, *ids[1:]], "channel": sequence.channel}
+        return {
+            "input_ids": ids,
+            "labels": [-100, *ids[1:]],
+            "channel": sequence.channel,
+            "roles": [role_of(token) for token in ids],
+        }
 
 
 class HFHarness(Forking):
     """What other trainers that are built on the Trainer do in another way, they override."""
 
     name = "hf"
-    can = frozenset({"ranks", "save", "fails", "stops"})
+    can = frozenset({"ranks", "save", "fails", "stops", "columns"})
     reserved = "eval"
 
     def nll(self, sequence: OneSequence) -> float:
         return nll_of(sequence)
+
+    def losses(self, sequence: OneSequence) -> list[float]:
+        return nlls_of(sequence)
+
+    def tokens(self, sequence: OneSequence) -> list[int]:
+        return token_ids(sequence)[1:]
 
     def records(self, sequences: list[OneSequence], fails_at: int | None = None) -> Records:
         """What the trainer takes for a dataset."""
@@ -178,11 +189,15 @@ def tiny_qwen2(seed: int = 0, vocabulary: int = VOCABULARY) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-@cache
 def nll_of(sequence: OneSequence) -> float:
+    return sum(nlls_of(sequence))
+
+
+@cache
+def nlls_of(sequence: OneSequence) -> list[float]:
     """By a forward of this sequence alone, in float64."""
     ids = torch.tensor([token_ids(sequence)])
     with torch.no_grad():
         logits = tiny_qwen2().double().eval()(input_ids=ids).logits[0, :-1]
     log_probs = logits.log_softmax(-1)
-    return -float(log_probs.gather(1, ids[0, 1:, None]).sum())
+    return [-float(one) for one in log_probs.gather(1, ids[0, 1:, None])]

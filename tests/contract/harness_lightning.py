@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from channel_metrics.trainers.lightning import ChannelMetricsCallback
 from contract.harness import Forking
-from contract.harness_hf import Records, collate, nll_of, tiny_qwen2
+from contract.harness_hf import Records, collate, nll_of, nlls_of, tiny_qwen2, token_ids
 from contract.harness_loop import watch_windows
 from contract.script import ROWS, OneSequence, Ran, Script, flat
 
@@ -27,7 +27,7 @@ class LightningHarness(Forking):
     """A step that is run again is one that the optimizer repeats; a skipped one returns None."""
 
     name = "lightning"
-    can = frozenset({"rerun", "skip", "ranks", "stops"})
+    can = frozenset({"rerun", "skip", "ranks", "stops", "columns"})
     reserved = "val"
     eval_prefix = "val_"
 
@@ -39,6 +39,12 @@ class LightningHarness(Forking):
 
     def nll(self, sequence: OneSequence) -> float:
         return nll_of(sequence)
+
+    def losses(self, sequence: OneSequence) -> list[float]:
+        return nlls_of(sequence)
+
+    def tokens(self, sequence: OneSequence) -> list[int]:
+        return token_ids(sequence)[1:]
 
 
 def _train(script: Script, ran: Ran) -> None:

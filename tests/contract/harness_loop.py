@@ -13,13 +13,14 @@ from channel_metrics.ranks.ranks import Ranks
 from contract.harness import Forking
 from contract.script import Batch, OneSequence, Ran, Script
 
-__all__ = ["LoopHarness", "watch_windows"]
+__all__ = ["LoopHarness", "ids_of", "labels_of", "losses_of", "watch_windows"]
 
 
 class LoopHarness(Forking):
     """Losses are made up: token t of sequence n has (n + t) % 7 + 0.5."""
 
     name = "loop"
+    first = 0
     can = frozenset({"rerun", "skip", "peek", "ranks", "lies", "save", "fails"})
     reserved = "their"
 
@@ -50,9 +51,26 @@ class LoopHarness(Forking):
     def nll(self, sequence: OneSequence) -> float:
         return sum(losses_of(sequence))
 
+    def losses(self, sequence: OneSequence) -> list[float]:
+        return losses_of(sequence)
+
+    def tokens(self, sequence: OneSequence) -> list[int]:
+        return ids_of(sequence)
+
+
+def ids_of(sequence: OneSequence) -> list[int]:
+    return [(sequence.number + t) % 7 for t in range(sequence.tokens)]
+
+
+def labels_of(batch: Batch) -> torch.Tensor:
+    """The ids of the tokens, padded on the right."""
+    rows = [ids_of(sequence) for sequence in batch]
+    width = max(map(len, rows))
+    return torch.tensor([row + [-100] * (width - len(row)) for row in rows])
+
 
 def losses_of(sequence: OneSequence) -> list[float]:
-    return [(sequence.number + t) % 7 + 0.5 for t in range(sequence.tokens)]
+    return [token + 0.5 for token in ids_of(sequence)]
 
 
 def _evaluate(metrics: ChannelMetrics, evaluation: Any, number: int, ran: Ran) -> None:
@@ -83,6 +101,7 @@ def _count(metrics: ChannelMetrics, batch: Batch, lies: bool) -> None:
             token_losses=losses,
             channels=[sequence.channel for sequence in batch],
             loss_mask=mask,
+            labels=labels_of(batch),
             reported_sum=losses.sum() * (1.5 if lies else 1.0),
         )
     )

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_tools import MEGATRON
 
 from contract.harness import Forking
-from contract.harness_loop import losses_of, watch_windows
+from contract.harness_loop import ids_of, labels_of, losses_of, watch_windows
 from contract.script import Batch, Evaluation, OneSequence, Ran, Script, Step
 
 __all__ = ["MegatronHarness"]
@@ -40,6 +40,12 @@ class MegatronHarness(Forking):
 
     def nll(self, sequence: OneSequence) -> float:
         return sum(losses_of(sequence))
+
+    def losses(self, sequence: OneSequence) -> list[float]:
+        return losses_of(sequence)
+
+    def tokens(self, sequence: OneSequence) -> list[int]:
+        return ids_of(sequence)
 
 
 class Loop:
@@ -117,6 +123,7 @@ class Loop:
             partial(loss_func, mask, lie),
             channels=[sequence.channel for sequence in batch],
             loss_mask=mask,
+            labels=labels_of(batch),
         )
         return model(losses), counted
 

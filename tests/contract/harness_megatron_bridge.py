@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from fork_client import Preload
 
-from contract.harness_loop import watch_windows
+from contract.harness_loop import labels_of, watch_windows
 from contract.harness_megatron import MegatronHarness, loss_func, made_up_model, tensors
 from contract.script import Ran, Script, Step
 
@@ -116,4 +116,5 @@ def as_batch(sequences: Any) -> dict[str, Any]:
     """What a data loader of Bridge gives for rows with names."""
     losses, mask = tensors(sequences)
     names = [sequence.channel for sequence in sequences]
-    return {"losses": losses, "loss_mask": mask, "labels": mask.long(), "channels": names}
+    labels = labels_of(sequences)
+    return {"losses": losses, "loss_mask": mask, "labels": labels, "channels": names}

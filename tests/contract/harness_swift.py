@@ -57,6 +57,7 @@ class SwiftHarness(HFHarness):
     """folder: of the models."""
 
     name = "swift"
+    can = HFHarness.can - {"columns"}
     preload = SWIFT
     is_here = False
     mode = "train"

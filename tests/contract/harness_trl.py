@@ -68,13 +68,13 @@ class SFTInOrder(InOrder, SFTTrainer):
 
 class Rows(Records):
     # Newer TRL asks for them before an evaluation.
-    column_names = ("input_ids", "labels", "channel")
+    column_names = ("input_ids", "labels", "channel", "roles")
 
 
 class PairHarness(HFHarness):
     """A sequence of the script is a pair, or a single answer, see pairs.py."""
 
-    can = HFHarness.can - {"ranks"} | {"pairs"}
+    can = HFHarness.can - {"ranks", "columns"} | {"pairs"}
 
     def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
         records = self.records([s for step in script.steps for s in flat(step)])
@@ -133,7 +133,8 @@ class KTOHarness(PairHarness):
         return Answers(sequences, fails_at)
 
     def trainer(self, arguments: dict[str, Any], records: Records) -> Any:
-        return KTOInOrder(
+        make: Any = KTOInOrder
+        return make(
             model=tiny_qwen2(),
             ref_model=tiny_qwen2(REFERENCE_SEED),
             args=KTOConfig(**arguments, beta=BETA, loss_type="apo_zero_unpaired"),

@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from reference import bucket
 
+from channel_metrics import ChannelError, ConfigError
 from channel_metrics.core.names import joint_name
 from contract.cases import CASES, NEEDS, case, config
 from contract.script import (
@@ -20,9 +22,11 @@ from contract.script import (
     Script,
     check_values,
     expected,
+    flat,
     measure,
     ran,
     renamed,
+    role_of,
     steps,
     window_sequences,
 )
@@ -71,6 +75,100 @@ def labels_on_two_axes(harness: Harness, folder: Path) -> None:
     check_values(evaluation.axes["lang"], by(harness, of_evaluation, language))
     de = evaluation.axes["lang"]["de"][how]
     assert found.evaluations[0][f"eval_lang/de_{how}"] == pytest.approx(de)
+
+
+@case()
+def loss_by_position(harness: Harness, folder: Path) -> None:
+    """Positions of whole sequences, in training, in evaluations and in totals."""
+    axes = {"position": {"by": "position"}, "length": {"by": "length"}}
+    script = Script(
+        config=config(axes=axes),
+        steps=steps("aabb", "abab", "bb-a", "aaaa"),
+        evaluations=(Evaluation(1, steps("bbaa", first=40)[0]),),
+    )
+    if measure(harness) != "loss" or "pairs" in harness.can:
+        (refused,) = harness.run(script, folder)
+        assert isinstance(refused.error, ConfigError) and "single tokens" in str(refused.error)
+        return
+    found, total = ran(harness, script, folder), 0.0
+    windows = [window for window in found.windows if window.split == "train"]
+    for window, sequences in zip(windows, window_sequences(script), strict=True):
+        wanted = by_position(harness, sequences)
+        total += wanted["0000002-0000003"]["tokens"]
+        check_values(window.axes["position"], wanted)
+        assert not any("samples" in metric for metric in window.axes["position"]["0000001"])
+        check_values(window.values, expected(harness, sequences))
+        of_length = window.axes["length"].values()
+        assert sum(values["share"] for values in of_length) == pytest.approx(1)
+    assert windows[-1].axes["position"]["0000002-0000003"]["tokens_total"] == total
+    key = "position/0000002-0000003_loss"
+    assert windows[0].logs[key] == windows[0].axes["position"]["0000002-0000003"]["loss"]
+    held = by_position(harness, flat(script.evaluations[0].batches))
+    assert found.evaluations[0][f"eval_{key}"] == pytest.approx(held["0000002-0000003"]["loss"])
+
+
+def by_position(harness: Harness, sequences: list[OneSequence]) -> dict[str, dict[str, float]]:
+    """What a window holds per position."""
+
+    def labels(sequence: OneSequence) -> list[str]:
+        last = harness.first + sequence.tokens
+        return [bucket(position) for position in range(harness.first, last)]
+
+    return by_label(harness, sequences, labels)
+
+
+def by_label(
+    harness: Harness,
+    sequences: list[OneSequence],
+    labels: Callable[[OneSequence], list[str]],
+) -> dict[str, dict[str, float]]:
+    """What a window holds per label of single tokens, by counting one token after the other."""
+    found: dict[str, list[float]] = {}
+    for sequence in sequences:
+        for label, loss in zip(labels(sequence), harness.losses(sequence), strict=True):
+            found.setdefault(label, []).append(loss)
+    tokens = sum(map(len, found.values()))
+    return {
+        name: {"loss": sum(of) / len(of), "tokens": len(of), "share": len(of) / tokens}
+        for name, of in found.items()
+    }
+
+
+@case()
+def loss_by_what_a_token_is(harness: Harness, folder: Path) -> None:
+    """Labels from the ids of the tokens in every trainer, from a column where it is kept."""
+    images = [2, 5, *range(20, 40)]
+    of_ids = {"kind": {"by": "modality", "labels": {"image": images}}}
+    roles = {"role": {"by": "column", "field": "roles"}}
+    held = (Evaluation(1, steps("bbaa", first=40)[0]),)
+    has_columns = "columns" in harness.can
+    axes = of_ids | roles if has_columns else of_ids
+    script = Script(config=config(axes=axes), steps=steps("aabb", "abab"), evaluations=held)
+    if measure(harness) != "loss" or "pairs" in harness.can:
+        (refused,) = harness.run(script, folder)
+        assert isinstance(refused.error, ConfigError) and "single tokens" in str(refused.error)
+        return
+
+    def kinds(sequence: OneSequence) -> list[str]:
+        return ["image" if token in images else "text" for token in harness.tokens(sequence)]
+
+    def roles_of(sequence: OneSequence) -> list[str]:
+        return [role_of(token) or "unlabeled" for token in harness.tokens(sequence)]
+
+    found = ran(harness, script, folder)
+    (window,) = [window for window in found.windows if window.split == "train"]
+    (sequences,) = window_sequences(script)
+    check_values(window.values, expected(harness, sequences))
+    check_values(window.axes["kind"], by_label(harness, sequences, kinds))
+    of_held = by_label(harness, flat(held[0].batches), kinds)
+    loss = found.evaluations[0]["eval_kind/text_loss"]
+    assert loss == pytest.approx(of_held["text"]["loss"])
+    if has_columns:
+        check_values(window.axes["role"], by_label(harness, sequences, roles_of))
+        return
+    (refused,) = harness.run(replace(script, config=config(axes=roles)), folder / "refused")
+    assert isinstance(refused.error, ChannelError)
+    assert "needs a label per token ('roles')" in str(refused.error)
 
 
 @case()

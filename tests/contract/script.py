@@ -127,7 +127,8 @@ class Ran:
 class Harness(Protocol):
     """One trainer.
 
-    can: of "rerun", "skip", "peek", "ranks", "lies", "save", "fails", "stops"; and "pairs", where
+    can: of "rerun", "skip", "peek", "ranks", "lies", "save", "fails", "stops"; "columns", if its
+    batches keep a column with a label per token; and "pairs", where
     it counts pairs and no tokens: a sequence of the script is one pair, and its `nll` the loss of
     that pair. With "rewards" too, it logs a reward and no loss, and `nll` is the reward.
     """
@@ -136,6 +137,8 @@ class Harness(Protocol):
     can: frozenset[str]
     reserved: str
     """The name of a channel whose key (`{channel}_{metric}`) is one of the trainer's own."""
+    first: int
+    """The position of the first supervised token of a sequence."""
     eval_prefix: str = "eval_"
     """How the trainer's keys of an evaluation begin."""
 
@@ -144,6 +147,12 @@ class Harness(Protocol):
 
     def nll(self, sequence: OneSequence) -> float:
         """The summed nll of the supervised tokens of a sequence, by an independent way."""
+
+    def losses(self, sequence: OneSequence) -> list[float]:
+        """The losses of the supervised tokens, where tokens are counted."""
+
+    def tokens(self, sequence: OneSequence) -> list[int]:
+        """The ids of the supervised tokens, where tokens are counted."""
 
     def loss(self, sequences: Sequence[OneSequence]) -> float:
         """The loss of these sequences, by an independent way."""
@@ -219,6 +228,11 @@ def window_sequences(script: Script) -> list[list[OneSequence]]:
     return [window for window in windows if window]
 
 
+def role_of(token: int) -> str | None:
+    """The label of a token on an axis of the tests."""
+    return ("user", "assistant", None)[token % 3]
+
+
 def check_values(found: dict[str, dict[str, float]], wanted: dict[str, dict[str, float]]) -> None:
     """The same channels, and equal values of the metrics that both have.
 
@@ -242,11 +256,9 @@ def faulty_count(at: int | None) -> Any:
             raise ZeroDivisionError("an error of ours")
         return original(self)
 
-    Counting._open_table = open_table
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Counting, "_open_table", open_table)
         yield
-    finally:
-        Counting._open_table = original
 
 
 def flat(batches: Sequence[Batch]) -> list[OneSequence]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ BOUNDS = torch.tensor([0, 2, 4], dtype=torch.int32)
 )  # fmt: skip
 def test_refuses_and_loses_nothing(given: dict[str, Any], message: str) -> None:
     accumulator = ChannelLossAccumulator(["a", "b"])
-    good = {"token_losses": ONES, "channels": IDS, "cu_seqlens": BOUNDS}
+    good: dict[str, Any] = {"token_losses": ONES, "channels": IDS, "cu_seqlens": BOUNDS}
     before = accumulator.update(**good).compute()
     with pytest.raises(ChannelMetricsError, match=re.escape(message)):
         accumulator.update(**{**good, **given})
@@ -165,7 +165,7 @@ def test_a_damaged_state_leaves_the_old_one(change: dict[str, Any]) -> None:
     with pytest.raises(ChannelMetricsError, match=r"is damaged \(KeyError\('sums'\)\)"):
         accumulator.load_state_dict({k: v for k, v in state.items() if k != "sums"})
     with pytest.raises(ChannelMetricsError, match="must be a mapping, but is list"):
-        accumulator.load_state_dict([state])  # type: ignore[arg-type]
+        accumulator.load_state_dict(cast(Any, [state]))
     assert (accumulator.compute(), accumulator.mismatch()) == (before, 0.5)
     assert accumulator.table.names == ("z", "a")
 

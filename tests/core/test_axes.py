@@ -103,8 +103,15 @@ def test_rows() -> None:
         "unlabeled", "kind:unlabeled", "topic:unlabeled", "channel.topic:unlabeled.unlabeled",
         "kind.topic:unlabeled.unlabeled",
     ]  # fmt: skip
+    twice = AxisBook({"topic": ()}, [("channel", "topic")] * 2).rows("a")
+    assert twice == ["a", "topic/unlabeled", "channel.topic/a.unlabeled"], "counted once"
     with pytest.raises(ChannelError, match="channel 'kind:x' has the name of the label 'x'"):
         book.names(["a", "kind:x"])
+    with pytest.raises(ChannelError, match="'tree_mean/x' has the name of the label 'x' on the ax"):
+        AxisBook({}, tree=1).names(["x/y", "tree_mean/x"])
+    book = AxisBook({"b": {"one": "xa"}, "ab": {"one": "x"}}, form="{label}{axis}")
+    with pytest.raises(ChannelError, match=r"'xa' on the axis 'b' and 'x' .* both be called 'xab'"):
+        book.rows("one")
 
 
 NAMES = st.lists(
@@ -122,7 +129,9 @@ def test_sums_per_label_are_those_of_a_loop(given_: list[Any], seed: int) -> Non
     names = tuple(str(joint_name(c, [("topic", t) for t in topics])) for c, topics in pairs)
     sums = torch.rand(len(pairs) + 1, 2, generator=torch.Generator().manual_seed(seed)).double()
     book = AxisBook({"kind": {"a": "x"}, "topic": ()})
+    book.project(names[:1], sums[:2])  # names that come up later are rows, too
     found = book.project(names, sums)
+    assert len({*found.names}) == len(found.names)
     wanted: dict[str, list[float]] = {}
     for (channel, topics), row in zip([(None, []), *pairs], sums.tolist(), strict=True):
         kind = "x" if channel == "a" else "unlabeled"
@@ -147,6 +156,7 @@ def test_sums_per_label_are_those_of_a_loop(given_: list[Any], seed: int) -> Non
         ({"axes": {"domain": {"bbu": 3}}}, "but maps 'bbu' to 3"),
         ({"cross": [["channel", "domain"]]}, "cross names the axis 'domain'"),
         ({"axes": {"d": "x"}, "cross": [["d"]]}, "must list two or more different axes"),
+        ({"axes": {"d": "x"}, "cross": [["d", "d"]]}, "must list two or more different axes"),
         ({"axes": {"d": "x"}, "cross": "d"}, "cross must be a list of lists of axes"),
         ({"axis_format": "{axis}"}, "axis_format must be built from"),
         ({"axis_format": "{axis}/{name}"}, "axis_format must be built from"),

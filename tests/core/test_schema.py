@@ -87,14 +87,15 @@ def test_the_token_schema() -> None:
     )  # fmt: skip
     assert TOKENS.total_names == ("tokens", "samples")
     assert TOKENS.run_metrics == ("tokens_total", "samples_total")
+    assert TOKENS.slope_metrics == ("loss_slope", "loss_slope_se")
     assert WINDOW_METRICS == (
         "loss", "weighted_loss", "token_acc", "ppl", "tokens", "samples", "share",
-        "bits_per_byte", "bits_per_char",
+        "bits_per_byte", "bits_per_char", "entropy",
         "loss_se", "loss_low", "loss_high", "token_acc_se", "token_acc_low", "token_acc_high",
-        "loss_p10", "loss_p50", "loss_p90",
+        "loss_p10", "loss_p50", "loss_p90", "excess_loss",
     )  # fmt: skip
     assert sorted(TOKENS.metric_names) == sorted(
-        (*WINDOW_METRICS, "nonfinite", "tokens_total", "samples_total")
+        (*WINDOW_METRICS, "nonfinite", "tokens_total", "samples_total", *TOKENS.slope_metrics)
     )
     assert {m.name for m in TOKENS.metrics if m.adds_up} == {"tokens", "samples", "nonfinite"}
 

@@ -17,14 +17,15 @@ def record(length: int, channel: str | None, first: int = 100) -> Record:
 
 
 def padded(records: list[Record], *, left: bool = False, mask: bool = True) -> dict[str, Any]:
-    """Rows, padded with 0; labels of pads are -100."""
+    """Rows, padded with 0; labels are the tokens if not given, and -100 at pads."""
     width = max(len(r["input_ids"]) for r in records)
+    values: Any
     batch: dict[str, list[Any]] = {"input_ids": [], "labels": [], "attention_mask": []}
     for r in records:
         ids = r["input_ids"]
         for key, values, pad in (
             ("input_ids", ids, 0),
-            ("labels", ids, -100),
+            ("labels", r.get("labels", ids), -100),
             ("attention_mask", [1] * len(ids), 0),
         ):
             fill = [pad] * (width - len(ids))

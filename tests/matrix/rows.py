@@ -27,6 +27,7 @@ LOOPS = (
     "tests/trainers/loop/test_loop.py",
     "tests/trainers/loop/test_loop_packs.py",
     "tests/trainers/loop/test_loop_ranks.py",
+    "tests/trainers/loop/test_loop_streams.py",
     "tests/trainers/lightning",
 )
 

@@ -1,22 +1,15 @@
-"""One launcher and one set of data for all tests of a pytest process."""
+"""The fixtures of Megatron-LM's tests, with another launcher."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from megatron_lm.data import Data
+from megatron_lm.conftest import data, launcher
 
 from megatron_bridge.launch import BridgeLauncher
 
-
-@pytest.fixture(scope="session")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BridgeLauncher]:
-    launcher = BridgeLauncher(tmp_path_factory.mktemp("bridge"))
-    yield launcher
-    launcher.close()
+__all__ = ["data", "launcher", "launcher_class"]
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    return Data(tmp_path_factory.mktemp("bridge_data"))
+def launcher_class() -> type[BridgeLauncher]:
+    return BridgeLauncher

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,18 +9,10 @@ from typing import Any
 
 import pytest
 from fork_client import Preload
-from megatron_lm.launch import RUN_SECONDS, Launcher, Run
-
-
-def has_megatron_bridge() -> bool:
-    try:
-        return importlib.util.find_spec("megatron.bridge") is not None
-    except ModuleNotFoundError:
-        return False
-
+from megatron_lm.launch import RUN_SECONDS, Launcher, Run, has_module
 
 needs_megatron_bridge = pytest.mark.skipif(
-    not has_megatron_bridge(),
+    not has_module("megatron.bridge"),
     reason="Megatron-Bridge is only in the latest environment, which `make test-latest` runs",
 )
 
@@ -71,13 +62,7 @@ class BridgeLauncher(Launcher):
             "environ": {"CHANNEL_METRICS_CONFIG": str(paths[1])} if config else {},
             "timeout": RUN_SECONDS,
         }
-        key = json.dumps(job)
-        if key not in self.done:
-            self.done[key] = self._run(job)
-        run = self.done[key]
-        if check and run.failure:
-            raise AssertionError(run.failure)
-        return run
+        return self._once(job, check)
 
     def _file(self, text: str, end: str) -> Path:
         """A file with this text; the same for the same text."""

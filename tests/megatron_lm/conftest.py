@@ -11,8 +11,15 @@ from megatron_lm.launch import Launcher
 
 
 @pytest.fixture(scope="session")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    launcher = Launcher(tmp_path_factory.mktemp("megatron"))
+def launcher_class() -> type[Launcher]:
+    return Launcher
+
+
+@pytest.fixture(scope="session")
+def launcher(
+    launcher_class: type[Launcher], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Launcher]:
+    launcher = launcher_class(tmp_path_factory.mktemp("megatron"))
     yield launcher
     launcher.close()
 

@@ -30,15 +30,15 @@ from megatron_lm.logs import Line, parse_lines, read_scalars
 RUN_SECONDS = 90
 
 
-def has_megatron_training() -> bool:
+def has_module(name: str) -> bool:
     try:
-        return importlib.util.find_spec("megatron.training") is not None
+        return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
 
 
 needs_megatron_training = pytest.mark.skipif(
-    not has_megatron_training(),
+    not has_module("megatron.training"),
     reason="megatron.training is only in the latest environment, which `make test-latest` runs",
 )
 
@@ -159,13 +159,7 @@ class Launcher:
             "environ": environ or {},
             "timeout": timeout,
         }
-        key = json.dumps(job)
-        if key not in self.done:
-            self.done[key] = self._run(job)
-        run = self.done[key]
-        if check and run.failure:
-            raise AssertionError(run.failure)
-        return run
+        return self._once(job, check)
 
     def close(self) -> None:
         self.server.close()
@@ -174,6 +168,15 @@ class Launcher:
     def next_folder(self) -> Path:
         """Where the next run will be."""
         return self.folder / f"run{len(list(self.folder.glob('run*')))}"
+
+    def _once(self, job: dict[str, Any], check: bool) -> Run:
+        key = json.dumps(job)
+        if key not in self.done:
+            self.done[key] = self._run(job)
+        run = self.done[key]
+        if check and run.failure:
+            raise AssertionError(run.failure)
+        return run
 
     def _run(self, job: dict[str, Any]) -> Run:
         folder = self.next_folder

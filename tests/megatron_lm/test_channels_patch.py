@@ -9,7 +9,7 @@ from textwrap import dedent
 
 import pytest
 
-from megatron_lm.launch import has_megatron_training, needs_megatron_training
+from megatron_lm.launch import has_module, needs_megatron_training
 
 TESTS = Path(__file__).resolve().parents[1]
 START = """
@@ -85,7 +85,7 @@ def test_a_version_without_a_hook_point_is_refused_whole(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(
-    has_megatron_training(),
+    has_module("megatron.training"),
     reason="here is megatron.training; `make test` runs this where it is not",
 )
 def test_without_the_training_loop_the_error_says_where_it_is(tmp_path: Path) -> None:

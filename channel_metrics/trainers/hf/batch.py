@@ -12,7 +12,7 @@ from torch import Tensor
 from channel_metrics.capture.logits import shifted_labels
 from channel_metrics.capture.reader import TokenLossReader
 from channel_metrics.data.batch_channels import BatchChannels
-from channel_metrics.data.collator import CollatorFault
+from channel_metrics.data.collator_fault import CollatorFault
 
 __all__ = ["Scratch", "has_token_labels", "labels_of"]
 

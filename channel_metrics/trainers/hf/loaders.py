@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from channel_metrics.data.collator import ChannelCollator
+from channel_metrics.data.reference import reference_of
 from channel_metrics.data.repeats import repeats_unseen
 from channel_metrics.data.scan import class_names, count_channels
 from channel_metrics.errors import ConfigError
@@ -175,4 +176,6 @@ class ChannelLoadersMixin(_TrainerBase):
             remove_unused_columns=self.args.remove_unused_columns,
             kind=kind,
             classes=class_names(dataset, session.config.label_fields),
+            columns=session.token_axes.columns,
+            reference=reference_of(session.config),
         )

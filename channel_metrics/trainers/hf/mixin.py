@@ -17,7 +17,7 @@ from channel_metrics.config import MetricsConfig
 from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.data.batch_channels import BatchChannels, take_channels
-from channel_metrics.data.collator import CollatorFault
+from channel_metrics.data.collator_fault import CollatorFault
 from channel_metrics.data.repeats import first_records, real_records
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.observers.live_table import LiveTable, wants_live_table
@@ -81,8 +81,9 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         vars(self).pop("_eval_dataloaders", None)
         session = self._new_session(config)
         session.ends_run = True
-        session.read_tokenizer(getattr(self, "processing_class", None))
+        session.read_tokenizer(getattr(self, "processing_class", None), self.model)
         self.channel_metrics, self.channel_scratch = session, self._new_scratch(session)
+        self.channel_scratch.reader.with_entropy = session.with_entropy
         self.pop_callback(LiveTable)
         if config.live_table and wants_live_table(self):
             table = LiveTable(self.callback_handler.callbacks)
@@ -235,11 +236,11 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
             observation,
             labels,
             causal=None if reader.captured is not None else self._is_causal(),
-            by_rows=batch.cu_seqlens is None,
+            by_rows=batch.cu_seqlens is None and not session.token_axes,
             per_token=batch.per_token,
             with_targets=session.with_targets,
         )
-        of_all = values
+        of_all, values = values, batch.with_places(values) if session.token_axes else values
         real = self._real_records(session)
         if real is not None and real[0] < real[1]:
             reported = None
@@ -252,7 +253,8 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
                     "told, so they are counted twice."
                 )
             batch, values = kept or (batch, values)
-        session.count(MicroBatch.of_values(values, batch.channels, batch.cu_seqlens, reported))
+        of_batch = batch.channels, batch.cu_seqlens, reported, batch.reference
+        session.count(MicroBatch.of_values(values, *of_batch))
         return of_all
 
     def _real_records(self, session: ChannelMetrics) -> tuple[int, int] | None:
@@ -274,9 +276,9 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
             scratch = self.channel_scratch
             with session.guard.guarded():
                 # In an evaluation, the channels are no longer in the batch.
-                pending = scratch.pending
-                channels = pending.channels if isinstance(pending, BatchChannels) else None
-                cut = shard_with_labels(context, prepared.get("channels", channels))
+                taken = take_channels(dict(prepared)) or scratch.pending
+                found = (taken.channels, taken.marks) if isinstance(taken, BatchChannels) else ()
+                cut = shard_with_labels(context, *found)
                 scratch.cut, context = cut is not context, cut
         return context, prepared
 

@@ -33,6 +33,8 @@ from transformers import DataCollatorWithFlattening
 
 from channel_metrics.core.boundaries import rows_as_sequences, token_channel_ids
 from channel_metrics.data.collator import ChannelCollator
+from channel_metrics.data.reference import REFERENCE_KEY
+from channel_metrics.data.token_marks import MARKS_KEY, marks_of_targets
 from channel_metrics.errors import ConfigError, UnsupportedVersionError
 
 __all__ = [
@@ -168,8 +170,11 @@ class TargetIdCollator(ChannelCollator):
                 f"[batch, sequence], but they are {came}."
             )
         bounds = added.pop(self.bounds_key, None)
+        added.pop(REFERENCE_KEY, None)  # whole sequences only
         bounds = rows_as_sequences(*labels.shape) if bounds is None else bounds
         of_tokens = token_channel_ids(ids, bounds, labels.numel()).view(labels.shape)
+        if MARKS_KEY in added:
+            added[MARKS_KEY] = marks_of_targets(added[MARKS_KEY])
         return {**added, "channels": target_ids(of_tokens)}
 
 
@@ -226,28 +231,29 @@ def _as_ids(added: Mapping[str, Any], reason: str) -> Tensor:
     return channels
 
 
-def shard_with_labels(context: Callable[..., Any], ids: Any) -> Any:
+def shard_with_labels(context: Callable[..., Any], *of_tokens: Any) -> Any:
     """Let context parallelism cut the channel ids together with the labels.
 
     Args:
         context: what `Trainer._prepare_context_parallel_inputs` returns.
-        ids: the channels of the batch. They are cut if they are int64 [B, S].
+        *of_tokens: the channels of the batch, and what else to cut like them. They are cut if the
+            channels are int64 [B, S]. Nothing, without channels.
 
     Returns:
         A context that also cuts the ids; `context` itself if nothing is cut.
     """
-    if not isinstance(ids, Tensor) or ids.dim() != 2:
+    if not of_tokens or not isinstance(of_tokens[0], Tensor) or of_tokens[0].dim() != 2:
         return context
     if not isinstance(context, functools.partial) or "buffers" not in context.keywords:
         return context
-    cut = context.keywords
+    cut, ours = context.keywords, [one for one in of_tokens if one is not None]
     return functools.partial(
         context.func,
         *context.args,
         **cut
         | {
-            "buffers": [*cut["buffers"], ids],
-            "buffer_seq_dims": [*cut["buffer_seq_dims"], 1],
-            "no_restore_buffers": {*cut["no_restore_buffers"], ids},
+            "buffers": [*cut["buffers"], *ours],
+            "buffer_seq_dims": [*cut["buffer_seq_dims"], *[1] * len(ours)],
+            "no_restore_buffers": {*cut["no_restore_buffers"], *ours},
         },
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
+from channel_metrics.data.batch_channels import take_channels
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.data.repeats import real_records_of_sampler
-from channel_metrics.errors import ChannelMetricsError, ConfigError
+from channel_metrics.data.scan import learn_classes
+from channel_metrics.errors import ConfigError
 from channel_metrics.extras import need
+from channel_metrics.observing import observe
 from channel_metrics.session import ChannelMetrics
-from channel_metrics.trainers.lightning.known import Known
-from channel_metrics.trainers.lightning.steps import StepCounter
-from channel_metrics.windows import Window
+from channel_metrics.trainers.lightning.models import trained_model
+from channel_metrics.trainers.wanted import channels_in, check_sets
+from channel_metrics.windows import Evaluation, Window
 
 __all__ = ["ChannelMetricsCallback"]
 
@@ -39,6 +43,10 @@ _RESERVED_KEYS = frozenset({"loss", "train_loss", "val_loss", "test_loss", "epoc
 _STEPS = ("training_step", "validation_step", "test_step")
 # Lightning keeps what is logged by the name of the hook that logs it: our own name.
 _HOOK = "channel_metrics"
+_REMEDY = (
+    'In Lightning, return {"loss": loss, "logits": logits} from the step, or the losses of all '
+    'tokens: {"loss": loss, "token_losses": losses, "labels": labels}.'
+)
 
 
 class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are found at import
@@ -63,18 +71,17 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
     ) -> None:
         self.metrics = ChannelMetrics(config, reserved=_RESERVED_KEYS, on_window=on_window)
         self.metrics.ends_run = True
-        self._model = model
-        self._steps: StepCounter
-        self._known: Known
-        self._undo = ExitStack()
-        self._fits = self._raised = False
-        self._last_step = 0
+        self._name = model
+        self._model: torch.nn.Module | None = None
+        self._module: Any = None
+        self._undo, self._raised = ExitStack(), False
+        # The batch of the next step with our keys, and which of its records are no repetitions.
+        self._batch: tuple[dict[str, Any], tuple[int, int] | None] | None = None
         # The keys that we have logged.
         self._own: set[str] = set()
-        # The open evaluation: its data loaders, the number of the current one, and its windows.
-        self._loaders: list[Any] = []
-        self._loader = -1
+        # The windows of the open evaluation, and the number of the current one.
         self._windows: Generator[int] | None = None
+        self._loader = -1
 
     def collator(self, base: Callable[[list[Any]], Any]) -> ChannelCollator:
         """A `collate_fn` like `base` that also adds the channels. `base` must return a dict."""
@@ -89,55 +96,91 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
                 f"{type(trainer.strategy).__name__} gives the same batches to several ranks "
                 "(tensor parallelism), whose tokens would be counted twice; this is not supported."
             )
-        self._fits, self._raised = stage == "fit", False
-        session = self.metrics
+        session, self._raised = self.metrics, False
+        self._module, self._model = pl_module, None
         session.ranks = replace(session.ranks, alone=trainer.world_size == 1)
         # With steps behind it, the same trainer trains on.
-        if self._fits and not trainer.global_step:
+        if stage == "fit" and not trainer.global_step:
             with session.guard.guarded():
                 session.start()
-        self._steps = StepCounter(session, pl_module, self._model)
-        self._known = Known(session)
-        self._known.watch(trainer, self._undo)
         # Not those of the module, which may be copied or pickled while it is trained.
         for name in _STEPS:
-            self._undo.enter_context(swap.wrapped(trainer.strategy, name, self._steps.run))
+            self._undo.enter_context(swap.wrapped(trainer.strategy, name, self._step))
+        self._undo.enter_context(swap.wrapped(trainer.strategy, "process_dataloader", self._learn))
+
+    def _learn(self, original: Callable[..., Any], loader: Any) -> Any:
+        """Tell a collator the names of class numbers, before the workers of its loader start."""
+        collate = getattr(loader, "collate_fn", None)
+        if isinstance(collate, ChannelCollator):
+            with self.metrics.guard.guarded():
+                learn_classes(collate.classes, loader.dataset, collate.fields)
+        return original(loader)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        # The window of an evaluation that failed is dropped, without a collective.
+        if self._windows is not None:
+            self._windows.close()
         self._undo.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._raised = True
-        self._undo.close()
-        # The window of an evaluation that failed is dropped, without a collective.
-        if self._windows is not None:
-            self._windows.close()
+        self.teardown(trainer, pl_module, "")
+
+    # ---- steps -----------------------------------------------------------------------------
+
+    def _take(
+        self, batch: Any, real: tuple[int, int] | None = None, *, counted: bool = True
+    ) -> None:
+        """Remove our keys from a batch, and keep them for the next step if it must count."""
+        found = batch if isinstance(batch, MutableMapping) else {}
+        self._batch = (dict(found), real) if counted else None
+        take_channels(found)
+
+    def _step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.metrics.guard.shielded(step, self._counted, *args, **kwargs)
+
+    def _counted(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # Some optimizers run a step several times: its batch is counted the first time.
+        taken, self._batch = self._batch, None
+        if taken is None:
+            return step(*args, **kwargs)
+        batch, real = taken
+        if self._model is None:  # not before: `configure_model` and the strategy may make it anew
+            self._model = trained_model(self._module, self._name)
+        trains = self._module.trainer.training and self._module.automatic_optimization
+        with observe(self.metrics, self._model, batch, real=real, remedy=_REMEDY) as seen:
+            output = step(*args, **kwargs)
+            if output is None and trains:
+                seen.discard()  # Lightning skips its backward.
+            seen.returned(output)
+        return output
 
     # ---- training --------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        with self.metrics.guard.guarded():
-            self._known.check(trainer)
+        session = self.metrics
+        with session.guard.guarded():
+            train = [channels_in(session, one) for one in _datasets(trainer.train_dataloader)]
+            sets = {"": None if None in train else set[str]().union(*filter(None, train))}
+            held = _datasets(trainer.val_dataloaders) if trainer.enable_validation else []
+            for split, dataset in zip(_splits("val", len(held)), held, strict=True):
+                sets[f"{split}_"] = channels_in(session, dataset)
+            check_sets(session, sets, _monitored(trainer))
 
-    def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._steps.take(batch)
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *args: Any) -> None:
+        self._take(batch)
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         # Lightning also logs if `trainer.should_stop` is set, which not all ranks may know.
-        self._last_step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        every = trainer.log_every_n_steps
-        due = trainer.fast_dev_run or (every and (self._last_step + 1) % every == 0)
+        step, every = trainer.fit_loop.epoch_loop._batches_that_stepped, trainer.log_every_n_steps
+        due = trainer.fast_dev_run or (every and (step + 1) % every == 0)
         if due and not trainer.fit_loop._should_accumulate():
-            self._log_train(trainer, None)
+            self._log_train(trainer, step)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._log_train(trainer, self._last_step)
+        self._log_train(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
 
-    def _log_train(self, trainer: Any, step: int | None) -> None:
+    def _log_train(self, trainer: Any, step: int) -> None:
         # Not `log_dict`: Lightning would log the last value of a channel that is absent again.
         values = self._values(trainer, self.metrics.close(trainer.global_step))
         trainer.callback_metrics.update(values)
@@ -163,47 +206,39 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
     # ---- evaluation ------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        self._loaders, self._loader = trainer._evaluation_loop._combined_loader.flattened, -1
+        self._loader = -1
         self._windows = None if trainer.sanity_checking else self._evaluate(trainer)
 
     def _evaluate(self, trainer: Any) -> Generator[int]:
         """Open the window of one data loader after the other, and log them in the end."""
-        stage, closed = trainer.state.stage.dataloader_prefix, []
-        for number in range(len(self._loaders)):
-            name = stage if len(self._loaders) == 1 else f"{stage}_{number}"
-            with self.metrics.evaluation(name, trainer.global_step, f"{name}_") as found:
+        stage, closed = trainer.state.stage.dataloader_prefix, list[Evaluation]()
+        for number, split in enumerate(_splits(stage, len(_evaluated(trainer)))):
+            with self.metrics.evaluation(split, trainer.global_step, f"{split}_") as found:
                 yield number
-            if found.window is not None:
-                closed.append(found.window)
-        for window in closed:
-            self._log_evaluation(trainer, window)
+            closed.append(found)
+        for window in filter(None, (found.window for found in closed)):
+            # Not `pl_module.log`: with a value that the module logs in the same hook under the same
+            # key, Lightning would log the mean of both. Here, the module's comes last and stays.
+            for key, value in self._values(trainer, window).items():
+                # `sync_dist` without a function: the values are those of all ranks already.
+                trainer._results.log(_HOOK, key, value, sync_dist=True, batch_size=1)
         self._stop(trainer)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self._windows is None:
-            self._steps.take(batch, counted=False)
-            return
-        while self._loader < dataloader_idx:
+        while self._windows is not None and self._loader < dataloader_idx:
             self._loader = next(self._windows)
-        real = real_records_of_sampler(self._loaders[dataloader_idx], batch_idx)
-        self._steps.take(batch, real=real)
+        real = real_records_of_sampler(_evaluated(trainer)[dataloader_idx], batch_idx)
+        self._take(batch, real, counted=self._windows is not None)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         # Every rank closes all windows in the same order, also those of loaders without a batch.
         for _ in self._windows or ():
             pass
 
-    def _log_evaluation(self, trainer: Any, window: Window) -> None:
-        # Not `pl_module.log`: with a value that the module logs in the same hook under the same
-        # key, Lightning would log the mean of both. Here, that of the module comes last and stays.
-        for key, value in self._values(trainer, window).items():
-            # `sync_dist` without a function: the values are those of all ranks already.
-            trainer._results.log(_HOOK, key, value, sync_dist=True, batch_size=1)
-
     def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *args: Any) -> None:
-        self._steps.take(batch, counted=False)
+        self._take(batch, counted=False)
 
     on_test_start = on_validation_start
     on_test_batch_start = on_validation_batch_start
@@ -213,33 +248,35 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
 
     def state_dict(self) -> dict[str, Any]:
         """The totals of the run, for a checkpoint. A collective, except after an exception."""
-        session = self.metrics
-        if self._raised and not session.ranks.is_one:
-            return {"totals": session.totals.state_dict()}
-        totals = session.totals_now()
-        return {} if totals is None else {"totals": totals.state_dict()}
+        return self.metrics.totals_state(alone=self._raised)
 
-    def on_load_checkpoint(
-        self, trainer: Any, pl_module: Any, checkpoint: Mapping[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         """Go on from the totals of a checkpoint."""
         # Lightning also calls this for the checkpoint that it tests.
-        if not self._fits:
-            return
-        state, session = checkpoint["callbacks"].get(self.state_key), self.metrics
-        if not state:
-            session.warn_once(
-                "the checkpoint was written without channel metrics, so "
-                f"{' and '.join(session.schema.run_metrics)} count from here."
-            )
-            return
-        try:
-            session.load_state_dict(state)
-        except ChannelMetricsError as error:
-            # The counts from here on are right.
-            if session.guard.raises:
-                raise ChannelMetricsError(
-                    f"the totals in {trainer.ckpt_path} cannot be read: {error} To go on with "
-                    'totals that start at zero, set on_error="warn" in the config.'
-                ) from error
-            session.warn_once(f"{error} The totals of the run start at zero.")
+        if trainer.state.fn == "fit":
+            state = checkpoint["callbacks"].get(self.state_key)
+            self.metrics.resume_state(state, str(trainer.ckpt_path))
+
+
+def _splits(stage: str, count: int) -> list[str]:
+    """The names of the `count` data sets of an evaluation."""
+    return [stage] if count == 1 else [f"{stage}_{number}" for number in range(count)]
+
+
+def _datasets(loaders: Any) -> list[Any]:
+    return [getattr(loader, "dataset", None) for loader in tree_leaves(loaders)]
+
+
+def _evaluated(trainer: Any) -> list[Any]:
+    loaders: list[Any] = trainer._evaluation_loop._combined_loader.flattened
+    return loaders
+
+
+def _monitored(trainer: Any) -> Iterator[tuple[str, str]]:
+    """(who watches a logged key, the key)"""
+    plateaus = [one for one in trainer.lr_scheduler_configs if one.reduce_on_plateau]
+    watching = [(one.scheduler, one.monitor) for one in plateaus]
+    watching += [(one, getattr(one, "monitor", None)) for one in trainer.callbacks]
+    for one, key in watching:
+        if isinstance(key, str):
+            yield f"`monitor` of {type(one).__name__}", key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +16,7 @@ __all__ = ["trained_model"]
 _WRAPPERS = frozenset({"OptimizedModule", "PeftModel"})
 
 
-def trained_model(module: torch.nn.Module, name: str | None) -> torch.nn.Module | None:
+def trained_model(module: Any, name: str | None) -> torch.nn.Module:
     """The model whose losses are counted.
 
     Args:
@@ -23,32 +24,32 @@ def trained_model(module: torch.nn.Module, name: str | None) -> torch.nn.Module 
         name: the name of the model in it, such as `student`; None looks for a transformers model.
 
     Returns:
-        The model as the module calls it; None if it holds no transformers model.
+        The model as the module calls it. If it holds no transformers model, or if the whole module
+        is compiled, so that hooks would be a part of its graph: a model that nobody calls.
 
     Raises:
         ConfigError: the module has no model of that name, or holds several that may be meant.
     """
+    known: dict[str, torch.nn.Module] = dict(module.named_modules())
+    if name is not None and name not in known:
+        children = [child for child, _ in module.named_children()]
+        raise ConfigError(f"{type(module).__name__} has no module {name!r}; {hint(name, children)}")
+    if module._compiler_ctx is not None:
+        return torch.nn.Module()
     if name is not None:
-        known: dict[str, torch.nn.Module] = dict(module.named_modules())
-        if name not in known:
-            children = [child for child, _ in module.named_children()]
-            raise ConfigError(
-                f"{type(module).__name__} has no module {name!r}; {hint(name, children)}"
-            )
         return known[name]
     found = list(_models_in(module))
+    # A teacher is usually frozen.
+    trained = [one for one in found if any(p.requires_grad for p in one.parameters())]
+    found = trained if len(trained) == 1 else found
     if len(found) > 1:
-        # A teacher is usually frozen.
-        trained = [one for one in found if any(p.requires_grad for p in one.parameters())]
-        found = trained if len(trained) == 1 else found
-    if len(found) > 1:
-        names = [name for name, inner in module.named_modules() if inner in found]
+        names = [path for path, inner in known.items() if inner in found]
         raise ConfigError(
             f"{type(module).__name__} holds {len(found)} models ({', '.join(names)}), and it is "
             "not clear whose losses to count; name one: "
             f"ChannelMetricsCallback(model={names[0]!r})."
         )
-    return found[0] if found else None
+    return found[0] if found else torch.nn.Module()
 
 
 def _models_in(module: torch.nn.Module) -> Iterator[torch.nn.Module]:

@@ -33,6 +33,7 @@ from torch import Tensor
 from channel_metrics.capture.vocab_parallel import Correctness
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.micro_batch import MicroBatch
+from channel_metrics.core.places import Places
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.errors import BoundaryError, ConfigError
 from channel_metrics.session import ChannelMetrics
@@ -105,6 +106,7 @@ class MegatronChannelMetrics:
         labels: Tensor | None = None,
         reports_sum: bool = True,
         num_crossings: int = 0,
+        places: Places | None = None,
     ) -> Callable[..., Any]:
         """Make a loss function that also counts the losses that it gets.
 
@@ -127,6 +129,7 @@ class MegatronChannelMetrics:
                 losses. If so, the two are compared.
             num_crossings: how many supervised targets belong to the sequence after that of the
                 position that predicts them. There is one warning if there are any.
+            places: where the targets stand, cut as the losses; by default, the bounds show it.
 
         Returns:
             A function that takes the arguments of `loss_func`, and returns its result.
@@ -138,7 +141,8 @@ class MegatronChannelMetrics:
         @functools.wraps(loss_func)
         def counting_loss_func(losses: Tensor, *args: Any, **kwargs: Any) -> Any:
             result = loss_func(losses, *args, **kwargs)
-            if kwargs.get("non_loss_data") or not self.session.measuring or not _counts_here():
+            off = kwargs.get("non_loss_data") or not self.session.measuring
+            if off or not _is_first("tensor_model"):
                 return result
             with self.session.guard.guarded():
                 _refuse_capture(losses)
@@ -148,10 +152,11 @@ class MegatronChannelMetrics:
                 )
                 batch = replace(
                     batch,
-                    sequences=sequences if _is_first_shard() else None,
+                    sequences=sequences if _is_first("context") else None,
                     weights=None if weights is None else weights.reshape(batch.token_losses.shape),
-                    labels=None if labels is None else labels.reshape(batch.token_losses.shape),
+                    labels=None if labels is None else _beside(labels, batch.token_losses),
                     reported_sum=_reported_sum(result) if reports_sum else None,
+                    places=self._places(batch, places),
                 )
                 self.session.count(batch)
             return result
@@ -212,6 +217,13 @@ class MegatronChannelMetrics:
             correct=None if correct is None else correct.reshape(losses.shape),
         )
 
+    def _places(self, batch: MicroBatch, given: Places | None) -> Places | None:
+        """Where the targets stand: the boundaries show it for the tokens that predict them."""
+        if given is not None:
+            return given.map(lambda one: _beside(one, batch.token_losses))
+        found = batch.of_tokens if self.session.token_axes.of_places else None
+        return None if found is None else found.of_next()
+
     def _warn_of_crossings(self, count: int) -> None:
         if count and not self._warned_of_crossings:
             self._warned_of_crossings = True
@@ -220,6 +232,10 @@ class MegatronChannelMetrics:
                 "sequence of their pack; they count for the channel of that sequence. A template "
                 "or prompt format that masks them avoids it."
             )
+
+
+def _beside(values: Tensor, losses: Tensor) -> Tensor:
+    return values.reshape(losses.shape).to(losses.device, non_blocking=True)
 
 
 def _in_layout(losses: Tensor, channels: Channels, loss_mask: Tensor) -> tuple[Tensor, Channels]:
@@ -248,19 +264,12 @@ def _refuse_capture(losses: Tensor) -> None:
         )
 
 
-def _counts_here() -> bool:
+def _is_first(group: str) -> bool:
+    """Whether this rank is the first of its tensor-parallel or context-parallel group."""
     from megatron.core import parallel_state
 
-    return not parallel_state.is_initialized() or (
-        parallel_state.get_tensor_model_parallel_rank() == 0
-    )
-
-
-def _is_first_shard() -> bool:
-    """Whether this rank counts the sequences of its context-parallel group."""
-    from megatron.core import parallel_state
-
-    return not parallel_state.is_initialized() or (parallel_state.get_context_parallel_rank() == 0)
+    rank_of = getattr(parallel_state, f"get_{group}_parallel_rank")
+    return not parallel_state.is_initialized() or rank_of() == 0
 
 
 def _bounds(cu_seqlens: Tensor | None, packed_seq_params: Any) -> Tensor | None:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from channel_metrics import swap
-from channel_metrics.trainers.megatron.ids import follow_labels
+from collections.abc import Callable
+from typing import Any
 
-__all__ = ["follow_cuts", "unfollow_cuts"]
+from torch import Tensor
+
+from channel_metrics import swap
+from channel_metrics.core.places import Places
+from channel_metrics.trainers.megatron.ids import current_ids
+
+__all__ = ["follow_cuts", "follow_labels", "unfollow_cuts"]
+
+# Entries that tell how to cut a batch, besides those whose keys start with cu_seqlens.
+_HOW_TO_CUT = ("max_seqlen", "local_cp_size", "hybrid_cp_group")
 
 _KEY = "megatron_cuts"
 # Only some versions have the last two.
@@ -32,3 +41,45 @@ def follow_cuts() -> None:
 def unfollow_cuts() -> None:
     """Put Megatron's own functions back."""
     swap.unwrap(_KEY)
+
+
+def follow_labels(cut: Callable[..., Any], batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Cut a batch for context parallelism, and the ids of the current micro-batch with it.
+
+    Args:
+        cut: Megatron's function. It returns the batch, or a tuple that starts with it.
+        batch: the batch to cut.
+        *args, **kwargs: the other arguments of `cut`.
+
+    Returns:
+        What `cut` returns.
+    """
+    now = current_ids()
+    labels = batch.get("labels")
+    if now is None or now.ids is None or labels is None:
+        return cut(batch, *args, **kwargs)
+    probes: list[dict[str, Any]] = []
+    with now.guard.guarded():
+        of_tokens = [now.of_tokens(labels.shape)]
+        of_tokens += [one.reshape(labels.shape) for one in now.places or ()]
+        for one in of_tokens:
+            moved = one.to(labels.device, non_blocking=True)
+            # Copied before the cut, because the cut changes the batch in place.
+            probes.append({key: _probe_entry(key, value, moved) for key, value in batch.items()})
+    result = cut(batch, *args, **kwargs)
+    with now.guard.guarded():
+        if probes:
+            found = [result, *(cut(probe, *args, **kwargs) for probe in probes)]
+            now.labels, now.ids, *places = [
+                (one[0] if isinstance(one, tuple) else one)["labels"] for one in found
+            ]
+            now.places = Places(*places) if places else None
+            now.is_cut = True
+    return result
+
+
+def _probe_entry(key: str, value: Any, ids: Tensor) -> Any:
+    # Some functions take the length from the labels, others from the tokens.
+    if key in ("labels", "tokens"):
+        return None if value is None else ids
+    return value if key.startswith("cu_seqlens") or key in _HOW_TO_CUT else None

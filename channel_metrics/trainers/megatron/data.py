@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from channel_metrics.core.labels import UNLABELED_ID, LabelTable, channels_of
+from channel_metrics.core.labels import UNLABELED, UNLABELED_ID, channels_of
 from channel_metrics.core.names import fields_of_channel, joint_name, labels_of_axes
 from channel_metrics.errors import ChannelError, ConfigError
+from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.megatron.ids import (
     BATCH_KEY,
     CROSSINGS_KEY,
     NO_SEQUENCE,
     SEQUENCES_KEY,
 )
+from channel_metrics.trainers.megatron.names import dataset_name
 from channel_metrics.trainers.megatron.sft_names import sft_channel_names
 
 __all__ = ["ChannelDataset", "is_sft", "pack_channel_ids"]
@@ -35,10 +37,9 @@ class ChannelDataset(torch.utils.data.Dataset[Any]):
 
     Args:
         dataset: a BlendedDataset, or one dataset with a `dataset_path`.
-        table: maps the names of channels to ids.
-        id_of: gives the id for the path of a dataset. The path of mock data is None.
-        declare: adds names of channels to the table. It is called before there are workers.
-        fields: the fields of a line or message of an SFT file that may hold the channel.
+        session: learns the names of the channels, before there are workers.
+        names: {path of a dataset: its channel}; the path of mock data is None. Other datasets are
+            named by their paths, and join it.
         per_token: whether each token has an id, even if all tokens of a row have the same.
 
     Raises:
@@ -48,28 +49,34 @@ class ChannelDataset(torch.utils.data.Dataset[Any]):
     def __init__(
         self,
         dataset: Any,
-        table: LabelTable,
-        id_of: Callable[[str | None], int],
+        session: ChannelMetrics,
+        names: dict[str | None, str],
         *,
-        declare: Callable[[Iterable[str]], None],
-        fields: Sequence[str],
         per_token: bool = False,
     ) -> None:
         self._dataset = dataset
-        self._fields = tuple(fields)
+        self._fields = tuple(session.config.label_fields)
         self._per_token = per_token
-        self._table = table
+        # Not the session: the workers of the data loader get a copy of this object.
+        self._table = session.labels
         parts = getattr(dataset, "datasets", None)
         self._is_blend = parts is not None
         self._parts = list(parts) if parts is not None else [dataset]
-        named = [is_sft(part) and _declare_names(part, declare, fields) for part in self._parts]
-        if is_sft(dataset) and not any(named):
-            raise ConfigError(_no_channel(dataset, fields))
-        # If a file names channels, its conversations without a channel are unlabeled.
-        self._ids = [
-            UNLABELED_ID if has_names else id_of(getattr(part, "dataset_path", None))
-            for part, has_names in zip(self._parts, named, strict=True)
+        declare = session.declare_names
+        named = [
+            is_sft(part) and _declare_names(part, declare, self._fields) for part in self._parts
         ]
+        if is_sft(dataset) and not any(named):
+            raise ConfigError(_no_channel(dataset, self._fields))
+        self._ids: list[int] = []
+        for part, has_names in zip(self._parts, named, strict=True):
+            # If a file names channels, its conversations without a channel are unlabeled.
+            name = UNLABELED
+            if not has_names:
+                path = getattr(part, "dataset_path", None)
+                name = names.setdefault(path, dataset_name(path))
+            declare([name])
+            self._ids += self._table.ids([name])
 
     def __len__(self) -> int:
         return len(self._dataset)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from channel_metrics.trainers.megatron import arguments as megatron_arguments
 from channel_metrics.trainers.megatron.log import write
-from channel_metrics.trainers.megatron.run import MegatronRun
+from channel_metrics.trainers.megatron.run import MegatronRun, folder_of
 from channel_metrics.trainers.megatron.step import counting_schedule
 from channel_metrics.windows import Window
 
@@ -192,7 +191,7 @@ def save_checkpoint(original: Original, iteration: int, *args: Any, **kwargs: An
     if run is not None and run.args.save and not kwargs.get("non_persistent_ckpt"):
         from megatron.training.utils import is_last_rank
 
-        run.session.save(_folder(run.args.save, iteration), is_writer=is_last_rank())
+        run.session.save(folder_of(run.args.save, iteration), is_writer=is_last_rank())
     return result
 
 
@@ -203,9 +202,5 @@ def load_checkpoint(original: Original, *args: Any, **kwargs: Any) -> Any:
     iteration = result[0]
     # At iteration 0, only the weights were loaded (--finetune, --pretrained-checkpoint).
     if run is not None and iteration and run.args.load:
-        run.session.resume(_folder(run.args.load, iteration))
+        run.session.resume(folder_of(run.args.load, iteration))
     return result
-
-
-def _folder(root: str, iteration: int) -> Path:
-    return Path(root) / f"iter_{iteration:07d}"

@@ -10,7 +10,7 @@ Letters: B rows of the micro-batch, S row length, N sequences of the micro-batch
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from channel_metrics.core.boundaries import token_channel_ids
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.labels import LabelTable
+from channel_metrics.core.places import Places, places, places_of_positions
 from channel_metrics.errors import BoundaryError, ChannelError
 
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
     "SEQUENCES_KEY",
     "BatchIds",
     "Tap",
-    "follow_labels",
+    "current_ids",
 ]
 
 # Our datasets put the ids under this key: one per row, or one per token.
@@ -48,9 +49,6 @@ _BOUNDS_KEYS = (
     "cu_seqlens_q",
     "cu_seq_lens_q",
 )
-# Entries that tell how to cut a batch, besides those whose keys start with cu_seqlens.
-_HOW_TO_CUT = ("max_seqlen", "local_cp_size", "hybrid_cp_group")
-
 _current: contextvars.ContextVar[BatchIds | None] = contextvars.ContextVar(
     "channel_metrics_micro_batch", default=None
 )
@@ -63,6 +61,7 @@ class BatchIds:
         table: the channels of the run.
         guard: handles errors while the ids are read and cut.
         drop_dataset_id: whether to remove `dataset_id` from the batch, as a cut cannot handle it.
+        with_places: whether to find `places`.
 
     Attributes:
         ids: int64, [B] (one per row), [N] (one per sequence of `cu_seqlens`) or in the shape of
@@ -70,13 +69,21 @@ class BatchIds:
         cu_seqlens: boundaries of the sequences, int32 [N + 1], counted over all rows of the batch.
         rows: the shape [B, S] of the batch; None if no entry shows it.
         sequences: int64 [N], the channel of each sequence. It is never cut.
+        places: where the target of each position stands in its sequence, in the shape of the
+            labels; None if this was not asked for or is not known.
+        labels: the labels, cut as the losses; None if the batch has none.
         is_cut: whether the ids have been cut for context parallelism.
         num_batches: how many batches the forward step has taken.
         num_crossings: how many supervised targets are in the sequence after that of their position.
     """
 
     def __init__(
-        self, table: LabelTable, guard: FaultGuard, *, drop_dataset_id: bool = False
+        self,
+        table: LabelTable,
+        guard: FaultGuard,
+        *,
+        drop_dataset_id: bool = False,
+        with_places: bool = False,
     ) -> None:
         self.table = table
         self.guard = guard
@@ -84,10 +91,13 @@ class BatchIds:
         self.cu_seqlens: Tensor | None = None
         self.rows: torch.Size | None = None
         self.sequences: Tensor | None = None
+        self.places: Places | None = None
+        self.labels: Tensor | None = None
         self.is_cut = False
         self.num_batches = 0
         self.num_crossings = 0
         self._drop_dataset_id = drop_dataset_id
+        self._with_places = with_places
 
     @contextmanager
     def active(self) -> Iterator[BatchIds]:
@@ -149,15 +159,22 @@ class BatchIds:
     def _take(self, batch: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
         key, self.ids = _ids_of(batch, self.table)
         sequences, crossings = ours[SEQUENCES_KEY], ours[CROSSINGS_KEY]
-        self.rows = _rows_of(batch)
+        self.rows, self.labels = _rows_of(batch), batch.get("labels")
         if self.ids is not None and self.rows is not None and key == "channels":
             self.cu_seqlens = _bounds_for(self.ids, batch, self.rows)
         if sequences is not None:
             self.sequences = sequences[sequences != NO_SEQUENCE]
         elif self.ids is not None and self.ids.dim() == 1:
             self.sequences = self.ids
+        if self._with_places and self.rows is not None:
+            self.places = _places_of(batch, self.rows)
         if crossings is not None:
             self.num_crossings += int(crossings.sum())
+
+
+def current_ids() -> BatchIds | None:
+    """Those of the forward step that runs now; None outside of one."""
+    return _current.get()
 
 
 class Tap:
@@ -180,42 +197,6 @@ class Tap:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._data_iterator, name)
-
-
-def follow_labels(cut: Callable[..., Any], batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Cut a batch for context parallelism, and the ids of the current micro-batch with it.
-
-    Args:
-        cut: Megatron's function. It returns the batch, or a tuple that starts with it.
-        batch: the batch to cut.
-        *args, **kwargs: the other arguments of `cut`.
-
-    Returns:
-        What `cut` returns.
-    """
-    now = _current.get()
-    labels = batch.get("labels")
-    if now is None or now.ids is None or labels is None:
-        return cut(batch, *args, **kwargs)
-    probe: dict[str, Any] = {}
-    with now.guard.guarded():
-        ids = now.of_tokens(labels.shape).to(labels.device, non_blocking=True)
-        # Copied before the cut, because the cut changes the batch in place.
-        probe = {key: _probe_entry(key, value, ids) for key, value in batch.items()}
-    result = cut(batch, *args, **kwargs)
-    with now.guard.guarded():
-        if probe:
-            cut_probe = cut(probe, *args, **kwargs)
-            now.ids = (cut_probe[0] if isinstance(cut_probe, tuple) else cut_probe)["labels"]
-            now.is_cut = True
-    return result
-
-
-def _probe_entry(key: str, value: Any, ids: Tensor) -> Any:
-    # Some functions take the length from the labels, others from the tokens.
-    if key in ("labels", "tokens"):
-        return None if value is None else ids
-    return value if key.startswith("cu_seqlens") or key in _HOW_TO_CUT else None
 
 
 def _ids_of(batch: Mapping[str, Any], table: LabelTable) -> tuple[str, Tensor | None]:
@@ -274,6 +255,15 @@ def _bounds_of(batch: Mapping[str, Any], rows: torch.Size) -> Tensor | None:
     ]
     end = of_rows.new_tensor([rows[1] * (len(of_rows) - 1)]) + of_rows[-1].max()
     return torch.cat([*starts, end])
+
+
+def _places_of(batch: Mapping[str, Any], rows: torch.Size) -> Places:
+    """From the boundaries of a batch, else from its positions; else each row is one sequence."""
+    bounds, positions = _bounds_of(batch, rows), batch.get("position_ids")
+    if bounds is None and isinstance(positions, Tensor) and positions.numel() == rows.numel():
+        return places_of_positions(positions.view(rows)).of_next()
+    like = next(one for one in batch.values() if isinstance(one, Tensor))
+    return places(rows, bounds, None, like).of_next()
 
 
 def _checked(ids: Tensor, key: str, table: LabelTable) -> Tensor:

@@ -6,14 +6,14 @@ same order. A rank without data or losses contributes zeros.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from channel_metrics.trainers.megatron.arguments import name_by_path, session_of
 from channel_metrics.trainers.megatron.counting import MegatronChannelMetrics
 from channel_metrics.trainers.megatron.data import ChannelDataset
-from channel_metrics.trainers.megatron.names import dataset_name
 
-__all__ = ["MegatronRun"]
+__all__ = ["MegatronRun", "folder_of"]
 
 
 class MegatronRun:
@@ -38,17 +38,11 @@ class MegatronRun:
         Raises:
             ConfigError: this is an SFT dataset without channels.
         """
-        return ChannelDataset(
-            dataset,
-            self.session.labels,
-            self._id_of,
-            declare=self.session.declare_names,
-            fields=self.session.config.label_fields,
-            # Hybrid context parallelism spreads the tokens of a sequence over several ranks.
-            per_token=bool(getattr(self.args, "hybrid_context_parallel", False)),
-        )
+        # Hybrid context parallelism spreads the tokens of a sequence over several ranks.
+        per_token = bool(getattr(self.args, "hybrid_context_parallel", False))
+        return ChannelDataset(dataset, self.session, self._names, per_token=per_token)
 
-    def _id_of(self, path: str | None) -> int:
-        name = self._names.setdefault(path, dataset_name(path))
-        self.session.declare_names([name])
-        return self.session.labels.ids([name])[0]
+
+def folder_of(root: str, iteration: int) -> Path:
+    """The folder of the checkpoint of an iteration."""
+    return Path(root) / f"iter_{iteration:07d}"

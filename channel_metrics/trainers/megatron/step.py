@@ -46,7 +46,12 @@ def counting_forward_step(
     def step_that_counts(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         is_cut = _context_parallel_size() > 1
         session = metrics.session
-        batch = BatchIds(session.labels, session.guard, drop_dataset_id=is_cut)
+        batch = BatchIds(
+            session.labels,
+            session.guard,
+            drop_dataset_id=is_cut,
+            with_places=bool(session.token_axes.of_places),
+        )
         metrics.watch(model)
         tapped = None if data_iterator is None else Tap(data_iterator, batch)
         with batch.active():
@@ -133,7 +138,9 @@ def _counting_loss_func(
                     cu_seqlens=None if batch.is_cut else batch.cu_seqlens,
                     # With one id per row or sequence, their number is already known.
                     sequences=None if ids.dim() == 1 else batch.sequences,
+                    labels=batch.labels if metrics.session.with_targets else None,
                     num_crossings=batch.num_crossings,
+                    places=batch.places,
                 )
         return counted(losses, *args, **kwargs)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,11 +34,12 @@ _FUNCTIONS = ("per_token_loss_func", "per_token_loss_func_sp")
 class SeenLosses:
     """The token losses of one `compute_loss` of ms-swift.
 
-    losses: nll, correctness and targets [T]; None if the model computed the loss. factor: [T], by
-    which DFT multiplied the nll; None without DFT.
+    losses: nll, correctness, targets and entropies [T]; None if the model computed the loss.
+    factor: [T], by which DFT multiplied the nll; None without DFT.
     """
 
     with_correct: bool
+    with_entropy: bool = False
     losses: TokenLosses | None = None
     factor: Tensor | None = None
 
@@ -47,13 +48,21 @@ class SeenLosses:
         logits, target = logits.detach().flatten(0, -2), target.reshape(-1).to(logits.device)
         if dft:
             # DFT has changed the losses in place, so they are measured with a second softmax.
-            self.losses = token_losses_of_logits(logits, target, with_correct=self.with_correct)
+            self.losses = self._measured(logits, target)
             self.factor = torch.exp(-self.losses.nll)
             return
         nll = losses.detach().reshape(-1).float()
+        if self.with_entropy:
+            self.losses = replace(self._measured(logits, target), nll=nll, reported_sum=nll.sum())
+            return
         with torch.no_grad():
             correct = is_correct(logits, target) if self.with_correct else None
         self.losses = TokenLosses(nll, correct, target, nll.sum())
+
+    def _measured(self, logits: Tensor, target: Tensor) -> TokenLosses:
+        return token_losses_of_logits(
+            logits, target, with_correct=self.with_correct, with_entropy=self.with_entropy
+        )
 
 
 def check_loss_functions() -> None:
@@ -72,9 +81,11 @@ def check_loss_functions() -> None:
 
 
 @contextmanager
-def observe_token_losses(*, with_correct: bool, guard: FaultGuard) -> Iterator[SeenLosses]:
+def observe_token_losses(
+    *, with_correct: bool, with_entropy: bool, guard: FaultGuard
+) -> Iterator[SeenLosses]:
     """Observe ms-swift's per-token loss functions inside the block."""
-    seen = SeenLosses(with_correct)
+    seen = SeenLosses(with_correct, with_entropy)
 
     def of_rows(compute: Any, outputs: Any, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
         losses = compute(outputs, labels, *args, **kwargs)

@@ -16,7 +16,7 @@ from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import Scratch
 from channel_metrics.trainers.hf.mixin import RESERVED_KEYS, ChannelMetricsMixin
 from channel_metrics.trainers.swift.collator import GROUP_KEY, SEGMENTS_KEY, SwiftCollator
-from channel_metrics.trainers.swift.cut import ids_of_this_part, kept_bounds
+from channel_metrics.trainers.swift.cut import ids_of_this_part, kept_bounds, kept_places
 from channel_metrics.trainers.swift.data import (
     CHANNEL_COLUMN,
     declare,
@@ -108,6 +108,8 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
         if self.template.sequence_parallel_size > 1:
             return BatchChannels(ids_of_this_part(session.labels, batch, inputs), None)
         kept = inputs.get("logits_to_keep")
+        if kept is not None and session.token_axes:
+            batch = replace(batch, places=kept_places(batch, kept, inputs))
         if kept is None or batch.cu_seqlens is None:
             return batch
         return replace(
@@ -128,7 +130,11 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
                 inject = self.template.sequence_parallel_size == 1 and not fused
                 stack.enter_context(own_channel_loss_off(self.args, inputs, inject=inject))
             reader.seen = stack.enter_context(
-                observe_token_losses(with_correct=reader.with_correct, guard=reader.guard)
+                observe_token_losses(
+                    with_correct=reader.with_correct,
+                    with_entropy=reader.with_entropy,
+                    guard=reader.guard,
+                )
             )
             try:
                 return super()._observed_loss(compute, model, inputs, *args, **kwargs)

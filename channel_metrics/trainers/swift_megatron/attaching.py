@@ -67,7 +67,9 @@ def attach(trainer: TrainerT, config: MetricsConfig | None = None) -> TrainerT:
     session = _new_session(config or MetricsConfig(), changed.args)
     if not isinstance(trainer, SwiftMegatronMixin):
         changed.__class__ = with_mixin(original, SwiftMegatronMixin)
-    session.read_tokenizer(getattr(getattr(trainer, "template", None), "tokenizer", None))
+    template = getattr(trainer, "template", None)
+    session.read_tokenizer(getattr(template, "tokenizer", None))
+    session.token_axes.read_ids(*(getattr(template, of, None) for of in ("processor", "config")))
     changed.channel_metrics = session
     changed.channel_counting = MegatronChannelMetrics(session=session)
     return trainer

@@ -18,6 +18,7 @@ from torch import Tensor
 from channel_metrics.core.boundaries import token_channel_ids
 from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.core.labels import LabelTable, channels_of
+from channel_metrics.core.places import Places, places
 from channel_metrics.errors import BoundaryError, ChannelError
 from channel_metrics.trainers.swift.collator import text_positions
 
@@ -33,6 +34,8 @@ class SequenceChannels(list[str | None]):
         [B, S / context-parallel size].
     cu_seqlens: int32 [N + 1], boundaries in the shifted labels; None without packing.
     sequences: int64 [N], the ids of the sequences, if `ids` has one per label.
+    places: where the targets stand in their sequences, as one entry per label; None if no axis
+        needs it.
     num_crossings: the number of supervised labels that are the first token of the next sequence.
     """
 
@@ -41,6 +44,7 @@ class SequenceChannels(list[str | None]):
         self.ids = ids
         self.cu_seqlens: Tensor | None = None
         self.sequences: Tensor | None = None
+        self.places: Places | None = None
         self.num_crossings = 0
 
 
@@ -49,6 +53,8 @@ def sequence_channels(
     given: Mapping[str, Any],
     table: LabelTable,
     classes: Mapping[str, Sequence[str]] | None = None,
+    *,
+    with_places: bool = False,
 ) -> SequenceChannels:
     """The channels of a micro-batch.
 
@@ -57,6 +63,7 @@ def sequence_channels(
         given: the micro-batch before ms-swift prepares it. Its `labels` [B, S] are not shifted.
         table: turns names into ids.
         classes: the names of the classes, if the channels are numbers of classes.
+        with_places: whether an axis needs the places of the tokens.
 
     Raises:
         ChannelError: if there is not one channel per sequence.
@@ -74,6 +81,9 @@ def sequence_channels(
         found.num_crossings = int((labels[0, bounds[1:-1].long()] != IGNORE_INDEX).sum())
         # A shifted label is one position before its token.
         found.cu_seqlens = (bounds - 1).clamp(min=0)
+    if with_places:
+        keep = None if bounds is None else _kept(bounds, given.get("seq_lens"), labels.shape)
+        found.places = places(labels.shape, bounds, keep, labels).of_next()
     if args.context_parallel_size > 1:
         _cut_with_labels(args, found, labels, bounds, packed)
     return found
@@ -90,9 +100,25 @@ def _cut_with_labels(
         ids = found.ids.unsqueeze(1).expand(labels.shape)
     else:
         ids = token_channel_ids(found.ids, bounds, labels.numel()).view(labels.shape)
-    in_place_of_labels = {"labels": ids.roll(-1, dims=-1), "packed_seq_params": packed}
+
+    def cut(of_labels: Tensor) -> Tensor:
+        in_place_of_labels = {"labels": of_labels, "packed_seq_params": packed}
+        part: Tensor = utils.get_batch_on_this_cp_rank(args, in_place_of_labels)["labels"]
+        return part
+
     found.sequences, found.cu_seqlens = found.ids, None
-    found.ids = utils.get_batch_on_this_cp_rank(args, in_place_of_labels)["labels"]
+    found.ids = cut(ids.roll(-1, dims=-1))
+    found.places = None if found.places is None else found.places.map(cut)
+
+
+def _kept(bounds: Tensor, lengths: Any, shape: torch.Size) -> Tensor | None:
+    """bool [B, S], False for the padding behind each sequence; None if there is none known."""
+    if lengths is None:
+        return None
+    keep = torch.zeros(shape.numel(), dtype=torch.bool, device="cpu")
+    for start, length in zip(bounds.tolist(), lengths, strict=False):
+        keep[start : start + int(length)] = True
+    return keep.view(shape)
 
 
 def _packed_seq_params(args: Any, given: Mapping[str, Any]) -> Any:

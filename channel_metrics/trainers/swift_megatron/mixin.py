@@ -57,7 +57,11 @@ class SwiftMegatronMixin(BaseMegatronTrainer):  # type: ignore[misc]  # ms-swift
         if session.measuring and batch.get("labels") is not None:
             with session.guard.guarded():
                 batch["channel"] = sequence_channels(
-                    self.args, given, session.labels, session.classes
+                    self.args,
+                    given,
+                    session.labels,
+                    session.classes,
+                    with_places=bool(session.token_axes.of_places),
                 )
         return batch
 
@@ -85,6 +89,7 @@ class SwiftMegatronMixin(BaseMegatronTrainer):  # type: ignore[misc]  # ms-swift
                     labels=labels if session.with_targets else None,
                     reports_sum=loss_scale is None and not self.args.enable_dft_loss,
                     num_crossings=channels.num_crossings,
+                    places=channels.places,
                 )
         return loss_func(
             output_tensor,

@@ -15,6 +15,7 @@ from channel_metrics.core.boundaries import Boundaries, boundaries_from_batch
 from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.core.labels import UNLABELED_ID, LabelTable, channel_of
 from channel_metrics.data.collator import BOUNDS_KEY, ChannelCollator
+from channel_metrics.data.token_marks import MARKS_KEY, marks_of_targets
 from channel_metrics.errors import ChannelError
 from channel_metrics.trainers.hf.parallel import target_ids
 
@@ -52,6 +53,7 @@ class PackCollator(ChannelCollator):
         base: the wrapped collator.
         names: the names that the indices stand for; -1 is unlabeled.
         table: turns the names into ids.
+        with_marks: whether the packs hold a column with the labels of their tokens.
     """
 
     def __init__(
@@ -60,20 +62,19 @@ class PackCollator(ChannelCollator):
         *,
         names: Sequence[str],
         table: LabelTable,
+        with_marks: bool = False,
     ) -> None:
         super().__init__(
             base, fields=(TOKEN_FIELD,), table=table, bounds_key=BOUNDS_KEY, carry_faults=True
         )
-        self.names = tuple(names)
+        self.names, self.with_marks = tuple(names), with_marks
         # Index -1 reads the last entry.
         ids = [*table.ids(names), UNLABELED_ID]
         self._ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
 
     def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
-        tokens = [
-            torch.as_tensor(_indices(record), dtype=torch.int64, device="cpu")
-            for record in features
-        ]
+        tokens = _of_packs(features, TOKEN_FIELD)
+        marks = _of_packs(features, MARKS_KEY) if self.with_marks else None
         lengths = [int(n) for record in features for n in record.get(_LENGTHS_FIELD) or ()]
         batch = collate(features)
         labels = batch.get("labels")
@@ -85,30 +86,39 @@ class PackCollator(ChannelCollator):
         boundaries = boundaries_from_batch(batch)
         flat = self._ids[torch.cat(tokens)]
         count = len(lengths)
+        per_token = False
         added = {PACK_BOUNDS_KEY: _pack_bounds([len(of_pack) for of_pack in tokens], labels)}
         if lengths and boundaries.cu_seqlens.diff()[:count].tolist() == lengths:
             bounds = boundaries.cu_seqlens[: count + 1]
             self._check_labels(labels, Boundaries(bounds, boundaries.keep))
             added |= {"channels": flat[bounds[:-1].long()], self.bounds_key: bounds}
         else:
+            per_token = True
             added["channels"] = target_ids(_as_labels(flat, boundaries.keep, labels))
+        if marks is not None:
+            placed = _as_labels(torch.cat(marks), boundaries.keep, labels, fill=0)
+            added[MARKS_KEY] = marks_of_targets(placed) if per_token else placed
         batch.update(added)
         return batch
 
 
-def _indices(record: Mapping[str, Any]) -> Any:
-    if TOKEN_FIELD not in record or len(record[TOKEN_FIELD]) != len(record["input_ids"]):
-        raise ChannelError(
-            f"a packed record must have one entry of {TOKEN_FIELD!r} per token, but has columns "
-            f"{', '.join(record)}; something between the packing and the collator dropped or "
-            "changed it."
-        )
-    return record[TOKEN_FIELD]
+def _of_packs(records: Sequence[Mapping[str, Any]], field: str) -> list[Tensor]:
+    """A column with one entry per token, int64."""
+    for record in records:
+        if field not in record or len(record[field]) != len(record["input_ids"]):
+            raise ChannelError(
+                f"a packed record must have one entry of {field!r} per token, but has columns "
+                f"{', '.join(record)}; something between the packing and the collator dropped or "
+                "changed it."
+            )
+    return [torch.as_tensor(one[field], dtype=torch.int64, device="cpu") for one in records]
 
 
-def _as_labels(flat: Tensor, keep: Tensor | None, labels: Tensor) -> Tensor:
+def _as_labels(
+    flat: Tensor, keep: Tensor | None, labels: Tensor, *, fill: int = UNLABELED_ID
+) -> Tensor:
     """The ids of all real tokens, in order, at the positions of their `labels` [B, S]."""
-    placed = torch.full((labels.numel(),), UNLABELED_ID, dtype=torch.int64, device="cpu")
+    placed = torch.full((labels.numel(),), fill, dtype=torch.int64, device="cpu")
     if keep is None:
         where = torch.arange(labels.numel(), device="cpu")
     else:

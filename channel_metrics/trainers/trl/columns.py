@@ -58,7 +58,7 @@ def prepare_for_liger(
 
     Args:
         prepare, arguments: as in `columns_left`.
-        fields: the fields that may hold the channel.
+        fields: the fields of a record that are read.
     """
     unfused = copy.copy(arguments["args"])
     unfused.use_liger_kernel = False

@@ -59,17 +59,11 @@ class DPOChannelMetricsMixin(PairChannelMetricsMixin):
         return _DPOScratch(super()._new_scratch(session).reader)
 
     def observe_pairs(
-        self,
-        compute: Callable[..., Any],
-        num_pairs: int,
-        model: Any,
-        inputs: Any,
-        *rest: Any,
-        **kw: Any,
+        self, compute: Callable[[], Any], num_pairs: int, model: Any, inputs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         """The rewards that TRL gathered, and the loss of each pair from them."""
         with _kept_gathers(self.accelerator, num_pairs) as gathered:
-            result = compute(model, inputs, *rest, **kw)
+            result = compute()
         self._check_gathered(gathered, num_pairs)
         values = dict(zip(PAIR_REWARDS, gathered, strict=False))
         reason = self._why_no_loss()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.labels import channel_of
-from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio
+from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio_of
 from channel_metrics.errors import ChannelError, ConfigError, UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.swap import wrapped
@@ -36,11 +36,10 @@ def _schema(functions: Iterable[str]) -> Schema:
     for name in dict.fromkeys((_TOTAL, *map(_series, functions))):
         mean, std = (name, f"{name}_std") if name == _TOTAL else (f"{name}/mean", f"{name}/std")
         columns = tuple(f"{part} {name}" for part in _PARTS)
+        of_sum = ratio_of(f"sum {name}", f"count {name}")
         schema.register(
             *(Column(column, "rewards", f"{column} of the completions") for column in columns),
-            Metric(
-                mean, columns, partial(_mean, name), unit="rewards", doc="sum / count", always=True
-            ),
+            Metric(mean, columns, of_sum, unit="rewards", doc="sum / count", always=True),
             Metric(
                 std,
                 columns,
@@ -55,10 +54,6 @@ def _schema(functions: Iterable[str]) -> Schema:
 
 def _series(function: str) -> str:
     return f"rewards/{function}"
-
-
-def _mean(name: str, sums: Sums) -> float | None:
-    return ratio(sums[f"sum {name}"], sums[f"count {name}"])
 
 
 def _std(name: str, sums: Sums) -> float | None:

@@ -17,7 +17,7 @@ import torch
 import trl
 from torch import Tensor
 
-from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio
+from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio, ratio_of
 from channel_metrics.data.batch_channels import BatchChannels
 from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
@@ -30,13 +30,9 @@ __all__ = ["KTO_SCHEMA", "KTOChannelMetricsMixin", "KTORecordsMixin"]
 _KINDS = ("chosen", "rejected")
 
 
-def _mean_of(kind: str, sums: Sums) -> float | None:
-    return ratio(sums[kind], sums[f"num_{kind}"])
-
-
 def _margin(sums: Sums) -> float | None:
     """As in TRL: the difference of two means."""
-    chosen, rejected = (_mean_of(kind, sums) for kind in _KINDS)
+    chosen, rejected = (ratio(sums[kind], sums[f"num_{kind}"]) for kind in _KINDS)
     return None if chosen is None or rejected is None else chosen - rejected
 
 
@@ -49,7 +45,7 @@ KTO_SCHEMA = sample_schema(
         Metric(
             f"rewards/{kind}",
             (kind, f"num_{kind}"),
-            partial(_mean_of, kind),
+            ratio_of(kind, f"num_{kind}"),
             unit="rewards",
             doc=f"{kind} / num_{kind}",
             always=True,
@@ -114,13 +110,7 @@ class KTOChannelMetricsMixin(PairChannelMetricsMixin):
         return self._observed_loss(step, model, inputs, *args, **kwargs)
 
     def observe_pairs(
-        self,
-        compute: Callable[..., Any],
-        num_pairs: int,
-        model: Any,
-        inputs: Any,
-        *rest: Any,
-        **kw: Any,
+        self, compute: Callable[[], Any], num_pairs: int, model: Any, inputs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         """The rewards and losses of the answers."""
         reference = self.model if self.ref_model is None else self.ref_model
@@ -128,7 +118,7 @@ class KTOChannelMetricsMixin(PairChannelMetricsMixin):
             kept_calls(self, "kto_loss") as calls,
             _kept_log_probs(model, reference) as (ours, theirs),
         ):
-            result = compute(model, inputs, *rest, **kw)
+            result = compute()
         if calls:
             return result, _of_kto_loss(calls[0], inputs["label"])
         if "ref_logps" in inputs:

@@ -22,7 +22,9 @@ from datasets import Dataset, concatenate_datasets
 
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.labels import LabelTable, channel_of, field_columns
+from channel_metrics.core.token_axes import TokenAxes, TokenColumn
 from channel_metrics.data.scan import class_names, scan_channels
+from channel_metrics.data.token_marks import MARKS_KEY, marks_of_record
 from channel_metrics.errors import ChannelError, UnsupportedVersionError
 from channel_metrics.trainers.trl.collator import TOKEN_FIELD
 from channel_metrics.trainers.trl.columns import column_names, columns_left
@@ -107,7 +109,8 @@ def pack_with_channels(
     # trl has this option since 0.25.
     shuffles = getattr(args, "shuffle_dataset", False)
     with PartialState().main_process_first():
-        rows = _with_token_channels(tokens, kept, config.label_fields, table)
+        columns = TokenAxes(config.axes).columns
+        rows = _with_token_channels(tokens, kept, config.label_fields, table, columns)
         if shuffles:
             rows = rows.shuffle(seed=args.seed)
         packed = pack(rows, args.max_length, args.packing_strategy, map_kwargs)
@@ -120,10 +123,17 @@ def _pack_dataset_of(trainer_class: type) -> Any:
 
 
 def _with_token_channels(
-    tokens: Any, kept: list[str], fields: Sequence[str], table: LabelTable
+    tokens: Any,
+    kept: list[str],
+    fields: Sequence[str],
+    table: LabelTable,
+    columns: Sequence[TokenColumn],
 ) -> Any:
-    sources = [name for name in column_names(tokens) if name in field_columns(fields)]
+    read = field_columns([*fields, *(field for field, _ in columns)])
+    sources = [name for name in column_names(tokens) if name in read]
+    added_fields = [TOKEN_FIELD, *([MARKS_KEY] if columns else [])]
     options = {
+        "columns": tuple(columns),
         "fields": tuple(fields),
         "names": table.names,
         "unknown": table.unknown,
@@ -131,7 +141,7 @@ def _with_token_channels(
     }
     if not isinstance(tokens, Dataset):
         added = tokens.map(_channels_of_batch, batched=True, fn_kwargs=options)
-        return added.select_columns([*kept, TOKEN_FIELD])
+        return added.select_columns([*kept, *added_fields])
     column = tokens.select_columns(list(dict.fromkeys(["input_ids", *sources])))
     column = column.with_format("arrow").map(
         _channels_of_table,
@@ -148,26 +158,42 @@ def _with_token_channels(
     return joined.with_format(form["type"], **form["format_kwargs"])
 
 
-def _channels_of_table(rows: pa.Table, **options: Any) -> pa.Table:
-    """One dataset column: the index of a record's channel, once per token, like `input_ids`."""
+def _channels_of_table(rows: pa.Table, columns: Sequence[TokenColumn], **options: Any) -> pa.Table:
+    """One dataset column: the index of a record's channel, once per token, like `input_ids`.
+
+    With `columns` a second one: the labels of the tokens, as marks.
+    """
     ids = rows.column("input_ids").combine_chunks()
     ids = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
     sizes = np.diff(np.asarray(ids.offsets))
     sources = rows.drop_columns(["input_ids"])
     records = sources.to_pylist() if sources.num_columns else [{}] * len(rows)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), type=ids.offsets.type)
     indices = np.repeat(np.array(_indices(records, **options), np.int32), sizes)
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    listed = type(ids).from_arrays(pa.array(offsets, type=ids.offsets.type), pa.array(indices))
-    return pa.table({TOKEN_FIELD: listed})
+    found = {TOKEN_FIELD: type(ids).from_arrays(offsets, pa.array(indices))}
+    if columns:
+        marks = [mark for one in _marks(records, columns, sizes.tolist()) for mark in one]
+        found[MARKS_KEY] = type(ids).from_arrays(offsets, pa.array(marks, pa.int64()))
+    return pa.table(found)
 
 
-def _channels_of_batch(batch: dict[str, list[Any]], **options: Any) -> dict[str, list[Any]]:
+def _channels_of_batch(
+    batch: dict[str, list[Any]], columns: Sequence[TokenColumn], **options: Any
+) -> dict[str, list[Any]]:
     """The same for a batch of a stream."""
     values = zip(*batch.values(), strict=True)
     records = [dict(zip(batch, of_record, strict=True)) for of_record in values]
     indices = _indices(records, **options)
     sizes = [len(ids) for ids in batch["input_ids"]]
-    return {TOKEN_FIELD: [[i] * n for i, n in zip(indices, sizes, strict=True)]}
+    found = {TOKEN_FIELD: [[i] * n for i, n in zip(indices, sizes, strict=True)]}
+    return {**found, MARKS_KEY: _marks(records, columns, sizes)} if columns else found
+
+
+def _marks(
+    records: Sequence[Any], columns: Sequence[TokenColumn], sizes: Sequence[int]
+) -> list[list[int]]:
+    pairs = zip(records, sizes, strict=True)
+    return [marks_of_record(record, columns, size).tolist() for record, size in pairs]
 
 
 def _indices(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,23 +31,16 @@ class PairChannelMetricsMixin(RecordsMixin):
         if self._rank_layout().tp_rank != 0:
             return compute(model, inputs, *args, **kwargs)
         batch = self._taken_channels(inputs)
-        result, values = self.observe_pairs(
-            compute, batch.num_sequences, model, inputs, *args, **kwargs
-        )
+        whole = partial(compute, model, inputs, *args, **kwargs)
+        result, values = self.observe_pairs(whole, batch.num_sequences, model, inputs)
         loss = result[0] if isinstance(result, tuple) else result
         self._count_pairs(session, batch, values, loss.detach())
         return result
 
     def observe_pairs(
-        self,
-        compute: Callable[..., Any],
-        num_pairs: int,
-        model: Any,
-        inputs: Any,
-        *rest: Any,
-        **kw: Any,
+        self, compute: Callable[[], Any], num_pairs: int, model: Any, inputs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
-        """Compute TRL's loss and observe the pairs.
+        """Call `compute`, TRL's loss of these inputs, and observe the pairs.
 
         Returns:
             The result of `compute`, and {column: values [num_pairs]}. `chosen` must be among the

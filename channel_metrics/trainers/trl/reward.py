@@ -54,13 +54,7 @@ class RewardChannelMetricsMixin(PairChannelMetricsMixin):
         return _SCHEMA
 
     def observe_pairs(
-        self,
-        compute: Callable[..., Any],
-        num_pairs: int,
-        model: Any,
-        inputs: Any,
-        *rest: Any,
-        **kw: Any,
+        self, compute: Callable[[], Any], num_pairs: int, model: Any, inputs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         """The rewards that the model returned, and the loss by TRL's own formula."""
         seen: list[Any] = []
@@ -71,7 +65,7 @@ class RewardChannelMetricsMixin(PairChannelMetricsMixin):
         margins = inputs.get("margin")
         handle = model.register_forward_hook(keep)
         try:
-            result = compute(model, inputs, *rest, **kw)
+            result = compute()
         finally:
             handle.remove()
         logits = getattr(seen[0], "logits", None) if len(seen) == 1 else None

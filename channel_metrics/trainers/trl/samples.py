@@ -8,7 +8,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio
+from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio, ratio_of
 from channel_metrics.trainers.hf.mixin import RESERVED_KEYS
 
 __all__ = [
@@ -47,7 +47,7 @@ def sample_schema(unit: str, *entries: Column | Metric) -> Schema:
         Metric(
             "share",
             ("samples",),
-            partial(_mean_of, "samples", "all"),
+            ratio_of("samples", "all"),
             doc=f"{unit} / {unit} of all channels, `unlabeled` among them",
         ),
         *entries,
@@ -114,7 +114,7 @@ def pair_losses(nll_weight: float = 0.0) -> list[Column | Metric]:
             Metric(
                 "nll_loss",
                 ("nll", "nll_tokens"),
-                partial(_mean_of, "nll", "nll_tokens"),
+                ratio_of("nll", "nll_tokens"),
                 unit="nats",
                 doc="nll / nll_tokens",
                 always=True,
@@ -129,15 +129,11 @@ def mean(name: str, column: str, unit: str = "") -> Metric:
     return Metric(
         name,
         (column, "samples"),
-        partial(_mean_of, column, "samples"),
+        ratio_of(column, "samples"),
         unit=unit,
         doc=f"{column} / samples",
         always=True,
     )
-
-
-def _mean_of(column: str, count: str, sums: Sums) -> float | None:
-    return ratio(sums[column], sums[count])
 
 
 def _pair_loss(nll_weight: float, sums: Sums) -> float | None:

@@ -190,7 +190,12 @@ class SFTChannelMetricsMixin(ChannelMetricsMixin):
                 "the others (dispatch_batches), so their channels would be lost; set both off, or "
                 "packing=False."
             )
-        return PackCollator(self.data_collator, names=names, table=session.labels)
+        return PackCollator(
+            self.data_collator,
+            names=names,
+            table=session.labels,
+            with_marks=bool(session.token_axes.columns),
+        )
 
 
 def prepare_dataset(
@@ -209,7 +214,7 @@ def prepare_dataset(
     if arguments.get("packing"):
         prepared, names = pack_with_channels(trainer, prepare, arguments, config, names)
     elif arguments["args"].use_liger_kernel:
-        prepared = prepare_for_liger(prepare, arguments, config.label_fields)
+        prepared = prepare_for_liger(prepare, arguments, config.record_fields)
     else:
         return prepare(*args, **kwargs)
     setattr(trainer, _NAMES_ATTRIBUTE, names)

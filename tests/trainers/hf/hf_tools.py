@@ -17,7 +17,9 @@ CHANNELS = ("bbu", "rru", "lvis", "lang_chat")
 Record = dict[str, Any]
 
 
-def tiny_model(seed: int = 0, **overrides: Any) -> Qwen2ForCausalLM:
+def tiny_model(
+    seed: int = 0, kind: type[Qwen2ForCausalLM] = Qwen2ForCausalLM, **overrides: Any
+) -> Qwen2ForCausalLM:
     """A Qwen2 with random weights and dropout, so that a disturbed RNG would show."""
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {
@@ -29,7 +31,7 @@ def tiny_model(seed: int = 0, **overrides: Any) -> Qwen2ForCausalLM:
         "num_key_value_heads": 1,
         "attention_dropout": 0.1,
     }
-    return Qwen2ForCausalLM(Qwen2Config(**(sizes | overrides)))
+    return kind(Qwen2Config(**(sizes | overrides)))
 
 
 def make_records(count: int, seed: int = 0, channels: Sequence[str] = CHANNELS) -> list[Record]:
@@ -124,10 +126,13 @@ def _is_channel_key(key: str) -> bool:
     return any(key.startswith((f"{name}_", f"eval_{name}_")) for name in names)
 
 
-def token_table(model: torch.nn.Module, records: Sequence[Record]) -> dict[tuple[int, ...], Any]:
+def token_table(
+    model: torch.nn.Module, records: Sequence[Record], *, entropy: bool = False
+) -> dict[tuple[int, ...], Any]:
     """{token ids of a record: (channel, [(nll, correct) of each supervised target])}.
 
     One forward pass per record, alone, in float64: no padding, no packing, no batching.
+    With `entropy`, that of the prediction is in the place of the nll.
     """
     exact = Qwen2ForCausalLM(model.config).double().eval()
     exact.load_state_dict(model.state_dict())
@@ -141,7 +146,8 @@ def token_table(model: torch.nn.Module, records: Sequence[Record]) -> dict[tuple
             target = record["labels"][position]
             if target != -100:
                 row = log_probs[position - 1]
-                tokens.append((-row[target].item(), int(row.argmax()) == target))
+                value = -(row.exp() @ row if entropy else row[target]).item()
+                tokens.append((value, int(row.argmax()) == target))
         table[tuple(record["input_ids"])] = (record.get("channel"), tokens)
     return table
 
@@ -168,3 +174,12 @@ def expected_metrics(
         expected[f"{prefix}{name}_tokens"] = count
         expected[f"{prefix}{name}_share"] = count / total
     return expected
+
+
+def expected_entropies(
+    model: torch.nn.Module, records: Sequence[Record], batches: Any, prefix: str = ""
+) -> dict[str, float]:
+    """The metric `entropy` of the records in `batches`."""
+    found = expected_metrics(token_table(model, records, entropy=True), batches, prefix)
+    ends = ("_loss", "_entropy")
+    return {k.replace(*ends): value for k, value in found.items() if k.endswith(ends[0])}

@@ -30,6 +30,7 @@ from hf_case_tools import (
 from hf_tools import (
     PaddingCollator,
     Record,
+    expected_entropies,
     expected_metrics,
     make_records,
     tiny_model,
@@ -42,20 +43,30 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from channel_metrics import MetricsConfig
 
-COUNTS = MetricsConfig(metrics=("loss", "tokens", "token_acc", "share"))
+COUNTS = MetricsConfig(metrics=("loss", "tokens", "token_acc", "share", "entropy"))
 
 
-def check(ranks: list[Any], table: Any, held_out: list[Record], seen: list[list[Any]]) -> None:
+def check(
+    ranks: list[Any],
+    model: torch.nn.Module,
+    records: list[Record],
+    held_out: list[Record],
+    seen: list[list[Any]],
+) -> None:
     """Every train window is the oracle on `seen`, and the evaluation that on `held_out`."""
-    expected_eval = expected_metrics(table, [[r["input_ids"] for r in held_out]], prefix="eval_")
+    table = token_table(model, [*records, *held_out])
+
+    def expected(batches: Any, prefix: str = "") -> dict[str, float]:
+        entropies = expected_entropies(model, [*records, *held_out], batches, prefix)
+        return expected_metrics(table, batches, prefix) | entropies
+
+    expected_eval = expected([[r["input_ids"] for r in held_out]], "eval_")
     for rank in ranks:
         assert not rank["warned"]
         logs = [entry for entry in rank["logs"] if "loss" in entry]
         assert len(logs) == len(seen)
         for entry, batches in zip(logs, seen, strict=True):
-            assert channel_values(entry) == pytest.approx(
-                expected_metrics(table, batches), rel=1e-5
-            )
+            assert channel_values(entry) == pytest.approx(expected(batches), rel=1e-5)
         assert channel_values(rank["evaluated"], "eval_") == pytest.approx(expected_eval, rel=1e-5)
 
 
@@ -111,9 +122,8 @@ def test_context_parallel_ranks_count_their_parts(ranks_of: RanksOf) -> None:
     # Both ranks read the same rows, and share them.
     assert ranks[0]["batches"] == ranks[1]["batches"]
     held_out = fixed_records(10, seed=1)
-    table = token_table(tiny_model(attention_dropout=0.0), [*fixed_records(32), *held_out])
-    batches = ranks[0]["batches"]
-    check(ranks, table, held_out, [batches[:2], batches[2:4]])
+    batches, model = ranks[0]["batches"], tiny_model(attention_dropout=0.0)
+    check(ranks, model, fixed_records(32), held_out, [batches[:2], batches[2:4]])
 
 
 @fsdp
@@ -136,9 +146,8 @@ def test_tensor_parallel_ranks_count_once(ranks_of: RanksOf) -> None:
     assert ranks[0]["batches"] == ranks[1]["batches"]
     held_out = make_records(10, seed=1)
     # transformers' saved weights are those of the model that the oracle gets.
-    table = token_table(tiny_model(**TP_SIZES), [*make_records(64), *held_out])
-    batches = ranks[0]["batches"]
-    check(ranks, table, held_out, [batches[:2], batches[2:4]])
+    batches, model = ranks[0]["batches"], tiny_model(**TP_SIZES)
+    check(ranks, model, make_records(64), held_out, [batches[:2], batches[2:4]])
 
 
 class Positioned(PaddingCollator):
@@ -182,7 +191,6 @@ def test_ulysses_ranks_count_their_parts(ranks_of: RanksOf) -> None:
     assert {rank["kind"] for rank in ranks} == {"DEEPSPEED"}
     held_out = fixed_records(10, seed=1)
     model = tiny_model(attention_dropout=0.0, num_key_value_heads=2)
-    table = token_table(model, [*fixed_records(32), *held_out])
     # A step is a batch of one of the ranks, which both work on; two steps are a window.
     first, second = (rank["batches"] for rank in ranks)
-    check(ranks, table, held_out, [[first[0], second[0]], [first[1], second[1]]])
+    check(ranks, model, fixed_records(32), held_out, [[first[0], second[0]], [first[1], second[1]]])

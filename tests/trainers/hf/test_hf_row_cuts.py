@@ -25,7 +25,9 @@ from channel_metrics.trainers.hf.parallel import (
 
 def collated(kind: type[Any], records: list[Record], base: Any = None) -> dict[str, Any]:
     table = ChannelTable(("bbu", "rru", "lvis", "lang_chat"))
-    return kind(base or PaddingCollator(), table=table, row_bounds=False)(records)
+    collate = kind(base or PaddingCollator(), table=table, row_bounds=False)
+    batch: dict[str, Any] = collate(records)
+    return batch
 
 
 def test_ids_stand_beside_shifted_labels() -> None:

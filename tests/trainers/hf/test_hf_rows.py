@@ -10,7 +10,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
 from channel_metrics.core.names import joint_name
-from channel_metrics.data.collator import CollatorFault
+from channel_metrics.data.collator_fault import CollatorFault
 from channel_metrics.errors import ChannelError
 from channel_metrics.trainers.hf.columns import (
     LENGTHS_COLUMN,

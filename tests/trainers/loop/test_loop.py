@@ -239,8 +239,10 @@ def test_no_wait_for_the_device(forward: Any, flat: bool, monkeypatch: pytest.Mo
     model: Any = tiny_model(attn_implementation="eager")
     metrics = ChannelMetrics(MetricsConfig(channels=CHANNELS))
     collate = metrics.collator(DataCollatorWithFlattening() if flat else PaddingCollator())
-    # transformers' own sync: it looks whether the position ids restart. 4.51 does it elsewhere.
-    masking_utils = pytest.importorskip("transformers.masking_utils")
+    # transformers' own sync: it looks whether the position ids restart.
+    masking_utils = pytest.importorskip(
+        "transformers.masking_utils", reason="transformers 4.51 does it elsewhere"
+    )
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
     forward(metrics, model, collate(RECORDS[:4]))  # at the first batch, the labels are compared
     model.to("meta")

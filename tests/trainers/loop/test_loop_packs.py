@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.state import AcceleratorState, GradientState
-from datasets import Dataset
 from hf_tools import Record, tiny_model
-from loop_tools import RECORDS, check, oracle, plain_oracle, shifted_hits, shifted_nll
-from packaging.version import Version
+from loop_tools import RECORDS, check, oracle, shifted_hits, shifted_nll
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from channel_metrics import ChannelError, ChannelMetrics, evaluate
+from channel_metrics import ChannelMetrics
 
 
 def packed(records: list[Record], kind: str) -> dict[str, Any]:
@@ -76,38 +68,3 @@ def test_packs(kind: str, way: str) -> None:
                 shifted_nll(logits, batch["labels"]), correct=shifted_hits(logits, batch["labels"])
             )
     check(metrics.close(1).logs, pack_oracle(logits.detach(), records))
-
-
-@pytest.fixture
-def fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.mark.usefixtures("fresh_accelerate")
-@pytest.mark.parametrize("declared", [False, True])
-def test_packs_of_a_stream_that_accelerate_cuts(declared: bool) -> None:
-    """By default it does, even on one process. The advice of the error works."""
-    records, model = RECORDS[:7], tiny_model(attention_dropout=0.0, use_cache=False)
-
-    def run(**config: Any) -> dict[str, float]:
-        accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**config))
-        metrics = ChannelMetrics()
-        if declared:
-            metrics.declare_names(sorted({record["channel"] for record in records}))
-        collate = metrics.collator(lambda rows: packed(rows, "position_ids"))
-        stream: Any = Dataset.from_list(records).to_iterable_dataset()
-        loader = accelerator.prepare(DataLoader(stream, batch_size=3, collate_fn=collate))
-        return evaluate(metrics, model, loader, step=1, accelerator=accelerator)
-
-    error: type[Exception] = ChannelError
-    told = r"on one process .*\(dispatch_batches=False\)"
-    if Version(accelerate.__version__) < Version("1.13") and not declared:
-        error, told = TypeError, "Can only concatenate tensors but got <class 'str'>"
-    with pytest.raises(error, match=told):
-        run()
-    logs = run(dispatch_batches=False)
-    # Before transformers 5, a CPU does not separate the sequences.
-    if Version(transformers.__version__) >= Version("5"):
-        check(logs, plain_oracle(records, "eval_"))

@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
-from hf_case_tools import HF, Stream, fixed_records, weights_hash
-from hf_tools import CHANNELS, PaddingCollator, tiny_model
+from hf_case_tools import HF, weights_hash
+from hf_tools import PaddingCollator, tiny_model
 from loop_tools import RECORDS, check, logits_loss, model_loss, plain_oracle, run_loop
 from rank_cases import Case, RanksOf, case
 from said import warnings_of_ours
@@ -20,13 +19,12 @@ from torch.distributed import fsdp
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from channel_metrics import ChannelMetrics, ChannelMetricsError, MetricsConfig, evaluate
+from channel_metrics import ChannelMetrics, ChannelMetricsError, evaluate
 
 # Below torch 2.6 it has another place, and needs a GPU.
 fully_shard: Any = getattr(fsdp, "fully_shard", None)
 NEEDS_FSDP2 = pytest.mark.skipif(fully_shard is None, reason="needs torch 2.6 on a CPU")
 two, one = case(HF, ranks=2), case(HF, ranks=1)
-STREAM = fixed_records(12)
 
 
 def on_and_off(run: Any) -> dict[str, Any]:
@@ -223,31 +221,6 @@ def test_accelerate(ranks_of: RanksOf, case: Case) -> None:
         assert rank["frozen"] == ranks[0]["frozen"]
         for found, wanted in zip(rank["frozen"], windows, strict=True):
             check(found, wanted)
-
-
-@two
-def accelerate_streams(folder: Path) -> Any:
-    """One process reads a stream, and sends parts of its batches to the other."""
-    config = DataLoaderConfiguration(dispatch_batches=True)
-    accelerator = Accelerator(cpu=True, dataloader_config=config)
-    model = accelerator.prepare(tiny_model(attention_dropout=0.0))
-    metrics = ChannelMetrics(MetricsConfig(channels=CHANNELS))
-    collate: Any = metrics.collator(PaddingCollator())
-
-    def loader(count: int) -> Any:
-        made = DataLoader(Stream(STREAM[:count]), batch_size=2, collate_fn=collate)
-        return accelerator.prepare_data_loader(made)
-
-    for batch in loader(12):
-        model_loss(metrics, model, batch)
-    evaluated = evaluate(metrics, model, loader(10), step=1, accelerator=accelerator)
-    return {"train": metrics.close(1).logs, "eval": evaluated}
-
-
-def test_streams_that_one_process_reads(ranks_of: RanksOf) -> None:
-    for rank in ranks_of(accelerate_streams):
-        check(rank["train"], plain_oracle(STREAM))
-        check(rank["eval"], plain_oracle(STREAM[:10], prefix="eval_"))
 
 
 @two

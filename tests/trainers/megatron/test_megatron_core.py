@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron_tools import on_two
 from rank_cases import Case, RanksOf
+from reference import bucket
 
 from channel_metrics import MetricsConfig
 
@@ -132,7 +133,9 @@ def context_parallel() -> dict[str, Any]:
     from channel_metrics.trainers.megatron.step import counting_forward_step
 
     follow_cuts()
-    metrics = MegatronChannelMetrics(NAMES, config=MetricsConfig(metrics=("loss", "tokens")))
+    axes = {"position": {"by": "position"}, "length": {"by": "length"}}
+    config = MetricsConfig(metrics=("loss", "tokens"), axes=axes)
+    metrics = MegatronChannelMetrics(NAMES, config=config)
     labels = torch.arange(2 * LENGTH, dtype=torch.int64).reshape(2, LENGTH)
     whole = {
         "tokens": labels.clone(),
@@ -151,9 +154,15 @@ def context_parallel() -> dict[str, Any]:
 
     output, loss = counting_forward_step(forward_step, metrics)(iter([whole]), torch.nn.Module())
     loss(output)
-    naive: dict[str, float] = {}
+    of_rows: dict[str, list[int]] = {}
     for row, name in ((0, "lvis"), (1, "bbu")):
-        kept = [int(label) for label in labels[row] if label % 5]
+        # The losses at a position are about the token after it.
+        for position, label in enumerate(labels[row].tolist(), start=1):
+            if label % 5:
+                for one in (name, f"position/{bucket(position)}", f"length/{bucket(LENGTH)}"):
+                    of_rows.setdefault(one, []).append(label)
+    naive: dict[str, float] = {}
+    for name, kept in of_rows.items():
         naive |= {f"{name}_loss": sum(kept) / len(kept), f"{name}_tokens": len(kept)}
     return {"values": metrics.compute(), "naive": naive, "mine": output.numel()}
 
@@ -169,7 +178,9 @@ def cut_batch(batch: dict[str, Any]) -> dict[str, Any]:
         "cp_group": parallel_state.get_context_parallel_group(),
         "use_per_sequence_balancing": True,
     }
-    return cut(batch, **{name: value for name, value in options.items() if name in needs})
+    given = {name: value for name, value in options.items() if name in needs}
+    found: dict[str, Any] = cut(batch, **given)
+    return found
 
 
 def correctness() -> list[bool]:

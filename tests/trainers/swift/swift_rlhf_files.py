@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from hf_case_tools import weights_hash
 from swift_files import arguments, make_model, said
-from swift_tools import timeless
+from swift_tools import run
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -98,39 +94,6 @@ def given(folder: Path, kind: str, **overrides: Any) -> dict[str, Any]:
     return arguments(model, base / f"{data}.jsonl", folder, **options | overrides)
 
 
-def run(given: dict[str, Any], metrics: MetricsConfig | None = ON) -> dict[str, Any]:
-    """One `rlhf_main`; metrics: None is ms-swift alone."""
-    import channel_metrics.patches.ms_swift as patch
-    from swift import RLHFArguments, rlhf_main
-    from swift.pipelines.train.sft import SwiftSft
-
-    kept: list[Any] = []
-    train = SwiftSft.train
-
-    def keep(self: Any, trainer: Any) -> Any:
-        kept.append(trainer)
-        return train(self, trainer)
-
-    SwiftSft.train = keep
-    patch.revert()
-    if metrics is not None:
-        patch.apply(metrics)
-    try:
-        with warnings_of_ours() as told:
-            rlhf_main(RLHFArguments(**given))
-    finally:
-        SwiftSft.train = train
-        patch.revert()
-    (trainer,) = kept
-    return {
-        "log": [timeless(entry) for entry in trainer.state.log_history],
-        "weights": weights_hash(trainer.model),
-        "random": int(torch.get_rng_state().sum()),
-        "told": told,
-        "trainer": trainer,
-    }
-
-
 def both(given: dict[str, Any], metrics: MetricsConfig = ON) -> dict[str, Any]:
     """ms-swift alone, and with our metrics; plain values, and what the records give."""
     found: dict[str, Any] = {"off": run(given, None), "on": run(given, metrics)}
@@ -139,17 +102,6 @@ def both(given: dict[str, Any], metrics: MetricsConfig = ON) -> dict[str, Any]:
     for of_run in (found["off"], found["on"]):
         del of_run["trainer"]
     return found
-
-
-@contextmanager
-def warnings_of_ours() -> Iterator[list[str]]:
-    found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())
-    logger = logging.getLogger("channel_metrics")
-    logger.addHandler(handler)
-    yield found
-    logger.removeHandler(handler)
 
 
 def one_by_one(template: Any, given: dict[str, Any]) -> list[dict[str, Any]]:

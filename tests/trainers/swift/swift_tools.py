@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from fork_client import Preload
 from hf_case_tools import COLLECTIVES, weights_hash
+from said import warnings_of_ours
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from channel_metrics import MetricsConfig
@@ -54,13 +55,13 @@ def use_cpu() -> None:
 
 
 def run(given: dict[str, Any], metrics: MetricsConfig | None = ON) -> dict[str, Any]:
-    """One `sft_main`: its log, a hash of its weights, its random numbers, the collectives that it
-    called, and its trainer.
+    """One `sft_main` or `rlhf_main`: its log, a hash of its weights, its random numbers, the
+    collectives that it called, our warnings, and its trainer.
 
     metrics: None is ms-swift alone.
     """
     import channel_metrics.patches.ms_swift as patch
-    from swift import SftArguments, sft_main
+    from swift import RLHFArguments, SftArguments, rlhf_main, sft_main
     from swift.pipelines.train.sft import SwiftSft
 
     kept: list[Any] = []
@@ -75,8 +76,11 @@ def run(given: dict[str, Any], metrics: MetricsConfig | None = ON) -> dict[str, 
     if metrics is not None:
         patch.apply(metrics)
     try:
-        with counted_collectives() as collectives:
-            sft_main(SftArguments(**given))
+        with counted_collectives() as collectives, warnings_of_ours() as told:
+            if "rlhf_type" in given:
+                rlhf_main(RLHFArguments(**given))
+            else:
+                sft_main(SftArguments(**given))
     finally:
         SwiftSft.train = train
         patch.revert()
@@ -86,6 +90,7 @@ def run(given: dict[str, Any], metrics: MetricsConfig | None = ON) -> dict[str, 
         "weights": weights_hash(trainer.model),
         "random": int(torch.get_rng_state().sum()),
         "collectives": collectives,
+        "told": told,
         "trainer": trainer,
     }
 
@@ -123,7 +128,7 @@ class _Reads(TorchDispatchMode):
     """Counts the operations that read values of tensors, or make a shape out of them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self.count = 0
         self.paused = False
 

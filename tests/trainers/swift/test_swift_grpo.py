@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from rank_cases import RanksOf, case
 from swift_checks import check_training
-from swift_rlhf_files import CHANNELS, given, run
-from swift_tools import SWIFT, needs_swift
+from swift_rlhf_files import CHANNELS, given
+from swift_tools import SWIFT, needs_swift, run
 
 pytestmark = needs_swift
 alone = case(SWIFT, ranks=1)
@@ -30,12 +30,12 @@ def reward_functions(seen: Seen) -> list[str]:
 
     lengths: list[float] = []
 
-    class Length(ORM):
+    class Length(ORM):  # type: ignore[misc]  # ms-swift has no types
         def __call__(self, completions: list[str], **kwargs: Any) -> list[float]:
             lengths[:] = [len(text) / 10 for text in completions]
             return list(lengths)
 
-    class Vowels(ORM):
+    class Vowels(ORM):  # type: ignore[misc]  # ms-swift has no types
         def __call__(
             self, completions: list[str], messages: list[Any], **kwargs: Any
         ) -> list[float | None]:

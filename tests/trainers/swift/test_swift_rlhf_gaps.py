@@ -7,8 +7,8 @@ from typing import Any
 
 import faults
 from rank_cases import RanksOf, case
-from swift_rlhf_files import CHANNELS, NUM_RECORDS, given, run, shared
-from swift_tools import SWIFT, needs_swift
+from swift_rlhf_files import CHANNELS, NUM_RECORDS, given, shared
+from swift_tools import SWIFT, needs_swift, run
 
 pytestmark = needs_swift
 alone = case(SWIFT, ranks=1)

@@ -36,7 +36,7 @@ from trl_tools import (
 
 from channel_metrics import ChannelError, ConfigError, MetricsConfig
 from channel_metrics.core.labels import LabelTable
-from channel_metrics.data.collator import CollatorFault
+from channel_metrics.data.collator_fault import CollatorFault
 from channel_metrics.trainers.trl.collator import PackCollator
 
 

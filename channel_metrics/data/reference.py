@@ -1,0 +1,160 @@
+"""The losses of a reference model, which travel with the sequences of a batch.
+
+They come from the fields `ref_nll` and `ref_tokens` of a record, or from a table by id.
+`channel-metrics reference` makes both.
+
+In the collator they are a part of the name of the channel. So whatever sorts, packs or drops
+channels does the same to them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from channel_metrics.config import MetricsConfig
+from channel_metrics.core.names import look_up
+from channel_metrics.errors import ChannelError, ConfigError
+
+__all__ = ["REFERENCE_KEY", "Reference", "numbers_of", "reference_of", "split_names"]
+
+# The batch key: float64 [N, 2], as int64, because trainers cast floats to the model's dtype.
+REFERENCE_KEY = "channel_reference"
+
+_MARK = "\x02"
+_NONE = (math.nan, math.nan)
+
+Pair = tuple[float, float]
+Names = list[list[str | None]]
+
+
+class Reference:
+    """Finds (nll, tokens) of the reference model for the sequences of a record.
+
+    Args:
+        table: {id: (nll, tokens)}; None if the records hold them.
+        id_field: the dotted field of a record with its id.
+    """
+
+    def __init__(self, table: Mapping[str, Pair] | None = None, id_field: str = "id") -> None:
+        self.table, self.id_field = table, id_field
+
+    @property
+    def own_fields(self) -> tuple[str, ...]:
+        """The fields of a record that nobody else needs."""
+        return () if self.table is not None else ("ref_nll", "ref_tokens")
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """The fields of a record that are read; of a dotted one, its first part."""
+        return self.own_fields or (self.id_field.split(".", 1)[0],)
+
+    def joined(self, records: Sequence[Mapping[str, Any]], channels: Names) -> Names:
+        """The channels of each record, joined with the numbers of their sequences.
+
+        Raises:
+            ChannelError: a record lists the numbers of more or fewer sequences than it has.
+        """
+        if all(name is None for of_record in channels for name in of_record):
+            return channels
+        return [
+            [_joined(name, pair) for name, pair in zip(names, pairs, strict=True)]
+            for names, pairs in (
+                (names, self._pairs(record, len(names)))
+                for record, names in zip(records, channels, strict=True)
+            )
+        ]
+
+    def _pairs(self, record: Mapping[str, Any], num_sequences: int) -> list[Pair]:
+        if self.table is not None:
+            found = self.table.get(str(look_up(record, self.id_field)), _NONE)
+            return [found if num_sequences == 1 else _NONE] * num_sequences
+        nll, tokens = (_listed(record.get(field)) for field in self.own_fields)
+        if len(nll) != len(tokens) or (len(nll) > 1 and len(nll) != num_sequences):
+            raise ChannelError(
+                f"a record of {num_sequences} sequences lists {len(nll)} `ref_nll` and "
+                f"{len(tokens)} `ref_tokens`; give one of each per sequence."
+            )
+        pairs = [_pair(*one) for one in zip(nll, tokens, strict=True)]
+        # One number for several sequences cannot be shared out.
+        return pairs if len(pairs) == num_sequences else [_NONE] * num_sequences
+
+
+def split_names(names: Sequence[str | None]) -> tuple[list[str | None], Tensor | None]:
+    """The names without their numbers, and the numbers as `REFERENCE_KEY` holds them.
+
+    The second is None if no name has any.
+    """
+    parts = [("" if name is None else name).partition(_MARK) for name in names]
+    pairs = [tuple(map(float, numbers.split())) if mark else _NONE for _, mark, numbers in parts]
+    if not any(mark for _, mark, _ in parts):
+        return list(names), None
+    numbers = torch.tensor(pairs, dtype=torch.float64, device="cpu").view(torch.int64)
+    return [name or None for name, _, _ in parts], numbers
+
+
+def numbers_of(held: Tensor | None) -> Tensor | None:
+    """float64 [N, 2], (nll, tokens), from what `REFERENCE_KEY` holds; None without float64."""
+    return None if held is None or held.device.type == "mps" else held.view(torch.float64)
+
+
+def reference_of(config: MetricsConfig) -> Reference | None:
+    """What finds the numbers for this config; None if no metric needs them.
+
+    Raises:
+        ConfigError: the table cannot be read.
+    """
+    if not config.with_reference:
+        return None
+    if not config.reference:
+        return Reference()
+    return Reference(_table(config.reference, config.reference_id), config.reference_id)
+
+
+@lru_cache(maxsize=4)
+def _table(path: str, id_field: str) -> dict[str, Pair]:
+    """{id: (nll, tokens)} of a file of JSON lines."""
+    found: dict[str, Pair] = {}
+    try:
+        with Path(path).open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                record = json.loads(line)
+                name = look_up(record, id_field)
+                pair = _pair(record["ref_nll"], record["ref_tokens"])
+                if name is None or found.setdefault(str(name), pair) != pair:
+                    raise ConfigError(
+                        f"{path}:{number}: expected one line per {id_field!r}, but this one has "
+                        f"{'none' if name is None else f'{name!r} again, with other numbers'}."
+                    )
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"reference must be a file of JSON lines with {id_field!r}, 'ref_nll' and "
+            f"'ref_tokens', but {path} cannot be read so ({error!r}); "
+            "`channel-metrics reference` writes one."
+        ) from None
+    return found
+
+
+def _joined(name: str | None, pair: Pair) -> str | None:
+    return name if pair is _NONE else f"{name or ''}{_MARK}{pair[0]!r} {pair[1]!r}"
+
+
+def _listed(value: Any) -> list[Any]:
+    if getattr(value, "ndim", 0) == 1:
+        value = value.tolist()
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _pair(nll: Any, tokens: Any) -> Pair:
+    if nll is None or tokens is None:
+        return _NONE
+    return float(nll), float(tokens)
