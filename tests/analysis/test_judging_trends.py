@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
+from analysis.analysis_tools import run_of
 from analysis.judging_tools import (
     bad_in,
     evaluated,
@@ -207,3 +208,24 @@ def test_overfitting_in_the_playbook() -> None:
     (line,) = bad_in(playbook("overfitting"))
     assert line.startswith("bbu in eval: overfitting: no lower than 0.1542 at step 160, while")
     assert line.endswith("its ratio to the training loss more than doubled")
+
+
+def test_a_loss_that_came_back_to_its_lowest_is_not_worse() -> None:
+    losses = [1.0] * 24 + [1.5] * 10 + [1.0] * 2
+    (trend,) = trends_of(run_of([{"step": s, "loss": v} for s, v in enumerate(losses, 1)]))
+    assert trend.rise.change > trend.rise.limit
+    assert trend.state == "steady"
+
+
+@pytest.mark.parametrize(("fall", "state"), [(1.8, "steady"), (2.3, "overfitting")])
+def test_overfitting_needs_twice_the_ratio(fall: float, state: str) -> None:
+    """Training is a mean since the last evaluation, so the ratio changes in healthy runs, too."""
+    log: list[dict[str, float]] = []
+    for step in range(1, 241):
+        part = min(max((step - 80) / 80, 0), 1)
+        log.append({"step": step, "loss": fall**-part})
+        if step % 20 == 0:
+            # The lowest one is the second.
+            log.append({"step": step, "eval_loss": 1.0 - 0.001 * (step == 40)})
+    (evaluation,) = (t for t in trends_of(run_of(log)) if t.split == "eval")
+    assert evaluation.state == state
