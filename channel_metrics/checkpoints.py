@@ -36,7 +36,8 @@ class Checkpoints(Counting):
         self._train.step, self.totals = None, RunTotals(self.schema)
         self.stop_reason = ""
         if folder is not None:
-            self.resume(folder)
+            self._load_totals(folder)
+        self._begun()
 
     def save(self, folder: Path, *, is_writer: bool) -> None:
         """Write `totals_now()` into the folder of a checkpoint, by the rank with `is_writer`."""
@@ -56,6 +57,10 @@ class Checkpoints(Counting):
 
     def resume(self, folder: Path) -> None:
         """Go on from the totals of a checkpoint. If it has none, warn and start at zero."""
+        self._load_totals(folder)
+        self._begun()
+
+    def _load_totals(self, folder: Path) -> None:
         path = totals_path(folder)
         read = None if path is None else lambda: RunTotals(self.schema).load(path)
         self._resume(read, f"{folder} has no {TOTALS_FILE}: it")
@@ -113,3 +118,7 @@ class Checkpoints(Counting):
         totals = RunTotals(self.schema).load_state_dict(state["totals"])
         self._train.table.load_state_dict(state.get("train") or self._new_table().state_dict())
         self._train.step, self.totals = None, totals
+        self._begun()
+
+    def _begun(self) -> None:
+        """Tell what depends on the totals and notes that these are those of the run."""
