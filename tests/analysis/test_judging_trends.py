@@ -229,3 +229,14 @@ def test_overfitting_needs_twice_the_ratio(fall: float, state: str) -> None:
             log.append({"step": step, "eval_loss": 1.0 - 0.001 * (step == 40)})
     (evaluation,) = (t for t in trends_of(run_of(log)) if t.split == "eval")
     assert evaluation.state == state
+
+
+def test_the_training_loss_at_a_step_is_a_mean_around_it() -> None:
+    """A spike at the step of the lowest evaluation says little: nine steps on each side count."""
+    log: list[dict[str, float]] = []
+    for step in range(1, 181):
+        log.append({"step": step, "loss": 20.0 if step == 40 else 2.0 if step <= 90 else 1.0})
+        if step % 20 == 0:
+            log.append({"step": step, "eval_loss": 1.0 - 0.001 * (step == 40)})
+    (evaluation,) = (t for t in trends_of(run_of(log)) if t.split == "eval")
+    assert evaluation.training == pytest.approx(1 - (18 * 2 + 20) / 19)
