@@ -240,3 +240,18 @@ def test_the_training_loss_at_a_step_is_a_mean_around_it() -> None:
             log.append({"step": step, "eval_loss": 1.0 - 0.001 * (step == 40)})
     (evaluation,) = (t for t in trends_of(run_of(log)) if t.split == "eval")
     assert evaluation.training == pytest.approx(1 - (18 * 2 + 20) / 19)
+
+
+def test_an_evaluation_that_falls_does_not_overfit() -> None:
+    """Training falls much faster, and the last evaluation is not the lowest."""
+    log: list[dict[str, float]] = []
+    for step in range(1, 241):
+        log.append({"step": step, "loss": 10 ** (-step / 120)})
+        if step % 20 == 0:
+            log.append(
+                {"step": step, "eval_loss": 1 - min(step, 220) / 500 + 0.001 * (step == 240)}
+            )
+    (evaluation,) = (t for t in trends_of(run_of(log)) if t.split == "eval")
+    assert evaluation.rise.low_step == 220
+    assert evaluation.rise.change < -evaluation.rise.limit
+    assert evaluation.state == "steady"
