@@ -40,3 +40,14 @@ def test_the_last_value_of_a_few_is_the_lowest() -> None:
     text = told_in(run_with_log(evaluated(10, {"A": [3.0, 2.0], "B": [2.0, 3.0]})))
     assert "A in eval (2 values, now at its lowest)" in text
     assert "B in eval (2 values, +1.00 since step 10)" in text
+
+
+def test_a_run_that_is_half_a_percent_worse_is_told_to_be_equal() -> None:
+    """Without noise any difference is certain, but another seed brings one of a percent."""
+
+    def told(factor: float) -> str:
+        logs = ([{"step": s, "loss": f * (3 - s / 18)} for s in range(1, 37)] for f in (1, factor))
+        return told_in(*map(run_with_log, logs))
+
+    assert "not worse than in run, because a rise by a twentieth is ruled out" in told(1.005)
+    assert "the whole run: worse than in the first run (run) by 2.0%" in told(1.02)
