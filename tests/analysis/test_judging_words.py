@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from analysis.judging_tools import evaluated, found_in, run_with_log, told_in, training
 from channel_metrics.analysis.run import Run
 
@@ -51,3 +53,10 @@ def test_a_run_that_is_half_a_percent_worse_is_told_to_be_equal() -> None:
 
     assert "not worse than in run, because a rise by a twentieth is ruled out" in told(1.005)
     assert "the whole run: worse than in the first run (run) by 2.0%" in told(1.02)
+
+
+def test_a_loss_that_became_nan_twice_is_lost_since_the_second_time() -> None:
+    log = training(20, {"a": lambda s: math.nan if s == 5 or s > 10 else 1.0})
+    (lost,) = (found for found in found_in(run_with_log(log)) if found.channel == "a")
+    assert lost.text.startswith("NaN since step 11; the last number was")
+    assert lost.text.endswith("at step 10")
