@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
-from analysis.judging_tools import evaluated, found_in, run_with_log, told_in, training
+import pytest
+
+from analysis.analysis_tools import Entry
+from analysis.judging_tools import bad_in, evaluated, found_in, run_with_log, told_in, training
 from channel_metrics.analysis.run import Run
 
 
@@ -60,3 +63,17 @@ def test_a_loss_that_became_nan_twice_is_lost_since_the_second_time() -> None:
     (lost,) = (found for found in found_in(run_with_log(log)) if found.channel == "a")
     assert lost.text.startswith("NaN since step 11; the last number was")
     assert lost.text.endswith("at step 10")
+
+
+@pytest.mark.parametrize(("later", "is_forgotten"), [(30, False), (20, True)])
+def test_forgetting_is_less_than_half_of_the_former_share(later: int, is_forgotten: bool) -> None:
+    log: list[Entry] = []
+    for step in range(1, 241):
+        tokens = 50 if step <= 120 else later
+        entry: Entry = {"step": step, "A_loss": 1.0, "B_loss": 1.0, "loss": 1.0}
+        log.append(entry | {"A_tokens": tokens, "B_tokens": 100 - tokens})
+        if step % 10 == 0:
+            log.append({"step": step, "eval_A_loss": 1 + abs(step - 120) / 120})
+    (line,) = (line for line in bad_in(run_with_log(log)) if line.startswith("A in eval: worse"))
+    assert line.endswith(": forgetting") == is_forgotten
+    assert (f"{later}.0% of the training since then, and 50.0% before" in line) == is_forgotten
