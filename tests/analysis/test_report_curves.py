@@ -59,6 +59,11 @@ def test_a_spike_and_a_nan_of_one_point_in_a_million_are_kept() -> None:
     assert len(picked) <= 300
 
 
+def test_a_curve_with_a_nan_in_every_stretch_has_no_more_points_than_wanted() -> None:
+    values = np.tile([0.0, 1.0, math.nan, 0.5], 1000)
+    assert 60 < len(pick_points(values, 100)) <= 100
+
+
 def test_short_curves_are_the_log() -> None:
     run = run_of(make_history(40))
     for metric in ("loss", "token_acc", "share"):
