@@ -7,19 +7,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from channel_metrics.acting import Budget, StopWhen
+from channel_metrics.acting import RULES, Budget, Sampler, StopWhen
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ConfigError
-from channel_metrics.observers import budget, early_stopping, stream
+from channel_metrics.observers import budget, early_stopping, sampler, stream
 from channel_metrics.observers.budget import BudgetValues, StopAt, goals_of
 from channel_metrics.observers.early_stopping import EarlyStopping
+from channel_metrics.observers.sampler import SamplerObserver
 from channel_metrics.observers.stream import WindowStream
 from channel_metrics.windows import Window
 
-__all__ = ["Session", "adding_of", "hook", "observers_of"]
+__all__ = ["Session", "adding_of", "hook", "observers_of", "sampler_of"]
 
 
-class Session(stream.Session, budget.Session, early_stopping.Session, Protocol):
+class Session(stream.Session, budget.Session, early_stopping.Session, sampler.Session, Protocol):
     """What the observers ask of a `ChannelMetrics`."""
 
 
@@ -54,24 +55,39 @@ def observers_of(config: MetricsConfig, session: Session) -> list[Callable[[Wind
     return found
 
 
-def hook(path: str) -> Callable[[Window], Any]:
-    """The function that `module:name` names.
+def sampler_of(config: MetricsConfig, session: Session) -> SamplerObserver | None:
+    """Make what changes the weights of a `MixedStream`; None if the config has no `sampler`.
+
+    Raises:
+        ConfigError: a setting does not fit what is counted.
+    """
+    settings = Sampler.of(config.sampler)
+    if settings is None:
+        return None
+    rule = settings.rule
+    if isinstance(rule, str):
+        rule = None if rule in RULES else hook(rule, "rule of sampler")
+    return SamplerObserver(settings, rule, session)
+
+
+def hook(path: str, where: str = "on_window") -> Callable[..., Any]:
+    """The function that `module:name` names. where: the setting, for messages.
 
     Raises:
         ConfigError: the path has another form, or the module or name cannot be imported.
     """
     module, _, name = path.partition(":")
     if not module or not name:
-        raise ConfigError(f"an entry of on_window must be `module:function`, but is {path!r}.")
+        raise ConfigError(f"an entry of {where} must be `module:function`, but is {path!r}.")
     try:
         found = import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"on_window names {path!r}, but that cannot be imported ({error}); a module beside the "
+            f"{where} names {path!r}, but that cannot be imported ({error}); a module beside the "
             "script is found, others must be installed or on PYTHONPATH."
         ) from error
     if not callable(found):
-        raise ConfigError(f"on_window names {path!r}, which is no function, but {found!r}.")
+        raise ConfigError(f"{where} names {path!r}, which is no function, but {found!r}.")
     return found
