@@ -41,11 +41,13 @@ def main(folder: Path, steps: int | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     print("| start | rule | eval macro loss | minus fixed, 95 % | last weights | tokens |")
     print("|---|---|---|---|---|---|")
-    reference = _run(folder, "equal", "fixed", _REFERENCE_SEED, {}, steps)["losses"]
+    reference = _run(folder, "equal", "fixed", _REFERENCE_SEED, reference={}, steps=steps)["losses"]
     for start in _STARTS:
         fixed: list[Result] = []
         for rule in _RULES:
-            runs = [_run(folder, start, rule, seed, reference, steps) for seed in _SEEDS]
+            runs = [
+                _run(folder, start, rule, seed, reference=reference, steps=steps) for seed in _SEEDS
+            ]
             fixed = fixed or runs
             print(f"| {start} | {rule} | {row(runs, fixed)} |", flush=True)
 
@@ -76,6 +78,7 @@ def _run(
     start: str,
     rule: str,
     seed: int,
+    *,
     reference: Mapping[str, float],
     steps: int | None,
 ) -> Result:

@@ -121,7 +121,11 @@ def test_groups_of_names() -> None:
     assert window.logs["tree_mean/code_loss"] == 2.875
     one = new(tree=1)
     one.count(batch(("code/py/web", 1, 1.0), ("code/rs", 1, 4.0), ("a", 1, 0.0)))
-    assert one.close(1).axes["tree"] == {"code": {"loss": 2.5, "tokens": 2}}
+    # `code/py` is no row here, so the only child of `code` is `code/rs`.
+    assert one.close(1).axes == {
+        "tree": {"code": {"loss": 2.5, "tokens": 2}},
+        "tree_mean": {"code": {"loss": 4.0}},
+    }
 
 
 def test_top_adds_the_others_up(caplog: pytest.LogCaptureFixture) -> None:

@@ -159,9 +159,9 @@ def _trainer(
     )
     if config.probe is not None:
         _probe(trainer, config.probe, tokenizer, config.max_length)
-    attach(trainer, config.metrics_of_run())
+    attached: Any = attach(trainer, config.metrics_of_run())
     if stream is not None:
-        stream.follow(trainer.channel_metrics)
+        stream.follow(attached.channel_metrics)
     return trainer
 
 

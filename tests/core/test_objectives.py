@@ -50,6 +50,8 @@ def test_evaluations_take_the_channels_that_they_log() -> None:
         metrics.count(batch(("a", 6, 1.0), ("b", 1, 4.0), ("c", 1, 2.0)))
     assert found.logs["eval_macro_loss"] == 1.5 and found.logs["eval_worst_loss"] == 2.0
     assert found.window is not None and found.window.worst_channel == "c"
+    metrics.count(batch(("a", 6, 1.0), ("b", 1, 4.0), ("c", 1, 1.0)))
+    assert metrics.close(1).logs["macro_loss"] == 2.0, "the training logs all of them"
 
 
 def test_a_window_without_losses_has_none() -> None:
