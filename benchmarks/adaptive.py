@@ -41,13 +41,11 @@ def main(folder: Path, steps: int | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     print("| start | rule | eval macro loss | minus fixed, 95 % | last weights | tokens |")
     print("|---|---|---|---|---|---|")
-    reference = _run(folder, "equal", "fixed", _REFERENCE_SEED, reference={}, steps=steps)["losses"]
+    reference = _run(folder, "equal", "fixed", _REFERENCE_SEED, {}, steps=steps)["losses"]
     for start in _STARTS:
         fixed: list[Result] = []
         for rule in _RULES:
-            runs = [
-                _run(folder, start, rule, seed, reference=reference, steps=steps) for seed in _SEEDS
-            ]
+            runs = [_run(folder, start, rule, seed, reference, steps=steps) for seed in _SEEDS]
             fixed = fixed or runs
             print(f"| {start} | {rule} | {row(runs, fixed)} |", flush=True)
 
@@ -78,8 +76,8 @@ def _run(
     start: str,
     rule: str,
     seed: int,
-    *,
     reference: Mapping[str, float],
+    *,
     steps: int | None,
 ) -> Result:
     """What came of a run; it is trained if the folder does not have it."""

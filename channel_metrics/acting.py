@@ -13,12 +13,23 @@ from typing import Any, Literal, TypeVar, get_args
 
 from channel_metrics.errors import ConfigError, hint
 
-__all__ = ["RULES", "ActingConfig", "Budget", "Sampler", "StopWhen", "goals", "refuse_unknown_keys"]
+__all__ = [
+    "RULES",
+    "ActingConfig",
+    "Budget",
+    "Sampler",
+    "Section",
+    "StopWhen",
+    "goals",
+    "is_number",
+    "numbers",
+    "refuse_unknown_keys",
+]
 
 RULES = ("fixed", "loss", "excess", "speed")
 """How the weights of a sampler may follow from windows, besides functions of a user."""
 
-SectionT = TypeVar("SectionT", bound="_Section")
+SectionT = TypeVar("SectionT", bound="Section")
 Mode = Literal["min", "max"]
 # How names of metrics end whose better values are the lower or the higher ones.
 _LOWER = ("loss", "ppl", "bits_per_byte", "bits_per_char")
@@ -67,7 +78,7 @@ class ActingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Section:
+class Section:
     """Settings that stand in one mapping."""
 
     @classmethod
@@ -94,7 +105,7 @@ class _Section:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget(_Section):
+class Budget(Section):
     """What the mixture should be, by channel."""
 
     ratios: Mapping[str, float] = field(default_factory=dict)
@@ -114,7 +125,7 @@ class Budget(_Section):
 
     def __post_init__(self) -> None:
         for name in ("ratios", "records", "tokens", "until"):
-            object.__setattr__(self, name, _numbers(f"{name} of budget", getattr(self, name)))
+            object.__setattr__(self, name, numbers(f"{name} of budget", getattr(self, name)))
         twice = sorted({*self.records} & {*self.tokens})
         if twice:
             raise ConfigError(
@@ -125,7 +136,7 @@ class Budget(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StopWhen(_Section):
+class StopWhen(Section):
     """When a run ends early: after `patience` windows in a row without a better value."""
 
     metric: str
@@ -152,7 +163,7 @@ class StopWhen(_Section):
             raise ConfigError(
                 f"patience of stop_when must be a whole number above 0, but is {self.patience!r}."
             )
-        if not _is_number(self.min_delta) or self.min_delta < 0:
+        if not is_number(self.min_delta) or self.min_delta < 0:
             raise ConfigError(
                 f"min_delta of stop_when must be a number, 0 or more, but is {self.min_delta!r}."
             )
@@ -170,7 +181,7 @@ class StopWhen(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampler(_Section):
+class Sampler(Section):
     """How the weights of channels follow from the train windows."""
 
     start: Mapping[str, float]
@@ -199,18 +210,18 @@ class Sampler(_Section):
 
     def __post_init__(self) -> None:
         for name in ("start", "reference"):
-            object.__setattr__(self, name, _numbers(f"{name} of sampler", getattr(self, name)))
+            object.__setattr__(self, name, numbers(f"{name} of sampler", getattr(self, name)))
         path = isinstance(self.rule, str) and (self.rule in RULES or ":" in self.rule)
         if not path and not callable(self.rule):
             raise ConfigError(
                 f"rule of sampler must be {', '.join(RULES)}, or `module:function`, but is "
                 f"{self.rule!r}."
             )
-        numbers = (self.smoothing, self.min, self.max, self.rate)
-        if not all(map(_is_number, numbers)) or not 0 <= self.smoothing < 1 or self.rate <= 0:
+        given = (self.smoothing, self.min, self.max, self.rate)
+        if not all(map(is_number, given)) or not 0 <= self.smoothing < 1 or self.rate <= 0:
             raise ConfigError(
                 "smoothing, min, max and rate of sampler must be numbers, smoothing from 0 to "
-                f"below 1 and rate above 0, but they are {', '.join(map(repr, numbers))}."
+                f"below 1 and rate above 0, but they are {', '.join(map(repr, given))}."
             )
         count = len(self.start)
         if not 0 <= self.min * count <= 1 <= self.max * count or self.max > 1:
@@ -232,7 +243,7 @@ class Sampler(_Section):
 
 def goals(stop_at: Any) -> dict[str, float]:
     """{`bbu_tokens`: number} of `stop_at`; raises `ConfigError` for what is none."""
-    return _numbers("stop_at", stop_at)
+    return numbers("stop_at", stop_at)
 
 
 def refuse_unknown_keys(mapping: Mapping[str, Any], known: Iterable[str], where: str) -> None:
@@ -252,8 +263,8 @@ def refuse_unknown_keys(mapping: Mapping[str, Any], known: Iterable[str], where:
             raise ConfigError(f"unknown key {key!r} in {where}; {hint(str(key), known)}")
 
 
-def _numbers(where: str, given: Any) -> dict[str, float]:
-    """A mapping of names to numbers above 0."""
+def numbers(where: str, given: Any) -> dict[str, float]:
+    """A mapping of names to numbers above 0; raises `ConfigError` for what is none."""
     if not isinstance(given, Mapping):
         raise ConfigError(f"{where} must be a mapping of names to numbers, but is {given!r}.")
     found = {}
@@ -269,5 +280,6 @@ def _numbers(where: str, given: Any) -> dict[str, float]:
     return found
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
-from channel_metrics.acting import ActingConfig, refuse_unknown_keys
+from channel_metrics.acting import refuse_unknown_keys
+from channel_metrics.alerting import AlertingConfig
 from channel_metrics.core.axis_settings import axes_of, axis_fields, check_axis_format, token_fields
 from channel_metrics.core.excess import EXCESS_LOSS
 from channel_metrics.core.faults import OnError
@@ -22,7 +23,7 @@ __all__ = ["MetricsConfig", "refuse_unknown_keys"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetricsConfig(ActingConfig):
+class MetricsConfig(AlertingConfig):
     """How channels are found and what is logged for them."""
 
     fields: tuple[str, ...] = DEFAULT_FIELDS

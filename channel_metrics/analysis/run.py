@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from channel_metrics.analysis.alerts import RunAlert, alerts_of
 from channel_metrics.analysis.axes import axis_of, without_labels
 from channel_metrics.analysis.readers.keys import Key, decode_keys
 from channel_metrics.analysis.readers.readings import Problems, Progress, Reading
@@ -72,6 +73,9 @@ class Run:
 
     records: dict[str, int] = field(default_factory=dict)
     """The number of different records of each source, by channel, if the run folder tells it."""
+
+    alerts: tuple[RunAlert, ...] = ()
+    """What the run itself has told of, see docs/acting.md."""
 
     @property
     def keys(self) -> tuple[Key, ...]:
@@ -169,7 +173,7 @@ def load_run(
     for note in source.notes:
         problems.note(note)
     files = f" ({len(source.files)} files)" if len(source.files) > 1 else ""
-    return _run_of(
+    run = _run_of(
         store,
         name=path.resolve().name,
         origin=f"{source.files[-1]}{files}, {source.format}",
@@ -178,6 +182,7 @@ def load_run(
         ratios=ratios,
         records=_source_sizes(path),
     )
+    return replace(run, alerts=tuple(alerts_of(path)))
 
 
 def run_from_readings(

@@ -20,7 +20,7 @@ from channel_metrics.demo.encoding import IGNORED, check_tokenizer, encode
 from channel_metrics.demo.tiny import load_tokenizer
 from channel_metrics.errors import ChannelMetricsError, ConfigError
 from channel_metrics.extras import need
-from channel_metrics.observers.stream import drop_half_line
+from channel_metrics.observers.line_file import drop_half_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

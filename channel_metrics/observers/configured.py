@@ -1,4 +1,4 @@
-"""The observers that the config names: functions by import path, the stream, budgets, stops."""
+"""The observers that the config names: functions, the stream, budgets, stops, alerts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from channel_metrics.acting import RULES, Budget, Sampler, StopWhen
+from channel_metrics.alerting import Alerts
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ConfigError
-from channel_metrics.observers import budget, early_stopping, sampler, stream
+from channel_metrics.observers import alerts, budget, early_stopping, sampler, stream
+from channel_metrics.observers.alerts import AlertObserver
 from channel_metrics.observers.budget import BudgetValues, StopAt, goals_of
 from channel_metrics.observers.early_stopping import EarlyStopping
 from channel_metrics.observers.sampler import SamplerObserver
@@ -20,7 +22,14 @@ from channel_metrics.windows import Window
 __all__ = ["Session", "adding_of", "hook", "observers_of", "sampler_of"]
 
 
-class Session(stream.Session, budget.Session, early_stopping.Session, sampler.Session, Protocol):
+class Session(
+    alerts.Session,
+    budget.Session,
+    early_stopping.Session,
+    sampler.Session,
+    stream.Session,
+    Protocol,
+):
     """What the observers ask of a `ChannelMetrics`."""
 
 
@@ -52,6 +61,10 @@ def observers_of(config: MetricsConfig, session: Session) -> list[Callable[[Wind
     stop_when = StopWhen.of(config.stop_when)
     if stop_when is not None:
         found.append(EarlyStopping(stop_when, session))
+    wanted = Alerts.of(config.alerts)
+    if wanted is not None:
+        functions = {path: hook(path, "`to` of alerts") for path in wanted.to if ":" in path}
+        found.append(AlertObserver(config, wanted, functions, session))
     return found
 
 
@@ -71,7 +84,9 @@ def sampler_of(config: MetricsConfig, session: Session) -> SamplerObserver | Non
 
 
 def hook(path: str, where: str = "on_window") -> Callable[..., Any]:
-    """The function that `module:name` names. where: the setting, for messages.
+    """The function that `module:name` names.
+
+    where: the setting that names it, for messages.
 
     Raises:
         ConfigError: the path has another form, or the module or name cannot be imported.

@@ -1,4 +1,4 @@
-"""More cases: what is done with closed windows: a stream, budgets, an end of the run.
+"""More cases: what is done with closed windows: a stream, budgets, alerts, an end of the run.
 
 `CASES` holds these and all others.
 """
@@ -123,3 +123,33 @@ def all_ranks_stop_early(harness: Harness, folder: Path) -> None:
     for found in (first, second):
         assert found.error is None, found.error
         assert found.steps == 3 and len(found.evaluations) == 2
+
+
+ALERTS = {"kinds": ["unlabeled", "starved"], "unlabeled": 0.1}
+SEEN_BY = {"alert": "unlabeled", "channel": "unlabeled", "split": "train", "step": 4}
+
+
+def alerts_in(folder: Path) -> list[dict[str, object]]:
+    lines = (folder / "alerts.jsonl").read_text().splitlines()
+    return [{key: json.loads(line)[key] for key in SEEN_BY} for line in lines]
+
+
+@case()
+def an_alert_is_told_and_written(harness: Harness, folder: Path) -> None:
+    alerts = {**ALERTS, "file": str(folder / "alerts.jsonl")}
+    script = Script(config=config(alerts=alerts), steps=steps("ab", "aa", "a-", "ab", "a-", "ab"))
+    found = ran(harness, script, folder)
+    (line,) = [text for text in found.warnings if "alert at step" in text]
+    assert line.startswith("alert at step 4: unlabeled: unlabeled: "), line
+    assert alerts_in(folder) == [SEEN_BY]
+
+
+@case("ranks")
+def one_rank_tells_of_an_alert(harness: Harness, folder: Path) -> None:
+    alerts = {**ALERTS, "file": str(folder / "alerts.jsonl")}
+    doubled = tuple((*step, *step) for step in steps("ab", "aa", "a-", "ab"))
+    per_rank = harness.run(Script(config=config(alerts=alerts), steps=doubled), folder, ranks=2)
+    for found in per_rank:
+        assert found.error is None, found.error
+    lines = [text for found in per_rank for text in found.warnings if "alert at step" in text]
+    assert len(lines) == 1 and alerts_in(folder) == [SEEN_BY]

@@ -35,7 +35,8 @@ class Finding:
     """One sentence about a run."""
 
     kind: str
-    """`nan`, `worse`, `overfitting`, `versus`, `gap`, `mix`, `nonfinite`, `check`, `trend`."""
+    """`nan`, `worse`, `overfitting`, `versus`, `gap`, `mix`, `nonfinite`, `check`, `trend`; `alert`
+    for what the run itself has told of."""
 
     level: str
     """`bad`, `unknown` or `good`."""

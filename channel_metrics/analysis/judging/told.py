@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from channel_metrics.analysis.judging import losses_told as losses
 from channel_metrics.analysis.judging.finding import Finding, bad
 from channel_metrics.analysis.judging.means import MIN_VALUES
+from channel_metrics.analysis.report.views import shown
 
 if TYPE_CHECKING:
     from channel_metrics.analysis.report.views import RunView
@@ -33,6 +34,7 @@ def findings_of(view: RunView) -> list[Finding]:
         *losses.not_finite(view, is_final=True),
         *losses.worse(view),
         *losses.worse_than_first(view),
+        *_alerts(view),
         *_gaps(view),
         *_mix(view),
         *losses.not_finite(view, is_final=False),
@@ -42,6 +44,13 @@ def findings_of(view: RunView) -> list[Finding]:
         *losses.not_worse(view),
         *_no_gaps(view),
     ]
+
+
+def _alerts(view: RunView) -> Iterator[Finding]:
+    """What the run told of while it ran."""
+    for alert in view.run.alerts:
+        text = f"alert at step {alert.step:,}: {alert.kind}: {shown(alert.text)}"
+        yield bad("alert", alert.channel, alert.split, text)
 
 
 def _gaps(view: RunView) -> Iterator[Finding]:

@@ -172,10 +172,10 @@ def _jsonl(folder: Folder) -> list[Files]:
 
 def _is_log(path: Path) -> bool:
     # A log of samples is another format, whose module needs this one.
-    from channel_metrics.analysis.readers.samples import is_sample_record
+    from channel_metrics.analysis.readers.samples import is_no_log, is_sample_record
 
     record = first_with_step(path)
-    return record is not None and not is_sample_record(record)
+    return record is not None and not is_sample_record(record) and not is_no_log(record)
 
 
 _TRAINER_LOG = "trainer_log"

@@ -23,7 +23,7 @@ from channel_metrics.analysis.readers.readings import Problems, Progress, Readin
 from channel_metrics.core.labels import DEFAULT_FIELDS, UNLABELED, channel_of
 from channel_metrics.errors import ChannelMetricsError
 
-__all__ = ["SAMPLES", "is_sample_record", "read_sample_log", "read_sample_order"]
+__all__ = ["SAMPLES", "is_no_log", "is_sample_record", "read_sample_log", "read_sample_order"]
 
 _FIELDS = ("dataset", *DEFAULT_FIELDS, "source")
 _LOSS_KEYS = ("loss", "nll", "sample_loss")
@@ -38,9 +38,14 @@ _Sums = dict[str, list[float]]
 
 def is_sample_record(record: Mapping[str, Any] | None) -> bool:
     """Whether a line is about one sample: it has a step, and a dataset by name."""
-    if record is None or step_of(record) is None:
+    if record is None or step_of(record) is None or is_no_log(record):
         return False
     return any(isinstance(record.get(field), str) for field in _FIELDS)
+
+
+def is_no_log(record: Mapping[str, Any]) -> bool:
+    """Whether a line is one of ours, but none of the stream: an alert, or an outlier."""
+    return "channel_metrics" in record and "columns" not in record
 
 
 def read_sample_log(path: Path, problems: Problems, progress: Progress) -> Iterator[Reading]:

@@ -28,6 +28,7 @@ def view_text(follower: Follower, view: View, max_rows: int | None = None) -> st
         "unreadable": follower.problems.examples,
         "split": view.split,
         "step": view.step,
+        "alerts": [asdict(alert) for alert in follower.alerts],
         "whole_run": rows[0],
         "channels": rows[1:],
     }

@@ -149,20 +149,23 @@ class _Watch:
         from rich.live import Live
         from rich.text import Text
 
+        from channel_metrics.analysis.watch.screen import MAX_ALERTS
+
         first = Text(f"reading {self._name()} ...")
         with Live(first, console=self.console, auto_refresh=False) as live:
             live.refresh()
             while True:
                 self._look()
-                room = max(1, self.console.height - _OTHER_LINES)
+                others = _OTHER_LINES + min(len(self.follower.alerts), MAX_ALERTS)
+                room = max(1, self.console.height - others)
                 live.update(self._screen(min(self._top or room, room)), refresh=True)
                 time.sleep(interval)
 
     def _write_lines(self, interval: float) -> None:
         from channel_metrics.analysis.report.views import shown
-        from channel_metrics.analysis.watch.screen import line_of
+        from channel_metrics.analysis.watch.screen import alert_line, line_of
 
-        said, step = "", None
+        said, step, told = "", None, 0
         while True:
             view = self._look()
             if self.follower.waiting_for not in ("", said):
@@ -171,6 +174,9 @@ class _Watch:
             if view.step is not None and view.step != step:
                 step = view.step
                 typer.echo(line_of(view, self._top))
+                for alert in self.follower.alerts[told:]:
+                    typer.echo(alert_line(alert))
+                told = len(self.follower.alerts)
                 sys.stdout.flush()
             time.sleep(interval)
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from channel_metrics.analysis.alerts import RunAlert, alerts_of
 from channel_metrics.analysis.readers.files import is_plain
 from channel_metrics.analysis.readers.readings import Problems, Reading
 from channel_metrics.analysis.readers.sources import Source, check_format, find_sources
@@ -44,6 +45,8 @@ class Follower:
         self.problems = Problems()
         self.traces: Traces = {}
         self.source: Source | None = None
+        self.alerts: list[RunAlert] = []
+        """What the run has told of so far."""
         self.waiting_for = ""
         """Why nothing can be read now; empty if there are values."""
         self._tail: Tail | None = None
@@ -75,6 +78,8 @@ class Follower:
             self.waiting_for = f"{error.filename or self.run}: {error.strerror or error}"
             self._searched = _LONG_AGO
             return False
+        if changed or to_end:
+            self.alerts = alerts_of(self.run)
         self.waiting_for = "" if self.traces else f"{self.source.files[-1]} holds no values yet"
         return changed
 

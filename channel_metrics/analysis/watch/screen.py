@@ -25,11 +25,25 @@ from channel_metrics.core.labels import UNLABELED
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from channel_metrics.analysis.alerts import RunAlert
     from channel_metrics.analysis.watch.follow import Follower
 
-__all__ = ["ORDERS", "Row", "View", "header", "line_of", "render", "sparkline", "view_of"]
+__all__ = [
+    "ORDERS",
+    "Row",
+    "View",
+    "alert_line",
+    "header",
+    "line_of",
+    "render",
+    "sparkline",
+    "view_of",
+]
 
 ORDERS = ("share", "loss", "change", "name", "log")
+
+MAX_ALERTS = 3
+"""The last alerts are shown above the table, up to so many."""
 
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-=+*#@"
@@ -199,10 +213,18 @@ def header(follower: Follower, view: View) -> list[str]:
         lines.append(f"waiting: {shown(follower.waiting_for)}")
     if follower.traces and not view.rows:
         lines.append("no channel was found; name them with --channel, or see docs/analysis.md.")
+    lines += [alert_line(alert) for alert in follower.alerts[-MAX_ALERTS:]]
     if follower.problems.count:
         last = shown(follower.problems.examples[-1])
         lines.append(f"{follower.problems.count:,} places could not be read, such as {last}")
     return lines
+
+
+def alert_line(alert: RunAlert) -> str:
+    """An alert in one line."""
+    name = shown(alert.channel) if alert.channel else "the whole run"
+    split = "" if alert.split == "train" else f" in {shown(alert.split)}"
+    return f"alert at step {alert.step:,}: {name}{split}: {alert.kind}: {shown(alert.text)}"
 
 
 def line_of(view: View, max_channels: int | None = None) -> str:

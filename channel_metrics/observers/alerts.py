@@ -1,0 +1,175 @@
+"""Alerts: sentences about channels that somebody should see now.
+
+alert at step 1200: code: forgetting: the loss rose from 1.9021 to 2.1133, ...
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from channel_metrics.acting import Budget
+from channel_metrics.alerting import ALERTS_FILE, Alerts
+from channel_metrics.config import MetricsConfig
+from channel_metrics.core.totals import RunTotals
+from channel_metrics.observers import loss_alerts, window_alerts
+from channel_metrics.observers.line_file import LineFile
+from channel_metrics.observers.loss_alerts import losses_judged, new_losses
+from channel_metrics.observers.sending import Sender, to_trackio, to_wandb, webhook
+from channel_metrics.observers.window_alerts import Judged, new_presence, window_judged
+from channel_metrics.ranks.ranks import Ranks
+from channel_metrics.windows import Window
+
+__all__ = ["Alert", "AlertObserver", "Session"]
+
+logger = logging.getLogger("channel_metrics")
+
+_NOTE = "alerts"
+
+
+class Session(loss_alerts.Session, window_alerts.Session, Protocol):
+    """What this observer asks of a `ChannelMetrics`."""
+
+    ranks: Ranks
+    totals: RunTotals
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One alert.
+
+    kind: `forgetting`, `overfitting`, `nonfinite`, `starved`, `share`, `unlabeled`, `exhausted`.
+    channel: empty for the whole run. split: `train`, or the name of an evaluation set.
+    """
+
+    kind: str
+    channel: str
+    split: str
+    step: int
+    text: str
+
+    @property
+    def title(self) -> str:
+        """Channel, split and kind."""
+        name = self.channel or "the whole run"
+        return f"{name if self.split == 'train' else f'{name} in {self.split}'}: {self.kind}"
+
+    @property
+    def line(self) -> str:
+        """The whole sentence."""
+        return f"alert at step {self.step}: {self.title}: {self.text}"
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Its line in alerts.jsonl, as plain values."""
+        return {
+            "channel_metrics": Window.version,
+            "alert": self.kind,
+            "channel": self.channel,
+            "split": self.split,
+            "step": self.step,
+            "text": self.text,
+        }
+
+
+class AlertObserver:
+    """An observer that watches for alerts. All ranks watch; the first one tells.
+
+    An alert of one kind about one channel is told once, and again only after its reason has gone
+    and the cooldown is over. What is remembered stands in the checkpoints, beside the totals.
+
+    Args:
+        config: its `alerts`, `budget` and `stream`.
+        settings: those of `alerts`.
+        functions: {path: function} for the targets that are functions.
+        session: gives the totals, and says which rank this is.
+
+    Raises:
+        ConfigError: there is no address for the webhook.
+    """
+
+    is_display = True
+
+    def __init__(
+        self,
+        config: MetricsConfig,
+        settings: Alerts,
+        functions: dict[str, Callable[[Any], object]],
+        session: Session,
+    ) -> None:
+        self.settings, self._session = settings, session
+        self._budget = Budget.of(config.budget)
+        self._kinds = settings.chosen(config.budget)
+        beside = Path(config.stream).parent / ALERTS_FILE if config.stream else None
+        path = Path(settings.file) if settings.file else beside
+        self._file = LineFile(path) if path is not None else None
+        self._senders = [Sender(name, function) for name, function in functions.items()]
+        for name, target in (("trackio", to_trackio), ("wandb", to_wandb)):
+            if name in settings.to:
+                self._senders.append(Sender(name, target))
+        # The process group may come later, and only one rank may have the address.
+        may_tell = session.ranks.rank == 0 and os.environ.get("RANK", "0") == "0"
+        if "webhook" in settings.to and may_tell:
+            post = webhook(settings.webhook)
+            self._senders.append(Sender("the webhook", post, names_error=False))
+
+    def __repr__(self) -> str:
+        return "alerts"
+
+    def __call__(self, window: Window) -> None:
+        """Look at a window, and tell what is new."""
+        fresh = {"windows": {}, "told": {}, "losses": new_losses(), "presence": new_presence()}
+        notes: dict[str, Any] = self._session.totals.notes.setdefault(_NOTE, fresh)
+        number = notes["windows"].get(window.split, 0) + 1
+        notes["windows"][window.split] = number
+        for judged in self._judged(window, notes):
+            if self._is_new(judged, window.split, number, notes["told"]):
+                alert = Alert(judged.kind, judged.channel, window.split, window.step, judged.text)
+                if self._session.ranks.rank == 0:
+                    self._tell(alert)
+
+    def _judged(self, window: Window, notes: dict[str, Any]) -> Iterator[Judged]:
+        yield from window_judged(
+            window,
+            self._session,
+            kinds=self._kinds,
+            settings=self.settings,
+            budget=self._budget,
+            presence=notes["presence"],
+        )
+        yield from losses_judged(
+            window,
+            self._session,
+            kinds=self._kinds,
+            rate=self.settings.rate,
+            state=notes["losses"],
+        )
+
+    def _is_new(self, judged: Judged, split: str, number: int, told: dict[str, Any]) -> bool:
+        """Whether to tell of it. told: {kind: {split: {channel: [window of the last, lasts]}}}."""
+        of_split = told.setdefault(judged.kind, {}).setdefault(split, {})
+        last = of_split.get(judged.channel)
+        if not judged.is_on:
+            if last is not None and judged.is_on is False:
+                last[1] = False
+            return False
+        if last is not None and (last[1] or number - last[0] < self.settings.cooldown):
+            return False
+        of_split[judged.channel] = [number, judged.lasts]
+        return True
+
+    def _tell(self, alert: Alert) -> None:
+        if "logger" in self.settings.to:
+            logger.warning("%s", alert.line)
+        for sender in self._senders:
+            sender.send(alert)
+        try:
+            if self._file is not None:
+                self._file.append(alert.values)
+        except OSError as error:
+            self._file = None
+            self._session.warn_once(f"alerts cannot be written, and are only told: {error!r}")
