@@ -144,6 +144,12 @@ def test_top_adds_the_others_up(caplog: pytest.LogCaptureFixture) -> None:
     assert sum("are more than `top`" in record.getMessage() for record in caplog.records) == 1
 
 
+def test_an_open_window_shows_what_leads_in_it() -> None:
+    metrics = new(top=1)
+    metrics.count(batch(("a", 1, 1.0), ("b", 5, 2.0)))
+    assert list(metrics.peek(1).values) == ["others", "b"]
+
+
 def test_a_channel_that_is_called_others() -> None:
     metrics = new(top=1)
     metrics.count(batch(("others", 1, 1.0), ("a", 1, 1.0)))

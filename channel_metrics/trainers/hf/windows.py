@@ -81,8 +81,7 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
         if self.channel_metrics is None:
             return super()._maybe_log_save_evaluate(*args, **kwargs)
         # The log of the loop comes first. Callbacks may log another `loss` after it.
-        last, step = getattr(self, "_globalstep_last_logged", -1), self.state.global_step
-        self.channel_scratch.logs_next = self.control.should_log and step > last
+        self.channel_scratch.logs_next = self.control.should_log
         try:
             return super()._maybe_log_save_evaluate(*args, **kwargs)
         finally:
