@@ -28,7 +28,7 @@ from channel_metrics.checkpoints import Checkpoints
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.keys import KeyBook
-from channel_metrics.core.labels import UNLABELED, LabelTable
+from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.schema import TOKENS, Schema
 from channel_metrics.core.table import SumTable
 from channel_metrics.core.totals import RunTotals
@@ -227,7 +227,7 @@ class ChannelMetrics(Checkpoints):
         Raises:
             ChannelError, ConfigError: if names share a log key, or if the config refuses one.
         """
-        names = [name for name in names if name != UNLABELED]
+        names = list(names)
         self.labels.ids(names)
         self._maker.declare(name for name in names if name in self.labels)
 
