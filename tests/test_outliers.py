@@ -12,7 +12,7 @@ import torch
 from no_sync import NoSync
 from session_tools import new
 
-from channel_metrics import ConfigError, MetricsConfig, MicroBatch
+from channel_metrics import ChannelError, ConfigError, MetricsConfig, MicroBatch
 from channel_metrics.core.accumulator import ChannelLossAccumulator
 from channel_metrics.core.extremes import Extremes, first_tokens, id_words, text_of_id
 from channel_metrics.session import ChannelMetrics
@@ -73,7 +73,8 @@ def test_the_highest_and_the_lowest_of_each_channel(tmp_path: Path) -> None:
 
 
 def test_many_batches_against_sorting(tmp_path: Path) -> None:
-    draw, metrics, all_of = random.Random(0), watching(tmp_path, count=3), {}
+    draw, metrics = random.Random(0), watching(tmp_path, count=3)
+    all_of: dict[str, list[float]] = {}
     for number in range(30):
         losses = [round(draw.random(), 4) for _ in range(4)]
         channels = [draw.choice("abc"[: 1 + number // 10]) for _ in losses]
@@ -141,6 +142,12 @@ def test_parts_of_sequences_and_other_units_say_so(
         metrics.close(step)
     assert caplog.text.count("outliers need whole sequences, but here they are cut") == 1
     assert not (tmp_path / "rank0.jsonl").exists()
+
+
+def test_record_ids_that_do_not_fit(tmp_path: Path) -> None:
+    metrics = watching(tmp_path)
+    with pytest.raises(ChannelError, match=r"record_ids must be int64 \[2, 8\], .* \[1, 8\]"):
+        metrics.count(rows([1.0, 2.0], ["a", "a"], record_ids=ids("p")))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

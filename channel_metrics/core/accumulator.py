@@ -24,6 +24,7 @@ from channel_metrics.core.checks import (
     can_read,
     channels_shape,
     check_layout,
+    check_record_ids,
     check_scalar,
     checked_reference,
     token_values,
@@ -178,6 +179,7 @@ class ChannelLossAccumulator(SumTable):
         self.in_parts |= len(columns) < len(self.schema.columns)
         if not per_token:
             check_layout(values.losses, shape, cu_seqlens)
+            check_record_ids(record_ids, shape.numel())
             if reference is not None:
                 reference = checked_reference(reference, shape.numel(), self.device)
         view = TokenView(values, self.dtype)

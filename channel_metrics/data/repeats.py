@@ -115,7 +115,9 @@ def first_records(
         if batch.per_token:
             return batch, kept
         # Without bounds every row counts as one sample, so the other rows must go.
-        return _picked(batch, torch.arange(count)), kept.map(lambda rows: rows[:count])
+        return _picked(batch, torch.arange(count, device="cpu")), kept.map(
+            lambda rows: rows[:count]
+        )
     # Sequences behind the end become empty. They have no tokens and count no samples.
     return replace(batch, cu_seqlens=bounds.clamp(max=end)), kept
 

@@ -43,7 +43,7 @@ _PAIRS = 32
 # The means of the last scale are those of 128 windows.
 _SCALES = 8
 # How much neighbouring windows may correlate.
-CORRELATION = 0.5
+_CORRELATION = 0.5
 # A change of 1 % is what another seed brings. Smaller ones are no finding.
 _LEAST = 0.01
 
@@ -161,7 +161,7 @@ def _widening(size: int) -> float:
 
     def variance(count: int) -> float:
         """Of the sum of consecutive values, each with the variance 1."""
-        r = CORRELATION
+        r = _CORRELATION
         return count * (1 + r) / (1 - r) - 2 * r * (1 - r**count) / (1 - r) ** 2
 
     def of_difference(first: int, second: int) -> float:

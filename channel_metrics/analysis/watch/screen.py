@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from channel_metrics.analysis.watch.follow import Follower
 
 __all__ = [
+    "MAX_ALERTS",
     "ORDERS",
     "Row",
     "View",

@@ -15,7 +15,7 @@ from channel_metrics import MetricsConfig
 from channel_metrics.demo.tiny import byte_tokenizer
 from channel_metrics.trainers.hf import attach
 
-COLLATORS = {
+COLLATORS: dict[str, Any] = {
     "padded": lambda: DataCollatorForSeq2Seq(byte_tokenizer()),
     "flattened": DataCollatorWithFlattening,
 }
