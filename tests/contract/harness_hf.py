@@ -52,6 +52,7 @@ class Records(torch.utils.data.Dataset[dict[str, Any]]):
             "labels": [-100, *ids[1:]],
             "channel": sequence.channel,
             "roles": [role_of(token) for token in ids],
+            "id": sequence.number,
         }
 
 
@@ -70,7 +71,7 @@ class HFHarness(Forking):
     """What other trainers that are built on the Trainer do in another way, they override."""
 
     name = "hf"
-    can = frozenset({"ranks", "save", "fails", "stops", "columns"})
+    can = frozenset({"ranks", "save", "fails", "stops", "columns", "ids"})
     reserved = "eval"
 
     def nll(self, sequence: OneSequence) -> float:
