@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from time import time
 from typing import Any
 
@@ -44,7 +43,7 @@ from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.ranks.sync import sum_over_ranks
 from channel_metrics.seen import Seen
 from channel_metrics.window_maker import WindowMaker
-from channel_metrics.windows import Evaluation, Window, tell
+from channel_metrics.windows import Evaluation, Window, tell, with_added
 
 __all__ = ["ChannelMetrics"]
 
@@ -95,7 +94,7 @@ class ChannelMetrics(Checkpoints):
         super().__init__(
             labels, schema, guard, config.axes, with_correct=correct, outliers=outliers
         )
-        self._outliers = OutlierFiles(outliers, self) if outliers is not None else None
+        self._outliers = OutlierFiles(outliers, self)
         self.keys = KeyBook(
             config.key_format,
             reserved=reserved,
@@ -106,14 +105,11 @@ class ChannelMetrics(Checkpoints):
         self._maker = WindowMaker(config, schema, self.keys, self.warn_once)
         self.ranks = ranks or Ranks()
         self.stop_reason, self.ends_run = "", False
-        self.on_window = [*on_window, *observers_of(config, self)]
-        self._adding = adding_of(config, self)
         self.totals = RunTotals(schema)
         self.gradients = Gradients(self)
         self.sampler = sampler_of(config, self)
-        if self.sampler is not None:
-            self.on_window.append(self.sampler)
-            self._adding.append(self.sampler.logs)
+        self.on_window = [*on_window, *observers_of(config, self, self.sampler)]
+        self._adding = adding_of(config, self, self.sampler)
         self._agreement = Agreement()
         self.classes: dict[str, tuple[str, ...]] = {}  # {field: names} in the declared datasets
         self._maker.declare(labels.names)
@@ -126,7 +122,7 @@ class ChannelMetrics(Checkpoints):
         """End the train window: sum it over all ranks, call the observers, open the next one."""
         self._end_step(self._train)
         window = self._summed(self._train.table, "train", step)
-        self._write_outliers(self._train.table, window)
+        self._outliers.write(self._train.table, window)
         self._train.table.reset()
         self._tell(window)
         self.guard.proven |= bool(window.values)
@@ -150,7 +146,7 @@ class ChannelMetrics(Checkpoints):
             yield found
         if not found.discarded:
             found.window = self._summed(found.table, split, step, prefix)
-            self._write_outliers(found.table, found.window)
+            self._outliers.write(found.table, found.window)
             self._tell(found.window)
 
     def stop(self, reason: str) -> None:
@@ -278,7 +274,10 @@ class ChannelMetrics(Checkpoints):
                     final=final,
                     gradients=self.gradients.summed() if closes else None,
                 )
-                return self._with_more(window) if final else window
+                if not final:
+                    return window
+                taken = self.keys.reserved | self.keys.clashes
+                return with_added(window, self._adding, taken, self.warn_once)
         return Window(split=split, step=step, prefix=prefix, final=final)
 
     def _begun(self) -> None:
@@ -294,21 +293,6 @@ class ChannelMetrics(Checkpoints):
     def _riders(self) -> tuple[float, ...]:
         """The clock of the first rank, if something reads it."""
         return (time() if self.ranks.rank == 0 else 0.0,) if self._adding else ()
-
-    def _with_more(self, window: Window) -> Window:
-        """The window with the values that observers add to its log."""
-        for add in self._adding:
-            taken = self.keys.reserved | self.keys.clashes | window.logs.keys()
-            more = add(window)
-            for key in sorted(taken.intersection(more)):
-                self.warn_once(f"{key!r} is the key of another value, so this one is left out.")
-            new = {key: value for key, value in more.items() if key not in taken}
-            window = replace(window, logs={**window.logs, **new})
-        return window
-
-    def _write_outliers(self, table: SumTable, window: Window) -> None:
-        if self._outliers is not None and self.measuring:
-            self._outliers.write(table, window)
 
     def _tell(self, window: Window) -> None:
         # A trainer may log twice at one step: a window that holds nothing.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NoReturn
 
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.table import SumTable
 
-__all__ = ["Evaluation", "OpenWindow", "Window", "tell"]
+__all__ = ["Evaluation", "OpenWindow", "Window", "tell", "with_added"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,3 +148,19 @@ def tell(
                 raise
             observers.remove(observer)
             warn_once(f"{observer!r} failed, and shows nothing from now on: {error!r}")
+
+
+def with_added(
+    window: Window,
+    adding: Iterable[Callable[[Window], Mapping[str, float]]],
+    reserved: Set[str],
+    warn_once: Callable[..., None],
+) -> Window:
+    """The window with the values that observers add to its log; no key is logged twice."""
+    for add in adding:
+        taken, more = reserved | window.logs.keys(), add(window)
+        for key in sorted(taken.intersection(more)):
+            warn_once(f"{key!r} is the key of another value, so this one is left out.")
+        new = {key: value for key, value in more.items() if key not in taken}
+        window = replace(window, logs={**window.logs, **new})
+    return window

@@ -34,21 +34,24 @@ class Session(
 
 
 def adding_of(
-    config: MetricsConfig, session: Session
+    config: MetricsConfig, session: Session, sampler: SamplerObserver | None
 ) -> list[Callable[[Window], dict[str, float]]]:
     """Make what adds values to the logs of windows.
 
     Raises:
         ConfigError: a setting does not fit what is counted.
     """
-    if not config.budget and not config.stop_at:
-        return []
-    goals = goals_of(config.stop_at, session)
-    return [BudgetValues(Budget.of(config.budget), goals, session)]
+    found: list[Callable[[Window], dict[str, float]]] = []
+    if config.budget or config.stop_at:
+        goals = goals_of(config.stop_at, session)
+        found.append(BudgetValues(Budget.of(config.budget), goals, session))
+    return found if sampler is None else [*found, sampler.logs]
 
 
-def observers_of(config: MetricsConfig, session: Session) -> list[Callable[[Window], Any]]:
-    """Import the functions of `on_window`, and make the other observers.
+def observers_of(
+    config: MetricsConfig, session: Session, sampler: SamplerObserver | None
+) -> list[Callable[[Window], Any]]:
+    """Import the functions of `on_window`, and make the other observers; the sampler is the last.
 
     Raises:
         ConfigError: as `hook` and `Goal`.
@@ -65,7 +68,7 @@ def observers_of(config: MetricsConfig, session: Session) -> list[Callable[[Wind
     if wanted is not None:
         functions = {path: hook(path, "`to` of alerts") for path in wanted.to if ":" in path}
         found.append(AlertObserver(config, wanted, functions, session))
-    return found
+    return found if sampler is None else [*found, sampler]
 
 
 def sampler_of(config: MetricsConfig, session: Session) -> SamplerObserver | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,10 @@ class Session(Protocol):
     labels: LabelTable
     tokenizer: Any
 
+    @property
+    def measuring(self) -> bool:
+        """Whether the metrics are on."""
+
     def channel_of(self, name: str | None) -> str:
         """The channel of a joint name."""
 
@@ -41,11 +45,11 @@ class OutlierFiles:
     """The file of this rank.
 
     Args:
-        settings: the folder, and how many sequences there are.
+        settings: the folder, and how many sequences there are; with None, nothing is written.
         session: has the names and the tokenizer.
     """
 
-    def __init__(self, settings: Outliers, session: Session) -> None:
+    def __init__(self, settings: Outliers | None, session: Session) -> None:
         self._settings, self._session = settings, session
         self._file: LineFile | None = None
         self._failed = False
@@ -57,6 +61,8 @@ class OutlierFiles:
             table: the sums of this rank.
             window: whose split and step they have.
         """
+        if self._settings is None or self._failed or not self._session.measuring:
+            return
         extremes = getattr(table, "extremes", None)
         if extremes is None:
             self._session.warn_once(
@@ -64,31 +70,29 @@ class OutlierFiles:
                 "are none."
             )
             return
-        if self._failed:
-            return
         try:
-            for channel, found in self._by_channel(extremes.found()).items():
-                for one in found:
-                    self._append(channel, one, window)
+            file = self._file or LineFile(Path(self._settings.folder) / f"rank{_rank()}.jsonl")
+            self._file = file
+            for line in self._lines(extremes.found(), self._settings.count, window):
+                file.append(line)
         except Exception as error:  # of any kind, as a tokenizer may raise: it is only a display
             self._failed = True
             self._session.warn_once(f"outliers cannot be written, and end here: {error!r}")
 
-    def _by_channel(self, extremes: Sequence[Extreme]) -> dict[str, list[Extreme]]:
+    def _lines(
+        self, extremes: Sequence[Extreme], count: int, window: Window
+    ) -> Iterator[dict[str, Any]]:
         """The most extreme ones of each channel; rows with other labels may share a channel."""
-        groups: dict[tuple[str, str], list[Extreme]] = defaultdict(list)
+        groups: dict[str, dict[str, list[Extreme]]] = defaultdict(lambda: defaultdict(list))
         for one in extremes:
             name = self._session.labels.names[one.row - 1] if one.row else None
-            groups[self._session.channel_of(name), one.kind].append(one)
-        found: dict[str, list[Extreme]] = defaultdict(list)
-        for (channel, kind), group in groups.items():
-            group.sort(key=lambda one: one.loss, reverse=kind == "highest")
-            found[channel] += group[: self._settings.count]
-        return found
+            groups[self._session.channel_of(name)][one.kind].append(one)
+        for channel, of_channel in groups.items():
+            for kind, group in of_channel.items():
+                group.sort(key=lambda one: one.loss, reverse=kind == "highest")
+                yield from (self._line(channel, one, window) for one in group[:count])
 
-    def _append(self, channel: str, one: Extreme, window: Window) -> None:
-        if self._file is None:
-            self._file = LineFile(Path(self._settings.folder) / f"rank{_rank()}.jsonl")
+    def _line(self, channel: str, one: Extreme, window: Window) -> dict[str, Any]:
         line = {
             "channel_metrics": Window.version,
             "outlier": one.kind,
@@ -101,7 +105,7 @@ class OutlierFiles:
         }
         if self._session.tokenizer is not None and one.tokens:
             line["text"] = self._session.tokenizer.decode(list(one.tokens))
-        self._file.append(line)
+        return line
 
 
 def _rank() -> int:
