@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from channel_metrics.alerting import Outliers
 from channel_metrics.core.accumulator import ChannelLossAccumulator
 from channel_metrics.core.axis_settings import Source
 from channel_metrics.core.checks import check_scalar
 from channel_metrics.core.excess import EXCESS_LOSS, UNMATCHED
+from channel_metrics.core.extremes import Extremes
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.micro_batch import MicroBatch
@@ -37,6 +39,7 @@ class Counting:
         schema: what is counted.
         guard: decides what an error does. After the first error, nothing is counted any more.
         axes: those of the config.
+        outliers: the settings of the most extreme sequences, if they are kept.
         with_correct: whether `observe` measures which tokens are predicted.
 
     Attributes:
@@ -57,6 +60,7 @@ class Counting:
         axes: Mapping[str, Source],
         *,
         with_correct: bool,
+        outliers: Outliers | None = None,
     ) -> None:
         self.labels, self.schema, self.guard = labels, schema, guard
         self.with_correct = with_correct
@@ -65,7 +69,9 @@ class Counting:
         self.on_count: list[Callable[[MicroBatch], object]] = []
         self.token_axes = TokenAxes(axes)
         self._with_text = "text_nll" in schema.column_names
-        self.with_targets = self._with_text or bool(self.token_axes.of_targets)
+        self.outliers, self.tokenizer = outliers, None
+        of_text = outliers is not None and outliers.text_tokens > 0
+        self.with_targets = self._with_text or of_text or bool(self.token_axes.of_targets)
         if self.token_axes and schema.unit != "tokens":
             raise ConfigError(
                 f"the axes {', '.join(self.token_axes)} are about single tokens, but this "
@@ -108,6 +114,11 @@ class Counting:
                         "entropy needs logits, but the loss of a micro-batch was computed without "
                         "them (by a fused loss, by Megatron, or in a loop that hands over token "
                         "losses): its tokens are left out of `entropy`."
+                    )
+                if table.extremes is not None and table.extremes.lacks_sequences:
+                    self.warn_once(
+                        "outliers need whole sequences, but here they are cut across ranks, so "
+                        "there are no outliers."
                     )
                 if table.in_parts:
                     self._tell_of_parts()
@@ -152,6 +163,7 @@ class Counting:
         """
         sources = (getattr(tokenizer, "tokenizer", None), getattr(model, "config", None))
         self.token_axes.read_ids(tokenizer, *sources)
+        self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         if self._with_text and tokenizer is not None:
             self.text_sizes = text_sizes(tokenizer)
 
@@ -241,7 +253,10 @@ class Counting:
 
     def _new_table(self) -> SumTable:
         if self.schema.unit == "tokens":
-            return ChannelLossAccumulator(self.labels, schema=self.schema)
+            table = ChannelLossAccumulator(self.labels, schema=self.schema)
+            if self.outliers is not None:
+                table.extremes = Extremes(self.outliers.count, self.outliers.text_tokens)
+            return table
         return SumTable(self.labels, self.schema.column_names)
 
     def _open_window(self) -> OpenWindow:

@@ -23,19 +23,21 @@ from typing import Any
 
 import torch
 
+from channel_metrics.alerting import Outliers
 from channel_metrics.capture.gradients import Gradients
 from channel_metrics.checkpoints import Checkpoints
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.keys import KeyBook
-from channel_metrics.core.labels import UNLABELED, LabelTable
+from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.schema import TOKENS, Schema
 from channel_metrics.core.table import SumTable
 from channel_metrics.core.totals import RunTotals
+from channel_metrics.data.carried import carried_of
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
-from channel_metrics.data.reference import reference_of
 from channel_metrics.data.scan import class_names, scan_channels
 from channel_metrics.observers.configured import adding_of, observers_of, sampler_of
+from channel_metrics.observers.outliers import OutlierFiles
 from channel_metrics.observing import observe
 from channel_metrics.ranks.agreed_names import Agreement
 from channel_metrics.ranks.ranks import Ranks
@@ -89,7 +91,11 @@ class ChannelMetrics(Checkpoints):
         labels = LabelTable(config.channels, unknown=config.unknown)
         correct = any("correct" in metric.needs for metric in schema.chosen(config.metrics))
         guard = FaultGuard(config.on_error)
-        super().__init__(labels, schema, guard, config.axes, with_correct=correct)
+        outliers = Outliers.of(config.outliers)
+        super().__init__(
+            labels, schema, guard, config.axes, with_correct=correct, outliers=outliers
+        )
+        self._outliers = OutlierFiles(outliers, self) if outliers is not None else None
         self.keys = KeyBook(
             config.key_format,
             reserved=reserved,
@@ -120,6 +126,7 @@ class ChannelMetrics(Checkpoints):
         """End the train window: sum it over all ranks, call the observers, open the next one."""
         self._end_step(self._train)
         window = self._summed(self._train.table, "train", step)
+        self._write_outliers(self._train.table, window)
         self._train.table.reset()
         self._tell(window)
         self.guard.proven |= bool(window.values)
@@ -143,6 +150,7 @@ class ChannelMetrics(Checkpoints):
             yield found
         if not found.discarded:
             found.window = self._summed(found.table, split, step, prefix)
+            self._write_outliers(found.table, found.window)
             self._tell(found.window)
 
     def stop(self, reason: str) -> None:
@@ -176,7 +184,7 @@ class ChannelMetrics(Checkpoints):
             classes=self.classes,
             records_key=RECORDS_KEY,
             columns=self.token_axes.columns,
-            reference=reference_of(self.config),
+            carried=carried_of(self.config),
         )
 
     def observe(
@@ -227,13 +235,17 @@ class ChannelMetrics(Checkpoints):
         Raises:
             ChannelError, ConfigError: if names share a log key, or if the config refuses one.
         """
-        names = [name for name in names if name != UNLABELED]
+        names = list(names)
         self.labels.ids(names)
         self._maker.declare(name for name in names if name in self.labels)
 
     def rows(self, names: Iterable[str | None]) -> set[str]:
         """What is logged of records with these names: their channels, and labels of axes."""
         return {row for name in names for row in self._maker.book.rows(name)}
+
+    def channel_of(self, name: str | None) -> str:
+        """The channel of a joint name of labels; `unlabeled` if it has none."""
+        return self._maker.book.rows(name)[0]
 
     def is_label(self, row: str) -> bool:
         """Whether a row is a label on a further axis, such as `domain/target`."""
@@ -293,6 +305,10 @@ class ChannelMetrics(Checkpoints):
             new = {key: value for key, value in more.items() if key not in taken}
             window = replace(window, logs={**window.logs, **new})
         return window
+
+    def _write_outliers(self, table: SumTable, window: Window) -> None:
+        if self._outliers is not None and self.measuring:
+            self._outliers.write(table, window)
 
     def _tell(self, window: Window) -> None:
         # A trainer may log twice at one step: a window that holds nothing.

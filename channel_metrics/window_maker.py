@@ -177,7 +177,7 @@ class WindowMaker:
     def _at_most_top(self, rows: Projected, totals: Totals | None) -> Projected:
         """The rows that `top` allows, and `others`; without totals, those of this window."""
         top = self.config.top
-        if not top or len(rows.names) <= top:
+        if not top:
             return rows
         if totals is None:
             counted = rows.sums[1:, self.schema.column_names.index(self.schema.count)]

@@ -10,9 +10,9 @@ from channel_metrics.analysis.summary import ChannelRow, part_of
 
 if TYPE_CHECKING:
     from channel_metrics.analysis.run import Run
-    from channel_metrics.analysis.store import Values
+    from channel_metrics.analysis.store import Steps, Values
 
-__all__ = ["final_rows", "loss_metric", "total_of", "whole_row"]
+__all__ = ["final_rows", "loss_metric", "total_of", "totals_at", "whole_row"]
 
 
 def final_rows(run: Run) -> list[ChannelRow]:
@@ -53,19 +53,30 @@ def loss_metric(run: Run, channel: str, split: str = "train") -> str | None:
     return next((m for m in ("loss", "loss_estimate") if run.has(channel, m, split)), None)
 
 
-def total_of(run: Run, channel: str, metric: str) -> int | None:
-    """The tokens or samples of a channel since the run began; None if they are not logged.
+def totals_at(run: Run, channel: str, metric: str, steps: Steps) -> Values | None:
+    """The tokens or samples of a channel up to each of `steps`, float64 [N]; None if not logged.
 
-    That is the logged total, which a resumed run continues, and what was counted after it. If no
-    total is logged, it is the sum of all windows.
+    That is the last logged total, which a resumed run continues, and what was counted after it. If
+    no total is logged, it is the sum of the windows.
     """
-    total_steps, totals = run.series(channel, f"{metric}_total")
-    steps, counts = run.series(channel, metric)
-    before = _finite(totals)
-    if before:
-        counts = counts[steps > total_steps[-1]]
-    known = _finite(counts)
-    return int((before[-1] if before else 0) + sum(known)) if before or known else None
+    import numpy as np
+
+    logged, totals = _finite_series(run, channel, f"{metric}_total")
+    counted, counts = _finite_series(run, channel, metric)
+    if not len(logged) and not len(counted):
+        return None
+    sums = np.concatenate([[0.0], np.cumsum(counts)])
+    before = totals - sums[np.searchsorted(counted, logged, side="right")]
+    before = np.concatenate([[0.0], before])[np.searchsorted(logged, steps, side="right")]
+    return np.asarray(before + sums[np.searchsorted(counted, steps, side="right")])
+
+
+def total_of(run: Run, channel: str, metric: str) -> int | None:
+    """The tokens or samples of a channel since the run began; None if they are not logged."""
+    import numpy as np
+
+    totals = totals_at(run, channel, metric, np.array([np.iinfo("int64").max]))
+    return None if totals is None else round(totals[0])
 
 
 def _evaluated_row(run: Run, name: str, *, alone: bool) -> ChannelRow:
@@ -108,6 +119,14 @@ def _row(
 def _last(run: Run, name: str, split: str, metric: str) -> float | None:
     values = _finite(run.series(name, metric, split)[1])
     return values[-1] if values else None
+
+
+def _finite_series(run: Run, channel: str, metric: str) -> tuple[Steps, Values]:
+    import numpy as np
+
+    steps, values = run.series(channel, metric)
+    finite = np.isfinite(values)
+    return steps[finite], values[finite]
 
 
 def _finite(values: Values) -> list[float]:

@@ -27,6 +27,7 @@ __all__ = [
     "number",
     "part_of",
     "percent",
+    "relative_change",
     "render",
     "summarize",
 ]
@@ -71,10 +72,7 @@ class ChannelRow:
     @property
     def change(self) -> float | None:
         """Relative change of the loss from the first to the last window."""
-        if not self.first_loss or self.last_loss is None:
-            return None
-        change = self.last_loss / self.first_loss - 1
-        return change if math.isfinite(change) else None
+        return relative_change(self.first_loss, self.last_loss)
 
 
 def summarize(
@@ -152,7 +150,15 @@ def _name(row: ChannelRow) -> str:
     return name if row.split == "train" else f"{name} ({row.split})"
 
 
-def part_of(totals: Mapping[str, int | None], name: str) -> float | None:
+def relative_change(first: float | None, last: float | None) -> float | None:
+    """The change / the first value; None if it is not known, or no number."""
+    if not first or last is None:
+        return None
+    change = last / first - 1
+    return change if math.isfinite(change) else None
+
+
+def part_of(totals: Mapping[str, float | None], name: str) -> float | None:
     """The total of one channel / the total of all channels; None if it is not known."""
     part, whole = totals[name], sum(total or 0 for total in totals.values())
     return part / whole if part is not None and whole else None

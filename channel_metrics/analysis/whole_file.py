@@ -28,7 +28,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.umask(mask)
         part.chmod(0o666 & ~mask)
         part.replace(path)
-    except BaseException:
+    except BaseException:  # Ctrl-C, too: no part of a file may stay
         with suppress(OSError):
             part.unlink()
         raise

@@ -9,6 +9,7 @@ import pytest
 
 from analysis.analysis_tools import make_history, run_of
 from analysis.browser import Report, start_browser
+from analysis.labelled import AXES, PLAIN, history
 from analysis.report_runs import FOUR, HOSTILE_NAMES, resumed_run, rich_run, run_with, troubled_run
 from analysis.watch_tools import OPEN
 from channel_metrics.analysis.report.html import write_report
@@ -47,6 +48,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     runs["rich"] = [rich_run(), rich_run("other", seed=3)]
     runs["resumed"] = [resumed_run()]
     runs["lacking"] = [run_with(FOUR, name="base"), run_with(FOUR[:3], name="other", seed=5)]
+    runs["axes"] = [
+        run_of(history(PLAIN, axes=AXES)),
+        run_of(history(PLAIN, steps=9), name="plain"),
+    ]
     for name, what in runs.items():
         write_report(what, folder / f"{name}.html")
     return {name: folder / f"{name}.html" for name in runs}

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from analysis.analysis_tools import run_of, write_jsonl
-from channel_metrics import ChannelMetrics, MetricsConfig
+from analysis.labelled import ALL, AXES, PLAIN, SLASHED, history
 from channel_metrics.analysis import load
 from channel_metrics.analysis.axes import with_axis
 from channel_metrics.analysis.judging.told import findings_of
@@ -21,46 +19,7 @@ from channel_metrics.analysis.report.views import views_of
 from channel_metrics.analysis.rows import final_rows
 from channel_metrics.analysis.run import Run, load_run
 from channel_metrics.cli.main import app
-from channel_metrics.core.micro_batch import MicroBatch
-from channel_metrics.core.names import joint_name
 from channel_metrics.errors import ChannelMetricsError
-
-ALL = ("loss", "token_acc", "tokens", "share")
-AXES: dict[str, Any] = {"domain": {"bbu": "target", "code/rust": "target"}, "lang": ()}
-PLAIN = ("bbu", "rru", "lvis")
-SLASHED = ("code/python", "code/rust", "web/de")
-
-
-def history(
-    channels: Sequence[str], *, steps: int = 12, metrics: Sequence[str] = ALL, **config: Any
-) -> list[dict[str, Any]]:
-    """The log of a session: tokens with a language, losses that fall, the exact loss of all."""
-    rng = random.Random(0)
-    session = ChannelMetrics(MetricsConfig(metrics=tuple(metrics), **config))
-    entries = []
-    for step in range(1, steps + 1):
-        names, losses, ends = [], [], [0]
-        for place, channel in enumerate(channels):
-            # The last channel is missing from half of the steps.
-            if step % 2 and channel == channels[-1]:
-                continue
-            for lang in ("en", "de"):
-                size = rng.randint(1, 30)
-                names.append(joint_name(channel, [("lang", lang)] if "axes" in config else []))
-                losses += [2.0 + place + rng.random() - step / 100 for _ in range(size)]
-                ends.append(len(losses))
-        values = torch.tensor(losses, dtype=torch.float64)
-        session.count(
-            MicroBatch(
-                token_losses=values,
-                correct=values < 3,
-                channels=names,
-                cu_seqlens=torch.tensor(ends, dtype=torch.int32),
-            )
-        )
-        logs = session.close(step).logs
-        entries.append({"loss": float(values.mean()), **logs, "step": step})
-    return entries
 
 
 def run_with(tmp_path: Path, channels: Sequence[str], **more: Any) -> Run:

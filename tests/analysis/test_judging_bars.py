@@ -11,6 +11,7 @@ from analysis.analysis_tools import Entry
 from analysis.judging_tools import bad_in, run_with_log, told_in, training
 from channel_metrics.analysis.judging.means import LEVEL, Series, difference, rise_of
 from channel_metrics.analysis.judging.trends import losses_of, trends_of
+from channel_metrics.analysis.judging.versus import Versus
 
 # What the normal distribution exceeds once in a hundred draws.
 ONE_PERCENT = 2.326
@@ -117,3 +118,8 @@ def test_runs_with_few_evaluations_are_compared_if_they_have_error_bars() -> Non
     assert "A in eval: worse than in the first run (run) by 30.0%, between" in compared(0.1)
     assert "A in eval (+30.0% \u00b1 " in compared(0.5)
     assert "A in eval (too few values)" in compared(None)
+
+
+def test_no_difference_has_no_minus() -> None:
+    found = Versus(channel="a", split="train", change=-0.0004, limit=0.016, last_step=9)
+    assert found.interval == "+0.0% \u00b1 1.6%"

@@ -148,3 +148,13 @@ def test_runs_are_compared_over_their_common_steps() -> None:
     assert found is not None
     assert found.change == pytest.approx(np.arange(40, 60).mean())
     assert found.last_step == 60
+
+
+def test_a_run_that_began_later_is_compared_from_there() -> None:
+    whole = Series(steps_of(90), np.arange(90.0))
+    late = Series(steps_of(90)[60:], np.zeros(30))
+    for one, other, sign in ((whole, late, 1), (late, whole, -1)):
+        found = difference(one, other)
+        assert found is not None
+        # The last third of steps 61 to 90, in blocks of one or two values.
+        assert found.change == pytest.approx(sign * np.arange(80, 90).mean(), abs=0.5)

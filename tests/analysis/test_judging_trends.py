@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
+from analysis.analysis_tools import run_of
 from analysis.judging_tools import (
     bad_in,
     evaluated,
@@ -207,3 +208,50 @@ def test_overfitting_in_the_playbook() -> None:
     (line,) = bad_in(playbook("overfitting"))
     assert line.startswith("bbu in eval: overfitting: no lower than 0.1542 at step 160, while")
     assert line.endswith("its ratio to the training loss more than doubled")
+
+
+def test_a_loss_that_came_back_to_its_lowest_is_not_worse() -> None:
+    losses = [1.0] * 24 + [1.5] * 10 + [1.0] * 2
+    (trend,) = trends_of(run_of([{"step": s, "loss": v} for s, v in enumerate(losses, 1)]))
+    assert trend.rise.change > trend.rise.limit
+    assert trend.state == "steady"
+
+
+@pytest.mark.parametrize(("fall", "state"), [(1.8, "steady"), (2.3, "overfitting")])
+def test_overfitting_needs_twice_the_ratio(fall: float, state: str) -> None:
+    """Training is a mean since the last evaluation, so the ratio changes in healthy runs, too."""
+    log: list[dict[str, float]] = []
+    for step in range(1, 241):
+        part = min(max((step - 80) / 80, 0), 1)
+        log.append({"step": step, "loss": fall**-part})
+        if step % 20 == 0:
+            # The lowest one is the second.
+            log.append({"step": step, "eval_loss": 1.0 - 0.001 * (step == 40)})
+    (evaluation,) = (t for t in trends_of(run_of(log)) if t.split == "eval")
+    assert evaluation.state == state
+
+
+def test_the_training_loss_at_a_step_is_a_mean_around_it() -> None:
+    """A spike at the step of the lowest evaluation says little: nine steps on each side count."""
+    log: list[dict[str, float]] = []
+    for step in range(1, 181):
+        log.append({"step": step, "loss": 20.0 if step == 40 else 2.0 if step <= 90 else 1.0})
+        if step % 20 == 0:
+            log.append({"step": step, "eval_loss": 1.0 - 0.001 * (step == 40)})
+    (evaluation,) = (t for t in trends_of(run_of(log)) if t.split == "eval")
+    assert evaluation.training == pytest.approx(1 - (18 * 2 + 20) / 19)
+
+
+def test_an_evaluation_that_falls_does_not_overfit() -> None:
+    """Training falls much faster, and the last evaluation is not the lowest."""
+    log: list[dict[str, float]] = []
+    for step in range(1, 241):
+        log.append({"step": step, "loss": 10 ** (-step / 120)})
+        if step % 20 == 0:
+            log.append(
+                {"step": step, "eval_loss": 1 - min(step, 220) / 500 + 0.001 * (step == 240)}
+            )
+    (evaluation,) = (t for t in trends_of(run_of(log)) if t.split == "eval")
+    assert evaluation.rise.low_step == 220
+    assert evaluation.rise.change < -evaluation.rise.limit
+    assert evaluation.state == "steady"

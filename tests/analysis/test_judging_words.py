@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from analysis.judging_tools import evaluated, found_in, run_with_log, told_in, training
+import math
+
+import pytest
+
+from analysis.analysis_tools import Entry
+from analysis.judging_tools import bad_in, evaluated, found_in, run_with_log, told_in, training
 from channel_metrics.analysis.run import Run
 
 
@@ -40,3 +45,35 @@ def test_the_last_value_of_a_few_is_the_lowest() -> None:
     text = told_in(run_with_log(evaluated(10, {"A": [3.0, 2.0], "B": [2.0, 3.0]})))
     assert "A in eval (2 values, now at its lowest)" in text
     assert "B in eval (2 values, +1.00 since step 10)" in text
+
+
+def test_a_run_that_is_half_a_percent_worse_is_told_to_be_equal() -> None:
+    """Without noise any difference is certain, but another seed brings one of a percent."""
+
+    def told(factor: float) -> str:
+        logs = ([{"step": s, "loss": f * (3 - s / 18)} for s in range(1, 37)] for f in (1, factor))
+        return told_in(*map(run_with_log, logs))
+
+    assert "not worse than in run, because a rise by a twentieth is ruled out" in told(1.005)
+    assert "the whole run: worse than in the first run (run) by 2.0%" in told(1.02)
+
+
+def test_a_loss_that_became_nan_twice_is_lost_since_the_second_time() -> None:
+    log = training(20, {"a": lambda s: math.nan if s == 5 or s > 10 else 1.0})
+    (lost,) = (found for found in found_in(run_with_log(log)) if found.channel == "a")
+    assert lost.text.startswith("NaN since step 11; the last number was")
+    assert lost.text.endswith("at step 10")
+
+
+@pytest.mark.parametrize(("later", "is_forgotten"), [(30, False), (20, True)])
+def test_forgetting_is_less_than_half_of_the_former_share(later: int, is_forgotten: bool) -> None:
+    log: list[Entry] = []
+    for step in range(1, 241):
+        tokens = 50 if step <= 120 else later
+        entry: Entry = {"step": step, "A_loss": 1.0, "B_loss": 1.0, "loss": 1.0}
+        log.append(entry | {"A_tokens": tokens, "B_tokens": 100 - tokens})
+        if step % 10 == 0:
+            log.append({"step": step, "eval_A_loss": 1 + abs(step - 120) / 120})
+    (line,) = (line for line in bad_in(run_with_log(log)) if line.startswith("A in eval: worse"))
+    assert line.endswith(": forgetting") == is_forgotten
+    assert (f"{later}.0% of the training since then, and 50.0% before" in line) == is_forgotten

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from analysis.analysis_tools import make_history, run_of, series_of, write_jsonl
 from analysis.report_runs import resumed_run, rich_run, run_with
@@ -78,6 +79,25 @@ def test_the_mix_so_far_counts_windows_without_a_channel() -> None:
     curves = {curve.channel: curve for curve in mix_curves(run_of(history), ["a", "b"], 100)}
     assert curves["a"].values.tolist() == [1, 6 / 7, 9 / 10]
     assert curves["b"].values.tolist() == [0, 1 / 7, 1 / 10]
+
+
+def test_the_mix_of_a_resumed_run_goes_on_from_its_totals(tmp_path: Path) -> None:
+    """The log of the second job begins at step 11; a had 90 records by then, and b 10."""
+    names = {"a": (90, 1), "b": (10, 9)}
+    log = [
+        {"step": 10 + i, "a_loss": 1.0, "a_tokens": 1}
+        | {f"{name}_samples": each for name, (_, each) in names.items()}
+        | {f"{name}_samples_total": before + each * i for name, (before, each) in names.items()}
+        for i in range(1, 6)
+    ]
+    write_jsonl(tmp_path / "logging.jsonl", log)
+    (tmp_path / RUN_FILE).write_text(json.dumps({"ratios": {"a": 1, "b": 1}, "records": {"a": 50}}))
+    curves = list(mix_curves(load_run(tmp_path), ["a", "b"], 100))
+    found = {(curve.channel, curve.metric): curve.values.tolist() for curve in curves}
+    steps = range(1, 6)
+    assert found["a", "mix"] == pytest.approx([(90 + i) / (100 + 10 * i) for i in steps])
+    assert found["a", "epochs"] == pytest.approx([(90 + i) / 50 for i in steps])
+    assert ("b", "epochs") not in found
 
 
 def test_epochs_over_each_source_need_its_size(tmp_path: Path) -> None:

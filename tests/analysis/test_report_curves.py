@@ -16,6 +16,7 @@ from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.report.curves import Curve, curves_of, own_tokens, pick_points
 from channel_metrics.analysis.report.findings import find_gaps
 from channel_metrics.analysis.report.moving import MovingMeans
+from channel_metrics.analysis.rows import total_of
 from channel_metrics.analysis.run import Run
 
 VALUES = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=400)
@@ -58,6 +59,11 @@ def test_a_spike_and_a_nan_of_one_point_in_a_million_are_kept() -> None:
     assert len(picked) <= 300
 
 
+def test_a_curve_with_a_nan_in_every_stretch_has_no_more_points_than_wanted() -> None:
+    values = np.tile([0.0, 1.0, math.nan, 0.5], 1000)
+    assert 60 < len(pick_points(values, 100)) <= 100
+
+
 def test_short_curves_are_the_log() -> None:
     run = run_of(make_history(40))
     for metric in ("loss", "token_acc", "share"):
@@ -83,6 +89,19 @@ def test_own_tokens_go_on_where_a_resumed_run_did() -> None:
     history += [{"step": 6, "a_loss": 1.0, "a_tokens": 10, "a_tokens_total": 120}]
     found = own_tokens(run_of(history), "a", np.array([4, 5, 6]))
     assert found is not None and found.tolist() == [0, 110, 120]
+
+
+def test_tokens_after_the_last_total_are_added_to_it() -> None:
+    """A log of an older version goes on with totals; a newer one stops logging them."""
+    windows = {1: 10, 2: 20, 3: 30, 4: 40, 6: 60}
+    history: list[dict[str, float]] = [{"step": s, "a_tokens": t} for s, t in windows.items()]
+    history[2]["a_tokens_total"] = 1000
+    run = run_of(history, channels=["a"])
+    found = own_tokens(run, "a", np.arange(8))
+    assert found is not None
+    assert found.tolist() == [0, 10, 30, 1000, 1040, 1040, 1100, 1100]
+    assert total_of(run, "a", "tokens") == 1100
+    assert own_tokens(run, "b", np.arange(8)) is None and total_of(run, "b", "tokens") is None
 
 
 def test_without_counts_there_are_no_own_tokens() -> None:

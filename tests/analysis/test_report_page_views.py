@@ -192,8 +192,40 @@ def test_intervals_of_the_log_are_bands(report: Report, files: dict[str, Path]) 
     report.open(files["rich"])
     bands = "return document.querySelectorAll('[data-metric=loss] path.band').length"
     assert report.run(bands) == 4
+    assert "95 % interval" in report.texts("#dashes li")
     report.open(files["four"])
     assert report.run(bands) == 0
+    assert "95 % interval" not in report.texts("#dashes li")
+
+
+def test_what_a_resume_overwrote_is_drawn_and_explained(
+    report: Report, files: dict[str, Path]
+) -> None:
+    report.open(files["resumed"])
+    assert "overwritten after a resume" in report.texts("#dashes li")
+    opacity = report.run(
+        "return [...document.querySelectorAll('[data-metric=loss] path.overwritten')]"
+        ".map((line) => Number(getComputedStyle(line).strokeOpacity))"
+    )
+    # Three channels and the whole run.
+    assert len(opacity) == 4 and min(opacity) > 0.5
+    report.open(files["four"])
+    assert "overwritten after a resume" not in report.texts("#dashes li")
+
+
+@pytest.mark.parametrize("width", [1440, 768, 390])
+def test_names_in_tables_are_not_broken_and_bars_are_in_view(
+    report: Report, files: dict[str, Path], width: int
+) -> None:
+    report.open(files["many"], width=width)
+    names = "return [...document.querySelectorAll('tbody th button')].map((e) => e.offsetHeight)"
+    assert len(set(report.run(names))) == 1
+    report.open(files["troubled"], width=width)
+    ends = report.run(
+        "return [...document.querySelectorAll('#mix .bar')]"
+        ".map((bar) => bar.getBoundingClientRect().right)"
+    )
+    assert width == 390 or max(ends) < width
 
 
 def test_the_address_holds_the_view(report: Report, files: dict[str, Path]) -> None:

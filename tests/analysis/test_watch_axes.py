@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from analysis.analysis_tools import write_jsonl
-from analysis.test_axes import AXES, PLAIN, SLASHED, history
+from analysis.labelled import AXES, PLAIN, SLASHED, history
 from analysis.watch_tools import append, following, lines
 from channel_metrics.analysis.run import load_run
 from channel_metrics.analysis.watch import labels

@@ -102,3 +102,8 @@ def test_channels_that_are_only_evaluated_have_rows_of_their_evaluations() -> No
     only = view_of(traces_of([reading for reading in readings if not reading[1].startswith("a_")]))
     assert (only.split, only.whole.loss) == ("eval", 2.5)
     assert [(row.name, row.loss) for row in only.rows] == [("b", 1.25)]
+
+
+def test_a_loss_of_zero_has_fallen_by_all_of_it() -> None:
+    traces = traces_of([(1, "a_loss", 2.0), (2, "a_loss", 0.0), (2, "a_tokens", 1.0)])
+    assert view_of(traces).rows[0].change == -1.0

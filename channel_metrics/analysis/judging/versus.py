@@ -53,7 +53,8 @@ class Versus:
         """The difference with its interval, such as `+1.2% \u00b1 0.5%`."""
         if not math.isfinite(self.limit):
             return "too few values"
-        return f"{self.change:+.1%} \u00b1 {self.limit:.1%}"
+        # The sum has no "-0.0%".
+        return f"{round(self.change, 3) + 0.0:+.1%} \u00b1 {self.limit:.1%}"
 
 
 def versus_of(run: Run, first: Run) -> list[Versus]:

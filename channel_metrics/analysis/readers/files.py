@@ -11,13 +11,17 @@ import io
 import os
 import stat
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from channel_metrics.analysis.readers.readings import Problems, Progress
 from channel_metrics.extras import need
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 __all__ = ["ends_of", "is_plain", "is_regular", "open_log"]
 
@@ -78,49 +82,56 @@ def _decoded(file: Any) -> Any:
     return file
 
 
-class _Counted(io.RawIOBase):
+class _Stream(io.RawIOBase, ABC):
+    """A file whose bytes come from `take`."""
+
+    @abstractmethod
+    def take(self, count: int) -> bytes:
+        """The next bytes, at most `count`; none at the end."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer)
+        part = self.take(len(view))
+        view[: len(part)] = part
+        return len(part)
+
+
+class _Counted(_Stream):
     """Reports what is read from a file."""
 
     def __init__(self, file: BinaryIO, progress: Progress) -> None:
         self._file, self._progress = file, progress
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        part = self._file.read(len(buffer))
-        buffer[: len(part)] = part
+    def take(self, count: int) -> bytes:
+        part = self._file.read(count)
         self._progress(len(part))
-        return len(part)
+        return part
 
 
-class _Unpacked(io.RawIOBase):
+class _Unpacked(_Stream):
     """The contents of a compressed file, up to the place where it is damaged."""
 
     def __init__(self, read: Callable[[int], bytes], path: Path, problems: Problems) -> None:
         self._read, self._path, self._problems = read, path, problems
         self._is_damaged = False
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+    def take(self, count: int) -> bytes:
         if self._is_damaged:
-            return 0
+            return b""
         try:
-            part = self._read(len(buffer))
-        except Exception as error:
-            # The package of zstd may not be installed, so its error has no name here.
+            return self._read(count)
+        except Exception as error:  # zstd may not be installed, so its error has no name here
             if not isinstance(error, _DAMAGE) and type(error).__name__ != "ZstdError":
                 raise
             self._is_damaged = True
             self._problems.add(self._path, None, f"the compressed file is damaged ({error})")
-            return 0
-        buffer[: len(part)] = part
-        return len(part)
+            return b""
 
 
-class _Recoded(io.RawIOBase):
+class _Recoded(_Stream):
     """UTF-16 as UTF-8."""
 
     def __init__(self, file: Any) -> None:
@@ -128,15 +139,11 @@ class _Recoded(io.RawIOBase):
         self._decoder = codecs.getincrementaldecoder("utf-16")("replace")
         self._waiting = b""
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+    def take(self, count: int) -> bytes:
         while not self._waiting:
             chunk = self._file.read(_CHUNK)
             self._waiting = self._decoder.decode(chunk, final=not chunk).encode("utf-8", "replace")
             if not chunk:
                 break
-        count = min(len(buffer), len(self._waiting))
-        buffer[:count], self._waiting = self._waiting[:count], self._waiting[count:]
-        return count
+        part, self._waiting = self._waiting[:count], self._waiting[count:]
+        return part

@@ -18,19 +18,29 @@ import numpy as np
 from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.report.findings import Gap, find_gaps
 from channel_metrics.analysis.report.moving import MAX_MEANS, WINDOW_PARTS, MovingMeans, values_at
-from channel_metrics.analysis.rows import loss_metric
+from channel_metrics.analysis.rows import loss_metric, totals_at
 from channel_metrics.core.schema import TOKENS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from channel_metrics.analysis.readers.keys import Key
     from channel_metrics.analysis.run import Run
     from channel_metrics.analysis.store import Steps, Values
     from channel_metrics.core.schema import Metric
 
     Indices = NDArray[np.int64]
 
-__all__ = ["MEDIUM", "Curve", "charts", "curves_of", "own_tokens", "pick_points", "splits_of"]
+__all__ = [
+    "MEDIUM",
+    "Curve",
+    "charts",
+    "curves_of",
+    "is_over_run",
+    "own_tokens",
+    "pick_points",
+    "splits_of",
+]
 
 _SPLITS = ("train", "eval", "test", "probe")
 
@@ -128,15 +138,13 @@ def curves_of(
 
 def own_tokens(run: Run, channel: str, steps: Steps) -> Steps | None:
     """Tokens that a channel was trained on up to each of `steps`, int64 [N]; None if not logged."""
-    logged, counts = run.series(channel, "tokens_total")
-    if not len(logged):
-        logged, counts = run.series(channel, "tokens")
-        counts = np.cumsum(np.nan_to_num(counts))
-    if not len(logged):
-        return None
-    places = np.searchsorted(logged, steps, side="right")
-    totals = np.concatenate([[0.0], np.nan_to_num(counts)])[places]
-    return np.asarray(np.rint(totals).astype(np.int64))
+    totals = totals_at(run, channel, "tokens", steps)
+    return None if totals is None else np.asarray(np.rint(totals).astype(np.int64))
+
+
+def is_over_run(key: Key) -> bool:
+    """Whether a series is logged over steps. Megatron logs values over samples, too."""
+    return bool(key.channel) or any(metric.name == key.metric for metric in charts())
 
 
 def pick_points(values: Values, limit: int) -> Indices:

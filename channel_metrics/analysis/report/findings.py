@@ -66,7 +66,7 @@ def find_gaps(run: Run) -> list[Gap]:
         missing = np.diff(edges) - 1
         # If a window has the channel with probability p, n windows lack it with (1 - p)^n.
         usual = len(windows) / len(present)
-        limit = max(2.0, _GAP_FACTOR * usual)
+        limit = _GAP_FACTOR * usual
         for index in (missing >= limit).nonzero()[0]:
             first, last = int(edges[index]), int(edges[index + 1])
             found.append(

@@ -23,7 +23,7 @@ from channel_metrics.analysis.judging.finding import shortened
 from channel_metrics.analysis.judging.told import findings_of
 from channel_metrics.analysis.report.curves import charts
 from channel_metrics.analysis.report.more_curves import EPOCHS, MIX
-from channel_metrics.analysis.report.page_data import dump_json, page_data
+from channel_metrics.analysis.report.page_data import dump_json, labels_of, page_data
 from channel_metrics.analysis.report.views import (
     ChannelView,
     RunView,
@@ -108,12 +108,14 @@ def write_views(
         )
     ranked = rank_channels([view.run for view in views])
     channels = ranked[:_MAX_CHANNELS]
-    points = _first_limit(len(channels) * len(views))
+    labels = labels_of([view.run for view in views])
+    points = _first_limit((len(channels) + len(labels)) * len(views))
     while True:
         text = _render(
             views,
             found,
             channels=channels,
+            labels=labels,
             num_left_out=len(ranked) - len(channels),
             points=points,
             title=title,
@@ -147,6 +149,7 @@ def _render(
     found: Sequence[Sequence[Finding]],
     *,
     channels: Sequence[str],
+    labels: Sequence[tuple[str, str]],
     num_left_out: int,
     points: int,
     title: str,
@@ -154,7 +157,7 @@ def _render(
     markup: Any = need("markupsafe", extra="report").Markup
     drawn_rows = ([row for row in view.rows if row.index < len(channels)] for view in views)
     views = [replace(view, rows=rows) for view, rows in zip(views, drawn_rows, strict=True)]
-    data = page_data(views, channels, points)
+    data = page_data(views, channels, points, labels)
     drawn = {curve["metric"] for curve in data["curves"]}
     style, script = _file("page.css"), _script()
     text: str = _template().render(
@@ -169,7 +172,8 @@ def _render(
         charts=[metric for metric in (*charts(), MIX, EPOCHS) if metric.name in drawn],
         table=_table(views, len(channels)),
         planned=any(row.configured is not None for view in views for row in view.rows),
-        names=data["channels"],
+        names=data["channels"][: len(channels)],
+        axes=dict.fromkeys(shown(axis) for axis, _ in labels),
         widest=_widest(views),
         style=markup(style),
         script=markup(script),

@@ -10,7 +10,7 @@ import numpy as np
 
 from channel_metrics.analysis.readers.keys import GLOBAL, Key
 from channel_metrics.analysis.report.curves import Curve, charts, own_tokens, pick_points
-from channel_metrics.analysis.report.moving import values_at
+from channel_metrics.analysis.rows import totals_at
 from channel_metrics.core.schema import Metric
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ MIX = Metric(
     "mix",
     ("samples",),
     lambda sums: sums["samples"],
-    doc="records / records of all channels since the first step; dotted: the configured share",
+    doc="records / records of all channels since the first step",
     label="Share of the records so far",
 )
 EPOCHS = Metric(
@@ -43,14 +43,14 @@ def mix_curves(run: Run, channels: Iterable[str], limit: int) -> Iterator[Curve]
 
     A curve of epochs needs the size of the source, which `channel-metrics train` writes down.
     """
-    counts = {name: run.series(name, "samples") for name in run.channels("train")}
-    steps = np.unique(np.concatenate([np.empty(0, np.int64), *(s for s, _ in counts.values())]))
-    totals = {
-        name: np.cumsum(np.nan_to_num(values_at(steps, *series))) for name, series in counts.items()
-    }
+    trained = run.channels("train")
+    logged = [run.series(n, metric)[0] for n in trained for metric in ("samples_total", "samples")]
+    steps = np.unique(np.concatenate([np.empty(0, np.int64), *logged]))
+    found_totals = {name: totals_at(run, name, "samples", steps) for name in trained}
+    totals = {name: found for name, found in found_totals.items() if found is not None}
     whole = sum(totals.values(), np.zeros(len(steps)))
     for name in channels:
-        if name not in totals or not len(counts[name][0]):
+        if name not in totals:
             continue
         share = np.divide(totals[name], whole, out=np.full(len(steps), np.nan), where=whole > 0)
         found = [(MIX.name, share)]

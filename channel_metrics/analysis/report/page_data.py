@@ -5,8 +5,9 @@ and may have `low`, `high`, `smooth` (the strength), `estimate` and `overwritten
 of a channel also has `tokens`: the channel's own, up to each step. Steps and tokens are written as
 differences. Values have six digits; null breaks the line.
 
-`axes` has, for each run, what its steps are on other axes. `marks` has the steps that charts mark,
-and `plan` the configured shares by channel.
+Labels of axes are numbered after the channels, and `label_axes` has the axis of each number; it is
+empty for channels. `axes` has, for each run, what its steps are on other axes. `marks` has the
+steps that charts mark, and `plan` the configured shares by channel.
 """
 
 from __future__ import annotations
@@ -19,27 +20,55 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from channel_metrics.analysis.axes import with_axis
 from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.report.axes import axes_of, marks_of
 from channel_metrics.analysis.report.curves import Curve, curves_of
 from channel_metrics.analysis.report.more_curves import mix_curves, other_curves, overwritten_curves
 from channel_metrics.analysis.report.moving import WINDOW_PARTS
-from channel_metrics.analysis.report.views import shown
+from channel_metrics.analysis.report.views import rank_channels, shown
+from channel_metrics.analysis.rows import final_rows
 
 if TYPE_CHECKING:
     from channel_metrics.analysis.report.views import RunView
+    from channel_metrics.analysis.run import Run
     from channel_metrics.analysis.store import Steps
+    from channel_metrics.analysis.summary import ChannelRow
 
-__all__ = ["dump_json", "page_data"]
+__all__ = ["dump_json", "labels_of", "page_data"]
 
 # The run's own values belong to no channel.
 _WHOLE_RUN = -1
+# At most so many labels of an axis; --axis shows all.
+_MAX_LABELS = 100
 
 
-def page_data(views: Sequence[RunView], channels: Sequence[str], limit: int) -> dict[str, Any]:
-    """The data for the script of the page. limit: the largest number of points per curve."""
+def labels_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """(axis, label) of the labels that the page has: those with the most tokens of each axis."""
+    axes = dict.fromkeys(axis for run in runs for axis in run.axes)
+    found = []
+    for axis in axes:
+        ranked = rank_channels([with_axis(run, axis) for run in runs if axis in run.axes])
+        found += [(axis, label) for label in ranked[:_MAX_LABELS]]
+    return found
+
+
+def page_data(
+    views: Sequence[RunView],
+    channels: Sequence[str],
+    limit: int,
+    labels: Sequence[tuple[str, str]] = (),
+) -> dict[str, Any]:
+    """The data for the script of the page.
+
+    Args:
+        views: the runs.
+        channels: the channels that are shown.
+        limit: the largest number of points per curve.
+        labels: (axis, label) of labels that can be drawn in place of channels.
+    """
     numbers = {name: number for number, name in enumerate(channels)} | {GLOBAL: _WHOLE_RUN}
-    curves = []
+    curves, rows = [], []
     for view in views:
         own = [name for name in channels if name in set(view.run.channels())]
         drawn = itertools.chain(
@@ -49,22 +78,23 @@ def page_data(views: Sequence[RunView], channels: Sequence[str], limit: int) -> 
             overwritten_curves(view.run, own, limit),
         )
         items = [_curve(curve, view.index, numbers) for curve in drawn]
+        rows += [_row(row.row, view.index, row.index) for row in view.rows]
+        for axis in view.run.axes:
+            own_numbers = {
+                label: number
+                for number, (other, label) in enumerate(labels, len(channels))
+                if other == axis
+            }
+            found, more_rows = _labels(view, axis, own_numbers, limit)
+            items += found
+            rows += more_rows
         _keep_first_tokens(items)
         curves += items
     return {
-        "channels": [shown(name) for name in channels],
+        "channels": [shown(name) for name in channels] + [shown(label) for _, label in labels],
+        "label_axes": [""] * len(channels) + [shown(axis) for axis, _ in labels],
         "runs": [view.name for view in views],
-        "rows": [
-            {
-                "run": view.index,
-                "channel": row.index,
-                "tokens": row.row.tokens,
-                "loss": _digits(row.row.last_loss),
-                "change": _digits(row.row.change),
-            }
-            for view in views
-            for row in view.rows
-        ],
+        "rows": rows,
         "curves": curves,
         "axes": [_axes(view) for view in views],
         "marks": [[m | {"text": shown(m["text"])} for m in marks_of(v.run)] for v in views],
@@ -78,6 +108,28 @@ def dump_json(value: Any) -> str:
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
+
+
+def _labels(
+    view: RunView, axis: str, numbers: dict[str, int], limit: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The curves and the rows of the labels of an axis."""
+    run = with_axis(view.run, axis)
+    own = [label for label in numbers if label in set(run.channels())]
+    curves = curves_of(run, own, limit, range(1, len(WINDOW_PARTS) + 1))
+    found = [_curve(c, view.index, numbers) for c in curves if c.channel in numbers]
+    rows = [row for row in final_rows(run) if row.channel in numbers]
+    return found, [_row(row, view.index, numbers[row.channel]) for row in rows]
+
+
+def _row(row: ChannelRow, run: int, number: int) -> dict[str, Any]:
+    return {
+        "run": run,
+        "channel": number,
+        "tokens": row.tokens,
+        "loss": _digits(row.last_loss),
+        "change": _digits(row.change),
+    }
 
 
 def _axes(view: RunView) -> dict[str, Any]:

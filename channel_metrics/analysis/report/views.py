@@ -12,7 +12,7 @@ from channel_metrics.analysis.judging.nonfinite import nonfinite_of
 from channel_metrics.analysis.judging.trends import trends_of
 from channel_metrics.analysis.judging.versus import versus_of
 from channel_metrics.analysis.readers.keys import GLOBAL
-from channel_metrics.analysis.report.curves import charts
+from channel_metrics.analysis.report.curves import is_over_run
 from channel_metrics.analysis.report.findings import find_gaps, self_check
 from channel_metrics.analysis.rows import final_rows, total_of, whole_row
 from channel_metrics.core.labels import UNLABELED
@@ -274,13 +274,7 @@ def _without_lost(row: ChannelRow, lost: Collection[tuple[str, str]]) -> Channel
 
 
 def _span(run: Run) -> tuple[int, int]:
-    names = {metric.name for metric in charts()}
-    series = [
-        run.series(key.channel, key.metric, key.split)[0]
-        for key in run.keys
-        # Megatron writes some of its own values over samples, not steps.
-        if key.channel or key.metric in names
-    ]
+    series = [run.series(k.channel, k.metric, k.split)[0] for k in run.keys if is_over_run(k)]
     ends = [(int(steps[0]), int(steps[-1])) for steps in series if len(steps)] or [(0, 0)]
     return min(first for first, _ in ends), max(last for _, last in ends)
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from channel_metrics.analysis.axes import meanings_shown
 from channel_metrics.analysis.readers.keys import GLOBAL, Key, decode_keys
-from channel_metrics.analysis.report.curves import charts
+from channel_metrics.analysis.report.curves import is_over_run
 from channel_metrics.analysis.report.views import shown
-from channel_metrics.analysis.summary import WHOLE_RUN, number, percent
+from channel_metrics.analysis.summary import WHOLE_RUN, number, part_of, percent, relative_change
 from channel_metrics.analysis.tables import EMPTY, TableColumn, fitted
 from channel_metrics.analysis.watch.traces import Trace, Traces
 from channel_metrics.core.labels import UNLABELED
@@ -128,13 +128,7 @@ def view_of(
     # Channels that only another split has.
     others = {k.channel: k.split for k in by_key if k.channel and k.channel not in names}
     rows += [_row(by_key, other, name, None) for name, other in others.items()]
-    # Megatron logs some values of its own over samples instead of steps.
-    over_steps = {metric.name for metric in charts()}
-    steps = (
-        trace.step
-        for key, trace in by_key.items()
-        if key.split == split and (key.channel or key.metric in over_steps)
-    )
+    steps = (trace.step for key, trace in by_key.items() if key.split == split and is_over_run(key))
     return View(
         rows=_ordered(rows, order),
         whole=_row(
@@ -243,11 +237,10 @@ def _row(by_key: Mapping[Key, Trace], split: str, name: str, share: float | None
     loss = by_key.get(Key(split, name, "loss"), nothing)
     accuracy = by_key.get(Key(split, name, "token_acc"), nothing)
     steps = [trace.step for trace in (loss, accuracy) if trace.step is not None]
-    has_change = loss.first and loss.last is not None and math.isfinite(loss.last)
     return Row(
         name=name,
         loss=loss.last,
-        change=loss.last / loss.first - 1 if has_change and loss.last and loss.first else None,
+        change=relative_change(loss.first, loss.last),
         token_acc=accuracy.last,
         share=share,
         step=max(steps, default=None),
@@ -261,14 +254,12 @@ def _shares(
 ) -> dict[str, float | None]:
     # The labels of an axis need not add up to the whole run.
     tokens = {name: None if is_axis else _tokens(by_key, split, name) for name in names}
-    whole = sum(count for count in tokens.values() if count is not None)
     shares: dict[str, float | None] = {}
-    for name, count in tokens.items():
-        share = by_key.get(Key(split, name, "share"))
-        if count is not None and whole:
-            shares[name] = count / whole
-        else:
-            shares[name] = share.total / share.count if share and share.count else None
+    for name in names:
+        logged = by_key.get(Key(split, name, "share"))
+        mean = logged.total / logged.count if logged and logged.count else None
+        part = part_of(tokens, name)
+        shares[name] = mean if part is None else part
     return shares
 
 

@@ -255,7 +255,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
                 )
             batch, values = kept or (batch, values)
         of_batch = batch.channels, batch.cu_seqlens, reported, batch.reference
-        session.count(MicroBatch.of_values(values, *of_batch))
+        session.count(MicroBatch.of_values(values, *of_batch, record_ids=batch.record_ids))
         return of_all
 
     def _real_records(self, session: ChannelMetrics) -> tuple[int, int] | None:

@@ -10,6 +10,7 @@ const SETTINGS = {
   zoom: [() => state.zoom?.join("..") ?? "", (text) => (state.zoom = range(text))],
   runs: [() => [...state.runs].join("."), (text) => (state.runs = new Set(indices(text, DATA.runs.length)))],
   splits: [() => [...state.splits].join("."), (text) => (state.splits = new Set(text.split(".").filter((split) => splits.includes(split))))],
+  of: [() => state.axis, (text) => (state.axis = DATA.label_axes.includes(text) ? text : "")],
   order: [() => state.order, (text) => (state.order = Object.hasOwn(ORDERS, text) ? text : state.order)],
   top: [() => (state.top === Infinity ? "all" : state.top), (text) => (state.top = text === "all" ? Infinity : [5, 8, 16, 32].find((count) => count === Number(text)) ?? NUM_COLORS)],
   find: [() => state.query, (text) => (state.query = text)],

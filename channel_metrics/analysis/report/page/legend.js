@@ -44,8 +44,8 @@ const drawLegend = () => {
   const shown = listed();
   if (!shown.includes(focused)) moveFocus(shown[0]);
   find("#legend-none").hidden = shown.length > 0;
-  const found = state.query ? `${shown.length} of ${DATA.channels.length} found, ` : "";
-  const isolated = state.isolated === null ? `${drawnNow.size} of ${DATA.channels.length} drawn` : "1 isolated";
+  const found = state.query ? `${shown.length} of ${legend.children.length} found, ` : "";
+  const isolated = state.isolated === null ? `${drawnNow.size} of ${legend.children.length} drawn` : "1 isolated";
   find("#legend-count").textContent = found + isolated;
   find("#show-all").hidden = state.isolated === null;
 };
@@ -99,6 +99,16 @@ find("#search").addEventListener("keydown", (event) => {
     shown[0].querySelector("button").focus();
   }
 });
+// Labels of an axis in place of the channels, or the channels again.
+const setAxis = (axis) => {
+  state.axis = axis;
+  state.isolated = null;
+  orderLegend();
+  showTop();
+  showControls();
+  changed("channels");
+};
+find("#axis")?.addEventListener("change", (event) => setAxis(event.target.value));
 find("#order").addEventListener("change", (event) => {
   state.order = event.target.value;
   orderLegend();

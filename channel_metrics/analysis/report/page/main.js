@@ -84,6 +84,7 @@ controls.push(() => {
   for (const input of findAll('input[name="x"]')) input.checked = input.value === state.x;
   for (const name of ["order", "top", "smooth"]) find(`#${name}`).value = state[name] === Infinity ? "all" : state[name];
   find("#search").value = state.query;
+  if (find("#axis")) find("#axis").value = state.axis;
 });
 pressable(find("#log-x"), () => state.logX, (on) => (state.logX = on));
 pressable(find("#difference"), () => state.difference, (on) => {

@@ -13,8 +13,9 @@ const state = {
   shown: new Set(),
   isolated: null,
   query: "",
+  axis: "", // The labels of this axis are in place of the channels.
   order: "tokens",
-  top: DATA.channels.length <= 12 ? Infinity : NUM_COLORS,
+  top: DATA.label_axes.filter((axis) => axis === "").length <= 12 ? Infinity : NUM_COLORS,
   zoom: null, // [low, high] on the x axis
   zoomY: Object.create(null), // {metric: [low, high]}
 };
@@ -53,7 +54,7 @@ const ordered = () => {
   const key = ORDERS[state.order];
   const names = (a, b) => DATA.channels[a].localeCompare(DATA.channels[b]);
   const byKey = (a, b) => key(rowOf[a]) - key(rowOf[b]) || (state.order === "name" ? names(a, b) : a - b);
-  return [...DATA.channels.keys()].sort(byKey);
+  return [...DATA.channels.keys()].filter((channel) => DATA.label_axes[channel] === state.axis).sort(byKey);
 };
 
 const matches = (channel) =>

@@ -73,6 +73,7 @@ addEventListener("beforeprint", () => findAll("[data-spark]:empty").forEach(draw
 for (const button of findAll("button[data-isolate]")) {
   button.addEventListener("click", () => {
     const channel = Number(button.dataset.isolate);
+    if (state.axis) setAxis("");
     if (state.isolated !== channel) isolate(channel);
     find("#curves").scrollIntoView();
     find(".plot").focus({ preventScroll: true });
