@@ -144,9 +144,8 @@ def entropy_of(log_probs: Tensor) -> Tensor:
     found = []
     for rows in torch.split(log_probs, max(numbers // log_probs.shape[-1], 1)):
         exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        # A token that cannot come has the logarithm -inf, and adds nothing.
-        finite = exact.clamp(min=torch.finfo(exact.dtype).min)
-        found.append(-torch.linalg.vecdot(exact.exp(), finite))
+        # A token that cannot come has 0 * -inf, which is NaN, and adds nothing.
+        found.append(-exact.exp().mul_(exact).nansum(-1))
     return torch.cat(found)
 
 
