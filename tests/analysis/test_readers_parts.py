@@ -195,3 +195,17 @@ def test_watch_joins_parts_too(tmp_path: Path, no_rest: None) -> None:
     assert follower.traces["bbu_tokens"].total == sum(tokens.values())
     lines = header(follower, view_of(follower.traces))
     assert lines[1].startswith("joined as one run: ")
+
+
+def test_a_later_resume_from_an_earlier_step_overwrites_all_branches_before() -> None:
+    branches = (range(1, 101), range(50, 81), range(30, 41))
+    log = [
+        {"step": step, "a_loss": float(number), "a_tokens": 1.0}
+        for number, steps in enumerate(branches)
+        for step in steps
+    ]
+    run = run_of(log, channels=["a"])
+    assert run.resumes == (50, 30)
+    kept = dict.fromkeys(range(1, 30), 0.0) | dict.fromkeys(range(30, 41), 2.0)
+    assert series_of(run, "a", "loss") == kept
+    assert sorted(set(run.overwritten("a", "loss")[0].tolist())) == list(range(30, 101))
