@@ -209,3 +209,12 @@ def test_a_later_resume_from_an_earlier_step_overwrites_all_branches_before() ->
     kept = dict.fromkeys(range(1, 30), 0.0) | dict.fromkeys(range(30, 41), 2.0)
     assert series_of(run, "a", "loss") == kept
     assert sorted(set(run.overwritten("a", "loss")[0].tolist())) == list(range(30, 101))
+
+
+def test_two_runs_that_begin_at_the_same_late_step_are_not_joined(tmp_path: Path) -> None:
+    for folder in ("v0-20260101", "v1-20260102"):
+        log = [{"step": step, "loss": 1.0} for step in range(500, 600, 10)]
+        write_jsonl(tmp_path / folder / "logging.jsonl", log)
+    run = load_run(tmp_path)
+    assert run.resumes == () and len(run.store) == 10
+    assert any("other runs in the folder" in note for note in run.problems.notes)
