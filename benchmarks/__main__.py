@@ -31,7 +31,11 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
         "arithmetic": cluster.rows(),
     },
     "head": lambda: {"memory": head.peak_memory(), "rows": head.run()},
-    "step": lambda: {"memory": step.peak_memory(), "rows": step.run()},
+    "step": lambda: {
+        "memory": step.peak_memory(),
+        "rows": step.run(),
+        "further": step.run(step.FURTHER),
+    },
 }
 
 

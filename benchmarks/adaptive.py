@@ -3,8 +3,8 @@
     python -m benchmarks.adaptive FOLDER
 
 Trains configs/adaptive_mix.yaml with each rule and three seeds, from equal weights and from uneven
-ones, for the same number of records. FOLDER keeps the results: a second call goes on. A minute for
-each of the 27 runs on one core.
+ones, for the same number of records. FOLDER keeps the results: a second call goes on. There are 25
+runs of about 13 seconds of one core.
 """
 
 from __future__ import annotations

@@ -16,11 +16,16 @@ from benchmarks.swift_peer import SwiftLoop, swift_megatron
 from benchmarks.update import Case, make_tokens
 from benchmarks.veomni_peer import VeOmni
 from channel_metrics import ChannelLossAccumulator
+from channel_metrics.core.names import joint_name
+from channel_metrics.core.schema import DEFAULT_METRICS
+from channel_metrics.core.text_sizes import TextSizes
 from channel_metrics.ranks.sync import sync
 
 __all__ = ["run"]
 
 CASE = Case(8_192, 256, 16)
+BARS = ("loss", "loss_se")
+FULL = (*BARS, "token_acc", "token_acc_se", "bits_per_byte")
 _READS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor")
 
@@ -51,26 +56,46 @@ def run() -> list[dict[str, object]]:
     tokens = make_tokens(CASE)
     names = [f"channel{i}" for i in tokens.ids.tolist()]
     distinct = sorted(set(names))
-    on_meta = ChannelLossAccumulator(distinct, device="meta")
-    with_bars = ChannelLossAccumulator(distinct, device="meta", metrics=("loss", "loss_se"))
-    ours = ChannelLossAccumulator(distinct)
+    # The meta device holds no values: reading one is an error, whatever is counted.
+    given: dict[str, Any] = {
+        "token_losses": tokens.losses.to("meta"),
+        "channels": tokens.ids.to("meta"),
+        "cu_seqlens": tokens.bounds.to("meta"),
+        "loss_mask": tokens.mask.to("meta"),
+    }
+    correct, labels = tokens.correct.to("meta"), tokens.unshifted_labels().to("meta")
+    on_axes = [
+        joint_name(name, [("domain", "x"), ("kind", name), ("size", "y")]) for name in distinct
+    ]
+    sizes = torch.ones(9, dtype=torch.int64, device="meta")
 
-    def update(accumulator: ChannelLossAccumulator = on_meta) -> None:
-        # The meta device holds no values: reading one is an error, whatever is counted.
-        accumulator.update(
-            tokens.losses.to("meta"),
-            channels=tokens.ids.to("meta"),
-            cu_seqlens=tokens.bounds.to("meta"),
-            loss_mask=tokens.mask.to("meta"),
-        )
+    def updating(names: list[Any] = distinct, *metrics: str, **more: Any) -> Callable[[], object]:
+        table = ChannelLossAccumulator(names, device="meta", metrics=metrics or DEFAULT_METRICS)
+        table.text_sizes = TextSizes(sizes, sizes) if "labels" in more else None
+        return lambda: table.update(**given, **more)
 
-    sync(ours)  # the first one agrees on the names
+    def logging(names: list[Any] = distinct, *metrics: str) -> Callable[[], object]:
+        table = ChannelLossAccumulator(names, metrics=metrics or DEFAULT_METRICS)
+        sync(table)  # the first one agrees on the names
+        return lambda: sync(table)
+
     loop = SwiftLoop(names, tokens.bounds)
     megatron = swift_megatron(tokens.losses, tokens.mask, tokens.bounds, names)
     veomni = VeOmni.of_packed(tokens.ids.tolist(), tokens.bounds)
     return [
-        _row("ours", update, lambda: sync(ours)),
-        _row("ours, error bars", lambda: update(with_bars), lambda: sync(ours)),
+        _row("ours", updating(), logging()),
+        _row("ours, accuracy", updating(correct=correct), logging()),
+        _row("ours, error bars", updating(distinct, *BARS), logging(distinct, *BARS)),
+        _row(
+            "ours, accuracy, 3 axes, error bars, bytes",
+            updating(on_axes, *FULL, correct=correct, labels=labels),
+            logging(on_axes, *FULL),
+        ),
+        _row(
+            "ours, entropy",
+            updating(distinct, "loss", "entropy", entropy=given["token_losses"]),
+            logging(distinct, "loss", "entropy"),
+        ),
         _row(
             "ms-swift, HF", lambda: loop.update(tokens.losses, tokens.unshifted_labels()), loop.log
         ),

@@ -40,12 +40,28 @@ def summary(found: Results) -> str:
     """What this library costs, beside a goal and others."""
     step, peak = _by_variant(found, "step"), _by_variant(found, "step", "memory")
     head, head_peak = _by_variant(found, "head"), _by_variant(found, "head", "memory")
+    further = _by_variant(found, "step", "further")
     growth = {row["num_channels"]: _r(row) for row in found["update"]["growth"]}
     others = f"ms-swift {_r(step[SWIFT])}, VeOmni in each step {_r(step['VeOmni, each step'])}"
     rows = [
         ("a whole Trainer step with channel losses, compared with none", "1.01", step["loss"], ""),
         ("the same with token accuracy", "1.02", step["loss and accuracy"], f"loss only: {others}"),
-        ("peak memory of that step", "1.00", peak["loss and accuracy"], ""),
+        (
+            "the same with accuracy, 3 axes, error bars and bits per byte",
+            "1.01",
+            _rounds(further["3 axes, error bars, bytes"]),
+            "",
+        ),
+        ("the same with the loss and entropy", "none", _rounds(further["loss and entropy"]), ""),
+        (
+            "the same with the loss and gradient shares",
+            "none",
+            _rounds(further["loss and gradients"]),
+            "",
+        ),
+        ("peak memory of the step with token accuracy", "1.00", peak["loss and accuracy"], ""),
+        ("peak memory with entropy", "none", peak["loss and entropy"], ""),
+        ("peak memory with gradient shares", "none", peak["loss and gradients"], ""),
         (
             "head and loss in chunks, with channels and accuracy, compared with transformers' "
             "default without: time",
@@ -73,10 +89,22 @@ def summary(found: Results) -> str:
     return _table(("what", "goal", "this library", "others"), lines)
 
 
+def _rounds(row: Row) -> str:
+    """A ratio; with few rounds, how many."""
+    few = f" ({row['num_rounds']} rounds on a busy machine)" if row["num_rounds"] < 5 else ""
+    return f"{_r(row)}{few}"
+
+
 def _counted_rows(counts: dict[str, Row]) -> Iterable[tuple[str, str, str, str]]:
     def of(what: str, *variants: str) -> list[str]:
         return [f"{counts[variant][what]:,}" for variant in variants]
 
+    variants = ("ours", "ours, accuracy", "ours, accuracy, 3 axes, error bars, bytes")
+    few = "; ".join(of("operators_per_micro_batch", *variants))
+    swift, megatron, veomni = of("operators_per_micro_batch", SWIFT, MEGATRON, "VeOmni")
+    others = f"ms-swift {swift}, its Megatron {megatron}; VeOmni {veomni}"
+    what = "operators per micro-batch: loss; with accuracy; with 3 axes, error bars and bytes, too"
+    yield what, "none", few, others
     ours, swift, megatron, veomni = of("syncs_per_micro_batch", "ours", SWIFT, MEGATRON, "VeOmni")
     others = f"ms-swift {swift}, its Megatron {megatron}; VeOmni {veomni}"
     yield "host syncs per micro-batch of 256 sequences", "0", ours, others

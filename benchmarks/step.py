@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,20 +21,33 @@ from benchmarks.swift_peer import SwiftLoop, swift_token_losses
 from benchmarks.timing import compare, peak_mib
 from benchmarks.veomni_peer import VeOmni
 
-__all__ = ["peak_memory", "peaks_of", "run"]
+__all__ = ["FURTHER", "peak_memory", "peaks_of", "run"]
 
 NUM_ROWS, ROW_LENGTH, HIDDEN, VOCABULARY = 4, 1_024, 512, 32_000
 CHANNELS = ("bbu", "rru", "lvis", "lang_chat")
+BARS = ("loss_se", "loss_low", "loss_high", "token_acc_se", "token_acc_low", "token_acc_high")
 OURS = {
     "loss": ("loss", "tokens", "share"),
     "loss and accuracy": ("loss", "token_acc", "tokens", "share"),
+    "3 axes, error bars, bytes": ("loss", "token_acc", "tokens", *BARS, "bits_per_byte"),
+    "loss and entropy": ("loss", "tokens", "share", "entropy"),
+    "loss and gradients": ("loss", "tokens", "share", "grad_share", "grad_cosine", "grad_noise"),
 }
-VARIANTS = ("off", *OURS, "ms-swift, HF", "VeOmni, each step")
+# The labels of three more axes follow from the channel.
+AXES = {
+    "domain": {"bbu": "target", "rru": "target", "lvis": "source", "lang_chat": "source"},
+    "template": {"bbu": "short", "rru": "long", "lvis": "short", "lang_chat": "chat"},
+    "language": {"bbu": "zh", "rru": "zh", "lvis": "en", "lang_chat": "en"},
+}
+VARIANTS = ("off", "loss", "loss and accuracy", "ms-swift, HF", "VeOmni, each step")
+FURTHER = ("off", "3 axes, error bars, bytes", "loss and entropy", "loss and gradients")
 
 
-def run(num_rounds: int = 9, max_seconds: float = 170) -> list[dict[str, object]]:
+def run(
+    variants: Sequence[str] = VARIANTS, num_rounds: int = 9, max_seconds: float = 170
+) -> list[dict[str, object]]:
     """CPU time of the step, all variants in one process."""
-    calls = {name: _step(name) for name in VARIANTS}
+    calls = {name: _step(name) for name in variants}
     timings = compare(
         calls,
         num_rounds=num_rounds,
@@ -47,7 +60,7 @@ def run(num_rounds: int = 9, max_seconds: float = 170) -> list[dict[str, object]
 
 def peak_memory() -> list[dict[str, object]]:
     """What the tensors of a step hold at their peak, beside the model and its gradients."""
-    return peaks_of({name: _step(name) for name in VARIANTS})
+    return peaks_of({name: _step(name) for name in dict.fromkeys((*VARIANTS, *FURTHER))})
 
 
 def peaks_of(calls: Mapping[str, Call]) -> list[dict[str, object]]:
@@ -70,11 +83,13 @@ def _step(variant: str) -> Call:
     labels = input_ids.masked_fill(torch.rand(input_ids.shape) < 0.2, -100)
     num_items = (labels[:, 1:] != -100).sum()
     trainer = _trainer(variant)
+    batch: dict[str, Any] = {"input_ids": input_ids, "labels": labels}
+    if variant in OURS:
+        records = [{"channel": CHANNELS[i % len(CHANNELS)]} for i in range(NUM_ROWS)]
+        batch = dict(trainer.channel_metrics.collator(lambda _: batch)(records))
 
     def step() -> None:
-        inputs = {"input_ids": input_ids, "labels": labels}
-        if variant in OURS:
-            inputs["channels"] = torch.arange(NUM_ROWS)
+        inputs = dict(batch)
         trainer.training_step(trainer.model, inputs, num_items)
         trainer.model.zero_grad()
 
@@ -96,6 +111,7 @@ def _trainer(variant: str) -> Any:
     from transformers.utils import logging as transformers_logging
 
     from channel_metrics.config import MetricsConfig
+    from channel_metrics.core.text_sizes import TextSizes
     from channel_metrics.trainers.hf import attach
 
     quiet: Callable[[], None] = transformers_logging.set_verbosity_error
@@ -114,7 +130,11 @@ def _trainer(variant: str) -> Any:
     kind = _with_swift_loss(Trainer) if variant.startswith("ms-swift") else Trainer
     trainer: Any = kind(make_model(config), arguments)
     if variant in OURS:
-        attach(trainer, MetricsConfig(metrics=OURS[variant], channels=CHANNELS))
+        axes = AXES if variant.startswith("3 axes") else {}
+        attach(trainer, MetricsConfig(metrics=OURS[variant], channels=CHANNELS, axes=axes))
+        if "bits_per_byte" in OURS[variant]:
+            sizes = torch.randint(1, 9, (VOCABULARY,))
+            trainer.channel_metrics.text_sizes = TextSizes(sizes, sizes)
     trainer.current_gradient_accumulation_steps = 1
     trainer.create_optimizer()
     return trainer

@@ -1,4 +1,4 @@
-"""The settings of alerts. `MetricsConfig` has them, and docs/acting.md describes them."""
+"""The settings of alerts and outliers. `MetricsConfig` has them; see docs/acting.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from channel_metrics.acting import ActingConfig, Section, is_number
 from channel_metrics.errors import ConfigError, hint
 
-__all__ = ["ALERTS_FILE", "KINDS", "TARGETS", "AlertingConfig", "Alerts"]
+__all__ = ["ALERTS_FILE", "KINDS", "TARGETS", "AlertingConfig", "Alerts", "Outliers"]
 
 KINDS = (
     "forgetting",
@@ -36,9 +36,20 @@ class AlertingConfig(ActingConfig):
 
     See docs/acting.md."""
 
+    outliers: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """The sequences with the highest and lowest loss per channel and window, in files:
+    `{folder: runs/a/outliers, count: 5, id_field: id}`. See docs/acting.md."""
+
+    @property
+    def outliers_id(self) -> str:
+        """The field of a record with its id, for `outliers`; empty if it is not needed."""
+        outliers = Outliers.of(self.outliers)
+        return outliers.id_field if outliers is not None else ""
+
     def check_acting(self) -> None:
         """Raise `ConfigError` for a setting that is not allowed."""
         super().check_acting()
+        Outliers.of(self.outliers)
         alerts = Alerts.of(self.alerts)
         if alerts is not None:
             alerts.check(self.budget)
@@ -121,3 +132,33 @@ class Alerts(Section):
         """The kinds that are watched for."""
         possible = (k for k in KINDS if k not in _NEEDS or set(_NEEDS[k]).intersection(budget))
         return frozenset(self.kinds or possible)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outliers(Section):
+    """Which sequences are written."""
+
+    folder: str
+    """The folder of the files, one per rank."""
+
+    count: int = 5
+    """So many with the highest and so many with the lowest loss, per channel, window and rank."""
+
+    id_field: str = "id"
+    """The field of a record with its id, such as `meta.id`; empty: none."""
+
+    text_tokens: int = 64
+    """The text of so many supervised tokens is written, if there is a tokenizer; 0: no text."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.folder, (str, os.PathLike)) or not os.fspath(self.folder):
+            raise ConfigError(f"folder of outliers must be a path, but is {self.folder!r}.")
+        object.__setattr__(self, "folder", os.fspath(self.folder))
+        for name, least in (("count", 1), ("text_tokens", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ConfigError(
+                    f"{name} of outliers must be a whole number, {least} or more, but is {value!r}."
+                )
+        if not isinstance(self.id_field, str):
+            raise ConfigError(f"id_field of outliers must be a name, but is {self.id_field!r}.")

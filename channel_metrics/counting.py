@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
+from channel_metrics.alerting import Outliers
 from channel_metrics.core.accumulator import ChannelLossAccumulator
 from channel_metrics.core.axis_settings import Source
 from channel_metrics.core.checks import check_scalar
 from channel_metrics.core.excess import EXCESS_LOSS, UNMATCHED
+from channel_metrics.core.extremes import Extremes
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.micro_batch import MicroBatch
@@ -37,6 +39,7 @@ class Counting:
         schema: what is counted.
         guard: decides what an error does. After the first error, nothing is counted any more.
         axes: those of the config.
+        outliers: the settings of the most extreme sequences, if they are kept.
         with_correct: whether `observe` measures which tokens are predicted.
 
     Attributes:
@@ -45,6 +48,8 @@ class Counting:
         token_axes: the axes whose labels belong to single tokens.
         with_entropy: whether a metric needs the entropy of what is predicted.
         text_sizes: the bytes and characters of the tokens, if they are known.
+        on_count: functions that get each micro-batch of training, after it was counted and before
+            its backward pass.
     """
 
     def __init__(
@@ -55,14 +60,18 @@ class Counting:
         axes: Mapping[str, Source],
         *,
         with_correct: bool,
+        outliers: Outliers | None = None,
     ) -> None:
         self.labels, self.schema, self.guard = labels, schema, guard
         self.with_correct = with_correct
         self.with_entropy = "entropy_sum" in schema.column_names
         self.text_sizes: TextSizes | None = None
+        self.on_count: list[Callable[[MicroBatch], object]] = []
         self.token_axes = TokenAxes(axes)
         self._with_text = "text_nll" in schema.column_names
-        self.with_targets = self._with_text or bool(self.token_axes.of_targets)
+        self.outliers, self.tokenizer = outliers, None
+        of_text = outliers is not None and outliers.text_tokens > 0
+        self.with_targets = self._with_text or of_text or bool(self.token_axes.of_targets)
         if self.token_axes and schema.unit != "tokens":
             raise ConfigError(
                 f"the axes {', '.join(self.token_axes)} are about single tokens, but this "
@@ -96,6 +105,8 @@ class Counting:
                 assert isinstance(table, ChannelLossAccumulator)
                 table.text_sizes = self.text_sizes
                 batch.add_to(table, self._groups(batch))
+                for tell in () if self.evaluating else self.on_count:
+                    tell(batch)
                 if self._with_text and (self.text_sizes is None or batch.labels is None):
                     self._tell_of_text()
                 if self.with_entropy and batch.entropy is None:
@@ -103,6 +114,11 @@ class Counting:
                         "entropy needs logits, but the loss of a micro-batch was computed without "
                         "them (by a fused loss, by Megatron, or in a loop that hands over token "
                         "losses): its tokens are left out of `entropy`."
+                    )
+                if table.extremes is not None and table.extremes.lacks_sequences:
+                    self.warn_once(
+                        "outliers need whole sequences, but here they are cut across ranks, so "
+                        "there are no outliers."
                     )
                 if table.in_parts:
                     self._tell_of_parts()
@@ -147,6 +163,7 @@ class Counting:
         """
         sources = (getattr(tokenizer, "tokenizer", None), getattr(model, "config", None))
         self.token_axes.read_ids(tokenizer, *sources)
+        self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         if self._with_text and tokenizer is not None:
             self.text_sizes = text_sizes(tokenizer)
 
@@ -236,7 +253,10 @@ class Counting:
 
     def _new_table(self) -> SumTable:
         if self.schema.unit == "tokens":
-            return ChannelLossAccumulator(self.labels, schema=self.schema)
+            table = ChannelLossAccumulator(self.labels, schema=self.schema)
+            if self.outliers is not None:
+                table.extremes = Extremes(self.outliers.count, self.outliers.text_tokens)
+            return table
         return SumTable(self.labels, self.schema.column_names)
 
     def _open_window(self) -> OpenWindow:

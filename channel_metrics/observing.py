@@ -87,7 +87,7 @@ def observe(
         if real is not None and real[0] < real[1]:
             taken, values, reported = *_without_repeats(taken, values, *real), None
         of_batch = taken.channels, taken.cu_seqlens, reported, taken.reference
-        metrics.count(MicroBatch.of_values(values, *of_batch))
+        metrics.count(MicroBatch.of_values(values, *of_batch, record_ids=taken.record_ids))
 
 
 def _check(taken: Any, batch: Mapping[str, Any]) -> None:

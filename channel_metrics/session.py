@@ -23,18 +23,21 @@ from typing import Any
 
 import torch
 
+from channel_metrics.alerting import Outliers
+from channel_metrics.capture.gradients import Gradients
 from channel_metrics.checkpoints import Checkpoints
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.keys import KeyBook
-from channel_metrics.core.labels import UNLABELED, LabelTable
+from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.schema import TOKENS, Schema
 from channel_metrics.core.table import SumTable
 from channel_metrics.core.totals import RunTotals
+from channel_metrics.data.carried import carried_of
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
-from channel_metrics.data.reference import reference_of
 from channel_metrics.data.scan import class_names, scan_channels
 from channel_metrics.observers.configured import adding_of, observers_of, sampler_of
+from channel_metrics.observers.outliers import OutlierFiles
 from channel_metrics.observing import observe
 from channel_metrics.ranks.agreed_names import Agreement
 from channel_metrics.ranks.ranks import Ranks
@@ -65,6 +68,7 @@ class ChannelMetrics(Checkpoints):
         stop_reason: why the run should end; empty if it should not. It is set when a window is
             closed, on all ranks alike. Some trainers end by it. A loop of one's own asks for it.
         ends_run: whether the trainer ends by it.
+        gradients: `gradients.watch(model)` turns on the metrics `grad_...`, see docs/gradients.md.
         sampler: what a `MixedStream` follows; None without the setting `sampler`.
 
     Raises:
@@ -87,7 +91,11 @@ class ChannelMetrics(Checkpoints):
         labels = LabelTable(config.channels, unknown=config.unknown)
         correct = any("correct" in metric.needs for metric in schema.chosen(config.metrics))
         guard = FaultGuard(config.on_error)
-        super().__init__(labels, schema, guard, config.axes, with_correct=correct)
+        outliers = Outliers.of(config.outliers)
+        super().__init__(
+            labels, schema, guard, config.axes, with_correct=correct, outliers=outliers
+        )
+        self._outliers = OutlierFiles(outliers, self) if outliers is not None else None
         self.keys = KeyBook(
             config.key_format,
             reserved=reserved,
@@ -101,6 +109,7 @@ class ChannelMetrics(Checkpoints):
         self.on_window = [*on_window, *observers_of(config, self)]
         self._adding = adding_of(config, self)
         self.totals = RunTotals(schema)
+        self.gradients = Gradients(self)
         self.sampler = sampler_of(config, self)
         if self.sampler is not None:
             self.on_window.append(self.sampler)
@@ -117,6 +126,7 @@ class ChannelMetrics(Checkpoints):
         """End the train window: sum it over all ranks, call the observers, open the next one."""
         self._end_step(self._train)
         window = self._summed(self._train.table, "train", step)
+        self._write_outliers(self._train.table, window)
         self._train.table.reset()
         self._tell(window)
         self.guard.proven |= bool(window.values)
@@ -140,6 +150,7 @@ class ChannelMetrics(Checkpoints):
             yield found
         if not found.discarded:
             found.window = self._summed(found.table, split, step, prefix)
+            self._write_outliers(found.table, found.window)
             self._tell(found.window)
 
     def stop(self, reason: str) -> None:
@@ -173,7 +184,7 @@ class ChannelMetrics(Checkpoints):
             classes=self.classes,
             records_key=RECORDS_KEY,
             columns=self.token_axes.columns,
-            reference=reference_of(self.config),
+            carried=carried_of(self.config),
         )
 
     def observe(
@@ -224,13 +235,17 @@ class ChannelMetrics(Checkpoints):
         Raises:
             ChannelError, ConfigError: if names share a log key, or if the config refuses one.
         """
-        names = [name for name in names if name != UNLABELED]
+        names = list(names)
         self.labels.ids(names)
         self._maker.declare(name for name in names if name in self.labels)
 
     def rows(self, names: Iterable[str | None]) -> set[str]:
         """What is logged of records with these names: their channels, and labels of axes."""
         return {row for name in names for row in self._maker.book.rows(name)}
+
+    def channel_of(self, name: str | None) -> str:
+        """The channel of a joint name of labels; `unlabeled` if it has none."""
+        return self._maker.book.rows(name)[0]
 
     def is_label(self, row: str) -> bool:
         """Whether a row is a label on a further axis, such as `domain/target`."""
@@ -251,10 +266,17 @@ class ChannelMetrics(Checkpoints):
                 found = sum_over_ranks(
                     table, self._agreement, self.ranks, self.guard, self._riders()
                 )
-                if split == "train" and final:
+                closes = split == "train" and final
+                if closes:
                     self.totals.add(found.names, found.sums)
                 window = self._maker.make(
-                    found, split=split, step=step, prefix=prefix, totals=self.totals, final=final
+                    found,
+                    split=split,
+                    step=step,
+                    prefix=prefix,
+                    totals=self.totals,
+                    final=final,
+                    gradients=self.gradients.summed() if closes else None,
                 )
                 return self._with_more(window) if final else window
         return Window(split=split, step=step, prefix=prefix, final=final)
@@ -283,6 +305,10 @@ class ChannelMetrics(Checkpoints):
             new = {key: value for key, value in more.items() if key not in taken}
             window = replace(window, logs={**window.logs, **new})
         return window
+
+    def _write_outliers(self, table: SumTable, window: Window) -> None:
+        if self._outliers is not None and self.measuring:
+            self._outliers.write(table, window)
 
     def _tell(self, window: Window) -> None:
         # A trainer may log twice at one step: a window that holds nothing.

@@ -9,11 +9,12 @@ from channel_metrics.config import MetricsConfig
 from channel_metrics.core.axes import AxisBook, Projected, groups_of
 from channel_metrics.core.axis_settings import CHANNEL, TREE, TREE_MEAN, token_source
 from channel_metrics.core.excess import UNMATCHED
+from channel_metrics.core.gradients import GRADIENTS, gradient_values
 from channel_metrics.core.keys import KeyBook
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.objectives import WEIGHTED, objective, worst_channel
 from channel_metrics.core.schema import Schema
-from channel_metrics.core.slopes import Slopes, points_of
+from channel_metrics.core.slopes import SLOPES, Slopes, points_of
 from channel_metrics.core.table import values_by_channel
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.errors import ConfigError, hint
@@ -46,7 +47,9 @@ class WindowMaker:
         self.config, self.schema, self.keys, self.warn_once = config, schema, keys, warn_once
         self.book = AxisBook(config.axes, config.cross, config.tree, config.axis_format)
         self._metrics = schema.chosen(config.metrics)
-        self._slopes = Slopes([name for name in config.metrics if name in schema.slope_metrics])
+        extra = {one.name for one in schema.extra}.intersection(config.metrics)
+        self._slopes = Slopes([one.name for one in SLOPES if one.name in extra])
+        self._gradients = [one.name for one in GRADIENTS if one.name in extra]
         self._of_sequences = schema.of_sequences
         mark("session")
 
@@ -59,6 +62,7 @@ class WindowMaker:
         prefix: str,
         totals: RunTotals,
         final: bool,
+        gradients: GlobalSums | None = None,
     ) -> Window:
         """The window of these sums.
 
@@ -66,6 +70,7 @@ class WindowMaker:
             found: the sums of all ranks.
             split, step, prefix, final: as in `Window`.
             totals: those of the run, up to the last closed train window.
+            gradients: sums of `GradientTable`, of all ranks.
         """
         rows = self.book.project(found.names, found.sums)
         so_far = totals.by_row(self.book.rows)
@@ -85,6 +90,8 @@ class WindowMaker:
         elif final:
             self._add_totals(so_far, values, of_axes)
             self._add_slopes(rows, so_far, totals, values, of_axes)
+            if gradients is not None:
+                self._add_gradients(gradients, values, of_axes)
         self._drop_of_sequences(of_axes)
         means = self._means_of_groups({**values, **of_axes})
         of_axes |= means
@@ -170,7 +177,7 @@ class WindowMaker:
     def _at_most_top(self, rows: Projected, totals: Totals | None) -> Projected:
         """The rows that `top` allows, and `others`; without totals, those of this window."""
         top = self.config.top
-        if not top or len(rows.names) <= top:
+        if not top:
             return rows
         if totals is None:
             counted = rows.sums[1:, self.schema.column_names.index(self.schema.count)]
@@ -236,6 +243,14 @@ class WindowMaker:
         for values in groups:
             for row, of_row in values.items():
                 of_row.update(self._slopes.values(row))
+
+    def _add_gradients(self, gradients: GlobalSums, *groups: Values) -> None:
+        names, sums, _ = self.book.project(gradients.names, gradients.sums)
+        total = gradients.sums[:, 2:].sum(0)
+        found = gradient_values((UNLABELED, *names), sums, total, self._gradients)
+        for values in groups:
+            for row, of_row in values.items():
+                of_row.update(found.get(row, {}))
 
     def _choose(self, values: Values, names: Sequence[str]) -> None:
         """Keep the channels that evaluation logs."""

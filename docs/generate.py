@@ -21,7 +21,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from channel_metrics.core.objectives import OBJECTIVES
 from channel_metrics.core.percentiles import BINS
-from channel_metrics.core.schema import TOKENS, Schema
+from channel_metrics.core.schema import TOKENS, Metric, Schema
 
 # `python docs/generate.py` finds it beside this file, tests and mypy in the package.
 try:
@@ -67,14 +67,20 @@ def part_of(name: str) -> str:
 def schema_of(schema: Schema) -> str:
     """The metrics and the columns of a schema, as two tables."""
     metrics = [
-        (f"`{metric.name}`", metric.unit or "0 to 1", metric.doc) for metric in schema.metrics
+        (f"`{metric.name}`", metric.unit or "0 to 1", metric.doc, _sources(metric))
+        for metric in schema.metrics
     ]
     metrics += [
-        (f"`{column.name}_total`", column.unit, f"`{column.name}` since the run began")
+        (
+            f"`{column.name}_total`",
+            column.unit,
+            f"`{column.name}` since the run began",
+            f"`{column.name}`",
+        )
         for column in schema.columns
         if column.total
     ]
-    metrics += [(f"`{one.name}`", one.unit or "0 to 1", one.doc) for one in schema.slopes]
+    metrics += [(f"`{one.name}`", one.unit, one.doc, one.source) for one in schema.extra]
     columns = [
         (f"`{name}`", column.unit, column.doc)
         for name, column in ((c.name if c.name not in BINS else _BINS, c) for c in schema.columns)
@@ -82,13 +88,19 @@ def schema_of(schema: Schema) -> str:
     ]
     return "\n".join(
         (
-            table(("metric", "unit", "what it is"), metrics),
+            table(("metric", "unit", "what it is", "computed from"), metrics),
             "",
-            "They are computed from these sums, one of each per channel:",
+            "Their sums, one of each per channel:",
             "",
             table(("column", "unit", "what is added up"), columns),
         )
     )
+
+
+def _sources(metric: Metric) -> str:
+    """The columns that a metric is computed from."""
+    names = [_BINS if name == BINS[0] else name for name in metric.needs if name not in BINS[1:]]
+    return ", ".join("all tokens" if name == "all" else f"`{name}`" for name in names)
 
 
 def objectives() -> str:

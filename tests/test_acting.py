@@ -13,6 +13,7 @@ from session_tools import batch, new, tokens
 
 from channel_metrics import ConfigError, MetricsConfig
 from channel_metrics.analysis.readers.keys import decode_keys
+from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.session import ChannelMetrics
 
 WATCH = {"channel": "a", "metric": "eval_loss"}
@@ -139,6 +140,26 @@ def test_a_taken_key_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     logs = metrics.close(1).logs
     assert logs["a_target_share"] == 0.25 and logs["a_achieved_share"] == 0.75
     assert "'a_target_share' is the key of another value" in caplog.text
+    metrics.count(batch(("a target", 3, 1.0)))
+    assert "a_target_share" not in metrics.close(2).logs, "two channels share it"
+
+
+class SecondRank(Ranks):
+    @property
+    def rank(self) -> int:
+        return 1
+
+
+def test_the_first_reason_stays_and_the_first_rank_says_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for ranks in (Ranks(), SecondRank()):
+        metrics = new(ranks=ranks)
+        metrics.stop("enough")
+        metrics.stop("too much")
+        assert metrics.stop_reason == "enough"
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == "enough: this trainer goes on; end it yourself."
 
 
 def test_readers_know_the_values() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from channel_metrics import (
     MixedStream,
 )
 from channel_metrics.analysis.readers.keys import decode_keys
+from channel_metrics.core.schema import Column, Schema
 from channel_metrics.data.weights import followed, speed
 
 LOSSES = {"a": 1.0, "b": 3.0}
@@ -106,6 +108,29 @@ def test_excess_loss_with_a_reference() -> None:
     assert found[1] == pytest.approx(one)
     with pytest.raises(ConfigError, match="needs the losses of a reference model"):
         session(rule="excess")
+
+
+def test_excess_loss_that_is_measured() -> None:
+    """The metric of the window, with the losses of a reference model in the records."""
+    references = {"a": {"ref_nll": 1.0, "ref_tokens": 2}, "b": {"ref_nll": 5.8, "ref_tokens": 2}}
+    sources = {name: [{"ids": [1, 2, 3], **of}] * 9 for name, of in references.items()}
+    metrics = new(metrics=("excess_loss",), sampler={"start": START, "rule": "excess"})
+    made = MixedStream(sources, batch_size=8)
+    made.follow(metrics)
+
+    def base(records: Any) -> Any:
+        ids = torch.tensor([record["ids"] for record in records])
+        return {"input_ids": ids, "labels": ids}
+
+    loader: Any = DataLoader(made, batch_size=8, collate_fn=metrics.collator(base))
+    batch = next(iter(loader))
+    losses = [[LOSSES[name]] * 2 for name in batch["channels"]]
+    with metrics.observe(torch.nn.Module(), batch) as seen:
+        seen.token_losses(torch.tensor(losses))
+    window = metrics.close(1)
+    excess = {name: values["excess_loss"] for name, values in window.values.items()}
+    assert excess == pytest.approx({"a": 0.5, "b": 0.1})
+    assert made.plan.at(8)[1] == pytest.approx(1 / (1 + math.exp(0.5 - 0.1)))
 
 
 def test_learning_speed_prefers_what_still_falls() -> None:
@@ -215,6 +240,9 @@ def test_a_state_in_mid_window_is_said(caplog: Any) -> None:
 
 
 def test_what_does_not_fit() -> None:
+    pairs = Schema("pairs", "pairs", [Column("pairs", "pairs", "pairs", total=True)])
+    with pytest.raises(ConfigError, match=r"but this trainer counts pairs \(pairs\); remove"):
+        new(metrics=(), sampler={"start": START}, schema=pairs)
     metrics = session()
     metrics.count(MicroBatch(token_losses=torch.ones(1, 1), channels=["b"]))
     with pytest.raises(ConfigError, match="but no dataset follows it"):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from no_sync import NoSync
 from session_tools import Seen, batch, new, tokens
 
 from channel_metrics import ChannelMetricsError, MetricsConfig
@@ -78,6 +79,23 @@ def test_a_step_that_the_optimizer_skips_is_not_counted() -> None:
         metrics.end_step(discard=discard)
     assert tokens(metrics.close(3)) == {"a": 1010}
     metrics.end_step()  # none is open
+
+
+def test_a_step_without_a_beginning_cannot_be_dropped() -> None:
+    metrics = new()
+    metrics.count(batch(("a", 1, 1.0)))
+    with pytest.raises(ChannelMetricsError, match=r"needs begin_step\(\) before the step"):
+        metrics.end_step(discard=True)
+
+
+def test_the_end_of_a_step_waits_for_no_device() -> None:
+    metrics = new("a")
+    for _ in range(2):
+        metrics.begin_step()
+        ids = torch.zeros(1, dtype=torch.int64, device="meta")
+        with NoSync():
+            metrics.count(MicroBatch(token_losses=torch.ones(1, 2, device="meta"), channels=ids))
+            metrics.end_step()
 
 
 def test_an_open_step_joins_the_window_that_is_closed() -> None:

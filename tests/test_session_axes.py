@@ -121,7 +121,11 @@ def test_groups_of_names() -> None:
     assert window.logs["tree_mean/code_loss"] == 2.875
     one = new(tree=1)
     one.count(batch(("code/py/web", 1, 1.0), ("code/rs", 1, 4.0), ("a", 1, 0.0)))
-    assert one.close(1).axes["tree"] == {"code": {"loss": 2.5, "tokens": 2}}
+    # `code/py` is no row here, so the only child of `code` is `code/rs`.
+    assert one.close(1).axes == {
+        "tree": {"code": {"loss": 2.5, "tokens": 2}},
+        "tree_mean": {"code": {"loss": 4.0}},
+    }
 
 
 def test_top_adds_the_others_up(caplog: pytest.LogCaptureFixture) -> None:
@@ -138,6 +142,12 @@ def test_top_adds_the_others_up(caplog: pytest.LogCaptureFixture) -> None:
     metrics.count(batch(("c", 1, 4.0), ("a", 1, 1.0)))
     assert list(metrics.close(2).values) == ["a", "others"]
     assert sum("are more than `top`" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_an_open_window_shows_what_leads_in_it() -> None:
+    metrics = new(top=1)
+    metrics.count(batch(("a", 1, 1.0), ("b", 5, 2.0)))
+    assert list(metrics.peek(1).values) == ["others", "b"]
 
 
 def test_a_channel_that_is_called_others() -> None:

@@ -14,6 +14,9 @@ from channel_metrics import ChannelMetricsError
 
 def test_a_window_without_any_channel_warns(caplog: pytest.LogCaptureFixture) -> None:
     metrics = new("a", fields=("meta.source", "channel"))
+    metrics.count(batch((None, 2, 1.0), ("a", 1, 1.0)))
+    metrics.close(0)
+    assert not caplog.records
     for step in (1, 2):
         metrics.count(batch((None, 2, 1.0)))
         assert tokens(metrics.close(step)) == {"unlabeled": 2}

@@ -23,7 +23,7 @@ def test_declared_channels_that_share_a_key() -> None:
         metrics.declare_names(["rru", "train"])
     with pytest.raises(ChannelError, match="'lvis' is not in the declared table"):
         new("bbu", unknown="error").declare_names(["bbu", "unlabeled", "lvis"])
-    unlabeled = new("bbu", unknown="unlabeled")
+    unlabeled = new("bbu", unknown="unlabeled", reserved=["lvis_loss"])
     unlabeled.declare_names(["lvis"])
     assert unlabeled.labels.names == ("bbu",)
 

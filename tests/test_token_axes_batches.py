@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from collator_tools import left, padded
+from no_sync import NoSync
 from reference import Batch, reference_token_axis
 from session_tools import new
 from transformers import DataCollatorWithFlattening
@@ -133,6 +134,15 @@ def test_labels_that_do_not_fit_are_refused() -> None:
             raise fault.error
 
 
+def test_a_collator_with_channels_of_its_own_cannot_place_labels() -> None:
+    def own(records: list[Record]) -> Any:
+        return {**padded(records), "channels": ["a"] * len(records)}
+
+    collate = new(axes=AXES).collator(own)
+    with pytest.raises(ChannelError, match="or the collator returns `channels` itself"):
+        raise collate(RECORDS)["channels"].error
+
+
 def test_without_the_column_there_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     metrics = new(axes={"role": {"by": "column", "field": "role"}})
     collate = metrics.collator(padded)
@@ -174,3 +184,18 @@ def test_nothing_is_added_where_no_axis_asks() -> None:
     metrics = new(axes={"position": {"by": "position"}})
     assert not metrics.with_targets
     assert "channel_marks" not in metrics.collator(padded)(RECORDS)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    metrics = new("a", metrics=("loss",), axes=AXES)
+    ids = torch.arange(6, device="meta").view(2, 3)
+    batch = MicroBatch(
+        token_losses=torch.empty(2, 3, device="meta"),
+        channels=torch.zeros(2, dtype=torch.int64, device="meta"),
+        cu_seqlens=torch.empty(3, dtype=torch.int32, device="meta"),
+        labels=ids,
+        marks=ids,
+    )
+    with NoSync():
+        metrics.count(batch)
+        metrics.count(batch)

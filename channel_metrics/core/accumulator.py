@@ -15,6 +15,7 @@ Letters: B rows, S row length, T = num_tokens, N = num_sequences, C channels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,10 +24,12 @@ from channel_metrics.core.checks import (
     can_read,
     channels_shape,
     check_layout,
+    check_record_ids,
     check_scalar,
     checked_reference,
     token_values,
 )
+from channel_metrics.core.extremes import Extremes, first_tokens
 from channel_metrics.core.keys import ChannelTable, metric_key
 from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.percentiles import BINS, sequence_bins
@@ -34,6 +37,9 @@ from channel_metrics.core.schema import DEFAULT_METRICS, TOKENS, Schema
 from channel_metrics.core.sums import TokenView, sequence_sums, table_rows, token_sums
 from channel_metrics.core.table import SumTable, values_by_channel
 from channel_metrics.core.text_sizes import TextSizes
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["ChannelLossAccumulator"]
 
@@ -52,6 +58,7 @@ class ChannelLossAccumulator(SumTable):
     Attributes:
         in_parts: whether an update could not fill the columns that need whole sequences and
             float64. Their metrics are then absent.
+        extremes: keeps the sequences with the highest and the lowest loss; None keeps none.
         text_sizes: the bytes and characters of the tokens. Without them, or if an update has no
             labels, metrics per byte do not count its tokens.
 
@@ -74,6 +81,7 @@ class ChannelLossAccumulator(SumTable):
         self.schema = schema = schema.narrowed(self.metrics)
         self.in_parts = False
         self.text_sizes: TextSizes | None = None
+        self.extremes: Extremes | None = None
         labels = channels if isinstance(channels, LabelTable) else ChannelTable(channels)
         super().__init__(labels, schema.column_names, device=device, dtype=dtype)
 
@@ -119,6 +127,7 @@ class ChannelLossAccumulator(SumTable):
         entropy: Tensor | None = None,
         reported_sum: Tensor | None = None,
         reference: Tensor | None = None,
+        record_ids: Tensor | None = None,
         groups: Sequence[Tensor] = (),
     ) -> ChannelLossAccumulator:
         """Add one micro-batch. If an argument is refused, nothing is added.
@@ -144,6 +153,7 @@ class ChannelLossAccumulator(SumTable):
                 these tokens. `mismatch` keeps the largest relative difference from our sum.
             reference: float64 [N, 2], the nll and the tokens of a reference model in each
                 sequence, for `excess_loss`; NaN if not known.
+            record_ids: int64 [N, ID_WORDS], see `channel_metrics.core.extremes`.
             groups: for each token axis the ids of its rows, int64 of the shape of token_losses,
                 see `channel_metrics.core.token_axes`. The tokens are added to these rows too.
 
@@ -169,6 +179,7 @@ class ChannelLossAccumulator(SumTable):
         self.in_parts |= len(columns) < len(self.schema.columns)
         if not per_token:
             check_layout(values.losses, shape, cu_seqlens)
+            check_record_ids(record_ids, shape.numel())
             if reference is not None:
                 reference = checked_reference(reference, shape.numel(), self.device)
         view = TokenView(values, self.dtype)
@@ -181,6 +192,15 @@ class ChannelLossAccumulator(SumTable):
         self._add(ids, sums)
         if BINS[0] in self._place and not in_parts:
             self._add_bins(ids, sums)
+        if self.extremes is not None and per_token:
+            self.extremes.lacks_sequences = True
+        elif self.extremes is not None:
+            tokens = None
+            if labels is not None and self.extremes.num_text:
+                tokens = first_tokens(labels, view.mask, cu_seqlens, self.extremes.num_text)
+            width, size = self._num_rows(), sums["tokens"].numel()
+            rows = table_rows(ids.flatten(), width, size, checked=can_read(ids))
+            self.extremes.add(rows, sums, record_ids, tokens, width)
         for group in groups:
             self._add(group, of_tokens)
         if reported_sum is not None:
@@ -198,6 +218,19 @@ class ChannelLossAccumulator(SumTable):
         rows = table_rows(ids.flatten(), width, used.numel(), checked=can_read(ids))
         places = (self._place[BINS[0]] + bins) * width + rows
         self._sums.view(-1).scatter_add_(0, places, used.to(self.dtype))
+
+    def merge(self, other: SumTable) -> None:
+        """Add the sums of another table, see `SumTable`, and its most extreme sequences."""
+        super().merge(other)
+        of_other = getattr(other, "extremes", None)
+        if self.extremes is not None and of_other is not None and other.labels is self.labels:
+            self.extremes.merge(of_other)
+
+    def reset(self) -> Self:
+        """Set the sums to zero and keep the names."""
+        if self.extremes is not None:
+            self.extremes.reset()
+        return super().reset()
 
     def merge_state(self, others: Iterable[ChannelLossAccumulator]) -> ChannelLossAccumulator:
         """Add the sums of `others`. Channels are matched by name.

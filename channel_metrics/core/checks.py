@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from channel_metrics.core.cu_seqlens import can_read, check_cu_seqlens, check_cu_seqlens_type
+from channel_metrics.core.extremes import ID_WORDS
 from channel_metrics.core.masks import as_bool
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.errors import ChannelError, ChannelMetricsError
@@ -18,6 +19,7 @@ __all__ = [
     "channels_shape",
     "check_ids",
     "check_layout",
+    "check_record_ids",
     "check_scalar",
     "checked_reference",
     "token_values",
@@ -102,6 +104,17 @@ def channels_shape(channels: Tensor | Sequence[str | None]) -> torch.Size:
             f"channels must be one name per sequence, but is the string {channels!r}; pass a list."
         )
     return channels.shape if isinstance(channels, Tensor) else torch.Size([len(channels)])
+
+
+def check_record_ids(record_ids: Tensor | None, num_sequences: int) -> None:
+    """Raise `ChannelError` unless there is one record id, in words, per sequence, or none."""
+    if record_ids is None:
+        return
+    if list(record_ids.shape) != [num_sequences, ID_WORDS] or record_ids.dtype != torch.int64:
+        raise ChannelError(
+            f"record_ids must be int64 {[num_sequences, ID_WORDS]}, one row per sequence, but are "
+            f"{record_ids.dtype} {list(record_ids.shape)}; see `core.extremes.id_words`."
+        )
 
 
 def checked_reference(reference: Tensor, num_sequences: int, device: torch.device) -> Tensor:

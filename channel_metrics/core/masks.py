@@ -183,7 +183,8 @@ def _from_block_diagonal(mask: Tensor) -> Boundaries:
     allowed = mask[:, 0] >= 0 if mask.is_floating_point() else as_bool(mask[:, 0])
     keep = allowed.diagonal(dim1=1, dim2=2)
     before = _kept_before(keep)
-    joined = allowed.gather(2, before.clamp(min=0).unsqueeze(2)).squeeze(2) & (before >= 0)
+    # What it gives for the first kept position of a row does not matter: that is a start.
+    joined = allowed.gather(2, before.clamp(min=0).unsqueeze(2)).squeeze(2)
     boundaries = _from_starts(keep & ~joined, keep)
     owner = sequence_index(boundaries.cu_seqlens, keep.numel()).view(keep.shape)
     same = (owner[:, :, None] == owner[:, None, :]) & keep[:, :, None] & keep[:, None, :]

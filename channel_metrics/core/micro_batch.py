@@ -46,6 +46,7 @@ class MicroBatch:
     reference: Tensor | None = None
     places: Places | None = None
     marks: Tensor | None = None
+    record_ids: Tensor | None = None
 
     @classmethod
     def of_values(
@@ -55,12 +56,15 @@ class MicroBatch:
         cu_seqlens: Tensor | None,
         reported_sum: Tensor | None,
         reference: Tensor | None = None,
+        *,
+        record_ids: Tensor | None = None,
     ) -> MicroBatch:
         """Make one from the values that a `TokenLossReader` has read.
 
         Args:
             values: token losses, mask, correctness and weights.
-            channels, cu_seqlens, reported_sum, reference: as for `ChannelLossAccumulator.update`.
+            channels, cu_seqlens, reported_sum, reference, record_ids: as for
+                `ChannelLossAccumulator.update`.
         """
         return cls(
             token_losses=values.losses,
@@ -75,6 +79,7 @@ class MicroBatch:
             reference=reference,
             places=values.places,
             marks=values.marks,
+            record_ids=record_ids,
         )
 
     @property
@@ -114,6 +119,7 @@ class MicroBatch:
             entropy=self.entropy,
             reported_sum=self.reported_sum,
             reference=self.reference,
+            record_ids=self.record_ids,
             groups=groups,
         )
         if self.sequences is not None:

@@ -79,29 +79,31 @@ class Metric:
 
 @dataclass(frozen=True)
 class RunMetric:
-    """One value per channel, from the train windows of a run, see `channel_metrics.core.slopes`.
+    """One value per channel, from the train windows of a run, see `channel_metrics.core.slopes` and
+    `gradients`.
 
-    unit: empty for a share of a whole.
+    source: what it is computed from.
     """
 
     name: str
     unit: str
     doc: str
+    source: str
 
 
 @dataclass
 class Schema:
     """The columns and metrics of one unit: tokens, preference pairs, completions.
 
-    unit: what is counted. count: the column that counts it. slopes: the metrics that need more
-    than one window.
+    unit: what is counted. count: the column that counts it. extra: the metrics that are no
+    formula over the columns of one window.
     """
 
     unit: str
     count: str
     columns: list[Column] = field(default_factory=list)
     metrics: list[Metric] = field(default_factory=list)
-    slopes: tuple[RunMetric, ...] = ()
+    extra: tuple[RunMetric, ...] = ()
 
     def register(self, *entries: Column | Metric) -> None:
         """Add columns and metrics. Register a metric after the columns that it needs.
@@ -152,9 +154,9 @@ class Schema:
         return frozenset([*metrics, *totals])
 
     @property
-    def slope_metrics(self) -> tuple[str, ...]:
-        """The names of the metrics that need more than one window."""
-        return tuple(metric.name for metric in self.slopes)
+    def extra_metrics(self) -> tuple[str, ...]:
+        """The names of the metrics that are no formula over the columns of one window."""
+        return tuple(metric.name for metric in self.extra)
 
     @property
     def window_metrics(self) -> tuple[str, ...]:
@@ -164,12 +166,12 @@ class Schema:
     @property
     def loggable(self) -> tuple[str, ...]:
         """All metrics that a config can ask for."""
-        return (*self.window_metrics, *self.run_metrics, *self.slope_metrics)
+        return (*self.window_metrics, *self.run_metrics, *self.extra_metrics)
 
     @property
     def metric_names(self) -> tuple[str, ...]:
         """All metrics that can be logged."""
-        return (*(m.name for m in self.metrics), *self.run_metrics, *self.slope_metrics)
+        return (*(m.name for m in self.metrics), *self.run_metrics, *self.extra_metrics)
 
     def metric(self, name: str) -> Metric | None:
         """The metric with this name; None for a total of the run, or an unknown name."""

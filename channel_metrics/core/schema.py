@@ -20,6 +20,7 @@ from operator import itemgetter
 
 from channel_metrics.core.error_bars import error_bars
 from channel_metrics.core.excess import excess_loss
+from channel_metrics.core.gradients import GRADIENTS
 from channel_metrics.core.percentiles import percentiles
 from channel_metrics.core.registry import Column, Metric, Schema, Sums, ratio, ratio_of
 from channel_metrics.core.slopes import SLOPES
@@ -50,7 +51,7 @@ def _bits_per(size: str, sums: Sums) -> float | None:
 
 
 # No lambdas, so that a table of sums can be pickled.
-TOKENS = Schema("tokens", count="tokens", slopes=SLOPES)
+TOKENS = Schema("tokens", count="tokens", extra=(*SLOPES, *GRADIENTS))
 TOKENS.register(
     Column("tokens", "tokens", "supervised tokens", total=True, per_token="mask"),
     Column("samples", "sequences", "sequences with a position", total=True, per_sequence="filled"),

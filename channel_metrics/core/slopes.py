@@ -37,11 +37,13 @@ SLOPES = (
         "nats per million tokens",
         f"the change of `loss` per million own tokens over the last {WINDOWS} windows; below 0 "
         "where the loss falls",
+        "`nll` and `tokens` of windows",
     ),
     RunMetric(
         "loss_slope_se",
         "nats per million tokens",
         "its standard error, from how far the windows are off the line",
+        "the same",
     ),
 )
 

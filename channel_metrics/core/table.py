@@ -102,7 +102,7 @@ class SumTable:
         check_scalar("the loss to compare with", theirs)
         ours, theirs = (one.detach().reshape(()).to(self._mismatch) for one in (ours, theirs))
         off = (ours - theirs).abs() / torch.maximum(ours.abs(), theirs.abs())
-        torch.maximum(self._mismatch, torch.nan_to_num(off, nan=0, posinf=0), out=self._mismatch)
+        torch.maximum(self._mismatch, torch.nan_to_num(off, nan=0), out=self._mismatch)
 
     def merge(self, other: SumTable) -> None:
         """Add the sums of another table. Labels and columns are matched by name.
@@ -141,8 +141,8 @@ class SumTable:
             return self
         dtype = torch.float32 if device.type == "mps" else self.dtype
         if dtype != self.dtype:
-            exact = self._sums + self._lost
-            self._sums, self._lost = _in_two(exact, dtype)
+            # Sums in float64 have lost nothing.
+            self._sums, self._lost = _in_two(self._sums, dtype)
             self.dtype = dtype
         self._sums, self._lost = self._sums.to(device), self._lost.to(device)
         self._mismatch = self._mismatch.to(device, dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 from channel_metrics.core.places import Places, places
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.data.batch_layout import WHOLE_KEY
+from channel_metrics.data.carried import RECORD_IDS_KEY
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY
 from channel_metrics.data.collator_fault import CollatorFault
 from channel_metrics.data.dispatched import REMEDY, current_dispatcher
@@ -42,6 +43,7 @@ class BatchChannels:
         marks: the labels of the tokens from columns of the records, int64 [B, S], each at the
             position of its label. If there is one id per token, at that of the id.
         places: where the tokens of the labels stand, if this does not follow from the boundaries.
+        record_ids: int64 [num_sequences, ID_WORDS], see `core.extremes`; None if not needed.
     """
 
     channels: Tensor | list[str | None]
@@ -53,6 +55,7 @@ class BatchChannels:
     attention_mask: Any = None
     marks: Tensor | None = None
     places: Places | None = None
+    record_ids: Tensor | None = None
 
     @property
     def per_token(self) -> bool:
@@ -90,10 +93,12 @@ def take_channels(inputs: MutableMapping[str, Any]) -> BatchChannels | CollatorF
     records, columns = inputs.pop(RECORDS_KEY, None), inputs.pop(COLUMNS_KEY, ())
     reference = numbers_of(inputs.pop(REFERENCE_KEY, None))
     sequences, marks = inputs.pop(WHOLE_KEY, None), inputs.pop(MARKS_KEY, None)
+    ids = inputs.pop(RECORD_IDS_KEY, None)
     if channels is None or isinstance(channels, CollatorFault):
         return channels
     mask = None if "decoder_input_ids" in inputs else inputs.get("attention_mask")
-    return BatchChannels(channels, cu_seqlens, records, columns, reference, sequences, mask, marks)
+    of_batch = channels, cu_seqlens, records, columns, reference, sequences, mask, marks
+    return BatchChannels(*of_batch, record_ids=ids)
 
 
 def check_not_cut(batch: BatchChannels) -> None:

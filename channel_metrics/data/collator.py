@@ -34,6 +34,7 @@ from channel_metrics.data.batch_layout import (
     spans_of_records,
     without_pads,
 )
+from channel_metrics.data.carried import Carried, split_carried
 from channel_metrics.data.collator_fault import CollatorFault
 from channel_metrics.data.dispatched import names_cannot_be_sent, sends_only_tensors
 from channel_metrics.data.record_order import (
@@ -42,7 +43,6 @@ from channel_metrics.data.record_order import (
     tokens_of_records,
     tokens_of_spans,
 )
-from channel_metrics.data.reference import REFERENCE_KEY, Reference, split_names
 from channel_metrics.data.token_marks import MARKS_KEY, absent_columns, token_marks
 from channel_metrics.errors import ChannelError
 
@@ -76,7 +76,7 @@ class ChannelCollator:
         classes: {field: names} for fields with class numbers, see `data.scan.class_names`.
         records_key: the batch key for the numbers of the records; added if their order changes.
         columns: the columns with a label per token, see `TokenAxes.columns`.
-        reference: finds the losses of a reference model, which join the batch.
+        carried: joins channels with what travels with them, such as record ids.
 
     If `base` returns `channels` itself (names or ids, one per sequence), they are not compared
     with the records; if rows are not sequences, it may add boundaries under `bounds_key`.
@@ -99,7 +99,7 @@ class ChannelCollator:
         classes: Mapping[str, Sequence[str]] | None = None,
         records_key: str | None = None,
         columns: Sequence[TokenColumn] = (),
-        reference: Reference | None = None,
+        carried: Carried | None = None,
     ) -> None:
         self.base = base
         self.columns = tuple(columns)
@@ -108,8 +108,8 @@ class ChannelCollator:
         self.carry_faults = carry_faults
         self.fields = tuple(fields)
         self.table = table
-        self.reference = reference
-        own = (*(reference.own_fields if reference else ()), *field_roots(self._of_tokens))
+        self.carried = carried
+        own = (*(carried.own_fields if carried else ()), *field_roots(self._of_tokens))
         self.strip = frozenset((*field_roots(fields), *own) if strip is None else strip)
         self.bounds_key = bounds_key
         self.row_bounds = row_bounds
@@ -122,8 +122,8 @@ class ChannelCollator:
     @property
     def roots(self) -> tuple[str, ...]:
         """The record keys that this collator reads."""
-        of_reference = self.reference.roots if self.reference else ()
-        return (*field_roots([*self.fields, *self._of_tokens]), *of_reference)
+        of_carried = self.carried.roots if self.carried else ()
+        return (*field_roots([*self.fields, *self._of_tokens]), *of_carried)
 
     @property
     def _of_tokens(self) -> list[str]:
@@ -178,8 +178,8 @@ class ChannelCollator:
         else:
             found = [as_record(record) for record in records]
             channels = [channels_of(record, self.fields, self.classes) for record in found]
-            if self.reference is not None:
-                channels = self.reference.joined(found, channels)
+            if self.carried is not None:
+                channels = self.carried.joined(found, channels)
             batch.update(self._added_keys(batch, channels, found))
         return batch
 
@@ -201,9 +201,9 @@ class ChannelCollator:
             channels, given = [channels[i] for i in order], [records[i] for i in order]
         added: dict[str, Any] = {}
         if self.columns:
+            added[MARKS_KEY] = token_marks(self.columns, given, spans, boundaries, batch)
             if self._num_batches == 1:
                 self._warn_once(*absent_columns(self.columns, given))
-            added[MARKS_KEY] = token_marks(self.columns, given, spans, boundaries, batch)
         if any(per_token) and spans is not None:
             if self.bounds_key == BOUNDS_KEY:
                 added[WHOLE_KEY] = boundaries.cu_seqlens
@@ -211,10 +211,8 @@ class ChannelCollator:
         else:
             names = names_per_sequence(channels, boundaries, batch)
             self._check_labels(batch.get("labels"), boundaries)
-        names, reference = split_names(names) if self.reference else (names, None)
-        added["channels"] = self._ids_or_names(names)
-        if reference is not None:
-            added[REFERENCE_KEY] = reference
+        names, more = split_carried(names) if self.carried else (names, {})
+        added |= {"channels": self._ids_or_names(names), **more}
         if self.row_bounds or boundaries.num_sequences != rows_of(batch)[0]:
             added[self.bounds_key] = boundaries.cu_seqlens
         if order is not None and self.records_key is not None:

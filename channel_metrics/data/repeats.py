@@ -115,9 +115,9 @@ def first_records(
         if batch.per_token:
             return batch, kept
         # Without bounds every row counts as one sample, so the other rows must go.
-        reference = None if batch.reference is None else batch.reference[:count]
-        first = replace(batch, channels=batch.channels[:count], reference=reference)
-        return first, kept.map(lambda rows: rows[:count])
+        return _picked(batch, torch.arange(count, device="cpu")), kept.map(
+            lambda rows: rows[:count]
+        )
     # Sequences behind the end become empty. They have no tokens and count no samples.
     return replace(batch, cu_seqlens=bounds.clamp(max=end)), kept
 
@@ -126,13 +126,8 @@ def _in_order_of_records(
     batch: BatchChannels, records: Tensor, values: TokenValues
 ) -> tuple[BatchChannels, TokenValues]:
     """Put the rows or sequences back into the order of the records."""
-    order, channels = records.argsort(), batch.channels
-    if isinstance(channels, Tensor):
-        channels = channels[order]
-    else:
-        channels = [channels[i] for i in order.tolist()]
-    reference = None if batch.reference is None else batch.reference[order]
-    batch = replace(batch, channels=channels, records=None, reference=reference)
+    order = records.argsort()
+    batch = replace(_picked(batch, order), records=None)
     shape, bounds = values.mask.shape, batch.cu_seqlens
     if shape[0] == len(order) and len(shape) == 2:
         return batch, values.map(lambda rows: rows[order])
@@ -142,3 +137,16 @@ def _in_order_of_records(
     moved = ranks[sequence_index(bounds, values.mask.numel())].argsort(stable=True)
     bounds = torch.nn.functional.pad(bounds.diff()[order].cumsum(0), (1, 0)).to(bounds.dtype)
     return replace(batch, cu_seqlens=bounds), values.map(lambda t: t.flatten()[moved].view(shape))
+
+
+def _picked(batch: BatchChannels, chosen: Tensor) -> BatchChannels:
+    """Some of the sequences of a batch, by number."""
+
+    def of(held: Tensor | None) -> Tensor | None:
+        return None if held is None else held[chosen]
+
+    given = batch.channels
+    found = given[chosen] if isinstance(given, Tensor) else [given[i] for i in chosen.tolist()]
+    return replace(
+        batch, channels=found, reference=of(batch.reference), record_ids=of(batch.record_ids)
+    )

@@ -54,7 +54,8 @@ def token_marks(
         fields = ", ".join(field for field, _ in columns)
         raise ChannelError(
             f"the labels of tokens ({fields}) cannot be placed: the records of a batch are neither "
-            "its rows nor its sequences. Take this axis out of `axes`, or make one row of a record."
+            "its rows nor its sequences, or the collator returns `channels` itself. Take this axis "
+            "out of `axes`, or make one row of each record."
         )
     shape = torch.Size(rows_of(batch))
     marks = torch.zeros(shape.numel(), dtype=torch.int64, device="cpu")

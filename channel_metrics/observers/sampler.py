@@ -63,8 +63,12 @@ class SamplerObserver:
         self.settings, self._function, self._session = settings, rule, session
         self._plan: Plan | None = None
         self._lag = 0
-        if _COUNT not in session.totals.schema.run_metrics:
-            raise ConfigError("sampler needs counted samples, which this trainer does not have.")
+        schema = session.totals.schema
+        if not {"samples", "tokens", "nll"} <= {*schema.column_names}:
+            raise ConfigError(
+                f"sampler needs losses of tokens and counted samples, but this trainer counts "
+                f"{schema.unit} ({', '.join(schema.column_names)}); remove the setting."
+            )
         measured = settings.reference or "excess_loss" in session.config.metrics
         if settings.rule == "excess" and not measured:
             raise ConfigError(
@@ -142,12 +146,10 @@ class SamplerObserver:
             [draw, dict(zip(plan.names, weights, strict=True))] for draw, weights in plan.entries
         ]
 
-    def _counts(self) -> Counter[str]:
-        """How many records of each channel were trained on since the run began."""
-        found: Counter[str] = Counter()
-        for name, totals in self._session.totals.state_dict()["channels"].items():
-            found[split_name(name)[0] or UNLABELED] += totals[_COUNT]
-        return found
+    def _counts(self, key: str = _COUNT) -> Counter[str]:
+        """How many records, or tokens, of each channel were trained on since the run began."""
+        totals = self._session.totals.by_row(_channel)
+        return Counter({name: of_channel[key] for name, of_channel in totals.items()})
 
     def _scores(self, window: Window, own: dict[str, Any]) -> Scores:
         """What the rule gives for the channels of a window."""
@@ -176,8 +178,7 @@ class SamplerObserver:
 
     def _speeds(self, own: dict[str, Any], losses: Scores, tokens: Scores) -> Scores:
         """Scores after ADO: start * sqrt(weight * (1 - weight)) * learning speed."""
-        totals = self._session.totals.state_dict()["channels"].values()
-        so_far = sum(of_channel["tokens_total"] for of_channel in totals)
+        so_far = self._counts("tokens_total").total()
         points, weights, start = own["points"], own["weights"], self.settings.start
         if own["windows"] < self.settings.warmup:
             return {}
@@ -230,3 +231,8 @@ class SamplerObserver:
                 f"{position} records were trained on, but a MixedStream has given only {drawn}: "
                 "each record must be one sequence, and all training data must come from it."
             )
+
+
+def _channel(name: str | None) -> list[str]:
+    """The channel of a joint name."""
+    return [(name and split_name(name)[0]) or UNLABELED]

@@ -81,7 +81,7 @@ def check_wanted(
     for prefix, names in sets.items():
         metrics = {metric.name for metric in session.schema.chosen(session.config.metrics)}
         if not prefix:
-            of_run = {*session.schema.run_metrics, *session.schema.slope_metrics}
+            of_run = {*session.schema.run_metrics, *session.schema.extra_metrics}
             metrics |= of_run & {*session.config.metrics}
         for channel in sorted(known):
             for metric in session.schema.metric_names:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from contract.cases import case, config
 from contract.more_cases import CASES, NEEDS
 from contract.script import (
@@ -15,6 +17,7 @@ from contract.script import (
     Harness,
     Ran,
     Script,
+    Step,
     expected,
     flat,
     measure,
@@ -25,6 +28,8 @@ from contract.script import (
 )
 
 __all__ = ["CASES", "NEEDS"]
+
+Steps = tuple[tuple[Step, ...], ...]
 
 RUN = steps("ab", "aa", "ab", "bb", "ab", "aa", "ab", "ab")
 
@@ -153,3 +158,56 @@ def one_rank_tells_of_an_alert(harness: Harness, folder: Path) -> None:
         assert found.error is None, found.error
     lines = [text for found in per_rank for text in found.warnings if "alert at step" in text]
     assert len(lines) == 1 and alerts_in(folder) == [SEEN_BY]
+
+
+def outliers_in(folder: Path) -> list[dict[str, object]]:
+    files = sorted((folder / "outliers").glob("rank*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def check_outliers(harness: Harness, lines: list[dict[str, object]], windows: Steps) -> None:
+    """The highest and the lowest loss of each channel of each window."""
+    for number, window in enumerate(windows, start=1):
+        for name in "ab":
+            own = [s for step in window for s in flat(step) if s.channel == name]
+            means = {harness.nll(s) / s.tokens: s.number for s in own}
+            for kind, choose in (("highest", max), ("lowest", min)):
+                found = [
+                    line
+                    for line in lines
+                    if (line["step"], line["channel"], line["outlier"]) == (2 * number, name, kind)
+                ]
+                best = choose(found, key=lambda line: float(str(line["loss"])))
+                assert best["loss"] == pytest.approx(choose(means), rel=1e-4)
+                if "ids" in harness.can:
+                    assert best["id"] == str(means[choose(means)])
+
+
+NO_OUTLIERS = "outliers are sequences of tokens, which this trainer does not count here"
+
+
+@case()
+def outliers_are_the_most_extreme_sequences(harness: Harness, folder: Path) -> None:
+    outliers = {"folder": str(folder / "outliers"), "count": 1}
+    found = ran(harness, Script(config=config(outliers=outliers), steps=RUN[:4]), folder)
+    said = [text for text in found.warnings if "outliers" in text]
+    if "pairs" in harness.can:
+        assert len(said) == 1 and NO_OUTLIERS in said[0]
+        return
+    assert not said
+    lines = outliers_in(folder)
+    check_outliers(harness, lines, (RUN[:2], RUN[2:4]))
+    assert len(lines) == 2 * 2 * 2, "of two channels in two windows"
+
+
+@case("ranks")
+def each_rank_writes_its_outliers(harness: Harness, folder: Path) -> None:
+    outliers = {"folder": str(folder / "outliers"), "count": 1}
+    doubled = tuple((*step, *step[::-1]) for step in RUN[:4])
+    chosen = config(outliers=outliers)
+    for found in harness.run(Script(config=chosen, steps=doubled), folder, ranks=2):
+        assert found.error is None, found.error
+    if "pairs" in harness.can:
+        return
+    assert len(list((folder / "outliers").iterdir())) == 2
+    check_outliers(harness, outliers_in(folder), (RUN[:2], RUN[2:4]))

@@ -9,16 +9,10 @@ from axolotl_tools import AXOLOTL
 from torch.utils.data import SequentialSampler
 
 from channel_metrics.trainers.hf import attach
-from contract.harness_hf import HFHarness, Records, collate, tiny_qwen2
+from contract.harness_hf import HFHarness, NamedRecords, Records, collate, tiny_qwen2
 from contract.script import Script, flat
 
 __all__ = ["AxolotlHarness"]
-
-
-class ListedRecords(Records):
-    """Axolotl asks a dataset for its columns."""
-
-    column_names = ("input_ids", "labels", "channel")
 
 
 class AxolotlHarness(HFHarness):
@@ -29,7 +23,7 @@ class AxolotlHarness(HFHarness):
     is_here = False
 
     def records(self, *args: Any) -> Records:
-        return ListedRecords(*args)
+        return NamedRecords(*args)
 
     def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
         from axolotl.core.trainers.base import AxolotlTrainer

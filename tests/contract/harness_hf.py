@@ -13,6 +13,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from channel_metrics.trainers.hf import attach
+from channel_metrics.trainers.hf.columns import NAMES_COLUMN
 from contract.harness import Forking
 from contract.harness_loop import watch_windows
 from contract.script import ROWS, Evaluation, OneSequence, Ran, Script, flat, role_of
@@ -20,6 +21,7 @@ from contract.script import ROWS, Evaluation, OneSequence, Ran, Script, flat, ro
 __all__ = [
     "HFHarness",
     "InOrder",
+    "NamedRecords",
     "Records",
     "collate",
     "generated_together",
@@ -50,14 +52,26 @@ class Records(torch.utils.data.Dataset[dict[str, Any]]):
             "labels": [-100, *ids[1:]],
             "channel": sequence.channel,
             "roles": [role_of(token) for token in ids],
+            "id": sequence.number,
         }
+
+
+class NamedRecords(Records):
+    """As the preprocessing of LLaMA-Factory and of Axolotl leaves them."""
+
+    column_names = ("input_ids", "labels", NAMES_COLUMN)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = super().__getitem__(index)
+        record[NAMES_COLUMN] = record.pop("channel")
+        return record
 
 
 class HFHarness(Forking):
     """What other trainers that are built on the Trainer do in another way, they override."""
 
     name = "hf"
-    can = frozenset({"ranks", "save", "fails", "stops", "columns"})
+    can = frozenset({"ranks", "save", "fails", "stops", "columns", "ids"})
     reserved = "eval"
 
     def nll(self, sequence: OneSequence) -> float:

@@ -9,7 +9,7 @@ from llamafactory_tools import STUBS
 from torch.utils.data import SequentialSampler
 
 from channel_metrics.trainers.hf import attach
-from contract.harness_hf import HFHarness, collate, tiny_qwen2
+from contract.harness_hf import HFHarness, NamedRecords, Records, collate, tiny_qwen2
 from contract.script import Script, flat
 
 __all__ = ["LlamaFactoryHarness"]
@@ -23,6 +23,9 @@ class LlamaFactoryHarness(HFHarness):
         ("llamafactory.train.sft.trainer", "contract.harness_hf"), first=(str(STUBS),)
     )
     is_here = False
+
+    def records(self, *args: Any) -> Records:
+        return NamedRecords(*args)
 
     def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
         from llamafactory.hparams import FinetuningArguments, TrainingArguments

@@ -57,7 +57,7 @@ class SwiftHarness(HFHarness):
     """folder: of the models."""
 
     name = "swift"
-    can = HFHarness.can - {"columns"}
+    can = HFHarness.can - {"columns", "ids"}
     preload = SWIFT
     is_here = False
     mode = "train"

@@ -68,13 +68,13 @@ class SFTInOrder(InOrder, SFTTrainer):
 
 class Rows(Records):
     # Newer TRL asks for them before an evaluation.
-    column_names = ("input_ids", "labels", "channel", "roles")
+    column_names = ("input_ids", "labels", "channel", "roles", "id")
 
 
 class PairHarness(HFHarness):
     """A sequence of the script is a pair, or a single answer, see pairs.py."""
 
-    can = HFHarness.can - {"ranks", "columns"} | {"pairs"}
+    can = HFHarness.can - {"ranks", "columns", "ids"} | {"pairs"}
 
     def make_trainer(self, script: Script, arguments: dict[str, Any]) -> Any:
         records = self.records([s for step in script.steps for s in flat(step)])

@@ -128,9 +128,10 @@ class Harness(Protocol):
     """One trainer.
 
     can: of "rerun", "skip", "peek", "ranks", "lies", "save", "fails", "stops"; "columns", if its
-    batches keep a column with a label per token; and "pairs", where
-    it counts pairs and no tokens: a sequence of the script is one pair, and its `nll` the loss of
-    that pair. With "rewards" too, it logs a reward and no loss, and `nll` is the reward.
+    batches keep a column with a label per token; "ids", if they keep that of the record's id; and
+    "pairs", where it counts pairs and no tokens: a sequence of the script is one pair, and its
+    `nll` the loss of that pair. With "rewards" too, it logs a reward and no loss, and `nll` is the
+    reward.
     """
 
     name: str

@@ -39,6 +39,13 @@ def test_counts_beyond_what_float32_holds(dtype: torch.dtype) -> None:
     assert not again.reset().sums().any()
 
 
+def test_a_small_sum_that_a_large_one_joins() -> None:
+    accumulator = ChannelLossAccumulator(["a"], metrics=["loss"], dtype=torch.float32)
+    for loss in (0.5, float(LIMIT)):
+        accumulator.update(torch.tensor([loss]), channels=["a"])
+    assert accumulator.compute() == {"a_loss": (LIMIT + 0.5) / 2}
+
+
 def test_one_update_beyond_what_float32_holds() -> None:
     accumulator = ChannelLossAccumulator(["a"], metrics=["tokens"])
     losses = torch.ones((), dtype=torch.bfloat16).expand(LIMIT + 1)

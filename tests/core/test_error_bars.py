@@ -103,6 +103,13 @@ def test_without_float64_there_are_none() -> None:
     assert accumulator.in_parts and accumulator.compute() == {"a_loss": 2.75}
 
 
+def test_what_came_in_parts_is_not_forgotten() -> None:
+    accumulator = ChannelLossAccumulator(["a"], metrics=("loss", *BARS))
+    for channels in (torch.zeros(2, dtype=torch.int64), ["a"]):
+        accumulator.update(torch.ones(2), channels=channels)
+        assert accumulator.in_parts
+
+
 def test_one_sequence_has_none_and_no_width_is_no_certainty() -> None:
     accumulator = ChannelLossAccumulator(["a", "b"], metrics=BARS)
     correct = torch.tensor([[True, True]] * 4)

@@ -137,3 +137,25 @@ def test_a_collective_that_failed_is_raised_always(on_error: Any) -> None:
     with pytest.raises(CollectiveError):
         guard.shielded(trainer.step, observing)
     assert guard.measuring
+
+
+def test_the_first_error_is_kept() -> None:
+    guard = FaultGuard("warn")
+    for error in (ZeroDivisionError("first"), KeyError("second")):
+        with guard.guarded():
+            raise error
+    assert isinstance(guard.error, ZeroDivisionError)
+
+
+def test_an_error_of_ours_after_one_of_the_trainer() -> None:
+    """Ours does not stand in for it: the trainer's is raised."""
+
+    def instead(original: Any) -> None:
+        try:
+            original()
+        except RuntimeError:
+            raise ZeroDivisionError("ours") from None
+
+    trainer = Trainer(RuntimeError("theirs"))
+    with pytest.raises(RuntimeError, match="theirs"):
+        FaultGuard("warn").shielded(trainer.step, instead)

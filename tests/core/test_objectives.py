@@ -50,6 +50,8 @@ def test_evaluations_take_the_channels_that_they_log() -> None:
         metrics.count(batch(("a", 6, 1.0), ("b", 1, 4.0), ("c", 1, 2.0)))
     assert found.logs["eval_macro_loss"] == 1.5 and found.logs["eval_worst_loss"] == 2.0
     assert found.window is not None and found.window.worst_channel == "c"
+    metrics.count(batch(("a", 6, 1.0), ("b", 1, 4.0), ("c", 1, 1.0)))
+    assert metrics.close(1).logs["macro_loss"] == 2.0, "the training logs all of them"
 
 
 def test_a_window_without_losses_has_none() -> None:
@@ -64,6 +66,7 @@ def test_weights_without_their_channel_are_told(caplog: pytest.LogCaptureFixture
     """Another set of channels would be another objective, so there is no value."""
     metrics = session("loss", "weighted_loss_of_channels", channel_weights={"code": 1, "web": 2})
     with caplog.at_level(logging.WARNING):
+        metrics.close(0)  # an empty window lacks nothing
         for step in (1, 2):
             metrics.count(batch(("cod", 6, 1.0), ("web", 1, 4.0)))
             assert "weighted_loss_of_channels" not in metrics.close(step).logs

@@ -51,6 +51,13 @@ def test_parts_of_sequences_have_none() -> None:
     assert accumulator.in_parts and accumulator.compute() == {}
 
 
+def test_without_float64_there_are_none() -> None:
+    accumulator = ChannelLossAccumulator(
+        ["a"], metrics=("loss", "loss_p50"), dtype=torch.float32
+    ).update(torch.ones(1, 2), channels=["a"])
+    assert accumulator.compute() == {"a_loss": 1.0}
+
+
 def test_the_bins_are_columns_only_if_they_are_asked_for() -> None:
     assert not set(BINS) & set(ChannelLossAccumulator(["a"]).columns)
     counts = accumulated([1.0, 2.0, 2.0]).sums()[1]

@@ -87,7 +87,9 @@ def test_the_token_schema() -> None:
     )  # fmt: skip
     assert TOKENS.total_names == ("tokens", "samples")
     assert TOKENS.run_metrics == ("tokens_total", "samples_total")
-    assert TOKENS.slope_metrics == ("loss_slope", "loss_slope_se")
+    assert TOKENS.extra_metrics == (
+        "loss_slope", "loss_slope_se", "grad_share", "grad_norm", "grad_cosine", "grad_noise",
+    )  # fmt: skip
     assert WINDOW_METRICS == (
         "loss", "weighted_loss", "token_acc", "ppl", "tokens", "samples", "share",
         "bits_per_byte", "bits_per_char", "entropy",
@@ -95,7 +97,7 @@ def test_the_token_schema() -> None:
         "loss_p10", "loss_p50", "loss_p90", "excess_loss",
     )  # fmt: skip
     assert sorted(TOKENS.metric_names) == sorted(
-        (*WINDOW_METRICS, "nonfinite", "tokens_total", "samples_total", *TOKENS.slope_metrics)
+        (*WINDOW_METRICS, "nonfinite", "tokens_total", "samples_total", *TOKENS.extra_metrics)
     )
     assert {m.name for m in TOKENS.metrics if m.adds_up} == {"tokens", "samples", "nonfinite"}
 

@@ -60,7 +60,10 @@ def test_a_sequence_without_supervised_tokens_is_a_sample() -> None:
 
 def test_a_copy_is_independent() -> None:
     first = add(RunTotals(), window(bbu=3))
+    first.notes["seen"] = [1]
     second = add(first.copy(), window(bbu=1))
+    second.notes["seen"].append(2)
+    assert first.notes == {"seen": [1]}
     assert (first.of("bbu"), second.of("bbu")) == (of(3, 1), of(4, 2))
     first.of("bbu")["tokens_total"] = 99
     assert first.of("bbu") == of(3, 1)

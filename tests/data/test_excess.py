@@ -18,6 +18,7 @@ from channel_metrics import ChannelError, ChannelLossAccumulator, ConfigError, M
 from channel_metrics.core.names import joint_name
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.data.batch_channels import BatchChannels, take_channels
+from channel_metrics.data.carried import Carried
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.data.collator_fault import CollatorFault
 from channel_metrics.data.reference import REFERENCE_KEY, Reference, reference_of, split_names
@@ -165,7 +166,7 @@ def test_a_table_by_id(tmp_path: Path) -> None:
     config = MetricsConfig(metrics=METRICS, reference=path, reference_id="meta.id")
     reference = reference_of(config)
     assert reference is not None and reference.roots == ("meta",) and not reference.own_fields
-    collate = pickle.loads(pickle.dumps(ChannelCollator(padded, reference=reference)))
+    collate = pickle.loads(pickle.dumps(ChannelCollator(padded, carried=Carried(reference))))
     records = [
         {"input_ids": [1, 2, 3], "channel": "a", "meta": {"id": number}} for number in (7, 9, "8")
     ]

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from channel_metrics.errors import ConfigError, UnsupportedVersionError
+from channel_metrics.losses.chunked import chunked_cross_entropy
+from channel_metrics.losses.cross_entropy import HeadInputs
 from channel_metrics.losses.linear import Backend, linear_cross_entropy
 
 HAS_TORCH_LOSS = hasattr(F, "linear_cross_entropy")
@@ -244,3 +246,11 @@ def test_liger_must_be_new_enough(versions: dict[str, str]) -> None:
     versions["liger-kernel"] = "0.8.1"
     with pytest.raises(UnsupportedVersionError, match=r"but 0\.8\.1 is installed: its gradients"):
         linear_cross_entropy(ones, ones, target, reduction="sum", backend="liger")
+
+
+def test_only_the_sum_of_chunks_can_be_differentiated() -> None:
+    ones = torch.ones(2, 3, requires_grad=True)
+    target = torch.tensor([0, 1])
+    head = HeadInputs(hidden=ones, weight=torch.ones(4, 3), target=target)
+    total, nll, _ = chunked_cross_entropy(head)
+    assert total.requires_grad and not nll.requires_grad

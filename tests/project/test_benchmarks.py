@@ -74,9 +74,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_peers
 def test_step(tiny: None) -> None:
-    rows = step.run(num_rounds=1, max_seconds=5)
-    assert [row["variant"] for row in rows] == [row["variant"] for row in RESULTS["step"]["rows"]]
-    assert keys(rows) == keys(RESULTS["step"]["rows"])
+    for part, variants in (("rows", step.VARIANTS), ("further", step.FURTHER)):
+        rows, stored = step.run(variants, num_rounds=1, max_seconds=5), RESULTS["step"][part]
+        assert [row["variant"] for row in rows] == [row["variant"] for row in stored]
+        assert keys(rows) == keys(stored)
     assert keys(step.peak_memory()) == keys(RESULTS["step"]["memory"])
 
 

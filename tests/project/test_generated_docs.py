@@ -29,15 +29,16 @@ def test_the_generated_parts_are_up_to_date(page: str) -> None:
 def test_every_metric_and_column_has_a_row_with_all_cells() -> None:
     with registered(*EASY):
         text = schema_of(TOKENS)
-    assert "| `easy_share` | 0 to 1 | easy / tokens |" in text
+    assert "| `easy_share` | 0 to 1 | easy / tokens | `easy`, `tokens` |" in text
     assert "| `easy` | tokens | tokens with a loss below 1 |" in text
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     # All bins have one line.
     columns = len(TOKENS.column_names) - len(BINS) + 1
     assert len(rows) == len(TOKENS.metric_names) + columns + len(EASY)
-    for row in rows:
+    num_metrics = len(rows) - columns - 1
+    for number, row in enumerate(rows):
         cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert len(cells) == 3 and all(cells), row
+        assert len(cells) == (4 if number < num_metrics else 3) and all(cells), row
 
 
 def test_settings_show_type_default_and_doc() -> None:

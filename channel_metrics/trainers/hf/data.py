@@ -8,8 +8,8 @@ from typing import Any
 from channel_metrics.core.labels import LabelTable, field_columns, field_roots
 from channel_metrics.core.token_axes import TokenColumn
 from channel_metrics.data.batch_channels import COLUMNS_KEY, BatchChannels
+from channel_metrics.data.carried import Carried
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
-from channel_metrics.data.reference import Reference
 from channel_metrics.errors import ChannelError
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import Scratch, has_token_labels
@@ -72,7 +72,7 @@ def wrap_collator(
     kind: type[ChannelCollator] = ChannelCollator,
     classes: Mapping[str, Sequence[str]] | None = None,
     columns: Sequence[TokenColumn] = (),
-    reference: Reference | None = None,
+    carried: Carried | None = None,
 ) -> ChannelCollator:
     """Wrap a collator so that its batches carry channels.
 
@@ -90,13 +90,13 @@ def wrap_collator(
         kind: the class of the wrapper.
         classes: {field: class names} of the dataset columns of type `ClassLabel`.
         columns: the columns with a label per token.
-        reference: finds the losses of a reference model.
+        carried: joins channels with what travels with them.
     """
     modules = (type(base).__module__, getattr(base, "__module__", ""))
     theirs = any(module.split(".")[0] in _NO_STRINGS for module in modules)
     drop = remove_unused_columns or theirs
     of_tokens = [field for field, _ in columns]
-    roots = (*field_roots([*fields, *of_tokens]), *(reference.roots if reference else ()))
+    roots = (*field_roots([*fields, *of_tokens]), *(carried.roots if carried else ()))
     strip = [root for root in roots if drop and root not in signature_columns]
     return kind(
         base,
@@ -109,5 +109,5 @@ def wrap_collator(
         classes=classes,
         records_key=RECORDS_KEY,
         columns=columns,
-        reference=reference,
+        carried=carried,
     )

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from channel_metrics.data.carried import carried_of
 from channel_metrics.data.collator import ChannelCollator
-from channel_metrics.data.reference import reference_of
 from channel_metrics.data.repeats import repeats_unseen
 from channel_metrics.data.scan import class_names, count_channels
 from channel_metrics.errors import ConfigError
@@ -177,5 +177,5 @@ class ChannelLoadersMixin(_TrainerBase):
             kind=kind,
             classes=class_names(dataset, session.config.label_fields),
             columns=session.token_axes.columns,
-            reference=reference_of(session.config),
+            carried=carried_of(session.config),
         )

@@ -84,6 +84,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
         session.read_tokenizer(getattr(self, "processing_class", None), self.model)
         self.channel_metrics, self.channel_scratch = session, self._new_scratch(session)
         self.channel_scratch.reader.with_entropy = session.with_entropy
+        session.gradients.watch(self.model)
         self.pop_callback(LiveTable)
         if config.live_table and wants_live_table(self):
             table = LiveTable(self.callback_handler.callbacks)
@@ -254,7 +255,7 @@ class ChannelMetricsMixin(ChannelWindowsMixin):
                 )
             batch, values = kept or (batch, values)
         of_batch = batch.channels, batch.cu_seqlens, reported, batch.reference
-        session.count(MicroBatch.of_values(values, *of_batch))
+        session.count(MicroBatch.of_values(values, *of_batch, record_ids=batch.record_ids))
         return of_all
 
     def _real_records(self, session: ChannelMetrics) -> tuple[int, int] | None:

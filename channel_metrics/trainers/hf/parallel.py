@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
 from channel_metrics.core.boundaries import rows_as_sequences, token_channel_ids
+from channel_metrics.data.carried import RECORD_IDS_KEY
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.data.reference import REFERENCE_KEY
 from channel_metrics.data.token_marks import MARKS_KEY, marks_of_targets
@@ -170,7 +171,8 @@ class TargetIdCollator(ChannelCollator):
                 f"[batch, sequence], but they are {came}."
             )
         bounds = added.pop(self.bounds_key, None)
-        added.pop(REFERENCE_KEY, None)  # whole sequences only
+        for key in (REFERENCE_KEY, RECORD_IDS_KEY):
+            added.pop(key, None)  # whole sequences only
         bounds = rows_as_sequences(*labels.shape) if bounds is None else bounds
         of_tokens = token_channel_ids(ids, bounds, labels.numel()).view(labels.shape)
         if MARKS_KEY in added:

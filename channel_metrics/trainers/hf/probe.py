@@ -242,7 +242,7 @@ class DatasetMetricsCallback(TrainerKnowingCallback):
             )
 
     def _batches_of(self, step: int) -> list[list[ProbeBatch]]:
-        return self._draw(step) if self.config.resample and step else self._batches
+        return self._draw(step) if self.config.resample else self._batches
 
     def _draw(self, draw: int) -> list[list[ProbeBatch]]:
         return [

@@ -118,7 +118,7 @@ def collator_of(trainer: Any, given: Collate | None) -> Collate:
     state = getattr(trainer, "channel_metrics", None)
     strip |= wrap_collator(
         base,
-        fields=state.config.fields if state else DEFAULT_FIELDS,
+        fields=state.config.record_fields if state else DEFAULT_FIELDS,
         table=None,
         signature_columns=trainer._signature_columns or (),
         remove_unused_columns=trainer.args.remove_unused_columns,

@@ -81,6 +81,7 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
         if self.channel_metrics is None:
             return super()._maybe_log_save_evaluate(*args, **kwargs)
         # The log of the loop comes first. Callbacks may log another `loss` after it.
+        # As transformers decides whether it logs: its own log is then the next one.
         last, step = getattr(self, "_globalstep_last_logged", -1), self.state.global_step
         self.channel_scratch.logs_next = self.control.should_log and step > last
         try:
@@ -91,9 +92,9 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         session = self.channel_metrics
         if session is not None:
-            # Only the training loop logs on every rank. So only its logs close a window: those with
-            # `loss`, and the last one of the run.
-            regular = self.channel_scratch.logs_next and "loss" in logs
+            # Only the training loop logs on every rank. So only its logs close a window: the
+            # regular ones, and the last one of the run.
+            regular = self.channel_scratch.logs_next
             final = "train_loss" in logs and "train_runtime" in logs
             self.channel_scratch.logs_next = False
             if regular or final:

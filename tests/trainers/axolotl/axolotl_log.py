@@ -1,4 +1,4 @@
-"""A second plugin: it writes down what the trainer logged, and the sequences that it trained on."""
+"""A second plugin: it writes down what the trainer logged, and which sequences the model saw."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ __all__ = ["LogPlugin"]
 
 
 class LogPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl has no types
-    """Writes `log.json` into the folder of the run, and with packing `seen<rank>.json`."""
+    """Writes `log.json` into the folder of the run.
+
+    With packing, each rank also writes `seen<rank>.json` of training, and `evaluated<rank>.json`.
+    """
 
     trainer: Any
-    seen: list[list[int]]
+    seen: dict[str, list[list[int]]]
 
     def register(self, cfg: Any) -> None:
         # With several ranks, it asks torch about GPUs, and expects another error if there are none.
@@ -30,19 +33,20 @@ class LogPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl has no types
             cfg.device_map = {"": "cpu"}
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        self.trainer, self.seen = trainer, []
+        self.trainer, self.seen = trainer, {"seen": [], "evaluated": []}
         if cfg.sample_packing:
             trainer.model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, model: torch.nn.Module, args: Any, batch: dict[str, Any]) -> None:
-        if model.training:
-            ids, places = (batch[key].flatten() for key in ("input_ids", "position_ids"))
-            starts = (places == 0).nonzero().flatten().tolist()
-            self.seen += [part.tolist() for part in ids.tensor_split(starts[1:])]
+        ids, places = (batch[key].flatten() for key in ("input_ids", "position_ids"))
+        starts = (places == 0).nonzero().flatten().tolist()
+        seen = self.seen["seen" if model.training else "evaluated"]
+        seen += [part.tolist() for part in ids.tensor_split(starts[1:])]
 
     def post_train(self, cfg: Any, model: Any) -> None:
         folder = Path(cfg.output_dir).parent
-        (folder / f"seen{self.trainer.args.process_index}.json").write_text(json.dumps(self.seen))
+        for name, seen in self.seen.items():
+            (folder / f"{name}{self.trainer.args.process_index}.json").write_text(json.dumps(seen))
         if self.trainer.is_world_process_zero():
             log = json.dumps(self.trainer.state.log_history, default=float)
             (folder / "log.json").write_text(log)

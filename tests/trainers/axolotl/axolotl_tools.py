@@ -140,7 +140,15 @@ class Run(Logged):
     @property
     def seen(self) -> set[tuple[int, ...]]:
         """With packing: the sequences that the model was trained on. Axolotl leaves some out."""
-        lists = (json.loads(path.read_text()) for path in self.folder.glob("seen*.json"))
+        return self._sequences("seen")
+
+    @property
+    def evaluated(self) -> set[tuple[int, ...]]:
+        """The same for evaluations."""
+        return self._sequences("evaluated")
+
+    def _sequences(self, name: str) -> set[tuple[int, ...]]:
+        lists = (json.loads(path.read_text()) for path in self.folder.glob(f"{name}*.json"))
         return {tuple(ids) for of_rank in lists for ids in of_rank}
 
     @property

@@ -256,3 +256,20 @@ def test_a_typo_in_eval_channels_is_said_at_the_start(tmp_path: Path) -> None:
             prepare=lambda t: attach(t, MetricsConfig(eval_channels=("bbu", "ruu"))),
             trainer_arguments={"eval_dataset": Dataset.from_list(make_records(10, seed=1))},
         )
+
+
+def test_the_loss_of_the_whole_set_is_no_typo(tmp_path: Path) -> None:
+    """`eval_x_loss`, which is logged, is near to it."""
+    held = Dataset.from_list([{**record, "channel": "x"} for record in HELD])
+    trainer = best(tmp_path, "eval_loss", held)
+    assert "eval_x_loss" in trainer.state.log_history[-2]
+    assert trainer.state.best_metric == trainer.state.log_history[-2]["eval_loss"]
+
+
+def test_a_stream_may_have_any_channel(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its keys cannot be known before it is read: transformers says what is missing."""
+    stream = Dataset.from_list(HELD).to_iterable_dataset()
+    config = MetricsConfig(eval_channels=("bbu", "later"))
+    with pytest.raises(KeyError, match="eval_bbu_los"):
+        best(tmp_path, "eval_bbu_los", stream, config)
+    assert "eval_channels names 'later', which is no channel" in caplog.text

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hf_case_tools import NO_DISPATCH, ddp, fixed_records, told
 from hf_case_tools import run as run_ranks
 from hf_tools import PaddingCollator, tiny_model, train
+from paths import ROOT
 from rank_cases import Case, RanksOf
 from sampler_tools import CONFIG, check_draws, sources, values, weights
+from transformers import TrainingArguments
 
-from channel_metrics import ChannelMetricsError, MixedStream
+from channel_metrics import ChannelMetricsError, MetricsConfig, MixedStream
 from channel_metrics.trainers.hf import attach
 
 ROWS = 4
@@ -141,3 +144,25 @@ def test_two_ranks_together_follow_the_weights(ranks_of: RanksOf, case: Case) ->
     assert first["values"] == ranks_of(dispatched)[0]["values"]
     assert weights(first["values"])[5] == 0.5 < weights(first["values"])[6]
     check_draws(first["values"], 2 * ROWS, 2 * LAG)
+
+
+def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs/sampler.md").read_text()
+    settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert MetricsConfig.from_mapping(settings).sampler["min"] == 0.05
+    arguments = TrainingArguments(
+        str(tmp_path),
+        use_cpu=True,
+        max_steps=2,
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    names = {"model": tiny_model(), "collate": PaddingCollator(), "args": arguments, **sources()}
+    # Those of ms-swift and TRL are run by tests of these trainers.
+    for block in text.split("```python\n")[1:3]:
+        exec(block.split("```")[0], names)
+    assert "'bbu_weight': 0.75" in capsys.readouterr().out
+    assert weights(of(names["trainer"])) == [0.25, 0.25]

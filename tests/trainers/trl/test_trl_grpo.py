@@ -16,7 +16,13 @@ from packaging.version import Version
 from trl import GRPOConfig, GRPOTrainer
 from trl_tools import ALPHABETS, CHANNELS, arguments, logs, run, weights, windows, word
 
-from channel_metrics import ChannelError, ConfigError, MetricsConfig, UnsupportedVersionError
+from channel_metrics import (
+    ChannelError,
+    ConfigError,
+    MetricsConfig,
+    UnsupportedVersionError,
+    Window,
+)
 from channel_metrics.trainers.hf import attach
 from channel_metrics.trainers.trl.grpo import GRPOChannelMetricsMixin
 
@@ -126,6 +132,31 @@ def test_windows_hold_every_completion_once(tmp_path: Path) -> None:
     (evaluated,) = logs(trainer, "eval_")
     rest = expected(scores.given[32:], scores.skipping[32:], "eval_")
     assert evaluated == pytest.approx(rest, rel=1e-5, abs=1e-6)
+
+
+def test_completions_that_no_function_scored(tmp_path: Path) -> None:
+    """They count as TRL counts them in its own mean: not at all, or with a reward of 0."""
+    found: list[Window] = []
+
+    def prepare(trainer: Any) -> None:
+        attach(trainer, COUNTED)
+        trainer.channel_metrics.on_window.append(found.append)
+
+    # Each step is a generation, and a window: TRL's value is a mean over generations.
+    given = {"num_generations": 2, "max_completion_length": 6, "max_steps": 4, "logging_steps": 1}
+    trainer = run(
+        GRPOTrainer,
+        GRPOConfig(**arguments(tmp_path, **given)),
+        prompts(32),
+        reward_funcs=Scores().functions()[1:],
+        prepare=prepare,
+    )
+    whole = [e["reward"] for e in trainer.state.log_history if "loss" in e]
+    assert len(whole) == 4
+    for window, reward in zip(found, whole, strict=False):
+        sums = [window.sums(name) for name in window.names]
+        total, count = (sum(s[f"{part} reward"] for s in sums) for part in ("sum", "count"))
+        assert total / count == pytest.approx(float(reward), rel=1e-5)
 
 
 def test_training_is_the_same_with_and_without(tmp_path: Path) -> None:

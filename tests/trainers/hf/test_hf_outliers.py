@@ -1,0 +1,63 @@
+"""Outliers of the real Trainer: record ids through its columns, nothing changed in the training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_tools import make_records, tiny_model, train
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
+
+from channel_metrics import MetricsConfig
+from channel_metrics.demo.tiny import byte_tokenizer
+from channel_metrics.trainers.hf import attach
+
+COLLATORS: dict[str, Any] = {
+    "padded": lambda: DataCollatorForSeq2Seq(byte_tokenizer()),
+    "flattened": DataCollatorWithFlattening,
+}
+
+
+def run(folder: Path, collator: str, *, on: bool, **arguments: Any) -> Any:
+    # transformers' own collators take no strings, so the other run has no ids.
+    records = [{**r, **({"id": f"r{n}"} if on else {})} for n, r in enumerate(make_records(64))]
+    outliers = {"folder": str(folder / "outliers"), "count": 2}
+    config = MetricsConfig(outliers=outliers if on else {})
+    return train(
+        folder,
+        records=records,
+        prepare=lambda trainer: attach(trainer, config),
+        model=tiny_model(vocab_size=260),
+        trainer_arguments={
+            "data_collator": COLLATORS[collator](),
+            "processing_class": byte_tokenizer(),
+        },
+        **arguments,
+    )
+
+
+@pytest.mark.parametrize("collator", ["padded", "flattened"])
+@pytest.mark.parametrize("removes", [True, False])
+def test_ids_and_texts_are_those_of_the_records(
+    tmp_path: Path, collator: str, removes: bool
+) -> None:
+    trainer = run(tmp_path / "on", collator, on=True, remove_unused_columns=removes)
+    path = tmp_path / "on" / "outliers" / "rank0.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    records = {f"r{n}": record for n, record in enumerate(make_records(64))}
+    tokenizer = byte_tokenizer()
+    assert {line["step"] for line in lines} == {2, 4}
+    for line in lines:
+        record = records[line["id"]]
+        supervised = [token for token in record["labels"] if token != -100]
+        assert line["channel"] == record["channel"]
+        assert (line["tokens"], line["text"]) == (len(supervised), tokenizer.decode(supervised))
+        own = [v for v in lines if (v["step"], v["channel"]) == (line["step"], line["channel"])]
+        assert max(v["loss"] for v in own if v["outlier"] == "highest") >= line["loss"]
+    off = run(tmp_path / "off", collator, on=False, remove_unused_columns=removes)
+    for mine, theirs in zip(trainer.model.parameters(), off.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs), "the training is not changed"
+    assert not (tmp_path / "off" / "outliers").exists()
