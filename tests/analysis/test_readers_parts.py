@@ -195,3 +195,43 @@ def test_watch_joins_parts_too(tmp_path: Path, no_rest: None) -> None:
     assert follower.traces["bbu_tokens"].total == sum(tokens.values())
     lines = header(follower, view_of(follower.traces))
     assert lines[1].startswith("joined as one run: ")
+
+
+def test_a_later_resume_from_an_earlier_step_overwrites_all_branches_before() -> None:
+    branches = (range(1, 101), range(50, 81), range(30, 41))
+    log = [
+        {"step": step, "a_loss": float(number), "a_tokens": 1.0}
+        for number, steps in enumerate(branches)
+        for step in steps
+    ]
+    run = run_of(log, channels=["a"])
+    assert run.resumes == (50, 30)
+    kept = dict.fromkeys(range(1, 30), 0.0) | dict.fromkeys(range(30, 41), 2.0)
+    assert series_of(run, "a", "loss") == kept
+    assert sorted(set(run.overwritten("a", "loss")[0].tolist())) == list(range(30, 101))
+
+
+def test_two_runs_that_begin_at_the_same_late_step_are_not_joined(tmp_path: Path) -> None:
+    for folder in ("v0-20260101", "v1-20260102"):
+        log = [{"step": step, "loss": 1.0} for step in range(500, 600, 10)]
+        write_jsonl(tmp_path / folder / "logging.jsonl", log)
+    run = load_run(tmp_path)
+    assert run.resumes == () and len(run.store) == 10
+    assert any("other runs in the folder" in note for note in run.problems.notes)
+
+
+def test_a_log_that_begins_a_little_after_its_interval_is_a_run_of_its_own(tmp_path: Path) -> None:
+    for folder, first in (("v0-20260101", 10), ("v1-20260102", 12)):
+        log = [{"step": step, "loss": 1.0} for step in range(first, 100, 10)]
+        write_jsonl(tmp_path / folder / "logging.jsonl", log)
+    assert len(load_run(tmp_path).store) == 9
+
+
+def test_a_resume_overwrites_nothing_that_is_logged_over_samples() -> None:
+    log = [{"step": step, "a_loss": 1.0, "a_tokens": 1.0} for step in (*range(1, 9), *range(5, 9))]
+    log += [{"step": 8 * step, "lm loss vs samples": 2.0} for step in range(1, 9)]
+    # Megatron writes both at once.
+    log = [log[0], *log[12:], *log[1:12]]
+    run = run_of(log, channels=["a"])
+    assert run.resumes == (5,)
+    assert len(run.series(GLOBAL, "lm loss vs samples")[0]) == 8

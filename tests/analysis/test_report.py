@@ -166,6 +166,9 @@ def test_chance_is_no_finding_and_a_wrong_mix_is() -> None:
     assert off((54, 46)) == []
     assert off((5400, 4600)) == ["a", "b"]
     assert off((50_100, 49_900)) == []
+    # Two and a half standard deviations; six of them, but only one point.
+    assert off((540, 460)) == []
+    assert off((51_000, 49_000)) == []
 
 
 def test_a_log_without_channels_is_a_report_of_the_run(tmp_path: Path) -> None:

@@ -232,3 +232,15 @@ def test_a_band_goes_with_its_points() -> None:
 def test_the_mix_of_an_evaluation_is_no_curve() -> None:
     history = [{"step": s, "eval_a_loss": 1.0, "eval_a_share": 1.0} for s in (1, 2)]
     assert [c.metric for c in curves_of(run_of(history), ["a"], 100)] == ["loss"]
+
+
+def test_a_gap_at_an_end_of_the_run_breaks_nothing() -> None:
+    history: list[dict[str, float]] = [
+        {"step": s, "a_loss": 1.0, "a_tokens": 5.0} for s in range(60)
+    ]
+    for entry in history[20:40]:
+        entry |= {"b_loss": 1.0, "b_tokens": 5.0}
+    run = run_of(history)
+    assert len(find_gaps(run)) == 2
+    curve = curve_of(run, "b", "loss")
+    assert curve.steps.tolist() == list(range(20, 40)) and np.isfinite(curve.values).all()
