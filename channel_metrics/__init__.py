@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from channel_metrics.core.registry import Column, Metric
     from channel_metrics.core.schema import TOKENS
     from channel_metrics.data.collator import ChannelCollator
+    from channel_metrics.data.mixed_stream import MixedStream
     from channel_metrics.errors import (
         BoundaryError,
         ChannelError,
@@ -53,6 +54,7 @@ __all__ = [
     "Metric",
     "MetricsConfig",
     "MicroBatch",
+    "MixedStream",
     "Ranks",
     "UnsupportedVersionError",
     "Window",
@@ -79,6 +81,7 @@ _MODULES = {
     "Metric": "core.registry",
     "MetricsConfig": "config",
     "MicroBatch": "core.micro_batch",
+    "MixedStream": "data.mixed_stream",
     "Ranks": "ranks.ranks",
     "UnsupportedVersionError": "errors",
     "Window": "windows",

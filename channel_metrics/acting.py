@@ -14,8 +14,10 @@ from typing import Any, Literal, TypeVar, get_args
 from channel_metrics.errors import ConfigError, hint
 
 __all__ = [
+    "RULES",
     "ActingConfig",
     "Budget",
+    "Sampler",
     "Section",
     "StopWhen",
     "goals",
@@ -23,6 +25,9 @@ __all__ = [
     "numbers",
     "refuse_unknown_keys",
 ]
+
+RULES = ("fixed", "loss", "excess", "speed")
+"""How the weights of a sampler may follow from windows, besides functions of a user."""
 
 SectionT = TypeVar("SectionT", bound="Section")
 Mode = Literal["min", "max"]
@@ -56,6 +61,11 @@ class ActingConfig:
     stop_when: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Early stopping: `{channel: bbu, metric: eval_loss, patience: 3}`, see docs/acting.md."""
 
+    sampler: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Weights of channels that follow from the windows: `{start: {bbu: 3, rru: 1}, rule: loss}`.
+
+    A `MixedStream` draws its records by them, see docs/sampler.md."""
+
     def check_acting(self) -> None:
         """Raise `ConfigError` for a setting that is not allowed."""
         if not isinstance(self.stream, (str, os.PathLike)):
@@ -64,6 +74,7 @@ class ActingConfig:
         Budget.of(self.budget)
         goals(self.stop_at)
         StopWhen.of(self.stop_when)
+        Sampler.of(self.sampler)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +178,67 @@ class StopWhen(Section):
                 f"{self.mode!r}; say which values are better."
             )
         object.__setattr__(self, "mode", mode)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler(Section):
+    """How the weights of channels follow from the train windows."""
+
+    start: Mapping[str, float]
+    """The channels, and their weights at first, relative to each other."""
+
+    rule: Any = "loss"
+    """One of `RULES`, or a function, also by import path: `my_module:my_function`."""
+
+    smoothing: float = 0.0
+    """The part of the old weights that a new window leaves, from 0 to below 1."""
+
+    min: float = 0.0
+    """The lowest weight of a channel; the sum of all weights is 1."""
+
+    max: float = 1.0
+    """The highest weight of a channel."""
+
+    warmup: int = 0
+    """The train windows after which the weights follow."""
+
+    rate: float = 1.0
+    """The step size of the rule `excess`."""
+
+    reference: Mapping[str, float] = field(default_factory=dict)
+    """The losses of a reference model for the rule `excess`, if there is no `excess_loss`."""
+
+    def __post_init__(self) -> None:
+        for name in ("start", "reference"):
+            object.__setattr__(self, name, numbers(f"{name} of sampler", getattr(self, name)))
+        path = isinstance(self.rule, str) and (self.rule in RULES or ":" in self.rule)
+        if not path and not callable(self.rule):
+            raise ConfigError(
+                f"rule of sampler must be {', '.join(RULES)}, or `module:function`, but is "
+                f"{self.rule!r}."
+            )
+        given = (self.smoothing, self.min, self.max, self.rate)
+        if not all(map(is_number, given)) or not 0 <= self.smoothing < 1 or self.rate <= 0:
+            raise ConfigError(
+                "smoothing, min, max and rate of sampler must be numbers, smoothing from 0 to "
+                f"below 1 and rate above 0, but they are {', '.join(map(repr, given))}."
+            )
+        count = len(self.start)
+        if not 0 <= self.min * count <= 1 <= self.max * count or self.max > 1:
+            raise ConfigError(
+                f"min and max of sampler must allow {count} weights with the sum 1, but are "
+                f"{self.min} and {self.max}; min must be at most {1 / max(count, 1):.4g}, and max "
+                "at least that."
+            )
+        if type(self.warmup) is not int or self.warmup < 0:
+            raise ConfigError(
+                f"warmup of sampler must be a whole number, 0 or more, but is {self.warmup!r}."
+            )
+        if self.reference and self.reference.keys() != self.start.keys():
+            raise ConfigError(
+                f"reference of sampler must have the channels of start, {', '.join(self.start)}, "
+                f"but has {', '.join(self.reference)}."
+            )
 
 
 def goals(stop_at: Any) -> dict[str, float]:

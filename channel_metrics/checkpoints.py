@@ -36,7 +36,8 @@ class Checkpoints(Counting):
         self._train.step, self.totals = None, RunTotals(self.schema)
         self.stop_reason = ""
         if folder is not None:
-            self.resume(folder)
+            self._load_totals(folder)
+        self._begun()
 
     def save(self, folder: Path, *, is_writer: bool) -> None:
         """Write `totals_now()` into the folder of a checkpoint, by the rank with `is_writer`."""
@@ -56,12 +57,40 @@ class Checkpoints(Counting):
 
     def resume(self, folder: Path) -> None:
         """Go on from the totals of a checkpoint. If it has none, warn and start at zero."""
+        self._load_totals(folder)
+        self._begun()
+
+    def _load_totals(self, folder: Path) -> None:
         path = totals_path(folder)
         read = None if path is None else lambda: RunTotals(self.schema).load(path)
-        self.resume_with(read, f"{folder} has no {TOTALS_FILE}: it")
+        self._resume(read, f"{folder} has no {TOTALS_FILE}: it")
 
-    def resume_with(self, read: Callable[[], RunTotals] | None, checkpoint: str) -> None:
-        """Do so with the totals that `read` gives; None if the `checkpoint` has none."""
+    def totals_state(self, *, alone: bool = False) -> dict[str, Any]:
+        """`totals_now()` for the checkpoint of a trainer that keeps states of its callbacks.
+
+        Args:
+            alone: whether the other ranks may not do the same. Then it is no collective, and the
+                open window is left out.
+        """
+        totals = self.totals if alone and not self.ranks.is_one else self.totals_now()
+        return {} if totals is None else {"totals": totals.state_dict()}
+
+    def resume_state(self, state: Any, checkpoint: str) -> None:
+        """Go on from `totals_state()`, or warn if there is none; `checkpoint` is its path."""
+
+        def read() -> RunTotals:
+            totals: Any = state.get("totals") if isinstance(state, Mapping) else state
+            try:
+                return RunTotals(self.schema).load_state_dict(totals)
+            except ChannelMetricsError as error:
+                raise ChannelMetricsError(
+                    f"the totals in {checkpoint} cannot be read: {error} To go on with totals that "
+                    'start at zero, set on_error="warn" in the config.'
+                ) from error
+
+        self._resume(read if state else None, checkpoint)
+
+    def _resume(self, read: Callable[[], RunTotals] | None, checkpoint: str) -> None:
         self.totals = RunTotals(self.schema)
         if read is None:
             self.warn_once(
@@ -89,3 +118,7 @@ class Checkpoints(Counting):
         totals = RunTotals(self.schema).load_state_dict(state["totals"])
         self._train.table.load_state_dict(state.get("train") or self._new_table().state_dict())
         self._train.step, self.totals = None, totals
+        self._begun()
+
+    def _begun(self) -> None:
+        """Tell what depends on the totals and notes that these are those of the run."""

@@ -35,7 +35,8 @@ class MetricsConfig(AlertingConfig):
     """More labels of a record: {axis: field, list of fields, or {channel: label}}.
 
     `{"domain": "metadata._fusion_domain"}` logs `domain/target_loss` and so on beside the
-    channels."""
+    channels. `{"position": {"by": "position"}}` labels single tokens, as do `length`, `column`
+    (with a field of the records) and `modality`."""
 
     cross: tuple[tuple[str, ...], ...] = ()
     """Axes to combine, such as `[["channel", "domain"]]`; `channel` is the channel itself.

@@ -6,8 +6,6 @@ that. A loop that computes its own loss hands over the logits, or the token loss
     with metrics.observe(model, batch) as seen:
         logits = model(batch["input_ids"])
         seen.logits(logits)
-
-Letters: B rows, S row length, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,9 +19,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from channel_metrics.capture.logits import shifted_labels
-from channel_metrics.capture.placing import Place, beside_labels
-from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.core.micro_batch import MicroBatch
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.counting import Counting
@@ -31,9 +26,9 @@ from channel_metrics.data.batch_channels import BatchChannels, check_not_cut, ta
 from channel_metrics.data.collator_fault import CollatorFault
 from channel_metrics.data.repeats import first_records, real_records
 from channel_metrics.errors import ChannelError, ChannelMetricsError, UnsupportedVersionError
-from channel_metrics.losses.cross_entropy import token_losses_of_logits
+from channel_metrics.seen import Seen
 
-__all__ = ["Seen", "observe"]
+__all__ = ["observe"]
 
 _REMEDY = (
     "In a loop of your own, hand over what the loss was computed from: `seen.logits(...)` in the "
@@ -42,112 +37,6 @@ _REMEDY = (
 
 # {session: {model: its reader}}. A reader keeps what it learned about the model at the first batch.
 _readers: WeakKeyDictionary[Counting, WeakKeyDictionary[torch.nn.Module, Any]] = WeakKeyDictionary()
-
-
-class Seen:
-    """What `observe` gives its block: takes the logits or token losses of a loop's own loss.
-
-    Call one of the two methods, once. What is handed over is read at once and not kept.
-
-    Attributes:
-        labels: those of the batch.
-        values: the values of the tokens that were handed over; None if none were.
-        observation: what was seen of the model, an `Observation`; None if it is not observed.
-        discarded: whether `discard` was called.
-    """
-
-    def __init__(self, metrics: Counting, labels: Any) -> None:
-        self._metrics, self.labels = metrics, labels
-        self.values: TokenValues | None = None
-        self.observation: Any = None
-        self.discarded = False
-
-    def discard(self) -> None:
-        """Do not count this batch: nothing is trained on it."""
-        self.discarded = True
-
-    def logits(self, logits: Tensor, *, labels: Tensor | None = None, causal: bool = True) -> None:
-        """Measure the token losses on logits, with a softmax of our own.
-
-        Args:
-            logits: [B, S, V], or [B, S - 1, V] without the last position; rows may be flattened.
-            labels: int64 [B, S], -100 where not supervised; by default those of the batch.
-            causal: whether the logits at position t predict the label at t + 1. If False, they
-                predict the label at t, and `logits` must have all S positions.
-        """
-        with self._metrics.guard.guarded():
-            if not self._metrics.measuring:
-                return
-            targets, place = self._targets(logits.shape[:-1], labels, causal)
-            found = token_losses_of_logits(
-                logits.detach().reshape(-1, logits.shape[-1]),
-                targets.reshape(-1).to(logits.device),
-                with_correct=self._metrics.with_correct,
-                with_entropy=self._metrics.with_entropy,
-            )
-            more = {"correct": found.correct, "entropy": found.entropy}
-            self._keep(targets, place, found.nll, **more)
-
-    def token_losses(
-        self,
-        losses: Tensor,
-        *,
-        correct: Tensor | None = None,
-        labels: Tensor | None = None,
-        causal: bool = True,
-    ) -> None:
-        """Take token losses that the loop has computed itself.
-
-        Args:
-            losses: [B, S] in nats, or [B, S - 1] without the last position; may be flattened.
-            correct: bool of the same shape, whether the target was predicted; for `token_acc`.
-            labels, causal: as for `logits`.
-        """
-        with self._metrics.guard.guarded():
-            if not self._metrics.measuring:
-                return
-            targets, place = self._targets(losses.shape, labels, causal)
-            if correct is not None and correct.shape != losses.shape:
-                raise ChannelMetricsError(
-                    f"`correct` must have the shape of the losses, {list(losses.shape)}, but has "
-                    f"{list(correct.shape)}."
-                )
-            self._keep(targets, place, losses.detach(), correct=correct)
-
-    def _targets(
-        self, shape: torch.Size, labels: Tensor | None, causal: bool
-    ) -> tuple[Tensor, Place]:
-        """The target [B, S] or [B, S - 1] of each position, and where the labels are."""
-        labels = self.labels if labels is None else labels
-        if not isinstance(labels, Tensor):
-            raise ChannelError(
-                "logits and token losses need `labels`: keep them in the batch, or pass `labels=`."
-            )
-        width = labels.shape[-1]
-        rows = labels.numel() // max(width, 1)
-        for lead in (0, -1) if causal else (0,):
-            # Flat, or rows of this length: not the layout [S, B].
-            if shape.numel() == rows * (width + lead) and shape[-1] in (width + lead, *shape[:1]):
-                targets = shifted_labels(labels) if causal else labels
-                return targets[..., : width + lead], Place(causal, lead)
-        wanted = f"{[rows, width]} or {[rows, width - 1]}" if causal else f"{[rows, width]}"
-        raise ChannelMetricsError(
-            f"logits or token losses over labels {list(labels.shape)} must have {wanted} "
-            f"positions{'' if causal else ' with causal=False'}, but have {list(shape)}; pass the "
-            "`labels` that they belong to, and causal=False if these are already shifted."
-        )
-
-    def _keep(self, targets: Tensor, place: Place, nll: Tensor, **more: Any) -> None:
-        if self.values is not None:
-            raise ChannelMetricsError(
-                "logits or token losses were handed over twice in one block; open one block of "
-                "`observe` per forward."
-            )
-        mask = (targets != IGNORE_INDEX).to(nll.device)
-        kept = targets.to(nll.device) if self._metrics.with_targets else None
-        values = TokenValues(nll, mask, targets=kept, **more)
-        values = values.map(lambda v: v.reshape(targets.shape))
-        self.values = beside_labels(values, place, by_rows=False)
 
 
 @contextmanager

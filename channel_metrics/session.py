@@ -35,12 +35,13 @@ from channel_metrics.core.totals import RunTotals
 from channel_metrics.data.carried import carried_of
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
 from channel_metrics.data.scan import class_names, scan_channels
-from channel_metrics.observers.configured import adding_of, observers_of
+from channel_metrics.observers.configured import adding_of, observers_of, sampler_of
 from channel_metrics.observers.outliers import OutlierFiles
-from channel_metrics.observing import Seen, observe
+from channel_metrics.observing import observe
 from channel_metrics.ranks.agreed_names import Agreement
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.ranks.sync import sum_over_ranks
+from channel_metrics.seen import Seen
 from channel_metrics.window_maker import WindowMaker
 from channel_metrics.windows import Evaluation, Window, tell
 
@@ -66,6 +67,7 @@ class ChannelMetrics(Checkpoints):
         stop_reason: why the run should end; empty if it should not. It is set when a window is
             closed, on all ranks alike. Some trainers end by it. A loop of one's own asks for it.
         ends_run: whether the trainer ends by it.
+        sampler: what a `MixedStream` follows; None without the setting `sampler`.
 
     Raises:
         ConfigError, ChannelError: if declared channels would share a log key, or if an entry of
@@ -105,6 +107,10 @@ class ChannelMetrics(Checkpoints):
         self.on_window = [*on_window, *observers_of(config, self)]
         self._adding = adding_of(config, self)
         self.totals = RunTotals(schema)
+        self.sampler = sampler_of(config, self)
+        if self.sampler is not None:
+            self.on_window.append(self.sampler)
+            self._adding.append(self.sampler.logs)
         self._agreement = Agreement()
         self.classes: dict[str, tuple[str, ...]] = {}  # {field: names} in the declared datasets
         self._maker.declare(labels.names)
@@ -264,6 +270,16 @@ class ChannelMetrics(Checkpoints):
                 )
                 return self._with_more(window) if final else window
         return Window(split=split, step=step, prefix=prefix, final=final)
+
+    def _begun(self) -> None:
+        if self.sampler is None:
+            return
+        self.sampler.begin()
+        if bool(self._train.table.sums().any()):
+            self.warn_once(
+                "this state was taken in the middle of a window, so a MixedStream draws the "
+                "records of that window again; call `close` before `state_dict`, or use `save`."
+            )
 
     def _riders(self) -> tuple[float, ...]:
         """The clock of the first rank, if something reads it."""

@@ -27,7 +27,7 @@ from channel_metrics.core.schema import TOKENS, Schema
 try:
     from docs.signatures import interface_of
 except ModuleNotFoundError:
-    from signatures import interface_of  # type: ignore[import-not-found, no-redef]  # the other way
+    from signatures import interface_of  # type: ignore[import-not-found, no-redef]  # as a script
 
 # In place of a line for each bin.
 _BINS = f"{BINS[0]}` to `{BINS[-1]}"

@@ -84,7 +84,7 @@ class Server:
             self.process.stdin.write(json.dumps(job) + "\n")
             self.process.stdin.flush()
             return self._answer(timeout + SERVER_SECONDS)
-        except BaseException:
+        except BaseException:  # it is raised again
             # Also when pytest interrupts the wait: the next job must not read this one's answer.
             self.close()
             raise

@@ -66,7 +66,7 @@ def run(job: Job) -> dict[str, Any]:
     """
     try:
         prepare(job["imports"])
-    except BaseException:
+    except BaseException:  # whatever an import raises is the answer
         return {"failure": traceback.format_exc()}
     started = time.monotonic()
     store, port = fork_store() if job["meet"] else (None, 0)
@@ -121,7 +121,7 @@ def fork(main: Callable[..., int], *args: Any) -> int:
         try:
             os.setpgid(0, 0)
             code = main(*args)
-        except BaseException:
+        except BaseException:  # a child must not run on in the server's code
             traceback.print_exc()
         finally:
             sys.stdout.flush()
@@ -221,7 +221,7 @@ def import_file(path: Path) -> None:
         sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except BaseException:
+        except BaseException:  # it is raised again
             del sys.modules[path.stem]
             raise
 

@@ -22,6 +22,9 @@ class HostSyncError(AssertionError):
 class NoSync(TorchDispatchMode):
     """`with NoSync(): ...` raises `HostSyncError` where a GPU would have to be waited for."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

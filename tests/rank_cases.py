@@ -141,7 +141,7 @@ def run_group(job: Job, rank: int) -> int:
         try:
             found = {"value": getattr(module, name).function(Path(job["cases_folder"], name))}
             content = pickle.dumps(found)
-        except BaseException:
+        except BaseException:  # also SystemExit: the test shows what ended the rank
             found = {"error": traceback.format_exc()}
             content = pickle.dumps(found)
         Path(job["folder"], f"{name}.{rank}").write_bytes(content)

@@ -63,7 +63,7 @@ def test_nothing_in_a_window_can_be_changed() -> None:
     with pytest.raises(TypeError, match="cannot be changed"):
         window.totals["a"]["tokens_total"] = 0
     with pytest.raises(FrozenInstanceError):
-        window.step = 2  # type: ignore[misc]
+        window.step = 2  # type: ignore[misc]  # frozen, which is the point
     assert isinstance(window.table, tuple) and {*map(type, window.table)} == {tuple}
     again = pickle.loads(pickle.dumps(window))
     assert again == window and json.loads(json.dumps(window.logs)) == window.logs

@@ -100,7 +100,7 @@ def test_what_somebody_puts_there_after_us_stays(
     monkeypatch: pytest.MonkeyPatch, is_shown: bool
 ) -> None:
     """With functools.wraps, which copies our mark to theirs, and without."""
-    plain = Base.size
+    monkeypatch.setattr(Base, "size", Base.size)  # puts it back in the end
     swap.wrap(Base, "size", saying("ours"), key=KEY)
     ours = Base.size
 
@@ -108,40 +108,37 @@ def test_what_somebody_puts_there_after_us_stays(
         return ["theirs", *ours(self)]
 
     theirs = functools.wraps(ours)(theirs) if is_shown else theirs
-    Base.size = theirs
-    try:
-        assert Base().size() == ["theirs", "ours", "base"]
-        assert swap.is_wrapped(Base, "size", key=KEY) == is_shown
-        swap.unwrap(KEY)
-        assert Base.size is theirs
-        assert Base().size() == ["theirs", "base"]
-        assert not swap.is_wrapped(Base, "size", key=KEY)
-        swap.wrap(Base, "size", saying("again"), key=KEY)
-        assert Base().size() == ["again", "theirs", "base"]
-        swap.unwrap(KEY)
-        assert Base.size is theirs
-    finally:
-        Base.size = plain
+    monkeypatch.setattr(Base, "size", theirs)
+    assert Base().size() == ["theirs", "ours", "base"]
+    assert swap.is_wrapped(Base, "size", key=KEY) == is_shown
+    swap.unwrap(KEY)
+    assert Base.size is theirs
+    assert Base().size() == ["theirs", "base"]
+    assert not swap.is_wrapped(Base, "size", key=KEY)
+    swap.wrap(Base, "size", saying("again"), key=KEY)
+    assert Base().size() == ["again", "theirs", "base"]
+    swap.unwrap(KEY)
+    assert Base.size is theirs
 
 
 @pytest.mark.parametrize("is_called", [True, False])
-def test_a_replacement_that_is_not_found_is_made_anew_and_runs_once(is_called: bool) -> None:
+def test_a_replacement_that_is_not_found_is_made_anew_and_runs_once(
+    monkeypatch: pytest.MonkeyPatch, is_called: bool
+) -> None:
     plain = Base.size
+    monkeypatch.setattr(Base, "size", plain)  # puts it back in the end
     swap.wrap(Base, "size", saying("ours"), key=KEY)
     ours = Base.size
 
     def hidden(self: Base) -> list[str]:
         return ours(self) if is_called else plain(self)
 
-    Base.size = hidden
-    try:
-        swap.wrap(Base, "size", saying("ours"), key=KEY)
-        assert Base().size() == ["ours", "base"]
-        swap.unwrap(KEY)
-        assert Base.size is hidden
-        assert Base().size() == ["base"]
-    finally:
-        Base.size = plain
+    monkeypatch.setattr(Base, "size", hidden)
+    swap.wrap(Base, "size", saying("ours"), key=KEY)
+    assert Base().size() == ["ours", "base"]
+    swap.unwrap(KEY)
+    assert Base.size is hidden
+    assert Base().size() == ["base"]
 
 
 def test_blocks_are_nested() -> None:
@@ -230,8 +227,8 @@ def test_a_class_with_a_mixin_keeps_its_name_and_its_instances_can_be_pickled() 
 RecordOfOurs: Any = swap.with_mixin(Record, Mixin)
 
 
-class Derived(RecordOfOurs):
-    """Somebody's class on top of ours, which pickle finds by its name."""
+# Somebody's class on top of ours, which pickle finds by its name.
+Derived: Any = type("Derived", (RecordOfOurs,), {})
 
 
 def test_a_class_derived_from_ours_is_pickled_as_it_is() -> None:

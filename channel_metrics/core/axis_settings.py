@@ -34,7 +34,7 @@ TREE, TREE_MEAN = "tree", "tree_mean"
 # What the labels of single tokens may come from.
 POSITION, LENGTH, COLUMN, MODALITY = "position", "length", "column", "modality"
 # The labels of an axis by column, and of one by modality, if the config does not name them.
-ROLES = ("system", "user", "assistant", "tool", "thinking")
+_ROLES = ("system", "user", "assistant", "tool", "thinking")
 TEXT, MODALITIES = "text", ("image", "video", "audio")
 _MOST_LABELS, _MOST_AXES = 254, 7
 _TAKEN = (CHANNEL, TREE, TREE_MEAN)
@@ -157,7 +157,7 @@ def _of_tokens(axis: Any, source: Mapping[str, Any]) -> Source:
 
 def _entries(axis: Any, source: Mapping[str, Any]) -> dict[Any, str]:
     """{entry of the column: label}"""
-    labels = source.get("labels", ROLES)
+    labels = source.get("labels", _ROLES)
     if isinstance(labels, (list, tuple)):
         labels = {name: name for name in labels}
     names = {*labels.values()} if isinstance(labels, Mapping) else {None}

@@ -1,8 +1,7 @@
 """Adds up token values per sequence, or gives them per token.
 
 The functions change no argument, have static shapes, and do not wait for the device. They sum per
-sequence and not yet per channel: another grouping of the sequences then needs no second pass over
-the tokens.
+sequence and not yet per channel, so another grouping needs no second pass over the tokens.
 
 Letters: T = num_tokens, N = num_sequences.
 """
@@ -52,11 +51,10 @@ class TokenValues(NamedTuple):
 
     def map(self, moved: Callable[[Tensor], Tensor]) -> TokenValues:
         """The values after `moved` was applied to each tensor."""
-        given = {name: values for name, values in self._asdict().items() if values is not None}
-        found: dict[str, Any] = {
-            name: v.map(moved) if name == "places" else moved(v) for name, v in given.items()
-        }
-        return self._replace(**found)
+        found: Any = (
+            v.map(moved) if isinstance(v, Places) else v if v is None else moved(v) for v in self
+        )
+        return TokenValues(*found)
 
     def in_target_frame(self) -> TokenValues:
         """The values at the positions of their targets, see `to_target_frame`."""
@@ -86,7 +84,6 @@ class TokenView:
     """
 
     def __init__(self, values: TokenValues, dtype: torch.dtype) -> None:
-        self.dtype = dtype
         self.losses: Tensor = values.losses.detach()
         self.mask: Tensor = as_bool(values.mask)
         self.nonfinite = self.correct = self.judged = None
@@ -172,7 +169,7 @@ def sequence_sums(
     """
     columns = _always() if columns is None else columns
     view = values if isinstance(values, TokenView) else TokenView(values, dtype)
-    dtype = view.dtype
+    dtype = view.nll.dtype
     if cu_seqlens is None:
         shape = view.losses.shape
         size = (shape[0] if len(shape) == 2 else 1,)
@@ -210,7 +207,7 @@ def token_sums(
     """
     view = values if isinstance(values, TokenView) else TokenView(values, dtype)
     found = _token_columns(view, _always() if columns is None else columns)
-    return {name: _as_numbers(one).flatten().to(view.dtype) for name, one in found.items()}
+    return {name: _as_numbers(one).flatten().to(view.nll.dtype) for name, one in found.items()}
 
 
 def table_rows(ids: Tensor, num_rows: int, num_sums: int, *, checked: bool = False) -> Tensor:

@@ -5,8 +5,8 @@ Letters: R records, B rows, S row length, T = num_tokens, N = num_sequences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, groupby, pairwise, takewhile
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ __all__ = [
     "own_channels",
     "rows_of",
     "spans_of_records",
-    "without_pad_tail",
+    "without_pads",
 ]
 
 # The batch key for the bounds of whole sequences, if there are those of the runs of one channel.
@@ -73,27 +73,52 @@ def own_channels(channels: Any, table: LabelTable | None) -> Names:
     )
 
 
-def without_pad_tail(
-    boundaries: Boundaries, num_names: int, batch: Mapping[str, Any]
-) -> Boundaries:
-    """The boundaries without pads at the end of a padding-free row that look like sequences.
+def without_pads(boundaries: Boundaries, num_names: int, batch: Mapping[str, Any]) -> Boundaries:
+    """The boundaries without pads that look like sequences, because their positions start anew.
 
-    TRL pads such a row to a multiple. Each pad has position 0 and the label -100, so it looks like
-    a sequence of one token. The tail is cut off only if all of it looks so.
+    TRL pads a padding-free row to a multiple with pads of position 0, each like a sequence of one
+    token. Axolotl pads rows with positions 0, 1, 2 ..., like one more sequence. They are pads if
+    they are more than the names, not supervised, and all one token.
 
     Args:
         boundaries: those that the batch gives.
         num_names: how many sequences have a channel.
         batch: a collated batch.
     """
-    labels = batch.get("labels")
+    labels, ids = batch.get("labels"), batch.get("input_ids")
     if boundaries.num_sequences <= num_names or not isinstance(labels, Tensor):
         return boundaries
+    num_rows, row_length = rows_of(batch)
     tail = boundaries.cu_seqlens[num_names:]
     pads = labels.flatten()[int(tail[0]) : int(tail[-1])]
-    if rows_of(batch)[0] != 1 or bool((tail.diff() != 1).any() | (pads != IGNORE_INDEX).any()):
+    if num_rows == 1 and bool((tail.diff() == 1).all() & (pads == IGNORE_INDEX).all()):
+        return Boundaries(boundaries.cu_seqlens[: num_names + 1], boundaries.keep)
+    if num_rows != num_names or not isinstance(ids, Tensor) or ids.shape != labels.shape:
         return boundaries
-    return Boundaries(boundaries.cu_seqlens[: num_names + 1], boundaries.keep)
+    bounds = boundaries.cu_seqlens.tolist()
+    keep = torch.ones(labels.numel(), dtype=torch.bool, device="cpu")
+    for start, end in _pads_of_rows(tuple(bounds), row_length, labels, ids):
+        keep[start:end] = False
+        bounds.remove(end if start % row_length == 0 else start)
+    found = torch.tensor(bounds, dtype=torch.int32, device="cpu")
+    return Boundaries(found, keep if boundaries.keep is None else keep & boundaries.keep.cpu())
+
+
+def _pads_of_rows(
+    bounds: Sequence[int], row_length: int, labels: Tensor, ids: Tensor
+) -> Iterator[Span]:
+    """The sequences at the ends of rows that are not supervised and hold one token only."""
+
+    def is_pad(span: Span) -> bool:
+        tokens, targets = (of.flatten()[slice(*span)] for of in (ids, labels))
+        alike = (tokens == tokens[:1]).all() & (targets == IGNORE_INDEX).all()
+        return len(tokens) > 0 and bool(alike)
+
+    for _, of_row in groupby(pairwise(bounds), lambda span: span[0] // row_length):
+        spans = list(of_row)
+        if not all(map(is_pad, spans)):
+            yield from takewhile(is_pad, spans)
+            yield from takewhile(is_pad, reversed(spans))
 
 
 def spans_of_records(

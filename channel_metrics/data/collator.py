@@ -32,7 +32,7 @@ from channel_metrics.data.batch_layout import (
     own_channels,
     rows_of,
     spans_of_records,
-    without_pad_tail,
+    without_pads,
 )
 from channel_metrics.data.carried import Carried, split_carried
 from channel_metrics.data.collator_fault import CollatorFault
@@ -194,7 +194,7 @@ class ChannelCollator:
         given, records = records, records or [{}] * len(channels)
         per_token = [has_channel_per_token(r, c) for r, c in zip(records, channels, strict=True)]
         counts = [1 if all_ else len(c) for all_, c in zip(per_token, channels, strict=True)]
-        boundaries = without_pad_tail(boundaries_from_batch(batch), sum(counts), batch)
+        boundaries = without_pads(boundaries_from_batch(batch), sum(counts), batch)
         spans = spans_of_records(counts, boundaries, batch)
         order = self._changed_order(records, batch, boundaries, spans)
         if order is not None:

@@ -60,7 +60,8 @@ def token_marks(
     marks = torch.zeros(shape.numel(), dtype=torch.int64, device="cpu")
     for record, (start, end) in zip(records, spans, strict=True):
         where = torch.arange(start, end, device="cpu")
-        if boundaries.keep is not None:
+        # Records that are padded in the dataset have labels for their pads, too.
+        if boundaries.keep is not None and _num_labels(record, columns) != len(where):
             where = where[boundaries.keep[start:end]]
         marks[where] = marks_of_record(record, columns, len(where))
     return marks.view(shape)
@@ -93,6 +94,11 @@ def absent_columns(
 def marks_of_targets(marks: Tensor) -> Tensor:
     """At each position the marks of the next token of its row, which it predicts; 0 at the end."""
     return torch.nn.functional.pad(marks[..., 1:], (0, 1))
+
+
+def _num_labels(record: Mapping[str, Any], columns: Sequence[TokenColumn]) -> int | None:
+    found = (look_up(record, field) for field, _ in columns)
+    return next((len(one) for one in found if hasattr(one, "__len__")), None)
 
 
 def _numbers(values: Any, field: str, numbers: Mapping[Any, int], num_tokens: int) -> Tensor:

@@ -49,8 +49,8 @@ class Mixture:
     num_skipped: int
     """Records left out because their answers begin after `max_length`."""
 
-    records: Mapping[str, int]
-    """The number of different training records of each source."""
+    sources: Mapping[str, Dataset]
+    """The training records of each source, each of them once."""
 
 
 def annotate(source: Source, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def build_mixture(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Mi
         train=_mix({name: pair[0] for name, pair in ready.items()}, config),
         val=_joined(evaluated) if evaluated else None,
         num_skipped=num_loaded - num_ready,
-        records={name: len(pair[0]) for name, pair in ready.items()},
+        sources={name: pair[0] for name, pair in ready.items()},
     )
 
 

@@ -148,17 +148,39 @@ def _trainer(
 
     from channel_metrics.trainers.hf import attach
 
+    stream = _stream(config, arguments, mixture)
     trainer = Trainer(
         model=_model(config, tokenizer),
         args=arguments,
-        train_dataset=mixture.train,
+        train_dataset=mixture.train if stream is None else stream,
         eval_dataset=mixture.val,
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
     if config.probe is not None:
         _probe(trainer, config.probe, tokenizer, config.max_length)
-    return attach(trainer, config.metrics_of_run())
+    attached: Any = attach(trainer, config.metrics_of_run())
+    if stream is not None:
+        stream.follow(attached.channel_metrics)
+    return trainer
+
+
+def _stream(config: TrainConfig, arguments: TrainingArguments, mixture: Mixture) -> Any:
+    """A `MixedStream` of the sources, if the config has a sampler; else None."""
+    if not config.metrics.sampler:
+        return None
+    from channel_metrics.data.mixed_stream import MixedStream
+
+    if arguments.world_size > 1:
+        raise ConfigError(
+            "metrics.sampler works on one process in this command; docs/sampler.md shows a script "
+            "for several."
+        )
+    rows = arguments.train_batch_size
+    workers = arguments.dataloader_num_workers * (arguments.dataloader_prefetch_factor or 2)
+    # The Trainer reads one batch more than its workers.
+    lag = (workers + 1) * rows
+    return MixedStream(mixture.sources, seed=config.seed, batch_size=rows, lag=lag, field="")
 
 
 def _show_lines(trainer: Trainer, channels: Sequence[str], key_format: str) -> None:
@@ -199,7 +221,10 @@ def _finish(trainer: Trainer) -> None:
 def _write_plan(config: TrainConfig, mixture: Mixture, output_dir: Path) -> None:
     """Write the ratios and sizes of the sources for the report. The trainer's files lack them."""
     ratios = {source.name: source.ratio for source in config.sources}
-    plan = {"ratios": ratios, "records": dict(mixture.records)}
+    plan = {
+        "ratios": ratios,
+        "records": {name: len(rows) for name, rows in mixture.sources.items()},
+    }
     (output_dir / RUN_FILE).write_text(json.dumps(plan) + "\n", encoding="utf-8")
 
 

@@ -7,21 +7,29 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from channel_metrics.acting import Budget, StopWhen
+from channel_metrics.acting import RULES, Budget, Sampler, StopWhen
 from channel_metrics.alerting import Alerts
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ConfigError
-from channel_metrics.observers import alerts, budget, early_stopping, stream
+from channel_metrics.observers import alerts, budget, early_stopping, sampler, stream
 from channel_metrics.observers.alerts import AlertObserver
 from channel_metrics.observers.budget import BudgetValues, StopAt, goals_of
 from channel_metrics.observers.early_stopping import EarlyStopping
+from channel_metrics.observers.sampler import SamplerObserver
 from channel_metrics.observers.stream import WindowStream
 from channel_metrics.windows import Window
 
-__all__ = ["Session", "adding_of", "hook", "observers_of"]
+__all__ = ["Session", "adding_of", "hook", "observers_of", "sampler_of"]
 
 
-class Session(stream.Session, budget.Session, early_stopping.Session, alerts.Session, Protocol):
+class Session(
+    alerts.Session,
+    budget.Session,
+    early_stopping.Session,
+    sampler.Session,
+    stream.Session,
+    Protocol,
+):
     """What the observers ask of a `ChannelMetrics`."""
 
 
@@ -60,7 +68,22 @@ def observers_of(config: MetricsConfig, session: Session) -> list[Callable[[Wind
     return found
 
 
-def hook(path: str, where: str = "on_window") -> Callable[[Any], Any]:
+def sampler_of(config: MetricsConfig, session: Session) -> SamplerObserver | None:
+    """Make what changes the weights of a `MixedStream`; None if the config has no `sampler`.
+
+    Raises:
+        ConfigError: a setting does not fit what is counted.
+    """
+    settings = Sampler.of(config.sampler)
+    if settings is None:
+        return None
+    rule = settings.rule
+    if isinstance(rule, str):
+        rule = None if rule in RULES else hook(rule, "rule of sampler")
+    return SamplerObserver(settings, rule, session)
+
+
+def hook(path: str, where: str = "on_window") -> Callable[..., Any]:
     """The function that `module:name` names.
 
     where: the setting that names it, for messages.

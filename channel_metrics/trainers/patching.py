@@ -1,4 +1,4 @@
-"""What all patches use: the config that the environment names, and a line about the patch."""
+"""What all patches use: functions that are wrapped, the config of the environment, and a line."""
 
 from __future__ import annotations
 
@@ -6,12 +6,44 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Mapping
+from typing import Any
 
+from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
 from channel_metrics.data.yaml import CONFIG_VARIABLE, load_metrics_config
+from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.run_marks import mark
 
-__all__ = ["announce", "config_of_environment"]
+__all__ = ["announce", "config_of_environment", "wrap_all"]
+
+
+def wrap_all(
+    bodies: Mapping[tuple[Any, str], Any],
+    *,
+    key: str,
+    version: str,
+    remedy: str,
+    everywhere_in: str | None = None,
+) -> None:
+    """Wrap functions of a trainer's package: all of them or, if one is missing, none.
+
+    Args:
+        bodies: {(class or module, name of a function): what runs in its place}, see `swap.wrap`.
+        key, everywhere_in: as in `swap.wrap`.
+        version: the package and its version, for the message.
+        remedy: what to do if this version lacks a function.
+
+    Raises:
+        UnsupportedVersionError: it lacks a function.
+    """
+    lacking = [f"{owner.__name__}.{name}" for owner, name in bodies if not hasattr(owner, name)]
+    if lacking:
+        raise UnsupportedVersionError(
+            f"channel metrics wrap functions that {version} lacks: {', '.join(lacking)}; {remedy}."
+        )
+    for (owner, name), body in bodies.items():
+        swap.wrap(owner, name, body, key=key, everywhere_in=everywhere_in)
 
 
 def announce(message: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from channel_metrics.acting import StopWhen
@@ -11,7 +11,7 @@ from channel_metrics.data.scan import count_channels
 from channel_metrics.errors import ConfigError, hint
 from channel_metrics.session import ChannelMetrics
 
-__all__ = ["channels_in", "check_stop_when", "check_wanted"]
+__all__ = ["channels_in", "check_sets", "check_stop_when", "check_wanted"]
 
 
 def channels_in(session: ChannelMetrics, dataset: Any) -> set[str] | None:
@@ -24,6 +24,36 @@ def channels_in(session: ChannelMetrics, dataset: Any) -> set[str] | None:
         return None
     session.declare_names(sorted(name for name in counts if name is not None))
     return session.rows(counts)
+
+
+def check_sets(
+    session: ChannelMetrics,
+    sets: Mapping[str, set[str] | None],
+    watched: Iterable[tuple[str, str]] = (),
+) -> None:
+    """Check the settings that name channels or log keys, as far as they can be known now.
+
+    Args:
+        session: the metrics.
+        sets: as for `check_wanted`: the training set, and those of the evaluations to come.
+        watched: (what watches a key, the key). The script itself may log a key that is none of
+            ours, so this only warns.
+
+    Raises:
+        ConfigError, ChannelError: two values would share a key, or a setting names a channel that
+            no set has.
+    """
+    held = [prefix for prefix in sets if prefix]
+    for error in [error for prefix in held for error in session.keys.learn(prefix=prefix)]:
+        raise error
+    if held and None not in sets.values():
+        session.check_eval_channels()
+    for setting, key in watched:
+        try:
+            check_wanted(session, key, sets, setting)
+        except ConfigError as error:
+            session.warn_once(f"{error} (Ignore this if the script itself logs the key.)")
+    check_stop_when(session, sets)
 
 
 def check_wanted(

@@ -81,11 +81,12 @@ class Report:
 
     def texts(self, selector: str) -> list[str]:
         """The texts of all elements that can be seen."""
-        return self.run(
+        found: list[str] = self.run(
             "return [...document.querySelectorAll(arguments[0])]"
             ".filter((e) => e.checkVisibility()).map((e) => e.textContent.trim())",
             selector,
         )
+        return found
 
     def click(self, selector: str, number: int = 0) -> None:
         """A real click, which fails if something covers the element."""
@@ -116,19 +117,19 @@ class Report:
 
     def lines(self, metric: str = "loss") -> list[int]:
         """The channels whose training is drawn, in order; -1 is the whole run."""
-        return self.run(
+        found: list[int] = self.run(
             "return [...document.querySelectorAll(`[data-metric=${arguments[0]}] path.line"
             ":not(.other):not(.raw)`)].map((e) => Number(e.dataset.channel)).sort((a, b) => a - b)",
             metric,
         )
+        return found
 
     def read(self, key: str, metric: str = "loss") -> str:
         """What a chart says aloud when a key is pressed in it."""
         plot = self.driver.find_element("css selector", f"[data-metric={metric}] .plot")
         plot.send_keys(key)
-        return self.driver.find_element(
-            "css selector", f"[data-metric={metric}] .live"
-        ).get_property("textContent")
+        live = self.driver.find_element("css selector", f"[data-metric={metric}] .live")
+        return str(live.get_property("textContent"))
 
     def complaints(self) -> list[str]:
         """What the console says."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -239,9 +240,13 @@ def test_findings_are_printed_and_fail_on_worse_answers(
         assert "nan" in row
 
 
+def falling(factor: float, step: int) -> float:
+    return factor * (2 - step / 60)
+
+
 def test_a_run_worse_than_the_first_fails(tmp_path: Path) -> None:
     for name, factor in (("first", 1.0), ("second", 1.5)):
-        history = training(60, {"A": lambda s, f=factor: f * (2 - s / 60)})  # type: ignore[misc]
+        history = training(60, {"A": partial(falling, factor)})
         write_jsonl(tmp_path / name / "logging.jsonl", history)
     paths = [tmp_path / "first", tmp_path / "second"]
     code, out = invoke("report", *paths, "--fail-on", "worse", "--no-pictures")

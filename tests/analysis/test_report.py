@@ -210,7 +210,8 @@ def linear(color: str) -> list[float]:
 
 def contrast(a: str, b: str) -> float:
     """WCAG 2."""
-    low, high = sorted(sum(map(mul, (0.2126, 0.7152, 0.0722), linear(c))) for c in (a, b))
+    weights = (0.2126, 0.7152, 0.0722)
+    low, high = sorted(sum(w * p for w, p in zip(weights, linear(c), strict=True)) for c in (a, b))
     return (high + 0.05) / (low + 0.05)
 
 

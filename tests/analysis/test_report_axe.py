@@ -18,10 +18,11 @@ pytestmark = needs_browser
 def violations(report: Report) -> list[Any]:
     """(rule, impact, first element) of each violation."""
     report.run(AXE.read_text(encoding="utf-8"))
-    return report.driver.execute_async_script(
+    found: list[Any] = report.driver.execute_async_script(
         "const done = arguments[0]; axe.run().then((result) => done(result.violations.map("
         "(found) => [found.id, found.impact, found.nodes[0].html])))"
     )
+    return found
 
 
 @pytest.mark.parametrize("width", [1440, 390])

@@ -35,7 +35,7 @@ class AxolotlHarness(HFHarness):
         from axolotl.core.trainers.base import AxolotlTrainer
         from axolotl.core.training_args import AxolotlTrainingArguments
 
-        class InOrder(AxolotlTrainer):
+        class InOrder(AxolotlTrainer):  # type: ignore[misc]  # Axolotl has no types
             def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
                 return SequentialSampler(self.train_dataset)
 

@@ -28,7 +28,7 @@ class LlamaFactoryHarness(HFHarness):
         from llamafactory.hparams import FinetuningArguments, TrainingArguments
         from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 
-        class InOrder(CustomSeq2SeqTrainer):
+        class InOrder(CustomSeq2SeqTrainer):  # type: ignore[misc]  # LLaMA-Factory has no types
             def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
                 return SequentialSampler(self.train_dataset)
 

@@ -101,7 +101,7 @@ def new_trainer(script: Script, folder: Path, ran: Ran) -> Any:
         def forward(self, labels: torch.Tensor, **_: Any) -> torch.Tensor:
             return torch.where(labels < 0, 0.0, labels + 0.5) + self.nothing
 
-    class Trainer(MegatronTrainer):
+    class Trainer(MegatronTrainer):  # type: ignore[misc]  # ms-swift has no types
         def __init__(self) -> None:
             first = int(script.resume.name.split("-")[1]) if script.resume else 0
             self.args = arguments(script, folder)

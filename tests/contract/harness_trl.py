@@ -133,7 +133,8 @@ class KTOHarness(PairHarness):
         return Answers(sequences, fails_at)
 
     def trainer(self, arguments: dict[str, Any], records: Records) -> Any:
-        return KTOInOrder(
+        make: Any = KTOInOrder
+        return make(
             model=tiny_qwen2(),
             ref_model=tiny_qwen2(REFERENCE_SEED),
             args=KTOConfig(**arguments, beta=BETA, loss_type="apo_zero_unpaired"),

@@ -69,7 +69,8 @@ def reward_model() -> Any:
 def log_prob(model: Any, prompt: list[int], answer: list[int]) -> float:
     with torch.no_grad():
         log_probs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-    return sum(log_probs[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))
+    of_answer = log_probs[range(len(prompt) - 1, len(prompt + answer) - 1), answer]
+    return float(of_answer.double().sum())
 
 
 @cache

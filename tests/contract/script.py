@@ -257,11 +257,9 @@ def faulty_count(at: int | None) -> Any:
             raise ZeroDivisionError("an error of ours")
         return original(self)
 
-    Counting._open_table = open_table
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Counting, "_open_table", open_table)
         yield
-    finally:
-        Counting._open_table = original
 
 
 def flat(batches: Sequence[Batch]) -> list[OneSequence]:

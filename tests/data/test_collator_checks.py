@@ -90,6 +90,41 @@ TWO_ROWS = [[5, 5, 5, 5], [5, 5, 5, 5]]
             ["a"],
             [0, 1],
         ),
+        # Pads at the ends of rows, whose positions start anew, as Axolotl counts them.
+        *(
+            (
+                {
+                    "labels": [[5, 6, -100, -100, -100], [-100, 7, 8, 9, -100]],
+                    "input_ids": [[5, 6, 0, 0, 0], [0, 7, 8, 9, 0]],
+                    "position_ids": [[0, 1, *pads], [0, 0, 1, 2, 0]],
+                },
+                named("a", "b"),
+                ["a", "b"],
+                [0, 5, 10],
+            )
+            for pads in ([0, 1, 2], [0, 0, 0])
+        ),
+        (
+            {
+                "labels": [[5, -100, -100]],
+                "input_ids": [[5, 0, 0]],
+                "position_ids": [[0, 0, 1]],
+            },
+            named("a"),
+            ["a"],
+            [0, 3],
+        ),
+        # An answer of other tokens is a sequence, and so is a row without supervised tokens.
+        (
+            {
+                "labels": [[5, 6, -100, -100], [-100] * 4],
+                "input_ids": [[5, 6, 7, 8], [3, 3, 3, 3]],
+                "position_ids": [[0, 1, 0, 1], [0, 1, 0, 1]],
+            },
+            named("a", "b"),
+            ["a", "a", "b", "b"],
+            [0, 2, 4, 6, 8],
+        ),
         # Sequences of several tokens are sequences, and so are those that are trained on.
         (
             {"labels": [[5, -100, -100, -100]], "position_ids": [[0, 0, 1, 0]]},

@@ -131,7 +131,7 @@ def config(settings: dict[str, dict[str, Any]], tensorboard: str, cache: str) ->
     )
 
 
-class Remembering(Callback):
+class Remembering(Callback):  # type: ignore[misc]  # Megatron-Bridge has no types
     """A callback of the user's own."""
 
     def on_eval_end(self, context: Any) -> None:

@@ -26,7 +26,7 @@ import time
 import types
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def install() -> None:
     # Else autograd and the data loader look for a device behind the names above.
     replace(torch.accelerator, {"is_available": lambda: False})
     replace(torch.utils.data.DataLoader, {"__init__": unpinned_loader()})
-    CudaIsCpu().__enter__()
+    ExitStack().enter_context(CudaIsCpu())  # which nobody closes
 
 
 def install_megatron() -> None:

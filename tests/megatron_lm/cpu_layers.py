@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -96,8 +97,10 @@ def allow_context_parallel(attention: Any) -> None:
 def context_group(packed: Any) -> dist.ProcessGroup:
     from megatron.core import parallel_state
 
-    own = getattr(packed, "cp_group", None)  # hybrid context parallelism: one per micro-batch
-    return own if own is not None else parallel_state.get_context_parallel_group()
+    group: dist.ProcessGroup | None
+    group = getattr(packed, "cp_group", None)  # hybrid context parallelism: one per micro-batch
+    own: Callable[[], dist.ProcessGroup] = parallel_state.get_context_parallel_group
+    return own() if group is None else group
 
 
 def attend(
@@ -116,7 +119,8 @@ def attend(
     positions = token_positions(num_tokens, packed, group)
     own = positions[group.rank() * num_local :][:num_local]
     if group.size() > 1:
-        key, value = (GatherTokens.apply(x, group) for x in (key, value))
+        gather: Any = GatherTokens.apply
+        key, value = (gather(x, group) for x in (key, value))
     key, value = (x.repeat_interleave(num_heads // x.shape[2], 2) for x in (key, value))
 
     documents = document_of_each(num_tokens, packed)

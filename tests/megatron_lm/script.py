@@ -61,7 +61,7 @@ def call(main: Any) -> int:
             return ended.code or 0
         print(ended.code, file=sys.stderr)
         return 1
-    except BaseException:
+    except BaseException:  # whatever ends the script is printed, as Python does
         traceback.print_exc()
         return 1
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ class FakeDist:
         monkeypatch.setattr(dist, "all_reduce", self.all_reduce)
         # There is no such device here: its tensors are kept on the host, under its name.
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-        to: Any = Tensor.to
+        to: Callable[..., Tensor] = Tensor.to
 
         def moved(values: Tensor, device: torch.device) -> Tensor:
             self.devices.append(device)

@@ -97,7 +97,7 @@ def stopped_rank(rank: int, place: str, collectives: CountedCollectives) -> tupl
         with guard.guarded():
             raise ZeroDivisionError
     if rank == 1 and place == "inside":
-        accumulator.sums = cast(Any, None)
+        cast(Any, accumulator).sums = None
     collectives.take()
     with guard.guarded():
         sync(accumulator, guard=guard)

@@ -128,7 +128,8 @@ def write_models(folder: Path) -> None:
                 **EXTRA.get(kind, {}),
                 **({"num_labels": 1} if factory is AutoModelForSequenceClassification else {}),
             )
-            model = factory.from_config(config)
+            from_config: Any = factory.from_config
+            model = from_config(config)
             model.save_pretrained(folder / OWNER / name)
             words.save_pretrained(folder / OWNER / name)
 

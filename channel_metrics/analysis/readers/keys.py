@@ -47,8 +47,8 @@ _OF_ESTIMATES = (
     "loss_estimate_low",
     "loss_estimate_high",
 )
-# Values of the setting `budget`.
-_OF_BUDGETS = ("target_share", "achieved_share", "source_epochs", "eta_hours")
+# Values of the settings `budget` and `sampler`.
+_OF_SETTINGS = ("target_share", "achieved_share", "source_epochs", "eta_hours", "weight")
 _FORMATS = ("{channel}_{metric}", "{metric}/{channel}", "{channel}/{metric}", "{metric}_{channel}")
 _SPLITS = (
     ("train/", "train"),
@@ -195,7 +195,7 @@ def _candidates(rest: str) -> list[tuple[int, str, str]]:
     Within a format, longer metrics come first, so `bbu_weighted_loss` belongs to `bbu`.
     """
     found = []
-    for rank, ends in enumerate(_ends_of((*TOKENS.metric_names, *_OF_ESTIMATES, *_OF_BUDGETS))):
+    for rank, ends in enumerate(_ends_of((*TOKENS.metric_names, *_OF_ESTIMATES, *_OF_SETTINGS))):
         for metric, head, tail in ends:
             if rest.startswith(head) and rest.endswith(tail) and len(rest) > len(head + tail):
                 found.append((rank, rest[len(head) : len(rest) - len(tail)], metric))

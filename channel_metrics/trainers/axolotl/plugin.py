@@ -14,22 +14,15 @@ from pydantic import BaseModel
 from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
 from channel_metrics.data.yaml import mapping
-from channel_metrics.errors import ConfigError, UnsupportedVersionError
+from channel_metrics.errors import ConfigError
 from channel_metrics.trainers.axolotl.data import label_of, unique_rows
 from channel_metrics.trainers.hf import attach
 from channel_metrics.trainers.hf.columns import NAMES_COLUMN, KeepsNames, with_channel_column
-from channel_metrics.trainers.patching import announce, config_of_environment
+from channel_metrics.trainers.patching import announce, config_of_environment, wrap_all
 
 __all__ = ["ChannelMetricsArgs", "ChannelMetricsPlugin"]
 
 _KEY = "axolotl"
-# The functions of Axolotl that are wrapped.
-_HOOKS = (
-    (sft, "get_dataset_wrapper"),
-    (wrappers, "wrap_dataset_for_tokenized_prompt"),
-    (sft, "generate_dataset_hash_from_config"),
-    (data_utils, "_deduplicate_dataset"),
-)
 
 
 class ChannelMetricsArgs(BaseModel):
@@ -61,9 +54,14 @@ class ChannelMetricsPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl has no 
             self.config = MetricsConfig.from_mapping(mapping(given, "channel_metrics"))
         # A sweep registers the plugin once per run.
         swap.unwrap(_KEY)
-        bodies: tuple[Callable[..., Any], ...] = (self._name, _keep, self._hash, unique_rows)
-        for (owner, name), body in zip(_HOOKS, bodies, strict=True):
-            swap.wrap(owner, name, body, key=_KEY)
+        bodies = {
+            (sft, "get_dataset_wrapper"): self._name,
+            (wrappers, "wrap_dataset_for_tokenized_prompt"): _keep,
+            (sft, "generate_dataset_hash_from_config"): self._hash,
+            (data_utils, "_deduplicate_dataset"): unique_rows,
+        }
+        version = f"axolotl {axolotl.__version__}"
+        wrap_all(bodies, key=_KEY, version=version, remedy="use 0.21, or remove the plugin")
         names = sorted({label_of(entry, _entries(cfg)) for entry in _entries(cfg)})
         announce(f"channel metrics: the channels of `datasets:` are {', '.join(names)}")
 
@@ -104,12 +102,6 @@ def _keep(original: Callable[..., Any], strategy: Any, *args: Any, **kwargs: Any
 
 
 def _check(cfg: Any) -> None:
-    missing = [name for owner, name in _HOOKS if not hasattr(owner, name)]
-    if missing:
-        raise UnsupportedVersionError(
-            f"channel metrics wrap {len(_HOOKS)} functions of axolotl.utils.data, but axolotl "
-            f"{axolotl.__version__} lacks {', '.join(missing)}; use 0.21, or remove the plugin."
-        )
     for key in ("rl", "reward_model", "process_reward_model"):
         if cfg.get(key):
             raise ConfigError(

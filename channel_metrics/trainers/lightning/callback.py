@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Generator, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
@@ -13,19 +13,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from channel_metrics import swap
-from channel_metrics.capture.observation import Forward
 from channel_metrics.config import MetricsConfig
-from channel_metrics.core.totals import RunTotals
 from channel_metrics.data.batch_channels import take_channels
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.data.repeats import real_records_of_sampler
 from channel_metrics.data.scan import learn_classes
-from channel_metrics.errors import ChannelMetricsError, ConfigError
+from channel_metrics.errors import ConfigError
 from channel_metrics.extras import need
-from channel_metrics.observing import Seen, observe
+from channel_metrics.observing import observe
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.lightning.models import trained_model
-from channel_metrics.trainers.wanted import channels_in, check_stop_when, check_wanted
+from channel_metrics.trainers.wanted import channels_in, check_sets
 from channel_metrics.windows import Evaluation, Window
 
 __all__ = ["ChannelMetricsCallback"]
@@ -154,43 +152,25 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
             output = step(*args, **kwargs)
             if output is None and trains:
                 seen.discard()  # Lightning skips its backward.
-            elif isinstance(output, Mapping):
-                _hand_over(output, seen)
+            seen.returned(output)
         return output
 
     # ---- training --------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        with self.metrics.guard.guarded():
-            self._check(trainer)
-
-    def _check(self, trainer: Any) -> None:
-        """Check the settings that name channels or keys, as far as they can be known now."""
         session = self.metrics
-        loaders = trainer.train_dataloader, trainer.val_dataloaders
-        train, held = ([channels_in(session, one) for one in _datasets(of)] for of in loaders)
-        held = held if trainer.enable_validation else []
-        prefixes = [f"{split}_" for split in _splits("val", len(held))]
-        for error in (error for one in prefixes for error in session.keys.learn(prefix=one)):
-            raise error
-        if held and None not in (*train, *held):
-            session.check_eval_channels()
-        sets = {"": train[0] if len(train) == 1 else None, **dict(zip(prefixes, held, strict=True))}
-        for setting, key in _monitored(trainer):
-            try:
-                check_wanted(session, key, sets, setting)
-            except ConfigError as error:
-                session.warn_once(f"{error} (Ignore this if the module itself logs the key.)")
-        check_stop_when(session, sets)
+        with session.guard.guarded():
+            train = [channels_in(session, one) for one in _datasets(trainer.train_dataloader)]
+            sets = {"": None if None in train else set[str]().union(*filter(None, train))}
+            held = _datasets(trainer.val_dataloaders) if trainer.enable_validation else []
+            for split, dataset in zip(_splits("val", len(held)), held, strict=True):
+                sets[f"{split}_"] = channels_in(session, dataset)
+            check_sets(session, sets, _monitored(trainer))
 
-    def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *args: Any) -> None:
         self._take(batch)
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         # Lightning also logs if `trainer.should_stop` is set, which not all ranks may know.
         step, every = trainer.fit_loop.epoch_loop._batches_that_stepped, trainer.log_every_n_steps
         due = trainer.fast_dev_run or (every and (step + 1) % every == 0)
@@ -268,40 +248,14 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
 
     def state_dict(self) -> dict[str, Any]:
         """The totals of the run, for a checkpoint. A collective, except after an exception."""
-        session = self.metrics
-        alone = self._raised and not session.ranks.is_one
-        totals = session.totals if alone else session.totals_now()
-        return {} if totals is None else {"totals": totals.state_dict()}
+        return self.metrics.totals_state(alone=self._raised)
 
-    def on_load_checkpoint(
-        self, trainer: Any, pl_module: Any, checkpoint: Mapping[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         """Go on from the totals of a checkpoint."""
-        state = checkpoint["callbacks"].get(self.state_key)
-
-        def read() -> RunTotals:
-            totals: Any = state.get("totals") if isinstance(state, Mapping) else state
-            try:
-                return RunTotals(self.metrics.schema).load_state_dict(totals)
-            except ChannelMetricsError as error:
-                raise ChannelMetricsError(
-                    f"the totals in {trainer.ckpt_path} cannot be read: {error} To go on with "
-                    'totals that start at zero, set on_error="warn" in the config.'
-                ) from error
-
         # Lightning also calls this for the checkpoint that it tests.
         if trainer.state.fn == "fit":
-            self.metrics.resume_with(read if state else None, "the checkpoint")
-
-
-def _hand_over(output: Mapping[str, Any], seen: Seen) -> None:
-    """Take the token losses or logits that a step returned."""
-    if "token_losses" in output:
-        given = {name: output.get(name) for name in ("correct", "labels")}
-        seen.token_losses(output["token_losses"], **given, causal=given["labels"] is None)
-    elif "logits" in output and seen.observation and not seen.observation.losses:
-        # Read instead of what the model returned: whether they are shifted follows from the loss.
-        seen.observation.forwards = [Forward(outputs=output)]
+            state = checkpoint["callbacks"].get(self.state_key)
+            self.metrics.resume_state(state, str(trainer.ckpt_path))
 
 
 def _splits(stage: str, count: int) -> list[str]:

@@ -4,6 +4,7 @@ The patch of transformers' Trainer attaches the metrics to every trainer. Here, 
 loader is patched so that rows keep the channels of their records:
 - `get_dataset_list` remembers the name of each dataset;
 - `align_dataset` adds the channel of each record: one of the `fields` of the config, or that name;
+- `get_dataset_converter` makes converters that keep it;
 - `_get_dataset_processor` makes processors whose rows keep the channels.
 """
 
@@ -21,12 +22,11 @@ from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.trainers.hf import patch as hf_patch
 from channel_metrics.trainers.hf.columns import NAMES_COLUMN, KeepsNames, with_channel_column
 from channel_metrics.trainers.llamafactory.data import NumberedRecords
-from channel_metrics.trainers.patching import announce, config_of_environment
+from channel_metrics.trainers.patching import announce, config_of_environment, wrap_all
 
 __all__ = ["apply", "is_applied", "revert"]
 
 _KEY = "llamafactory"
-_FUNCTIONS = ("get_dataset_list", "align_dataset", "_get_dataset_processor")
 
 
 def apply(config: MetricsConfig | None = None) -> None:
@@ -40,19 +40,21 @@ def apply(config: MetricsConfig | None = None) -> None:
     """
     if is_applied():
         return
-    missing = [name for name in _FUNCTIONS if not hasattr(loader, name)]
-    if missing or not hasattr(converter, "get_dataset_converter"):
-        raise UnsupportedVersionError(
-            f"channel metrics patch {', '.join(_FUNCTIONS)} of llamafactory.data.loader, but "
-            f"llamafactory {llamafactory.__version__} lacks {', '.join(missing) or 'a converter'}; "
-            "use 0.9.5."
-        )
-    chosen = config or config_of_environment()
     if config is not None:
         revert()
-    hf_patch.apply(config)
-    for name, body in zip(_FUNCTIONS, (_name, _aligning(chosen), _process), strict=True):
-        swap.wrap(loader, name, body, key=_KEY)
+    bodies = {
+        (loader, "get_dataset_list"): _name,
+        (loader, "align_dataset"): _aligning(config or config_of_environment()),
+        (converter, "get_dataset_converter"): _keeping,
+        (loader, "_get_dataset_processor"): _process,
+    }
+    version = f"llamafactory {llamafactory.__version__}"
+    try:
+        wrap_all(bodies, key=_KEY, version=version, remedy="use 0.9.5")
+        hf_patch.apply(config)
+    except UnsupportedVersionError:
+        revert()
+        raise
     announce(f"channel metrics: patched llamafactory.data.loader {llamafactory.__version__}")
 
 
@@ -64,7 +66,7 @@ def revert() -> None:
 
 def is_applied() -> bool:
     """Whether LLaMA-Factory and the Trainer are patched now."""
-    return swap.is_wrapped(loader, _FUNCTIONS[0], key=_KEY) and hf_patch.is_applied()
+    return swap.is_wrapped(loader, "align_dataset", key=_KEY) and hf_patch.is_applied()
 
 
 def _name(original: Callable[..., Any], names: list[str] | None, *args: Any, **kwargs: Any) -> Any:
@@ -78,8 +80,7 @@ def _aligning(config: MetricsConfig) -> Callable[..., Any]:
     def align(original: Callable[..., Any], dataset: Any, attributes: Any, *args: Any) -> Any:
         name = attributes.channel
         dataset = with_channel_column(dataset, config.label_fields, NAMES_COLUMN, name)
-        with swap.wrapped(converter, "get_dataset_converter", _keeping):
-            return original(dataset, attributes, *args)
+        return original(dataset, attributes, *args)
 
     return align
 

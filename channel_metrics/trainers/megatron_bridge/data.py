@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -97,14 +96,9 @@ class PackedChannels(torch.utils.data.Dataset[Any]):
 
     def __init__(self, run: BridgeRun, dataset: Any) -> None:
         self._dataset = dataset
-        column, labels = names_of_packs(dataset), run.session.labels
-        lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-        self._bounds = np.append(0, lengths.cumsum())
-        names = column.flatten().dictionary_encode()
-        run.session.declare_names(sorted(filter(None, names.dictionary.to_pylist())))
-        # The last entry is that of conversations without a channel.
-        ids = np.array([*labels.ids(names.dictionary.to_pylist()), UNLABELED_ID])
-        self._ids = ids[names.indices.fill_null(len(ids) - 1).to_numpy(zero_copy_only=False)]
+        self._names, self._labels = names_of_packs(dataset), run.session.labels
+        names = self._names.flatten().unique().to_pylist()
+        run.session.declare_names(sorted(filter(None, names)))
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -112,23 +106,24 @@ class PackedChannels(torch.utils.data.Dataset[Any]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item, mapping = self._dataset[index], self._dataset.samples_mapping
         # A row that only fills up the last batch has a negative index.
-        row = int(index if mapping is None else mapping[index]) % (len(self._bounds) - 1)
-        ids = self._ids[self._bounds[row] : self._bounds[row + 1]]
-        if len(ids) != len(item["seq_boundaries"]) - 1:
+        row = int(index if mapping is None else mapping[index]) % len(self._names)
+        names = self._names[row].as_py() or ()
+        if len(names) != len(item["seq_boundaries"]) - 1:
             raise ChannelError(
                 f"a pack holds {len(item['seq_boundaries']) - 1} conversations, but its column "
-                f"`channels` gives {len(ids)}; write one name for each, in their order."
+                f"`channels` gives {len(names)}; write one name for each, in their order."
             )
-        return {**item, "channels": torch.from_numpy(ids), "is_filler": index < 0}
+        ids = torch.tensor(self._labels.ids(names), dtype=torch.int64, device="cpu")
+        return {**item, "channels": ids, "is_filler": index < 0}
 
     def collate_fn(self, items: list[Any]) -> dict[str, Any]:
         """Make a batch of Bridge with the ids of its tokens and conversations."""
         batch: dict[str, Any] = self._dataset.collate_fn(items)
         # Bridge drops the last token of each conversation, and shifts labels inside of it.
-        lengths = (np.diff(item["seq_boundaries"]) - 1 for item in items)
+        bounds = [torch.as_tensor(item["seq_boundaries"], device="cpu") for item in items]
         tokens = [
-            item["channels"].repeat_interleave(torch.from_numpy(of_item))
-            for item, of_item in zip(items, lengths, strict=True)
+            item["channels"].repeat_interleave(of_item.diff() - 1)
+            for item, of_item in zip(items, bounds, strict=True)
         ]
         sequences = [item["channels"][: 0 if item["is_filler"] else None] for item in items]
         # The first is as long as the rows, and is only there for its length.

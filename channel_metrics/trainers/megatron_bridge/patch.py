@@ -15,31 +15,26 @@ These functions of `megatron.bridge` are patched (0.6 has them):
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import logging
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
-from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.trainers.megatron.cuts import follow_cuts, follow_labels, unfollow_cuts
 from channel_metrics.trainers.megatron.step import counting_schedule
 from channel_metrics.trainers.megatron_bridge import packs
 from channel_metrics.trainers.megatron_bridge.data import with_channels
 from channel_metrics.trainers.megatron_bridge.run import BridgeRun
-from channel_metrics.trainers.patching import announce, config_of_environment
+from channel_metrics.trainers.patching import announce, config_of_environment, wrap_all
 
 __all__ = ["apply", "is_applied", "revert"]
 
 _KEY = "megatron_bridge"
 _PRETRAIN = "training.pretrain"
-_EVENTS = (
-    "on_train_start", "on_train_step_end", "on_eval_start", "on_eval_end", "on_test_start",
-    "on_test_end",
-)  # fmt: skip
 Original = Callable[..., Any]
 
 _runs: list[BridgeRun] = []
@@ -58,19 +53,15 @@ def apply(config: MetricsConfig | None = None) -> None:
         revert()
     if is_applied():
         return
-    bodies = _bodies(config or config_of_environment())
-    modules = {place: importlib.import_module(f"megatron.bridge.{place}") for place, _ in bodies}
-    version = importlib.import_module("megatron.bridge").__version__
-    missing = [f"{place}.{name}" for place, name in bodies if not hasattr(modules[place], name)]
-    if missing:
-        raise UnsupportedVersionError(
-            f"channel metrics need functions of megatron.bridge that {version} lacks: "
-            f"{', '.join(missing)}; use 0.6."
-        )
-    for (place, name), body in bodies.items():
-        swap.wrap(modules[place], name, body, key=_KEY, everywhere_in="megatron.bridge")
+    bodies = {
+        (import_module(f"megatron.bridge.{module}"), name): body
+        for (module, name), body in _bodies(config or config_of_environment()).items()
+    }
+    version = f"megatron.bridge {import_module('megatron.bridge').__version__}"
+    package = "megatron.bridge"
+    wrap_all(bodies, key=_KEY, version=version, remedy="use 0.6", everywhere_in=package)
     follow_cuts()
-    announce(f"channel metrics: patched megatron.bridge {version}")
+    announce(f"channel metrics: patched {version}")
 
 
 def revert() -> None:
@@ -107,7 +98,7 @@ def _pretrain(settings: MetricsConfig, original: Original, /, *args: Any, **kwar
     call.arguments["callbacks"] = manager
     run = BridgeRun(call.arguments["config"], settings)
     _runs.append(run)
-    for event in _EVENTS:
+    for event in manager.events.intersection(dir(run)):
         manager.register(event, functools.partial(_fire, run, event))
     try:
         return original(*call.args, **call.kwargs)

@@ -5,7 +5,7 @@ The events are those of Bridge's own `CallbackManager`. All ranks get them in th
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Generator
 from typing import Any
 
 from channel_metrics.config import MetricsConfig
@@ -16,7 +16,7 @@ from channel_metrics.trainers.megatron.counting import MegatronChannelMetrics
 from channel_metrics.trainers.megatron.log import write
 from channel_metrics.trainers.megatron.reserved import megatron_keys
 from channel_metrics.trainers.megatron.run import folder_of
-from channel_metrics.windows import Evaluation, Window
+from channel_metrics.windows import Window
 
 __all__ = ["BridgeRun"]
 
@@ -40,12 +40,11 @@ class BridgeRun:
         self.bridge = bridge
         self.session = ChannelMetrics(config, reserved=megatron_keys() | set(_KEYS))
         self.metrics = MegatronChannelMetrics(session=self.session)
-        self._evaluation: Evaluation | None = None
-        self._block = ExitStack()
+        self._evaluation = self._evaluate(None, "")  # the open one
 
     def on_train_start(self, context: Any) -> None:
         """Begin with an empty window, and with the totals of the checkpoint that was loaded."""
-        self._drop_evaluation()
+        self._evaluation.close()
         step, loaded = context.state.train_state.step, self.bridge.checkpoint.load
         self.session.start(folder_of(loaded, step) if step and loaded else None)
 
@@ -59,19 +58,14 @@ class BridgeRun:
 
     def on_eval_start(self, context: Any, kind: str = "eval") -> None:
         """Open the window of an evaluation."""
-        self._drop_evaluation()
-        step = context.state.train_state.step
-        self._evaluation = self._block.enter_context(
-            self.session.evaluation(kind, step, prefix=f"{kind}_")
-        )
+        # One that is still open is dropped: Bridge has no event for its limit of time.
+        self._evaluation.close()
+        self._evaluation = self._evaluate(context.state, kind)
+        next(self._evaluation)
 
     def on_eval_end(self, context: Any) -> None:
         """Close the window of the evaluation, and write its values."""
-        evaluation, self._evaluation = self._evaluation, None
-        self._block.close()
-        if evaluation is not None and evaluation.window is not None:
-            title = f"validation at iteration {context.state.train_state.step}"
-            self._write(title, evaluation.window, context.state)
+        next(self._evaluation, None)
 
     def on_test_start(self, context: Any) -> None:
         """Open the window of the test set."""
@@ -86,12 +80,13 @@ class BridgeRun:
         folder = folder_of(self.bridge.checkpoint.save, state.train_state.step)
         self.session.save(folder, is_writer=is_last_rank())
 
-    def _drop_evaluation(self) -> None:
-        """Drop an evaluation without an end: Bridge has no event for its limit of time."""
-        if self._evaluation is not None:
-            self._evaluation.discard()
-            self._evaluation = None
-            self._block.close()
+    def _evaluate(self, state: Any, kind: str) -> Generator[None]:
+        """Count in a window of its own until it is resumed; then write the values."""
+        step = state.train_state.step
+        with self.session.evaluation(kind, step, prefix=f"{kind}_") as found:
+            yield
+        if found.window is not None:
+            self._write(f"validation at iteration {step}", found.window, state)
 
     def _write(self, title: str, window: Window, state: Any) -> None:
         from megatron.bridge.utils.common_utils import print_rank_last

@@ -65,16 +65,21 @@ class PackCollator(ChannelCollator):
         with_marks: bool = False,
     ) -> None:
         super().__init__(
-            base, fields=(TOKEN_FIELD,), table=table, bounds_key=BOUNDS_KEY, carry_faults=True
+            base,
+            fields=(TOKEN_FIELD,),
+            table=table,
+            bounds_key=BOUNDS_KEY,
+            carry_faults=True,
+            columns=[(MARKS_KEY, {})] if with_marks else (),
         )
-        self.names, self.with_marks = tuple(names), with_marks
+        self.names = tuple(names)
         # Index -1 reads the last entry.
         ids = [*table.ids(names), UNLABELED_ID]
         self._ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
 
     def _with_channels(self, collate: Callable[..., Any], features: Sequence[Any]) -> Any:
         tokens = _of_packs(features, TOKEN_FIELD)
-        marks = _of_packs(features, MARKS_KEY) if self.with_marks else None
+        marks = _of_packs(features, MARKS_KEY) if self.columns else None
         lengths = [int(n) for record in features for n in record.get(_LENGTHS_FIELD) or ()]
         batch = collate(features)
         labels = batch.get("labels")
@@ -86,18 +91,16 @@ class PackCollator(ChannelCollator):
         boundaries = boundaries_from_batch(batch)
         flat = self._ids[torch.cat(tokens)]
         count = len(lengths)
-        per_token = False
         added = {PACK_BOUNDS_KEY: _pack_bounds([len(of_pack) for of_pack in tokens], labels)}
         if lengths and boundaries.cu_seqlens.diff()[:count].tolist() == lengths:
             bounds = boundaries.cu_seqlens[: count + 1]
             self._check_labels(labels, Boundaries(bounds, boundaries.keep))
             added |= {"channels": flat[bounds[:-1].long()], self.bounds_key: bounds}
         else:
-            per_token = True
             added["channels"] = target_ids(_as_labels(flat, boundaries.keep, labels))
         if marks is not None:
             placed = _as_labels(torch.cat(marks), boundaries.keep, labels, fill=0)
-            added[MARKS_KEY] = marks_of_targets(placed) if per_token else placed
+            added[MARKS_KEY] = marks_of_targets(placed) if added["channels"].dim() == 2 else placed
         batch.update(added)
         return batch
 

@@ -13,7 +13,7 @@ from axolotl.utils import trainer as axolotl_trainer
 __all__ = ["LogPlugin"]
 
 
-class LogPlugin(BasePlugin):
+class LogPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl has no types
     """Writes `log.json` into the folder of the run, and with packing `seen<rank>.json`."""
 
     trainer: Any

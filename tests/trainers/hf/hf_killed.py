@@ -9,7 +9,6 @@ from typing import Any
 
 from fork_server import Job
 from hf_tools import make_records, tiny_model, train
-from transformers import Trainer
 
 from channel_metrics.trainers.hf import attach
 
@@ -24,7 +23,7 @@ STEPS: dict[str, Any] = {
 DEADLY_STEP = 6
 
 
-def ending(trainer: Trainer) -> None:
+def ending(trainer: Any) -> None:
     attach(trainer)
     step = trainer.training_step
 

@@ -55,7 +55,7 @@ class Restless(Qwen2ForCausalLM):
     random numbers that every forward draws."""
 
     def __init__(self, config: Qwen2Config) -> None:
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[no-untyped-call]  # transformers has no types here
         self.norm = torch.nn.BatchNorm1d(config.hidden_size)
         self.register_buffer("calls", torch.zeros(()))
 

@@ -17,7 +17,9 @@ CHANNELS = ("bbu", "rru", "lvis", "lang_chat")
 Record = dict[str, Any]
 
 
-def tiny_model(seed: int = 0, **overrides: Any) -> Qwen2ForCausalLM:
+def tiny_model(
+    seed: int = 0, kind: type[Qwen2ForCausalLM] = Qwen2ForCausalLM, **overrides: Any
+) -> Qwen2ForCausalLM:
     """A Qwen2 with random weights and dropout, so that a disturbed RNG would show."""
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {
@@ -29,7 +31,7 @@ def tiny_model(seed: int = 0, **overrides: Any) -> Qwen2ForCausalLM:
         "num_key_value_heads": 1,
         "attention_dropout": 0.1,
     }
-    return Qwen2ForCausalLM(Qwen2Config(**(sizes | overrides)))
+    return kind(Qwen2Config(**(sizes | overrides)))
 
 
 def make_records(count: int, seed: int = 0, channels: Sequence[str] = CHANNELS) -> list[Record]:

@@ -28,7 +28,7 @@ class Largest(TorchDispatchMode):
     """The most rows of any tensor as wide as the vocabulary that an operator makes."""
 
     def __init__(self, vocabulary: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self.vocabulary = vocabulary
         self.num_rows = 0
 

@@ -5,6 +5,7 @@ The oracle is the same run with the column of an axis as the channel.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -98,4 +99,6 @@ def test_the_best_model_by_a_label(tmp_path: Path) -> None:
         "save_steps": 2,
         "load_best_model_at_end": True,
     }
-    windows(tmp_path, config, metric_for_best_model="eval_lang/de_loss", **options)
+    found = windows(tmp_path, config, metric_for_best_model="eval_lang/de_loss", **options)
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_metric"] == min(w.axes["lang"]["de"]["loss"] for w in found[1::2])

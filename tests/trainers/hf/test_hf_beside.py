@@ -50,9 +50,8 @@ def test_an_evaluation_that_dies_leaves_both_windows_exact(tmp_path: Path, where
             trainer.evaluate()
 
     later: list[dict[str, float]] = []
-    plain = tiny_model(attention_dropout=0.0)
-    model = DiesInEvaluation(plain.config) if where == "model" else plain
-    model.load_state_dict(plain.state_dict())
+    kind = DiesInEvaluation if where == "model" else Qwen2ForCausalLM
+    model = tiny_model(kind=kind, attention_dropout=0.0)
     trainer, collator = run(
         tmp_path,
         Doing("on_step_end", 1, caught),

@@ -73,7 +73,8 @@ def test_compute_loss_func_reports_the_plain_loss(tmp_path: Path) -> None:
         nll = F.cross_entropy(
             outputs.logits.flatten(0, 1), shifted_labels(labels).flatten(), reduction="none"
         )
-        return ((1 - (-nll).exp()) ** 2 * nll).sum() / num_items_in_batch
+        loss: torch.Tensor = ((1 - (-nll).exp()) ** 2 * nll).sum() / num_items_in_batch
+        return loss
 
     run_with_oracle(
         tmp_path,

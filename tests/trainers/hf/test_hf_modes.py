@@ -184,8 +184,7 @@ class PartOfTheLogits(Qwen2ForCausalLM):
 
 
 def test_logits_to_keep_is_refused(tmp_path: Path) -> None:
-    plain = tiny_model(attention_dropout=0.0)
-    model = PartOfTheLogits(plain.config)
+    model = tiny_model(kind=PartOfTheLogits, attention_dropout=0.0)
     with pytest.raises(
         UnsupportedVersionError, match=r"over 16 positions: .* logits_to_keep, leave it out"
     ):

@@ -34,7 +34,7 @@ class Distils(Trainer):
     teacher_first = True
     without_gradients = True
 
-    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         def teach() -> Any:
             with torch.no_grad() if self.without_gradients else nullcontext():
                 return TEACHER(**inputs)
@@ -57,12 +57,12 @@ class TeacherWithGradients(Distils):
 class SecondForward(Trainer):
     """A forward on corrupted inputs comes after the one with the labels."""
 
-    def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Tensor:
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         return model(**inputs).loss - 0.01 * model(**corrupted(inputs)).logits.logsumexp(-1).mean()
 
 
 class SecondForwardFirst(Trainer):
-    def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Tensor:
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         other = model(**corrupted(inputs)).logits.logsumexp(-1).mean()
         return model(**inputs).loss - 0.01 * other
 
@@ -70,7 +70,7 @@ class SecondForwardFirst(Trainer):
 class OverItsLogits(Trainer):
     """The labels are not passed; transformers' loss is computed over the first logits."""
 
-    def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Tensor:
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         logits, other = model(**inputs).logits, model(**corrupted(inputs)).logits
@@ -81,7 +81,7 @@ class OverItsLogits(Trainer):
 class SelfDistils(Trainer):
     """The same model, without gradients, is the teacher."""
 
-    def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Tensor:
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         student = model(**inputs)
         with torch.no_grad():
             taught = model(**inputs)
@@ -91,7 +91,7 @@ class SelfDistils(Trainer):
 class InnerModel(Trainer):
     """Calls the model that the trainer holds, not the one that it is given."""
 
-    def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Tensor:
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         held: Any = self.model
         return held(**inputs).loss
 
@@ -115,7 +115,7 @@ def test_the_labels_belong_to_one_forward(kind: type[Trainer], tmp_path: Path) -
 
 
 class RDrop(Trainer):
-    def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Tensor:
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         first, second = model(**inputs), model(**inputs)
         return (first.loss + second.loss) / 2 + F.mse_loss(first.logits, second.logits)
 
@@ -123,7 +123,7 @@ class RDrop(Trainer):
 class LabelsByHand(Trainer):
     """Which logits the labels stand beside cannot be seen: torch's own cross entropy."""
 
-    def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Tensor:
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         inputs = dict(inputs)
         labels = shifted_labels(inputs.pop("labels"))
         logits, other = model(**inputs).logits, model(**corrupted(inputs)).logits
@@ -139,7 +139,7 @@ def test_two_forwards_that_cannot_be_told_apart(kind: type[Trainer], tmp_path: P
 class MasksMore(Trainer):
     """Trains on the second half of the labels only."""
 
-    def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Tensor:
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         labels = inputs["labels"].clone()
         labels[:, : labels.shape[1] // 2] = -100
         return model(**dict(inputs) | {"labels": labels}).loss
@@ -173,7 +173,7 @@ class PopsLabels(Trainer):
 
     half = False
 
-    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Tensor:
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **kwargs: Any) -> Any:
         inputs = dict(inputs)
         labels = shifted_labels(inputs.pop("labels"))
         if self.half:

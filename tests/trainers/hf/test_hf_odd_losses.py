@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Liar(Qwen2ForCausalLM):
     ) -> Any:
         self.steps += 1
         factor = float(self.steps) if self.grows else 2.0
-        honest: Any = F.nll_loss
+        honest: Callable[..., torch.Tensor] = F.nll_loss
 
         def lying(*args: Any, reduction: str = "mean", **kwargs: Any) -> torch.Tensor:
             loss = honest(*args, reduction=reduction, **kwargs)
@@ -57,10 +58,8 @@ def test_a_loss_that_lies_is_reported_once(
     tmp_path: Path, grows: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In both windows, by the same amount or by another."""
-    plain = tiny_model(attention_dropout=0.0)
-    model = Liar(plain.config)
+    model: Any = tiny_model(kind=Liar, attention_dropout=0.0)
     model.grows = grows
-    model.load_state_dict(plain.state_dict())
     trainer, collator = run(tmp_path, model=model)
     check_windows(trainer, collator)
     said = [r.getMessage() for r in caplog.records if r.name == "channel_metrics"]

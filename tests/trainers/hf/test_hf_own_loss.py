@@ -58,7 +58,9 @@ def overwriting(
 ) -> Tensor:
     if num_items_in_batch is None:
         num_items_in_batch = (target != ignore_index).sum()
-    return Overwriting.apply(source, target, ignore_index) / num_items_in_batch
+    summed: Any = Overwriting.apply
+    loss: Tensor = summed(source, target, ignore_index) / num_items_in_batch
+    return loss
 
 
 class Configured:

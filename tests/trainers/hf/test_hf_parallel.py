@@ -6,6 +6,8 @@ The slicing and the layouts alone are in `test_hf_row_cuts.py`.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,64 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from channel_metrics import MetricsConfig
 
 COUNTS = MetricsConfig(metrics=("loss", "tokens", "token_acc", "share", "entropy"))
+# Labels of single tokens are cut with the rows.
+IMAGES = list(range(0, 61, 4))
+ROLES = replace(
+    COUNTS,
+    axes={
+        "role": {"by": "column", "field": "roles"},
+        "kind": {"by": "modality", "labels": {"image": IMAGES}},
+    },
+)
+
+
+def role_of(token: int) -> str | None:
+    return ("user", "assistant", None)[token % 3]
+
+
+def with_roles(records: list[Record]) -> list[Record]:
+    return [{**one, "roles": [role_of(token) for token in one["input_ids"]]} for one in records]
+
+
+def check_roles(
+    ranks: list[Any],
+    model: torch.nn.Module,
+    records: list[Record],
+    held_out: list[Record],
+    seen: list[list[Any]],
+) -> None:
+    """As `check`, for the labels of single tokens; their entropy is one more sum of the same."""
+    table = token_table(model, records)
+    targets = {tuple(r["input_ids"]): [t for t in r["labels"][1:] if t != -100] for r in records}
+    by_label: dict[str, Callable[[int], str]] = {
+        "role": lambda token: role_of(token) or "unlabeled",
+        "kind": lambda token: "image" if token in IMAGES else "text",
+    }
+
+    def expected(batches: list[Any], prefix: str) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for axis, label_of in by_label.items():
+            # Each token alone is a record of the oracle, with its label as the channel.
+            alone = {}
+            for ids in (tuple(ids) for batch in batches for ids in batch):
+                for at, (token, one) in enumerate(zip(targets[ids], table[ids][1], strict=True)):
+                    alone[(*ids, at)] = (f"{axis}/{label_of(token)}", [one])
+            found |= expected_metrics(alone, [list(alone)], prefix=prefix)
+        return found
+
+    def labels_of(entry: dict[str, float], prefix: str = "") -> dict[str, float]:
+        return {
+            key: value
+            for key, value in entry.items()
+            if key.startswith((f"{prefix}role/", f"{prefix}kind/")) and "entropy" not in key
+        }
+
+    of_held_out = expected([[r["input_ids"] for r in held_out]], "eval_")
+    for rank in ranks:
+        logs = [entry for entry in rank["logs"] if "loss" in entry]
+        for entry, batches in zip(logs, seen, strict=True):
+            assert labels_of(entry) == pytest.approx(expected(batches, ""), rel=1e-5)
+        assert labels_of(rank["evaluated"], "eval_") == pytest.approx(of_held_out, rel=1e-5)
 
 
 def check(
@@ -102,15 +162,15 @@ def context_parallel(folder: Path) -> Any:
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_over_ranks
     trainer = run(
         folder,
-        config=COUNTS,
-        records=fixed_records(32),
+        config=ROLES,
+        records=with_roles(fixed_records(32)),
         collator=Unpadded(),
         model=tiny_model(attention_dropout=0.0, attn_implementation="sdpa"),
         parallelism_config=ParallelismConfig(cp_size=2),
         max_steps=4,
         **FSDP2,
     )
-    held_out = Dataset.from_list(fixed_records(10, seed=1))
+    held_out = Dataset.from_list(with_roles(fixed_records(10, seed=1)))
     evaluated = trainer.evaluate(held_out)
     del ALL_ATTENTION_FUNCTIONS["sdpa"]
     return told(trainer, evaluated=evaluated)
@@ -123,7 +183,9 @@ def test_context_parallel_ranks_count_their_parts(ranks_of: RanksOf) -> None:
     assert ranks[0]["batches"] == ranks[1]["batches"]
     held_out = fixed_records(10, seed=1)
     batches, model = ranks[0]["batches"], tiny_model(attention_dropout=0.0)
-    check(ranks, model, fixed_records(32), held_out, [batches[:2], batches[2:4]])
+    seen = [batches[:2], batches[2:4]]
+    check(ranks, model, fixed_records(32), held_out, seen)
+    check_roles(ranks, model, [*fixed_records(32), *held_out], held_out, seen)
 
 
 @fsdp
@@ -168,8 +230,8 @@ def ulysses(folder: Path) -> Any:
     )
     trainer = run(
         folder,
-        config=COUNTS,
-        records=fixed_records(32),
+        config=ROLES,
+        records=with_roles(fixed_records(32)),
         collator=Positioned(),
         model=tiny_model(attention_dropout=0.0, num_key_value_heads=2, attn_implementation="sdpa"),
         use_cpu=False,
@@ -181,7 +243,7 @@ def ulysses(folder: Path) -> Any:
         per_device_train_batch_size=1,
         max_steps=4,
     )
-    held_out = Dataset.from_list(fixed_records(10, seed=1))
+    held_out = Dataset.from_list(with_roles(fixed_records(10, seed=1)))
     return told(trainer, evaluated=trainer.evaluate(held_out))
 
 
@@ -193,4 +255,6 @@ def test_ulysses_ranks_count_their_parts(ranks_of: RanksOf) -> None:
     model = tiny_model(attention_dropout=0.0, num_key_value_heads=2)
     # A step is a batch of one of the ranks, which both work on; two steps are a window.
     first, second = (rank["batches"] for rank in ranks)
-    check(ranks, model, fixed_records(32), held_out, [[first[0], second[0]], [first[1], second[1]]])
+    seen = [[first[0], second[0]], [first[1], second[1]]]
+    check(ranks, model, fixed_records(32), held_out, seen)
+    check_roles(ranks, model, [*fixed_records(32), *held_out], held_out, seen)

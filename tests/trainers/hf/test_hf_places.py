@@ -98,13 +98,13 @@ class Trims(Qwen2ForCausalLM):
 
 
 def test_a_loss_that_trims_the_last_position(tmp_path: Path) -> None:
-    model = Trims(tiny_model(attention_dropout=0.0).config)
+    model = tiny_model(kind=Trims, attention_dropout=0.0)
     trainer = run_with_oracle(tmp_path, model)
     assert trainer.channel_scratch.reader.captured
 
 
 def test_a_head_on_the_supervised_positions_only(tmp_path: Path) -> None:
-    def model(sparse: bool) -> ModernBertForMaskedLM:
+    def model(sparse: bool) -> Any:
         torch.manual_seed(0)
         make_config: Any = ModernBertConfig
         config = make_config(
@@ -148,7 +148,7 @@ class Tuple(Qwen2ForCausalLM):
 
 
 def test_a_model_that_returns_a_tuple(tmp_path: Path) -> None:
-    run_with_oracle(tmp_path, Tuple(tiny_model(attention_dropout=0.0).config))
+    run_with_oracle(tmp_path, tiny_model(kind=Tuple, attention_dropout=0.0))
 
 
 class Replicas(torch.nn.Module):

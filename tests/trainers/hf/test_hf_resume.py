@@ -28,10 +28,9 @@ def run(folder: Path, resume: str | None = None, **arguments: Any) -> tuple[Any,
     """A training, and the batches that its collator saw."""
     collator = PaddingCollator()
 
-    def prepare(trainer: Trainer) -> None:
+    def prepare(trainer: Any) -> None:
         attach(trainer, CONFIG)
-        original = trainer.train
-        trainer.train = partial(original, resume_from_checkpoint=resume)
+        trainer.train = partial(trainer.train, resume_from_checkpoint=resume)
 
     given: dict[str, Any] = {"records": make_records(64), **STEPS, **arguments}
     trainer = train(
@@ -58,10 +57,11 @@ def counted(records: list[Record], batches: list[Any]) -> dict[str, dict[str, in
 
 
 def totals(trainer: Any) -> dict[str, dict[str, int]]:
-    return trainer.channel_metrics.totals.state_dict()["channels"]
+    found: dict[str, dict[str, int]] = trainer.channel_metrics.totals.state_dict()["channels"]
+    return found
 
 
-def in_checkpoint(folder: Path, step: int) -> dict[str, dict[str, int]]:
+def in_checkpoint(folder: Path, step: int) -> Any:
     return json.loads((folder / f"checkpoint-{step}" / FILE).read_text())["channels"]
 
 

@@ -25,7 +25,9 @@ from channel_metrics.trainers.hf.parallel import (
 
 def collated(kind: type[Any], records: list[Record], base: Any = None) -> dict[str, Any]:
     table = ChannelTable(("bbu", "rru", "lvis", "lang_chat"))
-    return kind(base or PaddingCollator(), table=table, row_bounds=False)(records)
+    collate = kind(base or PaddingCollator(), table=table, row_bounds=False)
+    batch: dict[str, Any] = collate(records)
+    return batch
 
 
 def test_ids_stand_beside_shifted_labels() -> None:
@@ -49,6 +51,14 @@ def test_ids_of_packed_rows_are_those_of_the_targets() -> None:
     # Position 2 predicts the first token of the second sequence.
     assert batch["channels"].tolist() == [[2, 2, 0, 0, 0, -1]]
     assert set(batch) == {"input_ids", "labels", "position_ids", "channels"}
+
+
+def test_labels_of_tokens_are_those_of_the_targets() -> None:
+    table = ChannelTable(("bbu", "rru", "lvis", "lang_chat"))
+    columns = [("roles", {"user": 1, "tool": 2})]
+    records = [{**one, "roles": ["user"] * 15 + ["tool"]} for one in fixed_records(2)]
+    batch = TargetIdCollator(PaddingCollator(), table=table, columns=columns)(records)
+    assert batch["channel_marks"].tolist() == [[1] * 14 + [2, 0]] * 2
 
 
 def test_target_ids_shift_like_labels() -> None:
@@ -91,6 +101,9 @@ def test_the_context_gets_the_ids() -> None:
     assert [b is c for b, c in zip(kept["buffers"], [labels, ids], strict=True)] == [True, True]
     assert kept["buffer_seq_dims"] == [1, 1] and kept["no_restore_buffers"] == {labels, ids}
     assert given.keywords["buffers"] == [labels]
+    marks = torch.ones(2, 4)
+    assert [b is marks for b in shard_with_labels(given, ids, marks)()["buffers"]][2]
+    assert shard_with_labels(given, ids, marks)()["buffer_seq_dims"] == [1, 1, 1]
     # Ids per sequence, names, and contexts that cut nothing stay as they are.
     for context, channels in ((given, torch.ones(2)), (given, ["bbu"]), (dict, ids)):
         assert shard_with_labels(context, channels) is context

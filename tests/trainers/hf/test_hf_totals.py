@@ -58,10 +58,9 @@ def test_a_channel_that_is_absent_from_a_window_keeps_its_totals(tmp_path: Path)
     for name, resume in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-3"))):
         collator = PaddingCollator()
 
-        def prepare(trainer: Trainer, resume: str | None = resume) -> None:
+        def prepare(trainer: Any, resume: str | None = resume) -> None:
             attach(trainer, TOTALS)
-            original = trainer.train
-            trainer.train = partial(original, resume_from_checkpoint=resume)
+            trainer.train = partial(trainer.train, resume_from_checkpoint=resume)
 
         trainer = train(
             tmp_path / name,
@@ -186,7 +185,7 @@ def test_totals_that_cannot_be_written_leave_the_old_ones(tmp_path: Path) -> Non
             if state.global_step == 2:
                 limit.__enter__()
 
-    def prepare(trainer: Trainer) -> None:
+    def prepare(trainer: Any) -> None:
         attach(trainer, TOTALS)
         trainer.add_callback(Full())
 

@@ -89,12 +89,10 @@ def test_a_fault_leaves_no_key_of_ours_in_the_batch(
     tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Batches that were made before the fault, and those of a worker that knows of none."""
-    plain = tiny_model()
     held_out = Dataset.from_list(make_records(10, seed=1))
     found = []
     for prepare in (None, lambda t: attach(t, MetricsConfig(on_error="warn"))):
-        model = Strict(plain.config)
-        model.load_state_dict(plain.state_dict())
+        model = tiny_model(kind=Strict)
         trainer = train(
             tmp_path,
             prepare=prepare,

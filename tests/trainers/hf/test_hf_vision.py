@@ -75,6 +75,7 @@ class ProcessorCollator:
 def train(folder: Path, processor: Any, *, metrics: bool) -> dict[str, Any]:
     from transformers import Trainer, TrainingArguments
 
+    from channel_metrics import MetricsConfig
     from channel_metrics.demo.tiny_vision import tiny_vision_model
     from channel_metrics.trainers.hf import attach
 
@@ -99,7 +100,7 @@ def train(folder: Path, processor: Any, *, metrics: bool) -> dict[str, Any]:
         data_collator=ProcessorCollator(processor),
     )
     if metrics:
-        attach(trainer)
+        attach(trainer, MetricsConfig(axes={"modality": {"by": "modality"}}))
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
@@ -151,6 +152,10 @@ def test_images_beside_text(ranks_of: RanksOf) -> None:
         assert theirs.items() <= ours.items()
     first, expected = on["log"][0], found["expected"]
     assert set(expected) == {"chat", "lvis"}
+    # The config of the model tells the ids of its image tokens. They are in the prompts, which
+    # have no loss.
+    assert first["modality/text_tokens"] == sum(n for _, n, _ in expected.values())
+    assert not any(key.startswith("modality/image") for key in first)
     for name, (nll, tokens, right) in expected.items():
         assert first[f"{name}_tokens"] == tokens
         assert first[f"{name}_token_acc"] == right / tokens

@@ -121,7 +121,7 @@ def model_of(kind: str) -> torch.nn.Module:
         return classifier(2)
     if kind == "numbers":
         return classifier(1)
-    return ReadsNothing(tiny_model().config) if kind == "unreadable" else tiny_model()
+    return tiny_model(kind=ReadsNothing) if kind == "unreadable" else tiny_model()
 
 
 # {kind: (arguments of the run, level of the one line, what it says)}
@@ -224,7 +224,7 @@ def test_attach_refuses_a_classifier(collate: Any, size: int, tmp_path: Path) ->
 class CallsTheModel(Trainer):
     def training_step(self, model: Any, inputs: Any, *rest: Any) -> Tensor:
         model.train()
-        loss = model(**self._prepare_inputs(inputs)).loss
+        loss: Tensor = model(**self._prepare_inputs(inputs)).loss
         loss.backward()
         return loss.detach()
 

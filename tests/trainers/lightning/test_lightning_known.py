@@ -135,7 +135,7 @@ def test_the_monitor_of_a_scheduler_is_looked_at(caplog: pytest.LogCaptureFixtur
 
 
 def test_data_that_cannot_be_scanned_is_let_be() -> None:
-    class Lazy(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    class Lazy(torch.utils.data.Dataset[Any]):
         def __len__(self) -> int:
             return 8
 

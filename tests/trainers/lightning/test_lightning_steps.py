@@ -38,7 +38,7 @@ class OwnLoss(Module):
         labels = batch.pop("labels")
         return own_loss(self.model(**batch).logits, labels)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         self.training_step(batch, batch_idx)
 
 
@@ -144,7 +144,7 @@ class Distils(Module):
         )
         return outputs.loss + towards
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         self.training_step(batch, batch_idx)
 
 

@@ -32,7 +32,7 @@ def log_probs(folder: Path, ids: list[int], places: list[int] | None = None) -> 
     """The log probability of each token but the first. places: their position ids."""
     positions = torch.tensor([places or list(range(len(ids)))])
     with torch.no_grad():
-        logits = _model(folder)(
+        logits: torch.Tensor = _model(folder)(
             input_ids=torch.tensor([ids]),
             position_ids=positions,
             # With a mask, the model does not look for sequences in the position ids.

@@ -32,7 +32,7 @@ class Texts:
 
 
 def test_packs_that_are_made_in_another_way(data: Any) -> None:
-    class Other(data.PackedSupervisedDatasetProcessor):
+    class Other(data.PackedSupervisedDatasetProcessor):  # type: ignore[misc]  # it has no types
         def _encode_data_example(self, prompt: Any, **kwargs: Any) -> Any:
             return list(prompt), list(prompt)
 

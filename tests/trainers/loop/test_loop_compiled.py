@@ -33,10 +33,9 @@ def nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def by_call(model: torch.nn.Module, **how: Any) -> torch.nn.Module:
+def by_call(model: torch.nn.Module, **how: Any) -> Any:
     """The model as `torch.compile` returns it."""
-    called: Any = torch.compile(model, **how)
-    return called
+    return torch.compile(model, **how)
 
 
 def in_place(model: torch.nn.Module, **how: Any) -> torch.nn.Module:
@@ -44,7 +43,7 @@ def in_place(model: torch.nn.Module, **how: Any) -> torch.nn.Module:
     return model
 
 
-def parts(model: Any, **how: Any) -> torch.nn.Module:
+def parts(model: Any, **how: Any) -> Any:
     """Only the layers are compiled: the loss is not."""
     for layer in model.model.layers:
         layer.compile(**how)

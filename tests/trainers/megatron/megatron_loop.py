@@ -111,7 +111,7 @@ def ratios(everyone: list[dict[int, list[float]]]) -> dict[str, float]:
     return logged
 
 
-class Model(GPTModel):
+class Model(GPTModel):  # type: ignore[misc]  # Megatron has no types
     """Keeps the logits, which the cross entropy overwrites."""
 
     def compute_language_model_loss(

@@ -178,7 +178,9 @@ def cut_batch(batch: dict[str, Any]) -> dict[str, Any]:
         "cp_group": parallel_state.get_context_parallel_group(),
         "use_per_sequence_balancing": True,
     }
-    return cut(batch, **{name: value for name, value in options.items() if name in needs})
+    given = {name: value for name, value in options.items() if name in needs}
+    found: dict[str, Any] = cut(batch, **given)
+    return found
 
 
 def correctness() -> list[bool]:

@@ -48,7 +48,7 @@ def with_grouped_packs() -> Iterator[list[list[tuple[str, int]]]]:
                     for item in pack["packed_items"]
                 ]
             )
-            batch = collate(items)
+            batch: dict[str, Any] = collate(items)
             batch["packed_group"] = [pack["packed_group"] for pack in packs]
             batch["packed_segments"] = [sum(pack["packed_segments"]) for pack in packs]
             return batch

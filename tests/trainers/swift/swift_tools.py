@@ -128,7 +128,7 @@ class _Reads(TorchDispatchMode):
     """Counts the operations that read values of tensors, or make a shape out of them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self.count = 0
         self.paused = False
 

@@ -30,12 +30,12 @@ def reward_functions(seen: Seen) -> list[str]:
 
     lengths: list[float] = []
 
-    class Length(ORM):
+    class Length(ORM):  # type: ignore[misc]  # ms-swift has no types
         def __call__(self, completions: list[str], **kwargs: Any) -> list[float]:
             lengths[:] = [len(text) / 10 for text in completions]
             return list(lengths)
 
-    class Vowels(ORM):
+    class Vowels(ORM):  # type: ignore[misc]  # ms-swift has no types
         def __call__(
             self, completions: list[str], messages: list[Any], **kwargs: Any
         ) -> list[float | None]:

@@ -92,7 +92,11 @@ def grouped_packs(folder: Path) -> Any:
             leftover.extend(k for k in ("packed_group", "packed_segments") if k in inputs)
             return above.compute_loss(model, inputs, *args, **kwargs)
 
-    class OwnTrainer(SwiftChannelMetricsMixin, Leftover, Seq2SeqTrainer):
+    class OwnTrainer(
+        SwiftChannelMetricsMixin,
+        Leftover,
+        Seq2SeqTrainer,  # type: ignore[misc]  # ms-swift has no types
+    ):
         """A trainer of a user's, without the patch."""
 
     given_packs: dict[str, Any] = {

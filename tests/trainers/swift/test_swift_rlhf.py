@@ -53,8 +53,9 @@ def of_dpo(records: list[Record]) -> dict[str, float]:
 
 
 def nll_of(records: list[Record]) -> float:
-    tokens = sum(r["tokens chosen"] for r in records)
-    return -sum(r["policy chosen"] for r in records) / tokens
+    tokens: float = sum(r["tokens chosen"] for r in records)
+    log_probs: float = sum(r["policy chosen"] for r in records)
+    return -log_probs / tokens
 
 
 def of_rpo(records: list[Record]) -> dict[str, float]:

@@ -155,7 +155,7 @@ def drawn(name: str, parameter: torch.Tensor, cut: int | None) -> torch.Tensor:
         return torch.ones_like(parameter)
     shape = list(parameter.shape)
     size = 1 if cut is None else parallel_state.get_tensor_model_parallel_world_size()
-    rank = parallel_state.get_tensor_model_parallel_rank()
+    rank: int = parallel_state.get_tensor_model_parallel_rank()
     if cut is not None:
         shape[cut] *= size
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))

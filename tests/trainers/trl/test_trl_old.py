@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def dpo(folder: Path, **keywords: Any) -> DPOTrainer:
+def dpo(folder: Path, **keywords: Any) -> Any:
     return run(DPOTrainer, DPOConfig(**arguments(folder)), pair_records(64), **keywords)
 
 

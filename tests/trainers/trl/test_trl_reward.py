@@ -161,7 +161,8 @@ def test_training_is_the_same_with_and_without(
 
 class Doubled(RewardTrainer):
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        return 2 * super().compute_loss(*args, **kwargs)
+        above: Any = super()
+        return 2 * above.compute_loss(*args, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -185,7 +186,7 @@ def test_rounding_of_half_precision_is_not_reported(
         model=reward_model().bfloat16(),
         prepare=lambda t: attach(t, EVERYTHING),
     )
-    assert all(entry["bbu_loss"] > 0 for entry in logs(trainer))
+    assert min(entry["bbu_loss"] for entry in logs(trainer)) > 0
     assert not caplog.messages
 
 
@@ -196,4 +197,4 @@ def test_pairs_without_a_channel(tmp_path: Path) -> None:
     for index in range(0, 64, 2):
         records[index]["channel"] = None
     trainer = train(tmp_path, records, prepare=lambda t: attach(t, EVERYTHING), max_steps=4)
-    assert all(entry["unlabeled_samples"] > 0 for entry in logs(trainer))
+    assert min(entry["unlabeled_samples"] for entry in logs(trainer)) > 0

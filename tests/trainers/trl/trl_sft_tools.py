@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,16 @@ class Seen:
             self.batches[model.training].append(kept)
 
 
-def expected(model: Any, batches: list[dict[str, Any]], prefix: str = "") -> dict[str, float]:
-    """Loss, accuracy, tokens, share: one target after the other, its channel read from it."""
+def expected(
+    model: Any,
+    batches: list[dict[str, Any]],
+    prefix: str = "",
+    names: Mapping[int, str] = OF_LETTER,
+) -> dict[str, float]:
+    """Loss, accuracy, tokens, share: one target after the other, its channel read from it.
+
+    names: the name of each letter, by default its channel.
+    """
     exact = Qwen2ForCausalLM(model.config).double().eval()
     exact.load_state_dict(model.state_dict())
     sums: dict[str, list[float]] = {}
@@ -70,7 +79,7 @@ def expected(model: Any, batches: list[dict[str, Any]], prefix: str = "") -> dic
                     continue
                 # The end of a text is of the channel of the letter before it.
                 letter = target if target != EOS else ids[position - 1]
-                entry = sums.setdefault(OF_LETTER[letter], [0.0, 0.0, 0.0])
+                entry = sums.setdefault(names[letter], [0.0, 0.0, 0.0])
                 row_log_probs = log_probs[row, position - 1]
                 entry[0] -= row_log_probs[target].item()
                 entry[1] += int(row_log_probs.argmax()) == target
