@@ -89,11 +89,9 @@ class ChannelMetrics(Checkpoints):
         labels = LabelTable(config.channels, unknown=config.unknown)
         correct = any("correct" in metric.needs for metric in schema.chosen(config.metrics))
         guard = FaultGuard(config.on_error)
-        outliers = Outliers.of(config.outliers)
-        super().__init__(
-            labels, schema, guard, config.axes, with_correct=correct, outliers=outliers
-        )
-        self._outliers = OutlierFiles(outliers, self) if outliers is not None else None
+        wanted = Outliers.of(config.outliers)
+        super().__init__(labels, schema, guard, config.axes, with_correct=correct, outliers=wanted)
+        self._outliers = OutlierFiles(wanted, self) if wanted is not None else None
         self.keys = KeyBook(
             config.key_format,
             reserved=reserved,
@@ -123,7 +121,6 @@ class ChannelMetrics(Checkpoints):
         """End the train window: sum it over all ranks, call the observers, open the next one."""
         self._end_step(self._train)
         window = self._summed(self._train.table, "train", step)
-        self._write_outliers(self._train.table, window)
         self._train.table.reset()
         self._tell(window)
         self.guard.proven |= bool(window.values)
@@ -147,7 +144,6 @@ class ChannelMetrics(Checkpoints):
             yield found
         if not found.discarded:
             found.window = self._summed(found.table, split, step, prefix)
-            self._write_outliers(found.table, found.window)
             self._tell(found.window)
 
     def stop(self, reason: str) -> None:
@@ -268,6 +264,8 @@ class ChannelMetrics(Checkpoints):
                 window = self._maker.make(
                     found, split=split, step=step, prefix=prefix, totals=self.totals, final=final
                 )
+                if final and self._outliers is not None:
+                    self._outliers.write(table, window)
                 return self._with_more(window) if final else window
         return Window(split=split, step=step, prefix=prefix, final=final)
 
@@ -295,10 +293,6 @@ class ChannelMetrics(Checkpoints):
             new = {key: value for key, value in more.items() if key not in taken}
             window = replace(window, logs={**window.logs, **new})
         return window
-
-    def _write_outliers(self, table: SumTable, window: Window) -> None:
-        if self._outliers is not None and self.measuring:
-            self._outliers.write(table, window)
 
     def _tell(self, window: Window) -> None:
         # A trainer may log twice at one step: a window that holds nothing.
