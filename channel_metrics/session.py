@@ -90,11 +90,9 @@ class ChannelMetrics(Checkpoints):
         labels = LabelTable(config.channels, unknown=config.unknown)
         correct = any("correct" in metric.needs for metric in schema.chosen(config.metrics))
         guard = FaultGuard(config.on_error)
-        outliers = Outliers.of(config.outliers)
-        super().__init__(
-            labels, schema, guard, config.axes, with_correct=correct, outliers=outliers
-        )
-        self._outliers = OutlierFiles(outliers, self)
+        wanted = Outliers.of(config.outliers)
+        super().__init__(labels, schema, guard, config.axes, with_correct=correct, outliers=wanted)
+        self._outliers = OutlierFiles(wanted, self)
         self.keys = KeyBook(
             config.key_format,
             reserved=reserved,
@@ -122,7 +120,6 @@ class ChannelMetrics(Checkpoints):
         """End the train window: sum it over all ranks, call the observers, open the next one."""
         self._end_step(self._train)
         window = self._summed(self._train.table, "train", step)
-        self._outliers.write(self._train.table, window)
         self._train.table.reset()
         self._tell(window)
         self.guard.proven |= bool(window.values)
@@ -146,7 +143,6 @@ class ChannelMetrics(Checkpoints):
             yield found
         if not found.discarded:
             found.window = self._summed(found.table, split, step, prefix)
-            self._outliers.write(found.table, found.window)
             self._tell(found.window)
 
     def stop(self, reason: str) -> None:
@@ -276,6 +272,7 @@ class ChannelMetrics(Checkpoints):
                 )
                 if not final:
                     return window
+                self._outliers.write(table, window)
                 taken = self.keys.reserved | self.keys.clashes
                 return with_added(window, self._adding, taken, self.warn_once)
         return Window(split=split, step=step, prefix=prefix, final=final)

@@ -106,7 +106,7 @@ def _with_weight(plain: torch.nn.Module, weight: Tensor, inputs: Tensor) -> Tens
 def _is_affine(plain: torch.nn.Module) -> bool:
     """Whether autograd's gradient of the weight is sum(g * x)."""
     weight: Any = plain.weight
-    inputs, slope = (torch.randn(5, weight.numel()).to(weight) for _ in range(2))
+    inputs, slope = (torch.randn(5, weight.numel(), device="cpu").to(weight) for _ in range(2))
     given = torch.randn_like(weight).requires_grad_()
     with torch.enable_grad():
         outputs = _with_weight(plain, given, inputs)

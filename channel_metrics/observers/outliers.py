@@ -30,10 +30,6 @@ class Session(Protocol):
     labels: LabelTable
     tokenizer: Any
 
-    @property
-    def measuring(self) -> bool:
-        """Whether the metrics are on."""
-
     def channel_of(self, name: str | None) -> str:
         """The channel of a joint name."""
 
@@ -61,7 +57,7 @@ class OutlierFiles:
             table: the sums of this rank.
             window: whose split and step they have.
         """
-        if self._settings is None or self._failed or not self._session.measuring:
+        if self._settings is None or self._failed:
             return
         extremes = getattr(table, "extremes", None)
         if extremes is None:
