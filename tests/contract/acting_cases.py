@@ -116,7 +116,10 @@ def early_stopping_on_a_channel(harness: Harness, folder: Path) -> None:
 
 @case("ranks", "stops")
 def all_ranks_stop_early(harness: Harness, folder: Path) -> None:
+    what = measure(harness)
     wanted = {"metric": f"{harness.eval_prefix}macro_loss", "patience": 1, "min_delta": 1e-4}
+    if what != "loss":  # there is no macro_loss of rewards
+        wanted |= {"channel": "a", "metric": f"{harness.eval_prefix}{what}", "mode": "min"}
     doubled = tuple((*step, *step) for step in RUN)
     evaluations = [Evaluation(n, steps("aabb", first=40)[0]) for n in (1, 3, 5)]
     script = Script(

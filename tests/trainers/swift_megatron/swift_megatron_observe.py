@@ -120,11 +120,11 @@ def fault() -> Result:
     """Makes the last rank fail in our own code, at its third micro-batch."""
     calls: list[int] = []
 
-    def failing(original: Any, *args: Any) -> Any:
+    def failing(original: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == 3 and dist.get_rank() == 1:
             raise RuntimeError("a fault of ours")
-        return original(*args)
+        return original(*args, **kwargs)
 
     faults.install("read ms-swift's Megatron batch", failing)
     return lambda: len(calls)
