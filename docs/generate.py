@@ -32,6 +32,9 @@ except ModuleNotFoundError:
 # In place of a line for each bin.
 _BINS = f"{BINS[0]}` to `{BINS[-1]}"
 
+# The cost of a metric from sums that are always counted.
+_FREE = "free"
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("docs/REFERENCE.md", "docs/config.md")
 PART = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->\n)", re.DOTALL)
@@ -67,7 +70,13 @@ def part_of(name: str) -> str:
 def schema_of(schema: Schema) -> str:
     """The metrics and the columns of a schema, as two tables."""
     metrics = [
-        (f"`{metric.name}`", metric.unit or "0 to 1", metric.doc, _sources(metric))
+        (
+            f"`{metric.name}`",
+            metric.unit or "0 to 1",
+            metric.doc,
+            _sources(metric),
+            _cost(schema, metric),
+        )
         for metric in schema.metrics
     ]
     metrics += [
@@ -76,11 +85,14 @@ def schema_of(schema: Schema) -> str:
             column.unit,
             f"`{column.name}` since the run began",
             f"`{column.name}`",
+            _FREE,
         )
         for column in schema.columns
         if column.total
     ]
-    metrics += [(f"`{one.name}`", one.unit, one.doc, one.source) for one in schema.extra]
+    metrics += [
+        (f"`{one.name}`", one.unit, one.doc, one.source, one.cost or _FREE) for one in schema.extra
+    ]
     columns = [
         (f"`{name}`", column.unit, column.doc)
         for name, column in ((c.name if c.name not in BINS else _BINS, c) for c in schema.columns)
@@ -88,7 +100,7 @@ def schema_of(schema: Schema) -> str:
     ]
     return "\n".join(
         (
-            table(("metric", "unit", "what it is", "computed from"), metrics),
+            table(("metric", "unit", "what it is", "computed from", "cost"), metrics),
             "",
             "Their sums, one of each per channel:",
             "",
@@ -101,6 +113,14 @@ def _sources(metric: Metric) -> str:
     """The columns that a metric is computed from."""
     names = [_BINS if name == BINS[0] else name for name in metric.needs if name not in BINS[1:]]
     return ", ".join("all tokens" if name == "all" else f"`{name}`" for name in names)
+
+
+def _cost(schema: Schema, metric: Metric) -> str:
+    """The columns that are added up only for it and its like, and what else it needs."""
+    optional = {column.name for column in schema.columns if column.optional}
+    number = len(optional.intersection(metric.needs))
+    columns = f"{number} more columns" if number else ""
+    return "; ".join(part for part in (columns, metric.cost) if part) or _FREE
 
 
 def objectives() -> str:

@@ -107,7 +107,7 @@ def reference_metrics(
     return {
         key_format.format(channel=channel, metric=metric): value
         for channel, s in sums.items()
-        for metric, value in _values(s, all_tokens).items()
+        for metric, value in values_of(s, all_tokens).items()
     }
 
 
@@ -118,7 +118,7 @@ def reference_token_axis(batches: Sequence[Batch], by: str) -> dict[str, dict[st
         for target in range(len(batch.losses)):
             _add_token(found.setdefault(_label(batch, target, by), Sums()), batch, target)
     sums = {label: s for label, s in found.items() if s.tokens}
-    values = {s: _values(of, sum(t.tokens for t in sums.values())) for s, of in sums.items()}
+    values = {s: values_of(of, sum(t.tokens for t in sums.values())) for s, of in sums.items()}
     return {s: {m: v for m, v in of.items() if m != "samples"} for s, of in values.items()}
 
 
@@ -183,7 +183,8 @@ def _add_token(sums: Sums, batch: Batch, target: int) -> None:
         sums.weights.append(batch.weights[at])
 
 
-def _values(sums: Sums, all_tokens: int) -> dict[str, float]:
+def values_of(sums: Sums, all_tokens: int) -> dict[str, float]:
+    """{metric: value} of one channel or label; `all_tokens` are those of all of them."""
     values: dict[str, float] = {
         "tokens": float(sums.tokens),
         "samples": float(sums.samples),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from no_sync import NoSync
-from session_tools import new
+from operators import operators_of
+from session_tools import LOSS_AND_TOKENS, new
 
 from channel_metrics import ChannelError, ConfigError, MetricsConfig, MicroBatch
 from channel_metrics.core.accumulator import ChannelLossAccumulator
@@ -157,6 +159,19 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptu
         metrics.count(rows([1.0], ["a"]))
         assert metrics.close(step).values
     assert caplog.text.count("outliers cannot be written") == 1
+
+
+def test_off_is_free(tmp_path: Path) -> None:
+    """Without the setting, a micro-batch is no more work than for an accumulator alone."""
+    alone = ChannelLossAccumulator(metrics=LOSS_AND_TOKENS)
+    off, on = new(), watching(tmp_path)
+    batch = rows([1.0, 2.0, 3.0], ["a", "b", None])
+    counts = partial(batch.add_to, alone), partial(off.count, batch), partial(on.count, batch)
+    wanted, without, found = ([operators_of(count) for _ in range(3)][1:] for count in counts)
+    assert without == wanted and len(found[0]) > len(wanted[0]) > 0
+    given = [{"ids": [1, 2], "channel": "a", "id": 7}]
+    assert "channel_record_ids" not in off.collator(padded)(given)
+    assert off.close(1).logs and not list(tmp_path.iterdir())
 
 
 def test_nothing_is_read_back_between_log_points() -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from reference import Batch, reference_metrics
 from session_tools import Seen, batch, new
 
 from channel_metrics import ChannelError, ConfigError
@@ -155,50 +151,3 @@ def test_a_channel_that_is_called_others() -> None:
     metrics.count(batch(("others", 1, 1.0), ("a", 1, 1.0)))
     with pytest.raises(ChannelError, match="what `top` leaves out; rename this channel"):
         metrics.close(1)
-
-
-LOGGED = ("_loss", "_tokens", "_samples", "_share")
-SEQUENCES = st.lists(
-    st.tuples(
-        st.sampled_from(["a", "b/c", "b/d", None]),
-        st.sampled_from(["en", "de", None]),
-        st.integers(0, 4),
-        st.floats(0, 8, width=32),
-    ),
-    min_size=1,
-    max_size=12,
-)
-
-
-@given(st.lists(SEQUENCES, min_size=1, max_size=3))
-def test_labels_are_those_of_the_naive_loop(batches: list[Any]) -> None:
-    """Per axis, the values are those of a run in which its labels are the channels."""
-    metrics = new(metrics=("loss", "tokens", "samples", "share"), tree=1, **LANG)
-    for sequences in batches:
-        counted = [
-            (joint_name(channel, [] if lang is None else [("lang", lang)]), tokens, loss)
-            for channel, lang, tokens, loss in sequences
-        ]
-        metrics.count(batch(*counted))
-    logs = metrics.close(1).logs
-    wanted = wanted_of(batches, lambda channel, lang: channel, "{channel}_{metric}")
-    wanted |= wanted_of(batches, lambda channel, lang: lang, "lang/{channel}_{metric}")
-    tree = wanted_of(
-        batches, lambda c, _: "b" if c in ("b/c", "b/d") else c, "tree/{channel}_{metric}"
-    )
-    wanted |= {key: value for key, value in tree.items() if key.startswith("tree/b_")}
-    found = {key: value for key, value in logs.items() if not key.startswith("tree_mean/")}
-    assert found.keys() == wanted.keys()
-    assert all(math.isclose(found[key], wanted[key], rel_tol=1e-9) for key in wanted)
-
-
-def wanted_of(batches: list[Any], label: Any, key_format: str) -> dict[str, float]:
-    made = []
-    for sequences in batches:
-        losses = [loss for *_, tokens, loss in sequences for _ in range(tokens)]
-        bounds = [0]
-        for *_, tokens, _ in sequences:
-            bounds.append(bounds[-1] + tokens)
-        made.append(Batch(losses, [label(c, lang) for c, lang, *_ in sequences], bounds))
-    values = reference_metrics(made, key_format)
-    return {key: value for key, value in values.items() if key.endswith(LOGGED)}

@@ -28,13 +28,14 @@ __all__ = ["error_bars"]
 _HIGHEST = {"nll": math.inf, "correct": 1.0}
 
 
-def error_bars(metric: str, values: str, unit: str) -> list[Column | Metric]:
+def error_bars(metric: str, values: str, unit: str, cost: str = "") -> list[Column | Metric]:
     """The columns and metrics of the error bars of `metric`, a mean over tokens.
 
     Args:
         metric: `loss` or `token_acc`.
         values: the column of y: `nll` or `correct`.
         unit: that of `metric`; empty for a share.
+        cost: what `metric` itself costs.
     """
     of_y, parts = unit or "tokens", {}
     for part, part_unit, doc in (
@@ -55,15 +56,22 @@ def error_bars(metric: str, values: str, unit: str) -> list[Column | Metric]:
         )
     counts = ("judged",) if values == "correct" else ("tokens", "nonfinite")
     needs = (values, *counts, *(column.name for column in parts.values()))
-    ends = {"se": "the standard error", "low": "the lower end", "high": "the upper end"}
+    spread = f"sqrt(m / (m - 1) * sum((y - r n)^2)) / sum(n): the standard error of r = `{metric}`"
+    limits = "" if _HIGHEST[values] == math.inf else " and at most 1"
+    ends = {
+        "se": f"{spread} over m sequences, each with n tokens and the sum y of `{values}`",
+        "low": f"r - t * `{metric}_se`, at least 0: the lower end of the 95 % interval, t by "
+        "Student with m - 1 degrees of freedom",
+        "high": f"r + t * `{metric}_se`{limits}: its upper end",
+    }
     metrics = [
         Metric(
             f"{metric}_{end}",
             needs,
             partial(_bound, end, metric, values),
             unit=unit,
-            doc=f"{doc}{'' if end == 'se' else ' of the 95 % interval'} of `{metric}`, "
-            "clustered by sequence",
+            doc=doc,
+            cost=cost,
         )
         for end, doc in ends.items()
     ]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["GRADIENTS", "gradient_columns", "gradient_values"]
 
 _SOURCE = "gradients of the last norm's output"
+_COST = "the last norm twice more, and one more all-reduce per window for all four"
 
 GRADIENTS = (
     RunMetric(
@@ -28,19 +29,23 @@ GRADIENTS = (
         "G_c * G / (G * G): the part of a channel in the last norm's gradient; the channels add up "
         "to 1, and one that works against the others is below 0",
         _SOURCE,
+        _COST,
     ),
-    RunMetric("grad_norm", "part", "the norm of G_c / the norm of G", _SOURCE),
+    RunMetric("grad_norm", "part", "the norm of G_c / the norm of G", _SOURCE, _COST),
     RunMetric(
         "grad_cosine",
         "-1 to 1",
         "the cosine between G_c and the gradient of all other tokens, G - G_c",
         _SOURCE,
+        _COST,
     ),
     RunMetric(
         "grad_noise",
         "sequences",
-        "the noise scale: variance of the gradients of a channel's sequences / their mean, squared",
+        "the noise scale V / (M - V / N), where N sequences of the channel have gradients g, "
+        "M = (sum(g) / N)^2 and V = (sum(g^2) / N - M) N / (N - 1); absent unless M > V / N",
         "such gradients of sequences, and their squares",
+        _COST,
     ),
 )
 

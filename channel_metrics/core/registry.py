@@ -75,6 +75,8 @@ class Metric:
     """The name of `unlabeled` in its own key."""
     every_channel: bool = False
     """Whether it is logged also for channels that `eval_channels` leaves out."""
+    cost: str = ""
+    """What has to be done for it besides adding up its columns."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,14 @@ class RunMetric:
     """One value per channel, from the train windows of a run, see `channel_metrics.core.slopes` and
     `gradients`.
 
-    source: what it is computed from.
+    source: what it is computed from. cost: as of a `Metric`.
     """
 
     name: str
     unit: str
     doc: str
     source: str
+    cost: str = ""
 
 
 @dataclass

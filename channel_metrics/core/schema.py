@@ -27,6 +27,8 @@ from channel_metrics.core.slopes import SLOPES
 
 __all__ = ["DEFAULT_METRICS", "TOKENS", "Column", "Metric", "Schema", "Sums", "ratio", "ratio_of"]
 
+_OF_LOGITS = "one maximum over the logits"
+
 DEFAULT_METRICS = ("loss", "token_acc", "tokens", "share")
 
 
@@ -88,6 +90,7 @@ TOKENS.register(
         ratio_of("correct", "judged"),
         doc="correct / tokens; a target that ties for the maximum counts as correct",
         label="Token accuracy",
+        cost=_OF_LOGITS,
     ),
     Metric(
         "ppl",
@@ -152,13 +155,15 @@ TOKENS.register(
         partial(_bits_per, "text_bytes"),
         unit="bits",
         doc="nll / ln 2 / UTF-8 bytes, of the tokens that stand for known text: no special tokens",
+        cost="a look-up per token",
     ),
     Metric(
         "bits_per_char",
         ("text_nll", "text_chars"),
         partial(_bits_per, "text_chars"),
         unit="bits",
-        doc="the same per character",
+        doc="nll / ln 2 / characters, of the same tokens",
+        cost="a look-up per token",
     ),
 )
 TOKENS.register(
@@ -177,9 +182,13 @@ TOKENS.register(
         ("entropy_sum", "entropy_tokens"),
         ratio_of("entropy_sum", "entropy_tokens"),
         unit="nats",
-        doc="the mean entropy of the predicted distribution; how sure the model is of itself",
+        doc="the mean of -sum(p ln p), the entropy of the predicted distribution; how sure the "
+        "model is of itself",
+        cost="one softmax over the logits",
     ),
 )
-TOKENS.register(*error_bars("loss", "nll", "nats"), *error_bars("token_acc", "correct", ""))
+TOKENS.register(
+    *error_bars("loss", "nll", "nats"), *error_bars("token_acc", "correct", "", _OF_LOGITS)
+)
 TOKENS.register(*percentiles())
 TOKENS.register(*excess_loss())

@@ -35,14 +35,16 @@ SLOPES = (
     RunMetric(
         "loss_slope",
         "nats per million tokens",
-        f"the change of `loss` per million own tokens over the last {WINDOWS} windows; below 0 "
-        "where the loss falls",
+        f"the change of `loss` per million own tokens over the last {WINDOWS} windows: "
+        "sum(n (x - mean x) (y - mean y)) / S, where a window has n tokens with the mean loss y, "
+        "x is their middle and S = sum(n (x - mean x)^2); below 0 where the loss falls",
         "`nll` and `tokens` of windows",
     ),
     RunMetric(
         "loss_slope_se",
         "nats per million tokens",
-        "its standard error, from how far the windows are off the line",
+        "sqrt(sum(n (y - line)^2) / (windows - 2) / S): its standard error, from how far the "
+        "windows are off the line",
         "the same",
     ),
 )

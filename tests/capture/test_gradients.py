@@ -21,6 +21,7 @@ from gradient_tools import (
 )
 from hf_tools import tiny_model
 from no_sync import NoSync
+from operators import operators_of
 from paths import ROOT
 from session_tools import new
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
@@ -92,6 +93,26 @@ def test_the_training_is_the_same_bit_for_bit(dtype: torch.dtype) -> None:
         found.append([parameter.grad for parameter in model.parameters()])
         assert ("a_grad_share" in metrics.close(1).logs) == bool(names)
     assert all(torch.equal(off, on) for off, on in zip(*found, strict=True))
+
+
+def test_off_is_free() -> None:
+    """Without these metrics, a watched model runs as one that nothing has watched."""
+    found = {}
+    for names, watches in (((), False), ((), True), (NAMES, True)):
+        model, metrics = model_of("llama"), new(metrics=("loss", *names))
+        if watches:
+            metrics.gradients.watch(model)
+
+        def step(model: Any = model, metrics: Any = metrics) -> None:
+            trained(metrics, model, BATCHES[:1], padded)
+
+        step()
+        found[bool(names), watches] = operators_of(step)
+        norm: Any = find_last_norm(model)
+        assert bool(norm._forward_hooks) == bool(names)
+        assert (metrics.gradients.summed() is None) == (not names), "no collective"
+    assert found[False, True] == found[False, False]
+    assert len(found[True, True]) > len(found[False, False]) > 0
 
 
 def test_evaluations_and_forwards_without_a_backward_pass_do_not_count() -> None:

@@ -134,6 +134,55 @@ def test_bits_per_byte_are_those_of_a_naive_decode(kind: str) -> None:
         assert values[name]["bits_per_char"] == pytest.approx(bits / num_chars[channel])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_supervised_text_of_several_turns(kind: str) -> None:
+    """Turns of a user and of an assistant, whose text and end are supervised. The text of a turn
+    is what the decode of all tokens up to its end has beyond that up to its begin."""
+    tokenizer, rng, name = tokenizer_of(kind), random.Random(5), "a"
+    metrics = ChannelMetrics(MetricsConfig(metrics=("bits_per_byte", "bits_per_char", "tokens")))
+    metrics.read_tokenizer(tokenizer)
+    end: int = tokenizer.get_vocab()["<|im_end|>"]
+    losses_of_text: list[float] = []
+    num_bytes = num_chars = num_tokens = 0
+    for _ in range(20):
+        ids: list[int] = []
+        labels: list[int] = []
+        losses: list[float] = []
+        texts: list[str] = []
+        for number in range(2 * rng.randint(1, 4)):
+            words = " ".join(rng.choice(_known(kind)) for _ in range(5))
+            turn = tokenizer.encode(words, add_special_tokens=False)
+            before, ids = decoded(tokenizer, ids), [*ids, *turn, end]
+            after = decoded(tokenizer, ids)
+            assert after.startswith(before) and "\ufffd" not in after and len(after) > len(before)
+            own = [rng.uniform(0, 4) for _ in turn]
+            losses += [*own, 50.0]
+            if number % 2:
+                texts.append(after[len(before) :])
+                losses_of_text += own
+                labels += [*turn, end]
+            else:
+                labels += [-100] * (len(turn) + 1)
+        num_bytes += sum(len(text.encode()) for text in texts)
+        num_chars += sum(map(len, texts))
+        num_tokens += sum(label != -100 for label in labels)
+        metrics.count(
+            MicroBatch(
+                token_losses=torch.tensor([losses], dtype=torch.float64),
+                channels=[name],
+                labels=torch.tensor([labels]),
+            )
+        )
+    bits = math.fsum(losses_of_text) / math.log(2)
+    assert metrics.close(1).values[name] == pytest.approx(
+        {
+            "bits_per_byte": bits / num_bytes,
+            "bits_per_char": bits / num_chars,
+            "tokens": num_tokens,
+        }
+    )
+
+
 def _known(kind: str) -> list[str]:
     """Words that the tokenizer can write; only one of the kinds has tokens for all bytes."""
     tokenizer = tokenizer_of(kind)

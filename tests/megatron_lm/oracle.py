@@ -55,20 +55,25 @@ def token_losses() -> Result:
     return lambda: rows
 
 
-def naive(order: list[int], rows: list[Any]) -> list[dict[str, float]]:
-    """Per iteration `{"web_loss": ..., "web_token_acc": ..., ...}`, by loops over tokens."""
+def naive(
+    order: list[int], rows: list[Any], names: tuple[str, ...] = NAMES
+) -> list[dict[str, float]]:
+    """Per iteration `{"web_loss": ..., "web_token_acc": ..., ...}`, by loops over tokens.
+
+    names: of each data set of the blend, its channel or its label on an axis.
+    """
     logs = []
     for step in range(ITERATIONS):
         at = range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
         log: dict[str, float] = {}
-        for channel, name in enumerate(NAMES):
-            tokens = [token for k in at if order[k] == channel for token in rows[k]]
+        for name in dict.fromkeys(names):
+            tokens = [token for k in at if names[order[k]] == name for token in rows[k]]
             if not tokens:
                 continue
             log[f"{name}_loss"] = math.fsum(loss for loss, _ in tokens) / len(tokens)
             log[f"{name}_token_acc"] = sum(correct for _, correct in tokens) / len(tokens)
             log[f"{name}_tokens"] = len(tokens)
-            log[f"{name}_samples"] = sum(order[k] == channel for k in at)
+            log[f"{name}_samples"] = sum(names[order[k]] == name for k in at)
             log[f"{name}_share"] = len(tokens) / (GLOBAL_BATCH * SEQ_LENGTH)
         logs.append(log)
     return logs

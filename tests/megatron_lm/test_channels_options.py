@@ -58,11 +58,25 @@ def test_names_are_taken_from_the_paths(launcher: Launcher, data: Data, tmp_path
     assert tokens(run) == of_order(run, names)
 
 
-def test_one_name_for_two_data_sets_is_one_channel(launcher: Launcher, data: Data) -> None:
-    args = (*data.blend(), "--channels", "text", "code", "text", *COUNTS)
-    run = launcher.run("dp1", *args, patch=True, observe=(oracle.sample_order,))
-    by_set = of_order(run, oracle.NAMES)
-    assert tokens(run) == {"text": by_set["web"] + by_set["math"], "code": by_set["code"]}
+def test_one_name_for_two_data_sets_is_one_channel(
+    launcher: Launcher, data: Data, tmp_path: Path
+) -> None:
+    """And one label of two channels, from `--channels-axes`. A channel may have no label."""
+    axes = tmp_path / "axes.yaml"
+    axes.write_text("kind: {text: all, code: all}\nformal: {code: yes it is}\n")
+    args = (*data.blend(), "--channels", "text", "code", "text", "--channels-axes", str(axes))
+    seen = (oracle.sample_order, oracle.token_losses)
+    run = launcher.run("dp1", *args, *COUNTS, patch=True, observe=seen)
+    order, rows = (run.ranks[0].seen[name.__name__] for name in seen)
+    no, yes = "formal/unlabeled", "formal/yes_it_is"
+    for names in (("text", "code", "text"), ("kind/all",) * 3, (no, yes, no)):
+        wanted = oracle.naive(order, rows, names)
+        for log, expected in zip(oracle.logged(run, names), wanted, strict=True):
+            counted = {k: v for k, v in expected.items() if k.endswith(COUNTS[1:])}
+            assert log == pytest.approx(counted, rel=1e-6)
+    by_set = of_order(run, ("text", "code", "text2"))
+    channels = {name: n for name, n in tokens(run).items() if "/" not in name}
+    assert channels == {"text": by_set["text"] + by_set["text2"], "code": by_set["code"]}
 
 
 def test_files_of_arguments(launcher: Launcher, data: Data) -> None:

@@ -12,6 +12,8 @@ import yaml
 from schema_tools import EASY, registered
 
 from channel_metrics import MetricsConfig
+from channel_metrics.analysis.readers.keys import _OF_SETTINGS
+from channel_metrics.core.axis_settings import TREE_MEAN
 from channel_metrics.core.percentiles import BINS
 from channel_metrics.core.schema import TOKENS
 from channel_metrics.data.yaml import load_metrics_config
@@ -29,7 +31,7 @@ def test_the_generated_parts_are_up_to_date(page: str) -> None:
 def test_every_metric_and_column_has_a_row_with_all_cells() -> None:
     with registered(*EASY):
         text = schema_of(TOKENS)
-    assert "| `easy_share` | 0 to 1 | easy / tokens | `easy`, `tokens` |" in text
+    assert "| `easy_share` | 0 to 1 | easy / tokens | `easy`, `tokens` | free |" in text
     assert "| `easy` | tokens | tokens with a loss below 1 |" in text
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     # All bins have one line.
@@ -38,7 +40,15 @@ def test_every_metric_and_column_has_a_row_with_all_cells() -> None:
     num_metrics = len(rows) - columns - 1
     for number, row in enumerate(rows):
         cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert len(cells) == (4 if number < num_metrics else 3) and all(cells), row
+        assert len(cells) == (5 if number < num_metrics else 3) and all(cells), row
+
+
+def test_every_value_that_settings_add_has_a_row() -> None:
+    page = (ROOT / "docs/REFERENCE.md").read_text(encoding="utf-8")
+    section = page.split("## Values that settings add")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    for name in (*_OF_SETTINGS, f"{TREE_MEAN}/code_loss"):
+        assert sum(f"{name}`" in row for row in rows) == 1, name
 
 
 def test_settings_show_type_default_and_doc() -> None:

@@ -33,13 +33,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def logged(folder: Path) -> Curves:
-    """The channel metrics of the log history."""
+    """The channel metrics of the log history, with those of one axis."""
     curves: Curves = {}
     for entry in json.loads((folder / "log_history.json").read_text()):
         for key, value in entry.items():
-            if key.startswith(("bbu_", "rru_", "lvis_", "lang_chat_")):
+            if key.startswith(("bbu_", "rru_", "lvis_", "lang_chat_", "domain/")):
                 curves.setdefault(key, {})[entry["step"]] = value
     assert {"bbu_loss", "bbu_token_acc", "lvis_tokens", "lang_chat_share"} <= curves.keys()
+    assert {"domain/target_loss", "domain/aux_share", "domain/unlabeled_tokens"} <= curves.keys()
     assert set(curves["bbu_loss"]) == {2, 4, 6}
     return curves
 
@@ -125,9 +126,12 @@ def test_trackio(folder: Path, logged: Curves) -> None:
 def test_the_analysis_reads_what_they_stored(
     folder: Path, logged: Curves, format: str, below: str
 ) -> None:
+    from channel_metrics.analysis.axes import with_axis
     from channel_metrics.analysis.run import load_run
 
     run = load_run(folder / below, format=format)
+    steps, values = with_axis(run, "domain").series("target", "loss")
+    assert dict(zip(steps.tolist(), values.tolist(), strict=True)) == logged["domain/target_loss"]
     for key, expected in logged.items():
         for name in ("bbu", "rru", "lvis", "lang_chat"):
             if key.startswith(f"{name}_"):

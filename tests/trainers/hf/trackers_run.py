@@ -29,13 +29,15 @@ def main(folder: Path) -> None:
     import swanlab
     from hf_tools import train
 
+    from channel_metrics import MetricsConfig
     from channel_metrics.trainers.hf import attach
 
+    config = MetricsConfig(axes={"domain": {"bbu": "target", "rru": "target", "lvis": "aux"}})
     # transformers' callback asks for the current run, which SwanLab refuses while there is none.
     swanlab.init(mode="local", logdir=str(folder / "swanlab"), project="channels")
     trainer = train(
         folder / "out",
-        prepare=attach,
+        prepare=lambda trainer: attach(trainer, config),
         records=None,
         report_to=list(TRACKERS),
         project="channels",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,43 @@ def test_windows_are_means_over_the_pairs_of_a_channel(tmp_path: Path) -> None:
         expected(table, pairs_of(batches.seen[False]), "eval_"), rel=1e-4, abs=REWARD_ROUNDING
     )
     assert sum(v for k, v in evaluated[0].items() if k.endswith("_samples")) == len(held_out)
+
+
+def test_labels_of_an_axis_are_those_of_a_run_with_them_as_channels(tmp_path: Path) -> None:
+    """In training, and in an evaluation. Each third record has no label."""
+    domains = ("target", "aux", None)
+    records = [
+        record | {"meta": {"domain": domains[number % 3]}}
+        for number, record in enumerate(pair_records(64))
+    ]
+    found = []
+    for fields in ({"axes": {"domain": "meta.domain"}}, {"fields": ("meta.domain",)}):
+        config = replace(EVERYTHING, **fields)
+        trainer = dpo(
+            tmp_path,
+            records,
+            prepare=lambda trainer, config=config: attach(trainer, config),
+            eval_dataset=Dataset.from_list(records[:11]),
+            eval_strategy="steps",
+            eval_steps=4,
+        )
+        found.append(trainer.state.log_history)
+    names, start = ("target", "aux", "unlabeled"), "domain/"
+    labels, channels = (
+        {
+            (entry["step"], key): value
+            for entry in history
+            for key, value in entry.items()
+            if key.removeprefix("eval_").startswith(tuple(f"{before}{name}_" for name in names))
+        }
+        for history, before in zip(found, (start, ""), strict=True)
+    )
+    assert {(step, key.replace(start, "")): value for (step, key), value in labels.items()} == (
+        channels
+    )
+    for key in ("target_loss", "eval_aux_rewards/margins", "eval_unlabeled_samples"):
+        assert (4, key) in channels
+    assert any("bbu_loss" in entry for entry in found[0]), "the channels are there, too"
 
 
 def test_training_is_the_same_with_and_without(tmp_path: Path) -> None:
