@@ -32,7 +32,7 @@ except ModuleNotFoundError:
 
 # The settings that most runs need; the others of a class come after them, its own before those
 # of the classes that it extends.
-_FIRST = {
+_FIRST: dict[type, tuple[str, ...]] = {
     MetricsConfig: ("fields", "metrics", "channels", "eval_channels", "key_format", "on_error")
 }
 # In place of a line for each bin.
