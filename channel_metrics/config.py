@@ -66,9 +66,9 @@ class MetricsConfig(AlertingConfig):
     "add" declares it, "unlabeled" counts its tokens as unlabeled, "error" raises."""
 
     metrics: tuple[str, ...] = DEFAULT_METRICS
-    """Names of the metrics that are logged per channel, see `channel_metrics.core.schema`.
+    """Names of the metrics that are logged per channel, and of objectives over all channels.
 
-    Objectives over all channels may be among them, see `channel_metrics.core.objectives`."""
+    docs/REFERENCE.md lists them."""
 
     channel_weights: Mapping[str, float] = field(default_factory=dict, hash=False)
     """The weight of each channel in `weighted_loss_of_channels`; other channels have none."""

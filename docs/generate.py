@@ -14,11 +14,12 @@ import json
 import re
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from channel_metrics.config import MetricsConfig
 from channel_metrics.core.objectives import OBJECTIVES
 from channel_metrics.core.percentiles import BINS
 from channel_metrics.core.schema import TOKENS, Metric, Schema
@@ -29,6 +30,11 @@ try:
 except ModuleNotFoundError:
     from signatures import interface_of  # type: ignore[import-not-found, no-redef]  # as a script
 
+# The settings that most runs need; the others of a class come after them, its own before those
+# of the classes that it extends.
+_FIRST: dict[type, tuple[str, ...]] = {
+    MetricsConfig: ("fields", "metrics", "channels", "eval_channels", "key_format", "on_error")
+}
 # In place of a line for each bin.
 _BINS = f"{BINS[0]}` to `{BINS[-1]}"
 
@@ -132,11 +138,19 @@ def objectives() -> str:
 def settings_of(cls: type) -> str:
     """The fields of a dataclass, with what stands below each of them in the code."""
     docs, hints = _field_docs(cls), get_type_hints(cls)
+    items = {item.name: item for item in dataclasses.fields(cls)}
+    own = [name for name in items if name in inspect.get_annotations(cls)]
+    order = dict.fromkeys((*_FIRST.get(cls, ()), *own, *items))
     rows = [
-        (f"`{item.name}`", f"`{_type(hints[item.name])}`", _default(item), docs[item.name])
-        for item in dataclasses.fields(cls)
+        (f"`{name}`", f"`{_type(hints[name])}`", _default(items[name]), _linked(docs[name]))
+        for name in order
     ]
     return table(("setting", "type", "default", "what it does"), rows)
+
+
+def _linked(doc: str) -> str:
+    """A docstring with links in place of `docs/stream.md` and so on."""
+    return re.sub(r"docs/(\w+\.md)", r"[\1](\1)", doc)
 
 
 def commands() -> str:
@@ -202,6 +216,8 @@ def _type(annotation: Any) -> str:
         return " or ".join(json.dumps(value) for value in get_args(annotation))
     if isinstance(annotation, types.UnionType) or get_origin(annotation) is Union:
         return " or ".join(_type(part) for part in get_args(annotation))
+    if get_origin(annotation) in (Mapping, dict):
+        return "mapping"
     if isinstance(annotation, type) and not get_args(annotation):
         return annotation.__name__.replace("NoneType", "None")
     return str(annotation).replace("typing.", "")
@@ -210,11 +226,11 @@ def _type(annotation: Any) -> str:
 def _default(item: dataclasses.Field[Any]) -> str:
     factory: Any = item.default_factory
     if factory is not dataclasses.MISSING:
-        return f"`{factory.__name__}()`"
+        return "`{}`" if factory is dict else f"`{factory.__name__}()`"
     if item.default is dataclasses.MISSING:
         return "none: must be given"
     value = list(item.default) if isinstance(item.default, tuple) else item.default
-    return f"`{value}`"
+    return '`""`' if value == "" else f"`{value}`"
 
 
 def _option(item: inspect.Parameter) -> tuple[str, str]:

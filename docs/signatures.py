@@ -29,7 +29,10 @@ def _entry(package: str, name: str) -> Iterator[str]:
         return
     yield f"- **`{_signature(node)}`**: {_summary(node)}"
     if isinstance(node, ast.ClassDef) and not name.endswith("Mixin"):
+        methods: dict[str, ast.FunctionDef] = {}
         for method in _methods(module, node):
+            methods.setdefault(method.name, method)  # the nearest class comes first
+        for method in methods.values():
             yield f"    - `{_signature(method, bound=True)}`: {_summary(method)}"
 
 

@@ -40,12 +40,15 @@ _DISTRIBUTIONS = (
     *(
         "megatron-core",
         "megatron-bridge",
+        "mcore-bridge",
         "transformer-engine",
         "liger-kernel",
+        "cut-cross-entropy",
         "lightning",
+        "pytorch-lightning",
         "flash-attn",
     ),
-    *("axolotl", "llamafactory", "pyyaml", "typer"),
+    *("axolotl", "llamafactory", "msgspec", "pyyaml", "typer"),
 )
 
 _TRY = """

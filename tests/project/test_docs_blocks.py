@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 PAGES = ("README.md", "CONTRIBUTING.md", *DOCS)
 
+# `make docs` checks the links of docs/.
+AT_THE_ROOT = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+
 # {page: the test that runs its Python, besides examples with >>>}
 RUN_BY = {
     "docs/lightning.md": "tests/trainers/lightning/test_lightning_docs.py",
@@ -54,9 +57,10 @@ NOT_RUN = {
     ("docs/megatron.md", "from functools import partial"): (
         "needs the model and the data of a loop; tests/trainers/megatron run such loops"
     ),
-    ("docs/trl.md", "from channel_metrics.trainers.trl import attach, SFTChannelMetricsMixin"): (
+    ("docs/trl.md", "from channel_metrics.trainers.trl import attach"): (
         "needs the data of a trainer; tests/trainers/trl run both ways"
     ),
+    ("docs/trl.md", "from channel_metrics.trainers.trl import SFTChannelMetricsMixin"): "as above",
 }
 
 
@@ -151,6 +155,15 @@ def test_files_that_a_page_names_exist(page: str) -> None:
     names = re.findall(rf"`((?:{folders})/[\w./]+)`", text)
     others = ("tests/trainer/", "patches/NAME.py")  # transformers', and a placeholder
     assert not [n for n in names if not (ROOT / n).exists() and not n.startswith(others)]
+
+
+@pytest.mark.parametrize("page", AT_THE_ROOT)
+def test_links_of_pages_at_the_root_resolve(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert links or page == "SECURITY.md"
+    assert not [link for link in links if not (ROOT / link).exists()]
 
 
 def parse(command: Any, arguments: list[str]) -> None:

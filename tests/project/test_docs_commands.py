@@ -58,7 +58,6 @@ OTHER = {
 READ_BY = {
     "python": "test_docs_blocks.py",
     "diff": "test_contributing.py",
-    "mermaid": "make docs",
     "json": "test_the_record_of_the_playbook",
     "yaml": "test_generated_docs.py, test_the_settings_of_a_probe, tests/trainers/axolotl",
 }

@@ -92,6 +92,30 @@ def test_every_environment_variable_is_in_the_reference() -> None:
     assert {name for name in names if f"`{name}`" not in section} == set()
 
 
+def test_every_schema_is_among_the_files_of_the_reference() -> None:
+    page = (ROOT / "docs/REFERENCE.md").read_text(encoding="utf-8")
+    section = page.split("\n## Files\n")[1].split("\n## ")[0]
+    names = {path.name for path in (ROOT / "docs").glob("*.schema.json")}
+    assert {"alerts.schema.json", "windows.schema.json"} <= names
+    assert {name for name in names if f"({name})" not in section} == set()
+
+
+def test_every_batch_key_is_in_the_reference() -> None:
+    code = "\n".join(path.read_text() for path in (ROOT / "channel_metrics").rglob("*.py"))
+    keys = set(re.findall(r'^\w+_KEY = "(channel_\w+)"', code, re.MULTILINE))
+    assert {"channel_cu_seqlens", "channel_record_ids"} <= keys
+    page = (ROOT / "docs/REFERENCE.md").read_text(encoding="utf-8")
+    section = page.split("\n## Fields of a batch\n")[1].split("\n## ")[0]
+    assert {key for key in keys if f"`{key}`" not in section} == set()
+
+
+def test_an_overridden_method_stands_in_the_reference_once() -> None:
+    lines = interface_of("channel_metrics").splitlines()
+    (start,) = (at for at, line in enumerate(lines) if line.startswith("- **`MetricsConfig("))
+    methods = [line for line in lines[start:] if "`check_acting()" in line]
+    assert len(methods) == 1
+
+
 def test_every_public_package_is_in_the_reference() -> None:
     """With all its names, and what they do."""
     page = (ROOT / "docs/REFERENCE.md").read_text(encoding="utf-8")

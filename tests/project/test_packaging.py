@@ -159,6 +159,16 @@ def test_the_lowest_promised_release_was_run(name: str) -> None:
     assert promised and f"{min(run)}.".startswith(f"{promised[1]}.")
 
 
+def test_the_lowest_promised_megatron_was_run() -> None:
+    """By hand; the table on its page says with which versions. The patch refuses older ones."""
+    promised = re.search(r'"megatron-core>=([0-9.]+)"', (ROOT / "pyproject.toml").read_text())
+    page = (ROOT / "docs" / "megatron.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| main .*$", page, re.MULTILINE)
+    run = [Version(found) for found in re.findall(r"\d+\.\d+\.\d+", row)]
+    assert promised and f"{min(run)}.".startswith(f"{promised[1]}.")
+    assert f"from core {promised[1]} on" in page
+
+
 @pytest.mark.parametrize(
     "held",
     [
