@@ -193,6 +193,20 @@ def test_the_file_of_alerts(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_without_a_file_a_warning_says_so_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(tmp_path / "a.jsonl")
+    for settings in ({"stream": path, "alerts": {"to": []}}, {"alerts": {"file": path}}):
+        new(**settings)
+    monkeypatch.setenv("RANK", "1")
+    watching()
+    assert not caplog.records
+    monkeypatch.setenv("RANK", "0")
+    watching()
+    assert "`report` and `watch` will not show them. Set `stream`, or `file`" in caplog.text
+
+
 def test_a_file_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "taken").write_text("")
     metrics = new(alerts={"file": str(tmp_path / "taken" / "alerts.jsonl"), "cooldown": 0})

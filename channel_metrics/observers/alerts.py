@@ -116,6 +116,11 @@ class AlertObserver:
         if "webhook" in settings.to and may_tell:
             post = webhook(settings.webhook)
             self._senders.append(Sender("the webhook", post, names_error=False))
+        if self._file is None and may_tell:
+            session.warn_once(
+                "alerts are told, but not written: `report` and `watch` will not show them. Set "
+                "`stream`, or `file` of alerts."
+            )
 
     def __repr__(self) -> str:
         return "alerts"
