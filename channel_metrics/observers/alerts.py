@@ -24,9 +24,12 @@ from channel_metrics.observers.window_alerts import Judged, new_presence, window
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.windows import Window
 
-__all__ = ["Alert", "AlertObserver", "Session"]
+__all__ = ["TESTED", "Alert", "AlertObserver", "Session"]
 
 logger = logging.getLogger("channel_metrics")
+
+TESTED = 3
+"""`rate` is divided by it: for rises of losses, absent channels and shares."""
 
 _NOTE = "alerts"
 
@@ -143,6 +146,7 @@ class AlertObserver:
             self._session,
             kinds=self._kinds,
             settings=self.settings,
+            rate=self.settings.rate / TESTED,
             budget=self._budget,
             presence=notes["presence"],
         )
@@ -150,7 +154,7 @@ class AlertObserver:
             window,
             self._session,
             kinds=self._kinds,
-            rate=self.settings.rate,
+            rate=self.settings.rate / TESTED,
             state=notes["losses"],
         )
 
