@@ -7,7 +7,6 @@ lengths is 1.3 times their mean. Losses are 2 nats with a noise of 0.02 per wind
 
 from __future__ import annotations
 
-import logging
 import random
 from itertools import accumulate
 from typing import Any
@@ -36,11 +35,10 @@ class _Kept(AlertObserver):
 
 def false_alerts(run: int, channels: int, windows: int, unit: str) -> list[str]:
     """The kinds of the alerts of one run. unit: of the shares, `samples` or `tokens`."""
-    logging.getLogger("channel_metrics").setLevel(logging.ERROR)
     names = [f"c{n}" for n in range(channels)]
     ratios = {name: float(n + 1) for n, name in enumerate(names)} | {names[-1]: 0.05}
-    # The limit of `share` is so low that the test alone decides.
-    alerts = {"to": [], "share": 1e-6, "cooldown": 0}
+    # The limit of `share` is so low that the test alone decides. The file is never written.
+    alerts = {"to": [], "file": "alerts.jsonl", "share": 1e-6, "cooldown": 0}
     config = MetricsConfig(alerts=alerts, budget={"ratios": ratios, "unit": unit})
     session = ChannelMetrics(config)
     (given,) = session.on_window

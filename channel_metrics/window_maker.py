@@ -85,6 +85,9 @@ class WindowMaker:
         if final:
             self._warn_of(split, found.mismatch, values)
             self._warn_of_unmatched(rows)
+            for axis in sorted(self.book.overlaps):
+                said = f"records have several labels on the axis {axis!r} and count in each of them"
+                self.warn_once(f"{said}, so its shares add up to more than 1.")
         else:
             self._drop_counts(values, of_axes)
         if split != "train":

@@ -14,10 +14,16 @@ import torch
 from paths import ROOT
 from session_tools import batch, new
 
+from benchmarks.alarm_runs import false_alerts
 from channel_metrics import ConfigError, MetricsConfig
 from channel_metrics.alerting import KINDS
 from channel_metrics.core.schema import Column, Schema
-from channel_metrics.observers.window_alerts import _starved, chance_of_absence, new_presence
+from channel_metrics.observers.window_alerts import (
+    _starved,
+    chance_of_absence,
+    evidence,
+    new_presence,
+)
 from channel_metrics.session import ChannelMetrics
 
 TOLD: list[Any] = []
@@ -151,6 +157,28 @@ def test_a_share_off_its_target(caplog: pytest.LogCaptureFixture) -> None:
         "alert at step 218: b: share",
     ]
     assert "share of the samples is 68.8%, and should be 75.0%" in lines[0]
+
+
+def test_the_evidence_against_a_share() -> None:
+    # All chances of two heads are equally likely beforehand: 1/3 on average, 1/4 for a fair coin.
+    assert evidence(2, 2, 0.5) == pytest.approx(math.log((1 / 3) / (1 / 4)))
+    assert evidence(1, 2, 0.25) == pytest.approx(math.log((1 / 6) / (0.25 * 0.75)))
+    assert evidence(3, 3, 1.0) == 0.0 and evidence(2, 3, 1.0) == math.inf
+
+
+def test_the_evidence_is_a_martingale_with_mean_one() -> None:
+    for target in (0.1, 0.5):
+        mean = sum(
+            math.comb(9, k) * target**k * (1 - target) ** (9 - k) * math.exp(evidence(k, 9, target))
+            for k in range(10)
+        )
+        assert mean == pytest.approx(1)
+
+
+@pytest.mark.parametrize("unit", ["samples", "tokens"])
+def test_at_most_the_stated_rate_of_runs_has_a_false_alert(unit: str) -> None:
+    """Shorter than benchmarks/alarms.py: 200 runs of 4 channels and 40 windows."""
+    assert sum(bool(false_alerts(run, 4, 40, unit)) for run in range(200)) <= 10
 
 
 def test_unlabeled_above_a_limit(caplog: pytest.LogCaptureFixture) -> None:

@@ -181,6 +181,20 @@ def test_a_limit_of_keys(caplog: pytest.LogCaptureFixture) -> None:
     assert "more than 4 log keys" in said and "3 channels or labels" in said and "b, c" in said
 
 
+def test_labels_that_overlap_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    both = str(joint_name("a", [*EN, *DE]))
+    metrics = new(metrics=TOTALS, **LANG)
+    metrics.count(batch((A_EN, 1, 1.0)))
+    metrics.close(1)
+    assert not caplog.records
+    for step in (2, 3):
+        metrics.count(batch((both, 2, 1.0), (A_EN, 2, 1.0)))
+        shares = {label: of["share"] for label, of in metrics.close(step).axes["lang"].items()}
+        assert shares == {"en": 1.0, "de": 0.5}
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "'lang' and count in each of them, so its shares add up to more than 1" in said
+
+
 def test_without_a_limit_of_keys() -> None:
     metrics = new(max_keys=0)
     metrics.count(batch(*((f"c{n}", 1, 1.0) for n in range(6000))))
