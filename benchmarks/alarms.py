@@ -23,7 +23,9 @@ from statistics import median
 from typing import Any
 
 from benchmarks.alarm_runs import false_alerts
-from channel_metrics.observers.alerts import TESTED
+from benchmarks.timing import machine
+from channel_metrics.alerting import KINDS
+from channel_metrics.observers.alerts import rates
 from channel_metrics.observers.rises import add, group_rate, new_state
 
 __all__ = ["delays", "false_alarms", "losses"]
@@ -70,7 +72,7 @@ def delays(runs: int, channels: int, correlation: float, rise: float) -> list[fl
 
 
 def _first_rise(series: Iterator[float], channels: int) -> int | None:
-    state = new_state(group_rate(_RATE / TESTED, 1, channels))
+    state = new_state(group_rate(rates(_RATE, KINDS)[0], 1, channels))
     return next((n for n, loss in enumerate(series) if add(state, [loss, 1.0]) is not None), None)
 
 
@@ -84,6 +86,7 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{args.runs} runs of {args.channels} channels and {args.windows} windows, rate {_RATE}")
     found: dict[str, Any] = {
+        "machine": machine(),
         "settings": {"runs": args.runs, "channels": args.channels, "windows": args.windows},
         "rate": _RATE,
         "alerts": _observed(args),

@@ -18,6 +18,7 @@ from benchmarks.alarm_runs import false_alerts
 from channel_metrics import ConfigError, MetricsConfig
 from channel_metrics.alerting import KINDS
 from channel_metrics.core.schema import Column, Schema
+from channel_metrics.observers.alerts import rates
 from channel_metrics.observers.window_alerts import (
     _starved,
     chance_of_absence,
@@ -153,10 +154,16 @@ def test_a_share_off_its_target(caplog: pytest.LogCaptureFixture) -> None:
     run(metrics, *[[("a", 1, 1.0)] * 3 + [("b", 1, 1.0)]] * 200, *[[("b", 1, 1.0)] * 4] * 40)
     lines = told(caplog)
     assert [line.split(": its")[0] for line in lines] == [
-        "alert at step 218: a: share",
-        "alert at step 218: b: share",
+        "alert at step 217: a: share",
+        "alert at step 217: b: share",
     ]
-    assert "share of the samples is 68.8%, and should be 75.0%" in lines[0]
+    assert "share of the samples is 69.1%, and should be 75.0%" in lines[0]
+
+
+def test_the_rate_is_divided_among_what_is_watched() -> None:
+    assert rates(0.04, KINDS) == (0.02, 0.01)
+    assert rates(0.03, {"forgetting", "starved", "nonfinite"}) == (0.02, 0.01)
+    assert rates(0.05, {"share"})[1] == 0.05 and rates(0.05, {"overfitting"})[0] == 0.05
 
 
 def test_the_evidence_against_a_share() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,12 +24,9 @@ from channel_metrics.observers.window_alerts import Judged, new_presence, window
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.windows import Window
 
-__all__ = ["TESTED", "Alert", "AlertObserver", "Session"]
+__all__ = ["Alert", "AlertObserver", "Session", "rates"]
 
 logger = logging.getLogger("channel_metrics")
-
-TESTED = 3
-"""`rate` is divided by it: for rises of losses, absent channels and shares."""
 
 _NOTE = "alerts"
 
@@ -79,6 +76,16 @@ class Alert:
         }
 
 
+def rates(rate: float, kinds: Collection[str]) -> tuple[float, float]:
+    """The parts of the rate of a run: for losses, and for absent channels as for shares.
+
+    Losses have twice as much. What is not among the kinds that are watched for has nothing.
+    """
+    losses = 2 * bool({"forgetting", "overfitting"}.intersection(kinds))
+    each = rate / max(1, losses + len({"starved", "share"}.intersection(kinds)))
+    return 2 * each, each
+
+
 class AlertObserver:
     """An observer that watches for alerts. All ranks watch; the first one tells.
 
@@ -107,6 +114,7 @@ class AlertObserver:
         self.settings, self._session = settings, session
         self._budget = Budget.of(config.budget)
         self._kinds = settings.chosen(config.budget)
+        self._rates = rates(settings.rate, self._kinds)
         beside = Path(config.stream).parent / ALERTS_FILE if config.stream else None
         path = Path(settings.file) if settings.file else beside
         self._file = LineFile(path) if path is not None else None
@@ -146,7 +154,7 @@ class AlertObserver:
             self._session,
             kinds=self._kinds,
             settings=self.settings,
-            rate=self.settings.rate / TESTED,
+            rate=self._rates[1],
             budget=self._budget,
             presence=notes["presence"],
         )
@@ -154,7 +162,7 @@ class AlertObserver:
             window,
             self._session,
             kinds=self._kinds,
-            rate=self.settings.rate / TESTED,
+            rate=self._rates[0],
             state=notes["losses"],
         )
 

@@ -67,7 +67,7 @@ def window_judged(
         session: knows what is counted.
         kinds: those that are watched for.
         settings: the limits.
-        rate: of false alerts in the whole run: of absent channels, and of shares.
+        rate: of false alerts of absent channels in the whole run, and of shares.
         budget: the ratios and the records of the sources.
         presence: of `new_presence`, which is changed.
     """
@@ -121,7 +121,8 @@ def _starved(
         known[2] = absent = absent + 1
         tests = absences + 1
         chance = chance_of_absence(windows, present, absent)
-        allowed = rate / len(names) / (tests * (tests + 1))
+        # Half of the rate, because a test is made again as the absence goes on.
+        allowed = rate / 2 / len(names) / (tests * (tests + 1))
         since = "one window" if absent == 1 else f"{absent:,} windows"
         text = f"no token in {since}; it was in {present:,} of {windows:,} before"
         yield Judged("starved", name, chance < allowed or None, text)

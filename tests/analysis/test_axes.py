@@ -131,7 +131,7 @@ def test_an_axis_in_place_of_the_channels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("metrics", [("loss", "share"), ("loss", "tokens", "share")])
-def test_labels_that_overlap(metrics: Sequence[str]) -> None:
+def test_labels_that_overlap(metrics: tuple[str, ...]) -> None:
     """Half of the records of `bbu` are both in code and in math."""
     session = new(metrics=metrics, axes={"topic": (), "lang": ()})
     entries = []
