@@ -1,28 +1,38 @@
-"""How often alerts of forgetting and overfitting are false, and how late the true ones are.
+"""How often alerts are false, and how late the true ones are.
 
-    python -m benchmarks.alarms            # 200 runs for each line of the table; five minutes
+    python -m benchmarks.alarms            # 200 runs for each line; writes benchmarks/results/
     python -m benchmarks.alarms --runs 40
 
-The losses of each channel stay at 2 nats, or fall from 8 to 2 as 2 + 6 / (1 + window / 10). Their
-noise has a standard deviation of 0.02 nats, and windows k apart correlate by r^k. Any rise that is
-found counts as false, whatever the other losses do, so alerts are rarer still. For the delays, a
-level loss rises after 300 windows, at once.
+Rises: the losses of each channel stay at 2 nats, or fall from 8 to 2 as 2 + 6 / (1 + window / 10).
+Their noise has a standard deviation of 0.02 nats, and windows k apart correlate by r^k. Any rise
+that is found counts as false, whatever the other losses do, so alerts are rarer still. For the
+delays, a level loss rises after 300 windows, at once.
+
+The observer of alerts, with all its kinds: benchmarks/alarm_runs.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from statistics import median
+from typing import Any
 
+from benchmarks.alarm_runs import false_alerts
+from benchmarks.timing import machine
+from channel_metrics.alerting import KINDS
+from channel_metrics.observers.alerts import rates
 from channel_metrics.observers.rises import add, group_rate, new_state
 
 __all__ = ["delays", "false_alarms", "losses"]
 
 _NOISE = 0.02
 _RATE = 0.05
+_RESULTS = Path(__file__).parent / "results" / "alarms.json"
 _AT = 300
 
 
@@ -62,25 +72,54 @@ def delays(runs: int, channels: int, correlation: float, rise: float) -> list[fl
 
 
 def _first_rise(series: Iterator[float], channels: int) -> int | None:
-    state = new_state(group_rate(_RATE, 1, channels))
+    state = new_state(group_rate(rates(_RATE, KINDS)[0], 1, channels))
     return next((n for n, loss in enumerate(series) if add(state, [loss, 1.0]) is not None), None)
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print both tables, and write every number."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--channels", type=int, default=10)
     parser.add_argument("--windows", type=int, default=500)
+    parser.add_argument("--output", type=Path, default=_RESULTS)
     args = parser.parse_args()
     print(f"{args.runs} runs of {args.channels} channels and {args.windows} windows, rate {_RATE}")
+    found: dict[str, Any] = {
+        "machine": machine(),
+        "settings": {"runs": args.runs, "channels": args.channels, "windows": args.windows},
+        "rate": _RATE,
+        "alerts": _observed(args),
+        "rises": _rises(args),
+        "delays": _delays(args),
+    }
+    args.output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _observed(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for unit in ("samples", "tokens"):
+        runs = [false_alerts(run, args.channels, args.windows, unit) for run in range(args.runs)]
+        print(f"alerts, shares of {unit}: {sum(map(bool, runs))} of {args.runs} runs")
+        rows.append({"unit": unit, "kinds of each run with an alert": [one for one in runs if one]})
+    return rows
+
+
+def _rises(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
     for is_falling in (False, True):
         for correlation in (0.0, 0.3, 0.5):
             count = false_alarms(
                 args.runs, args.channels, args.windows, correlation, is_falling=is_falling
             )
             what = "falling" if is_falling else "level"
-            print(f"false, {what} losses, correlation {correlation}: {count} of {args.runs} runs")
+            print(f"rises, {what} losses, correlation {correlation}: {count} of {args.runs} runs")
+            rows.append({"losses": what, "correlation": correlation, "runs with a rise": count})
+    return rows
+
+
+def _delays(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
     for rise in (1, 2, 3, 5, 10, 30):
         for correlation in (0.0, 0.3, 0.5):
             found = delays(args.runs // 4, args.channels, correlation, rise)
@@ -88,6 +127,9 @@ def main() -> None:
                 f"delay, rise of {rise} standard deviations, correlation {correlation}: "
                 f"{median(found):.0f} windows, at most {max(found):.0f}"
             )
+            windows = [None if math.isinf(one) else one for one in found]
+            rows.append({"rise": rise, "correlation": correlation, "windows": windows})
+    return rows
 
 
 if __name__ == "__main__":

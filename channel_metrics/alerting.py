@@ -66,7 +66,7 @@ class Alerts(Section):
     """Which alerts there are, see docs/acting.md. Empty: all that the settings allow."""
 
     rate: float = 0.05
-    """The chance of a false alert of forgetting or overfitting, in the whole run."""
+    """The chance of a false alert by a test, in the whole run: of losses, absences and shares."""
 
     share: float = 0.02
     """By how much a share may differ from that of `budget`."""

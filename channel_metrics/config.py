@@ -54,6 +54,12 @@ class MetricsConfig(AlertingConfig):
 
     The others are added up in `others`. 0 logs all of them."""
 
+    max_keys: int = 10_000
+    """How many log keys of channels and labels a run may have, because trackers get slow.
+
+    Channels and labels that come up later are left out of the log, which is said once. They are
+    still counted. 0 sets no limit."""
+
     axis_format: str = "{axis}/{label}"
     """What stands in place of `{channel}` in the log keys of an axis."""
 
@@ -120,7 +126,7 @@ class MetricsConfig(AlertingConfig):
         object.__setattr__(self, "axes", axes)
         object.__setattr__(self, "cross", cross)
         check_axis_format(self.axis_format)
-        for name in ("tree", "top"):
+        for name in ("tree", "top", "max_keys"):
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise ConfigError(f"{name} must be a whole number, 0 or more, but is {value!r}.")

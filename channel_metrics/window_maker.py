@@ -10,6 +10,7 @@ from channel_metrics.core.axes import AxisBook, Projected, groups_of
 from channel_metrics.core.axis_settings import CHANNEL, TREE, TREE_MEAN, token_source
 from channel_metrics.core.excess import UNMATCHED
 from channel_metrics.core.gradients import GRADIENTS, gradient_values
+from channel_metrics.core.key_limit import KeyLimit
 from channel_metrics.core.keys import KeyBook
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.objectives import WEIGHTED, objective, worst_channel
@@ -46,6 +47,7 @@ class WindowMaker:
     ) -> None:
         self.config, self.schema, self.keys, self.warn_once = config, schema, keys, warn_once
         self.book = AxisBook(config.axes, config.cross, config.tree, config.axis_format)
+        self._limit = KeyLimit(keys, config.max_keys, warn_once)
         self._metrics = schema.chosen(config.metrics)
         extra = {one.name for one in schema.extra}.intersection(config.metrics)
         self._slopes = Slopes([one.name for one in SLOPES if one.name in extra])
@@ -83,6 +85,9 @@ class WindowMaker:
         if final:
             self._warn_of(split, found.mismatch, values)
             self._warn_of_unmatched(rows)
+            for axis in sorted(self.book.overlaps):
+                said = f"records have several labels on the axis {axis!r} and count in each of them"
+                self.warn_once(f"{said}, so its shares add up to more than 1.")
         else:
             self._drop_counts(values, of_axes)
         if split != "train":
@@ -96,12 +101,7 @@ class WindowMaker:
         means = self._means_of_groups({**values, **of_axes})
         of_axes |= means
         self.learn([*names, *means], prefix)
-        keyed = (
-            (self.keys.key(row, metric, prefix), value)
-            for row, of_row in {**values, **of_axes}.items()
-            for metric, value in of_row.items()
-        )
-        logs = {key: value for key, value in keyed if key not in self.keys.clashes}
+        logs = self._limit.logs({**values, **of_axes}, prefix)
         losses = self._losses(rows, split) if self.config.objectives else {}
         logs.update(self._objectives(losses, prefix))
         return Window(

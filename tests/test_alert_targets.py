@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from session_tools import batch, new
+from webhook_tools import VARIABLE, serve
 
 from channel_metrics import ConfigError
 from channel_metrics.observers import sending
@@ -22,57 +19,14 @@ from channel_metrics.observers.alerts import Alert, AlertObserver
 from channel_metrics.observers.sending import Sender
 from channel_metrics.session import ChannelMetrics
 
-VARIABLE = "CHANNEL_METRICS_WEBHOOK"
+__all__ = ["serve"]
+
 ALERT = Alert("forgetting", "a", "train", 3, "it rose")
 TOLD: list[Alert] = []
 
 
 def tell(alert: Alert) -> None:
     TOLD.append(alert)
-
-
-class Server:
-    """A server that answers after a while; `paths` and `bodies` are what was posted."""
-
-    def __init__(self, seconds: float = 0.0, status: int = 200) -> None:
-        self.bodies: list[dict[str, Any]] = []
-        self.arrived, self.release = threading.Event(), threading.Event()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                length = int(self.headers["Content-Length"])
-                outer.bodies.append(json.loads(self.rfile.read(length)))
-                outer.arrived.set()
-                outer.release.wait(seconds)
-                self.send_response(status)
-                self.end_headers()
-
-            def log_message(self, *args: object) -> None:
-                """Print nothing."""
-
-        self._server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self._server.server_port}/secret-token"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self.release.set()
-        self._server.shutdown()
-        self._server.server_close()
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    servers = []
-
-    def start(**options: Any) -> Server:
-        servers.append(Server(**options))
-        monkeypatch.setenv(VARIABLE, servers[-1].address)
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 def watching(*to: str, **alerts: Any) -> ChannelMetrics:

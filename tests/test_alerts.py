@@ -14,10 +14,17 @@ import torch
 from paths import ROOT
 from session_tools import batch, new
 
+from benchmarks.alarm_runs import false_alerts
 from channel_metrics import ConfigError, MetricsConfig
 from channel_metrics.alerting import KINDS
 from channel_metrics.core.schema import Column, Schema
-from channel_metrics.observers.window_alerts import _starved, chance_of_absence, new_presence
+from channel_metrics.observers.alerts import rates
+from channel_metrics.observers.window_alerts import (
+    _starved,
+    chance_of_absence,
+    evidence,
+    new_presence,
+)
 from channel_metrics.session import ChannelMetrics
 
 TOLD: list[Any] = []
@@ -147,10 +154,38 @@ def test_a_share_off_its_target(caplog: pytest.LogCaptureFixture) -> None:
     run(metrics, *[[("a", 1, 1.0)] * 3 + [("b", 1, 1.0)]] * 200, *[[("b", 1, 1.0)] * 4] * 40)
     lines = told(caplog)
     assert [line.split(": its")[0] for line in lines] == [
-        "alert at step 218: a: share",
-        "alert at step 218: b: share",
+        "alert at step 217: a: share",
+        "alert at step 217: b: share",
     ]
-    assert "share of the samples is 68.8%, and should be 75.0%" in lines[0]
+    assert "share of the samples is 69.1%, and should be 75.0%" in lines[0]
+
+
+def test_the_rate_is_divided_among_what_is_watched() -> None:
+    assert rates(0.04, KINDS) == (0.02, 0.01)
+    assert rates(0.03, {"forgetting", "starved", "nonfinite"}) == (0.02, 0.01)
+    assert rates(0.05, {"share"})[1] == 0.05 and rates(0.05, {"overfitting"})[0] == 0.05
+
+
+def test_the_evidence_against_a_share() -> None:
+    # All chances of two heads are equally likely beforehand: 1/3 on average, 1/4 for a fair coin.
+    assert evidence(2, 2, 0.5) == pytest.approx(math.log((1 / 3) / (1 / 4)))
+    assert evidence(1, 2, 0.25) == pytest.approx(math.log((1 / 6) / (0.25 * 0.75)))
+    assert evidence(3, 3, 1.0) == 0.0 and evidence(2, 3, 1.0) == math.inf
+
+
+def test_the_evidence_is_a_martingale_with_mean_one() -> None:
+    for target in (0.1, 0.5):
+        mean = sum(
+            math.comb(9, k) * target**k * (1 - target) ** (9 - k) * math.exp(evidence(k, 9, target))
+            for k in range(10)
+        )
+        assert mean == pytest.approx(1)
+
+
+@pytest.mark.parametrize("unit", ["samples", "tokens"])
+def test_at_most_the_stated_rate_of_runs_has_a_false_alert(unit: str) -> None:
+    """Shorter than benchmarks/alarms.py: 200 runs of 4 channels and 40 windows."""
+    assert sum(bool(false_alerts(run, 4, 40, unit)) for run in range(200)) <= 10
 
 
 def test_unlabeled_above_a_limit(caplog: pytest.LogCaptureFixture) -> None:
@@ -191,6 +226,20 @@ def test_the_file_of_alerts(tmp_path: Path) -> None:
         "channel_metrics": 1, "alert": "unlabeled", "channel": "unlabeled", "split": "train",
         "step": 1, "text": "50.0% of the tokens of a window have no channel",
     }  # fmt: skip
+
+
+def test_without_a_file_a_warning_says_so_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(tmp_path / "a.jsonl")
+    for settings in ({"stream": path, "alerts": {"to": []}}, {"alerts": {"file": path}}):
+        new(**settings)
+    monkeypatch.setenv("RANK", "1")
+    watching()
+    assert not caplog.records
+    monkeypatch.setenv("RANK", "0")
+    watching()
+    assert "`report` and `watch` will not show them. Set `stream`, or `file`" in caplog.text
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

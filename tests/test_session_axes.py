@@ -151,3 +151,47 @@ def test_a_channel_that_is_called_others() -> None:
     metrics.count(batch(("others", 1, 1.0), ("a", 1, 1.0)))
     with pytest.raises(ChannelError, match="what `top` leaves out; rename this channel"):
         metrics.close(1)
+
+
+def test_a_limit_of_keys(caplog: pytest.LogCaptureFixture) -> None:
+    """Two metrics per row: `a` and its label fit, `b` and what comes later do not."""
+    metrics = new(max_keys=4, axes={"lang": {"a": "en"}})
+    logged = {"a_loss", "a_tokens", "lang/en_loss", "lang/en_tokens"}
+    metrics.count(batch(("a", 5, 1.0)))
+    assert metrics.close(1).logs.keys() == logged
+    metrics.count(batch(("a", 1, 2.0), ("b", 3, 4.0), ("c", 1, 0.0)))
+    window = metrics.close(2)
+    assert window.logs.keys() == logged
+    assert (window.logs["a_loss"], window.values["b"]) == (2.0, {"loss": 4.0, "tokens": 3})
+    assert window.sums("c")["tokens"] == 1.0
+    assert window.totals["b"] == {"tokens_total": 3, "samples_total": 1}
+    metrics.count(batch(("b", 2, 4.0), (None, 1, 1.0)))
+    third = metrics.close(3)
+    assert third.logs == {"unlabeled_loss": 1.0, "unlabeled_tokens": 1.0}
+    assert third.totals["b"]["tokens_total"] == 5
+    with metrics.evaluation("eval", 3, "eval_") as evaluation:
+        metrics.count(batch(("a", 1, 1.0)))
+    assert evaluation.logs == {} and evaluation.window is not None
+    assert evaluation.window.values["a"]["loss"] == 1.0
+    (said,) = [r.getMessage() for r in caplog.records if "max_keys" in r.getMessage()]
+    assert "more than 4 log keys" in said and "3 channels or labels" in said and "b, c" in said
+
+
+def test_labels_that_overlap_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    both = str(joint_name("a", [*EN, *DE]))
+    metrics = new(metrics=TOTALS, **LANG)
+    metrics.count(batch((A_EN, 1, 1.0)))
+    metrics.close(1)
+    assert not caplog.records
+    for step in (2, 3):
+        metrics.count(batch((both, 2, 1.0), (A_EN, 2, 1.0)))
+        shares = {label: of["share"] for label, of in metrics.close(step).axes["lang"].items()}
+        assert shares == {"en": 1.0, "de": 0.5}
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "'lang' and count in each of them, so its shares add up to more than 1" in said
+
+
+def test_without_a_limit_of_keys() -> None:
+    metrics = new(max_keys=0)
+    metrics.count(batch(*((f"c{n}", 1, 1.0) for n in range(6000))))
+    assert len(metrics.close(1).logs) == 12_000

@@ -171,9 +171,11 @@ def test_lines_fit_the_schema_of_the_page(tmp_path: Path) -> None:
     """Without a package for it: required keys, and the type of each known one."""
     schema = json.loads((ROOT / "docs/windows.schema.json").read_text())
     types = {"integer": int, "string": str, "array": list, "object": dict}
-    run(tmp_path / "windows.jsonl", range(1, 2))
+    run(tmp_path / "windows.jsonl", range(1, 2), metrics=("loss", "worst_loss"))
     (line,) = lines(tmp_path / "windows.jsonl")
-    assert set(schema["required"]) <= set(line)
+    assert set(schema["required"]) <= set(line) and "worst_channel" in schema["properties"]
+    assert (line["worst_channel"], line["worst_loss"]) == ("rru", 2.0)
+    assert load_run(tmp_path).channels() == ["bbu", "rru"], "a name is no value"
     for key, value in line.items():
         if key in schema["properties"]:
             assert isinstance(value, types[schema["properties"][key]["type"]]), key

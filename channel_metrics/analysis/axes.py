@@ -68,6 +68,8 @@ def with_axis(run: Run, axis: str) -> Run:
     check_axis(axis, run.axes, run.name)
     notes = [note for note in run.problems.notes if not note.endswith(_OPTION)]
     notes.append(f"labels of the axis {axis} stand in place of the channels")
+    if _overlap(run, axis):
+        notes.append(f"labels of the axis {axis} overlap, so their shares add up to more than 1")
     return replace(
         run,
         problems=replace(run.problems, notes=notes),
@@ -77,6 +79,14 @@ def with_axis(run: Run, axis: str) -> Run:
         records={},
         axis=axis,
     )
+
+
+def _overlap(run: Run, axis: str) -> bool:
+    """Whether the labels of an axis hold more tokens than the channels, at any step."""
+    every = replace(run, meanings=run.meanings | run.labels)
+    labels = [name for name in every.channels() if axis_of(name) == axis]
+    tokens = _Tokens(every, [run.channels(), labels])
+    return tokens.are_more(labels, run.channels())
 
 
 def check_axis(axis: str, axes: Sequence[str], name: str) -> None:
@@ -159,6 +169,10 @@ class _Tokens:
         """Whether these names hold all tokens, or more, at nearly all steps that have any."""
         sums = self._sum(names)
         return _nearly_all((sums >= self._whole * (1 - _TOLERANCE))[sums > 0])
+
+    def are_more(self, names: Sequence[str], others: Sequence[str]) -> bool:
+        """Whether these names hold more than the others at any step."""
+        return bool((self._sum(names) > self._sum(others) * (1 + _TOLERANCE)).any())
 
     def are_those_of(self, kept: Sequence[str], groups: Sequence[Sequence[str]]) -> bool:
         """Whether `kept` holds all tokens, and none twice, at nearly all steps of each group."""

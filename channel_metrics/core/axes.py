@@ -69,6 +69,8 @@ class AxisBook:
         self._of_records = {a: one for a, one in self.axes.items() if not token_source(one)}
         # {row: (axis, label)}
         self.labels: dict[str, tuple[str, str]] = {}
+        # Axes on which a record has had several labels.
+        self.overlaps: set[str] = set()
         self._cached: tuple[tuple[str, ...], Any] | None = None
 
     def rows(self, name: str | None) -> list[str]:
@@ -86,6 +88,8 @@ class AxisBook:
             else:
                 labels = [label for of, label in own if of == axis]
             found[axis] = labels or [UNLABELED]
+            if len(set(labels)) > 1:
+                self.overlaps.add(axis)
         rows = [self.row(axis, label) for axis in self._of_records for label in found[axis]]
         for axes in self.cross:
             combined = product(*(found[axis] for axis in axes))

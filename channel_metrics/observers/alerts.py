@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from channel_metrics.observers.window_alerts import Judged, new_presence, window
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.windows import Window
 
-__all__ = ["Alert", "AlertObserver", "Session"]
+__all__ = ["Alert", "AlertObserver", "Session", "rates"]
 
 logger = logging.getLogger("channel_metrics")
 
@@ -76,6 +76,16 @@ class Alert:
         }
 
 
+def rates(rate: float, kinds: Collection[str]) -> tuple[float, float]:
+    """The parts of the rate of a run: for losses, and for absent channels as for shares.
+
+    Losses have twice as much. What is not among the kinds that are watched for has nothing.
+    """
+    losses = 2 * bool({"forgetting", "overfitting"}.intersection(kinds))
+    each = rate / max(1, losses + len({"starved", "share"}.intersection(kinds)))
+    return 2 * each, each
+
+
 class AlertObserver:
     """An observer that watches for alerts. All ranks watch; the first one tells.
 
@@ -104,6 +114,7 @@ class AlertObserver:
         self.settings, self._session = settings, session
         self._budget = Budget.of(config.budget)
         self._kinds = settings.chosen(config.budget)
+        self._rates = rates(settings.rate, self._kinds)
         beside = Path(config.stream).parent / ALERTS_FILE if config.stream else None
         path = Path(settings.file) if settings.file else beside
         self._file = LineFile(path) if path is not None else None
@@ -116,6 +127,11 @@ class AlertObserver:
         if "webhook" in settings.to and may_tell:
             post = webhook(settings.webhook)
             self._senders.append(Sender("the webhook", post, names_error=False))
+        if self._file is None and may_tell:
+            session.warn_once(
+                "alerts are told, but not written: `report` and `watch` will not show them. Set "
+                "`stream`, or `file` of alerts."
+            )
 
     def __repr__(self) -> str:
         return "alerts"
@@ -138,6 +154,7 @@ class AlertObserver:
             self._session,
             kinds=self._kinds,
             settings=self.settings,
+            rate=self._rates[1],
             budget=self._budget,
             presence=notes["presence"],
         )
@@ -145,7 +162,7 @@ class AlertObserver:
             window,
             self._session,
             kinds=self._kinds,
-            rate=self.settings.rate,
+            rate=self._rates[0],
             state=notes["losses"],
         )
 

@@ -60,6 +60,7 @@ def line_of(window: Window, unit: str) -> dict[str, Any]:
         "step": window.step,
         "split": window.split,
         "unit": unit,
+        **({"worst_channel": window.worst_channel} if window.worst_channel else {}),
         **{key: value if math.isfinite(value) else None for key, value in values.items()},
         "columns": list(window.columns),
         "sums": {name: row for name, row in zip(names, window.table, strict=True) if any(row)},

@@ -13,10 +13,11 @@ from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.schema import Schema
 from channel_metrics.windows import Window
 
-__all__ = ["Judged", "Session", "chance_of_absence", "new_presence", "window_judged"]
+__all__ = ["Judged", "Session", "chance_of_absence", "evidence", "new_presence", "window_judged"]
 
-# More standard errors than the drawing of records explains.
-_SIGMAS = 4.0
+# Records have different lengths, so their tokens count as fewer draws. 4 is right for lengths whose
+# standard deviation is 1.7 times their mean.
+_RECORDS_PER_DRAW = {"samples": 1, "tokens": 4}
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def window_judged(
     *,
     kinds: Collection[str],
     settings: Alerts,
+    rate: float,
     budget: Budget | None,
     presence: dict[str, list[int]],
 ) -> Iterator[Judged]:
@@ -65,6 +67,7 @@ def window_judged(
         session: knows what is counted.
         kinds: those that are watched for.
         settings: the limits.
+        rate: of false alerts of absent channels in the whole run, and of shares.
         budget: the ratios and the records of the sources.
         presence: of `new_presence`, which is changed.
     """
@@ -79,9 +82,9 @@ def window_judged(
     if window.split != "train":
         return
     if "starved" in kinds:
-        yield from _starved(counts, settings.rate, presence)
+        yield from _starved(counts, rate, presence)
     if budget is not None and "share" in kinds:
-        yield from _shares(window, session, budget, settings.share)
+        yield from _shares(window, session, budget, settings.share, rate)
     if budget is not None and "exhausted" in kinds:
         yield from _exhausted(window, budget, settings.epochs)
 
@@ -139,18 +142,36 @@ def chance_of_absence(windows: int, present: int, absent: int) -> float:
     return math.exp(math.lgamma(windows + 1) - math.lgamma(missed + 1) - below)
 
 
-def _shares(window: Window, session: Session, budget: Budget, limit: float) -> Iterator[Judged]:
+def _shares(
+    window: Window, session: Session, budget: Budget, limit: float, rate: float
+) -> Iterator[Judged]:
     totals = {row: of for row, of in window.totals.items() if not session.is_label(row)}
     unit, parts = f"{budget.unit}_total", sum(budget.ratios.values())
     whole = sum(of_row.get(unit, 0) for of_row in totals.values())
     records = sum(of_row.get("samples_total", 0) for of_row in totals.values())
     if not whole or not records:
         return
+    draws = records / _RECORDS_PER_DRAW[budget.unit]
     for row, ratio in budget.ratios.items():
         share, target = totals.get(row, {}).get(unit, 0) / whole, ratio / parts
-        chance = _SIGMAS * math.sqrt(target * (1 - target) / records)
+        is_sure = evidence(share * draws, draws, target) > math.log(len(budget.ratios) / rate)
+        is_off = _between(abs(share - target), limit)
         text = f"its share of the {budget.unit} is {share:.1%}, and should be {target:.1%}"
-        yield Judged("share", row, _between(abs(share - target), max(limit, chance)), text)
+        yield Judged("share", row, is_off if is_sure or not is_off else None, text)
+
+
+def evidence(count: float, draws: float, target: float) -> float:
+    """The logarithm of a bet against a probability, `target`, of `count` of the draws.
+
+    It is the chance of the draws if all probabilities are equally likely beforehand / that under
+    the target. If the target is right, this is a martingale with mean 1. So the chance that it is
+    ever above 1 / rate, after any number of draws, is at most the rate (Ville's inequality).
+    """
+    others = draws - count
+    if target >= 1:
+        return math.inf if others else 0.0
+    known = math.lgamma(count + 1) + math.lgamma(others + 1) - math.lgamma(draws + 2)
+    return known - count * math.log(target) - others * math.log1p(-target)
 
 
 def _exhausted(window: Window, budget: Budget, epochs: float) -> Iterator[Judged]:

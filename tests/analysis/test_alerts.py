@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from channel_metrics.analysis.alerts import alerts_of
 from channel_metrics.analysis.readers.sources import find_sources
+from channel_metrics.analysis.report.axes import marks_of
+from channel_metrics.analysis.run import load_run
 from channel_metrics.analysis.watch.follow import Follower
 from channel_metrics.analysis.watch.screen import alert_line
 from channel_metrics.cli.main import app
@@ -43,6 +45,8 @@ def test_analyze_and_report_tell_of_alerts(run: Path) -> None:
     (page,) = run.rglob("*.html")
     text = page.read_text()
     assert LINE in text and "a&lt;b" in text and "a<b" not in text, "names are no markup"
+    mark = {"kind": "alert", "step": 2, "text": "a<b nonfinite"}
+    assert [m for m in marks_of(load_run(run)) if m["kind"] == "alert"] == [mark]
 
 
 def test_watch_shows_the_last_alerts(run: Path) -> None:

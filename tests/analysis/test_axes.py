@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from session_tools import batch, new
 from typer.testing import CliRunner
 
 from analysis.analysis_tools import run_of, write_jsonl
@@ -19,6 +20,7 @@ from channel_metrics.analysis.report.views import views_of
 from channel_metrics.analysis.rows import final_rows
 from channel_metrics.analysis.run import Run, load_run
 from channel_metrics.cli.main import app
+from channel_metrics.core.names import joint_name
 from channel_metrics.errors import ChannelMetricsError
 
 
@@ -126,6 +128,25 @@ def test_an_axis_in_place_of_the_channels(tmp_path: Path) -> None:
         with_axis(run, "role")
     with pytest.raises(ChannelMetricsError, match="its log has labels of no axis"):
         with_axis(run_of(history(PLAIN)), "domain")
+
+
+@pytest.mark.parametrize("metrics", [("loss", "share"), ("loss", "tokens", "share")])
+def test_labels_that_overlap(metrics: tuple[str, ...]) -> None:
+    """Half of the records of `bbu` are both in code and in math."""
+    session = new(metrics=metrics, axes={"topic": (), "lang": ()})
+    entries = []
+    for step in range(1, 4):
+        names = [
+            joint_name("bbu", [("topic", "code"), ("topic", "math"), ("lang", "en")]),
+            joint_name("bbu", [("topic", "code"), ("lang", "de")]),
+        ]
+        session.count(batch(*((name, 4, 1.0 + place) for place, name in enumerate(names))))
+        entries.append({"loss": 1.5, **session.close(step).logs, "step": step})
+    run = run_of(entries)
+    assert run.axes == ["topic", "lang"]
+    said = "labels of the axis topic overlap, so their shares add up to more than 1"
+    assert said in with_axis(run, "topic").problems.notes
+    assert not any("overlap" in note for note in with_axis(run, "lang").problems.notes)
 
 
 @pytest.mark.parametrize("command", [("analyze",), ("report", "--no-pictures")])

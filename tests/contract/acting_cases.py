@@ -47,6 +47,12 @@ def each_window_is_in_the_stream(harness: Harness, folder: Path) -> None:
     assert [(line["split"], line["step"]) for line in lines] == [
         (window.split, window.step) for window in found.windows
     ]
+    check_stream(path, found)
+
+
+def check_stream(path: Path, found: Ran) -> None:
+    """Whether the file holds each window of a rank, once."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line, window in zip(lines, found.windows, strict=True):
         assert {key: line[key] for key in window.logs} == window.logs
         assert line["sums"]["a"] == list(window.sums("a").values())
@@ -88,7 +94,8 @@ def a_total_that_is_reached_ends_the_run(harness: Harness, folder: Path) -> None
 @case("ranks")
 def all_ranks_end_at_one_step(harness: Harness, folder: Path) -> None:
     key, end = goal(harness)
-    chosen = config(stop_at={key: end}, budget={"records": {"a": 10}})
+    path = folder / "windows.jsonl"
+    chosen = config(stop_at={key: end}, budget={"records": {"a": 10}}, stream=str(path))
     doubled = tuple((*step, *step) for step in RUN)
     per_rank = harness.run(Script(config=chosen, steps=doubled), folder, ranks=2)
     for found in per_rank:
@@ -98,6 +105,7 @@ def all_ranks_end_at_one_step(harness: Harness, folder: Path) -> None:
     assert per_rank[0].steps == (2 if "stops" in harness.can else len(RUN))
     lines = [text for found in per_rank for text in found.warnings if "stop_at" in text]
     assert len(lines) == 1, "one rank says it"
+    check_stream(path, per_rank[0])
 
 
 @case()

@@ -27,7 +27,8 @@ def test_the_tables_are_those_of_the_results(page: str) -> None:
 
 
 def test_every_part_has_results() -> None:
-    assert set(RESULTS) == set(PARTS)
+    alarms = {"alarms"}  # what it measures is no cost, and it takes minutes
+    assert set(RESULTS) == set(PARTS) | alarms
 
 
 def test_the_numbers_in_the_readme() -> None:

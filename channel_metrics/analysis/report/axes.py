@@ -38,7 +38,7 @@ def axes_of(run: Run) -> dict[str, tuple[Steps, Values]]:
 def marks_of(run: Run) -> list[dict[str, Any]]:
     """The steps to mark, as `{kind, step, text}`: `resume`, `alert` or `evaluation`."""
     resumed = [("resume", int(step), "resumed") for step in run.resumes]
-    alerts: set[tuple[str, int, str]] = set()
+    alerts = {("alert", one.step, f"{one.channel} {one.kind}".strip()) for one in run.alerts}
     evaluated: set[int] = set()
     for key, steps, values in run.all_series():
         if "alert" in key.metric.split("/")[0].split("_"):
