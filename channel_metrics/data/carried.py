@@ -6,6 +6,7 @@ channels does the same to them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,11 +18,13 @@ from channel_metrics.core.extremes import id_words
 from channel_metrics.core.names import look_up
 from channel_metrics.data.reference import REFERENCE_KEY, Reference, reference_of, split_names
 
-__all__ = ["RECORD_IDS_KEY", "Carried", "carried_of", "split_carried"]
+__all__ = ["RECORD_IDS_KEY", "Carried", "carried_of", "split_carried", "without_carried"]
 
 # The batch key: int64 [N, ID_WORDS], see `id_words`.
 RECORD_IDS_KEY = "channel_record_ids"
 _MARK = "\x03"
+# What travels begins with a mark, here or in `data.reference`.
+_TRAVELS = re.compile("[\x02\x03].*", re.DOTALL)
 
 Names = list[list[str | None]]
 
@@ -82,6 +85,11 @@ def split_carried(names: Sequence[str | None]) -> tuple[list[str | None], dict[s
         words = [id_words(own or None) for _, _, own in parts]
         found[RECORD_IDS_KEY] = torch.tensor(words, dtype=torch.int64, device="cpu")
     return names, found
+
+
+def without_carried(name: str | None) -> str | None:
+    """The name alone; None if something travelled without a name."""
+    return name and (_TRAVELS.sub("", name) or None)
 
 
 def _with_id(name: str | None, given: Any) -> str | None:

@@ -62,8 +62,6 @@ class Reference:
         Raises:
             ChannelError: a record lists the numbers of more or fewer sequences than it has.
         """
-        if all(name is None for of_record in channels for name in of_record):
-            return channels
         return [
             [_joined(name, pair) for name, pair in zip(names, pairs, strict=True)]
             for names, pairs in (

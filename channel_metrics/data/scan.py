@@ -11,6 +11,7 @@ from torch.utils.data import Subset
 
 from channel_metrics.core.labels import channels_of, field_columns, field_roots
 from channel_metrics.core.names import fields_of_channel, look_up, split_field, split_name
+from channel_metrics.data.carried import without_carried
 from channel_metrics.errors import ChannelError
 
 __all__ = [
@@ -92,7 +93,7 @@ def count_channels(dataset: Any, fields: Sequence[str]) -> Counter[str | None] |
         return None
     counts: Counter[str | None] = Counter()
     for record in label_records(dataset, fields):
-        counts.update(channels_of(record, fields, classes))
+        counts.update(map(without_carried, channels_of(record, fields, classes)))
     return counts
 
 

@@ -1,5 +1,7 @@
 """A dataset column with the channel of each record, and how it outlives preprocessing.
 
+What else travels with a record is a part of the name, see `data.carried`.
+
 Frameworks drop the columns that they do not know. So the column is added before, and the functions
 that make rows of records get a wrapper that passes it on.
 """
@@ -14,6 +16,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset, Value
 
 from channel_metrics.core.labels import channel_of, field_columns
+from channel_metrics.data.carried import Carried
 from channel_metrics.data.scan import class_names, label_records
 
 __all__ = ["LENGTHS_COLUMN", "NAMES_COLUMN", "KeepsNames", "with_channel_column"]
@@ -28,6 +31,7 @@ def with_channel_column(
     fields: Sequence[str],
     column: str = "channel",
     otherwise: str | None = None,
+    carried: Carried | None = None,
 ) -> Any:
     """Add a column with the channel of each record, before a framework's preprocessing.
 
@@ -38,6 +42,7 @@ def with_channel_column(
         fields: dotted fields that may hold the channel. The first that a record has is used.
         column: the name of the column.
         otherwise: the channel of records without one.
+        carried: joins the channel with what else travels with a record.
 
     Returns:
         A dataset with the column, or the same object if there is nothing to fill in.
@@ -45,17 +50,19 @@ def with_channel_column(
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return dataset
     classes = class_names(dataset, fields)
-    present = field_columns(fields) & {*(dataset.column_names or ())}
+    roots = carried.roots if carried else ()
+    present = field_columns([*fields, *roots]) & {*(dataset.column_names or ())}
     if otherwise is None and not present - {column} and not classes:
         return dataset
-    given: dict[str, Any] = {"fields": tuple(fields), "classes": classes, "otherwise": otherwise}
+    of_names: dict[str, Any] = {"fields": tuple(fields), "classes": classes, "otherwise": otherwise}
+    given: dict[str, Any] = {"of_names": of_names, "carried": carried}
     if isinstance(dataset, IterableDataset):
         features = None if dataset.features is None else dataset.features.copy()
         if features is not None:
             features[column] = Value("string")
         given["column"] = column
         return dataset.map(_with_channel, fn_kwargs=given, features=features)
-    names = [channel_of(record, **given) for record in label_records(dataset, fields)]
+    names = [_name(record, **given) for record in label_records(dataset, [*fields, *roots])]
     if not any(name is not None for name in names):
         return dataset
     if column in dataset.column_names:
@@ -64,7 +71,14 @@ def with_channel_column(
 
 
 def _with_channel(record: dict[str, Any], column: str, **given: Any) -> dict[str, Any]:
-    return {**record, column: channel_of(record, **given)}
+    return {**record, column: _name(record, **given)}
+
+
+def _name(
+    record: Mapping[str, Any], of_names: Mapping[str, Any], carried: Carried | None
+) -> str | None:
+    name = channel_of(record, **of_names)
+    return carried.joined([record], [[name]])[0][0] if carried else name
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from llamafactory.data import converter, loader
 
 from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
+from channel_metrics.data.carried import carried_of
 from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.trainers.hf import patch as hf_patch
 from channel_metrics.trainers.hf.columns import NAMES_COLUMN, KeepsNames, with_channel_column
@@ -79,7 +80,10 @@ def _name(original: Callable[..., Any], names: list[str] | None, *args: Any, **k
 def _aligning(config: MetricsConfig) -> Callable[..., Any]:
     def align(original: Callable[..., Any], dataset: Any, attributes: Any, *args: Any) -> Any:
         name = attributes.channel
-        dataset = with_channel_column(dataset, config.label_fields, NAMES_COLUMN, name)
+        # The collators for pairs and for KTO do not take them off the names.
+        of_answers = attributes.ranking or attributes.kto_tag
+        carried = None if of_answers else carried_of(config)
+        dataset = with_channel_column(dataset, config.label_fields, NAMES_COLUMN, name, carried)
         return original(dataset, attributes, *args)
 
     return align

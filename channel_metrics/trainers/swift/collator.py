@@ -20,6 +20,7 @@ from torch import Tensor
 
 from channel_metrics.core.boundaries import Boundaries, boundaries_from_batch
 from channel_metrics.core.labels import channels_of
+from channel_metrics.data.carried import without_carried
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.errors import ChannelError
 
@@ -44,6 +45,8 @@ class SwiftCollator(ChannelCollator):
             view = {**batch, "position_ids": text_positions(batch)}
             boundaries = boundaries_from_batch(view)
             batch.update(self._added_keys(view, _names(batch, boundaries, self.classes)))
+            if self.carried and batch.get("channel") is not None:
+                batch["channel"] = [without_carried(name) for name in batch["channel"]]
         return batch
 
 

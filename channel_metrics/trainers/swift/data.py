@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from channel_metrics.data.carried import carried_of
 from channel_metrics.data.collator import BOUNDS_KEY, ChannelCollator
 from channel_metrics.errors import ChannelError
 from channel_metrics.session import ChannelMetrics
@@ -55,4 +56,5 @@ def wrapped_collator(
         row_bounds=False,
         carry_faults=True,
         classes=session.classes,
+        carried=carried_of(session.config),
     )

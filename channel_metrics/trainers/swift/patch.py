@@ -14,12 +14,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import swift
+from swift.arguments import RLHFArguments, SftArguments
 from swift.dataset import RowPreprocessor
 from swift.pipelines import SwiftSft
 from swift.trainers import Seq2SeqTrainer, TrainerFactory
@@ -27,6 +27,7 @@ from swift.trainers import Seq2SeqTrainer, TrainerFactory
 from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.faults import FaultGuard
+from channel_metrics.data.carried import Carried, carried_of
 from channel_metrics.trainers.hf import check_trainer
 from channel_metrics.trainers.hf.columns import with_channel_column
 from channel_metrics.trainers.hf.patch import attaching
@@ -60,10 +61,11 @@ def apply(config: MetricsConfig | None = None) -> None:
     check_loss_functions()
     chosen = config or config_of_environment()
     _reach_megatron(chosen)
+    preparing = _Preparing(chosen)
     for owner, name, body in (
         (Seq2SeqTrainer, "__init__", attaching(chosen)),
-        (SwiftSft, "_prepare_dataset", _preparing(chosen)),
-        (RowPreprocessor, "__call__", _filling(chosen)),
+        (SwiftSft, "_prepare_dataset", preparing.prepare_dataset),
+        (RowPreprocessor, "__call__", preparing.preprocess),
     ):
         swap.wrap(owner, name, body, key=KEY)
     announce(f"channel metrics: patched ms-swift {swift.__version__} (Seq2SeqTrainer)")
@@ -84,18 +86,40 @@ def _reach_megatron(config: MetricsConfig) -> None:
         import_module(_MEGATRON_PATCH).apply(config)
 
 
-def _preparing(config: MetricsConfig) -> Callable[..., Any]:
-    def prepare_dataset(original: Any, pipeline: Any, *args: Any, **kwargs: Any) -> Any:
+class _Preparing:
+    """What runs in place of the functions of ms-swift that prepare the data of a run."""
+
+    def __init__(self, config: MetricsConfig) -> None:
+        self.config = config
+        self.carried: Carried | None = None
+
+    def prepare_dataset(self, original: Any, pipeline: Any, *args: Any, **kwargs: Any) -> Any:
         # `megatron sft` prepares its data as `swift sft` does; by then its trainer is imported.
-        _reach_megatron(config)
+        _reach_megatron(self.config)
         reason = why_without_metrics(pipeline.args)
         if reason is not None:
             _say(pipeline.args, reason)
         elif getattr(pipeline.args, "rlhf_type", None) is not None:
-            _reach_rlhf(pipeline.args, config)
+            _reach_rlhf(pipeline.args, self.config)
+        with FaultGuard(self.config.on_error).guarded():
+            # Only the collator of `swift sft` and `swift pt` takes them off the names.
+            takes = isinstance(pipeline.args, SftArguments) and reason is None
+            takes = takes and not isinstance(pipeline.args, RLHFArguments)
+            self.carried = carried_of(self.config) if takes else None
         return original(pipeline, *args, **kwargs)
 
-    return prepare_dataset
+    def preprocess(
+        self, original: Any, preprocessor: Any, dataset: Any, *args: Any, **kw: Any
+    ) -> Any:
+        # With --columns, the user has named the column of the channel.
+        given = [c for c, name in preprocessor.origin_columns.items() if name == CHANNEL_COLUMN]
+        with FaultGuard(self.config.on_error).guarded():
+            for column in given or [CHANNEL_COLUMN]:
+                config = replace(self.config, fields=(column,)) if given else self.config
+                dataset = with_channel_column(
+                    dataset, config.label_fields, column, carried=self.carried
+                )
+        return original(preprocessor, dataset, *args, **kw)
 
 
 def _reach_rlhf(args: Any, config: MetricsConfig) -> None:
@@ -117,18 +141,3 @@ def _say(args: Any, reason: str) -> None:
         reason,
         no_effect,
     )
-
-
-def _filling(config: MetricsConfig) -> Callable[..., Any]:
-    def preprocess(original: Any, preprocessor: Any, dataset: Any, *args: Any, **kw: Any) -> Any:
-        # With --columns, the user has named the column of the channel.
-        given = [c for c, name in preprocessor.origin_columns.items() if name == CHANNEL_COLUMN]
-        with FaultGuard(config.on_error).guarded():
-            for column in given:
-                fields = replace(config, fields=(column,)).label_fields
-                dataset = with_channel_column(dataset, fields, column)
-            if not given:
-                dataset = with_channel_column(dataset, config.label_fields)
-        return original(preprocessor, dataset, *args, **kw)
-
-    return preprocess

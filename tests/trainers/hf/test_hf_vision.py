@@ -1,4 +1,4 @@
-"""The transformers Trainer with Qwen2.5-VL, whose collator calls the model's own processor.
+"""The transformers Trainer with Qwen2.5-VL and Qwen3-VL. Its collator calls the model's processor.
 
 One step is a whole epoch, so its window holds every record, under the weights that the run began
 with. The oracle is a loop over the records, one forward each.
@@ -15,7 +15,7 @@ import pytest
 import torch
 from fork_client import Preload
 from hf_case_tools import weights_hash
-from rank_cases import RanksOf, case
+from rank_cases import Case, RanksOf, case
 from vision_tools import needs_vision
 
 pytestmark = needs_vision
@@ -72,7 +72,7 @@ class ProcessorCollator:
         return batch
 
 
-def train(folder: Path, processor: Any, *, metrics: bool) -> dict[str, Any]:
+def train(folder: Path, kind: str, processor: Any, *, metrics: bool) -> dict[str, Any]:
     from transformers import Trainer, TrainingArguments
 
     from channel_metrics import MetricsConfig
@@ -92,7 +92,7 @@ def train(folder: Path, processor: Any, *, metrics: bool) -> dict[str, Any]:
         remove_unused_columns=False,
         disable_tqdm=True,
     )
-    model = tiny_vision_model("qwen2_5_vl")
+    model = tiny_vision_model(kind)
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -110,11 +110,11 @@ def train(folder: Path, processor: Any, *, metrics: bool) -> dict[str, Any]:
     }
 
 
-def one_by_one(processor: Any) -> dict[str, list[float]]:
+def one_by_one(kind: str, processor: Any) -> dict[str, list[float]]:
     """{channel: [nll, tokens, right]}"""
     from channel_metrics.demo.tiny_vision import tiny_vision_model
 
-    model, collate = tiny_vision_model("qwen2_5_vl"), ProcessorCollator(processor)
+    model, collate = tiny_vision_model(kind), ProcessorCollator(processor)
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0])
     for record in records():
         batch = collate([record])
@@ -130,22 +130,32 @@ def one_by_one(processor: Any) -> dict[str, list[float]]:
     return dict(sums)
 
 
-@alone
-def images_and_text(folder: Path) -> Any:
+def with_and_without(folder: Path, kind: str) -> Any:
     from transformers import AutoProcessor
 
     from channel_metrics.demo.tiny_vision import save_tiny_vision_model
 
-    processor = AutoProcessor.from_pretrained(save_tiny_vision_model(folder, "qwen2_5_vl"))
-    found: dict[str, Any] = {"expected": one_by_one(processor)}
+    processor = AutoProcessor.from_pretrained(save_tiny_vision_model(folder, kind))
+    found: dict[str, Any] = {"expected": one_by_one(kind, processor)}
     for who, metrics in (("off", False), ("on", True)):
         torch.manual_seed(0)
-        found[who] = train(folder / who, processor, metrics=metrics)
+        found[who] = train(folder / who, kind, processor, metrics=metrics)
     return found
 
 
-def test_images_beside_text(ranks_of: RanksOf) -> None:
-    (found,) = ranks_of(images_and_text)
+@alone
+def qwen2_5_vl(folder: Path) -> Any:
+    return with_and_without(folder, "qwen2_5_vl")
+
+
+@alone
+def qwen3_vl(folder: Path) -> Any:
+    return with_and_without(folder, "qwen3_vl")
+
+
+@pytest.mark.parametrize("of", [qwen2_5_vl, qwen3_vl])
+def test_images_beside_text(ranks_of: RanksOf, of: Case) -> None:
+    (found,) = ranks_of(of)
     off, on = found["off"], found["on"]
     assert (on["weights"], on["random"]) == (off["weights"], off["random"])
     for theirs, ours in zip(off["log"], on["log"], strict=True):

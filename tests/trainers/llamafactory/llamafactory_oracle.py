@@ -61,6 +61,17 @@ def of_sft(files: Path, field: str | None = None) -> Expected:
     return means(values)
 
 
+def of_excess(files: Path) -> dict[str, float]:
+    """Stage sft: {channel: excess loss}, over the records with a reference."""
+    found = {}
+    for name in NAMES:
+        known = [record for record in records(files, name) if record["ref_nll"] is not None]
+        losses = [answer(files / "model", *(t["value"] for t in r["turns"])) for r in known]
+        nll = sum(-float(one.sum()) - r["ref_nll"] for one, r in zip(losses, known, strict=True))
+        found[name] = nll / sum(len(one) for one in losses)
+    return found
+
+
 def of_packs(files: Path, size: int) -> Expected:
     """Stage sft with `packing`: the samples of a pack see those before them."""
     samples = []

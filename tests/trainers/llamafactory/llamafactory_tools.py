@@ -66,6 +66,9 @@ def _record(name: str, index: int, rng: random.Random) -> dict[str, Any]:
         "rejected": rejected,
         "good": index % 3 != 0,
         "source": rng.choice(["north", "south"]),
+        # Of the answer, by a reference model; each third record has none.
+        "ref_nll": None if index % 3 == 0 else 1.7 * index,
+        "ref_tokens": None if index % 3 == 0 else len(answers[0]),
     }
 
 

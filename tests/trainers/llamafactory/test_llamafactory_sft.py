@@ -20,10 +20,11 @@ RANKS = {"ranks": 2, "per_device_train_batch_size": 23, "gradient_accumulation_s
 STREAM = {"streaming": True, "buffer_size": 8, "max_steps": 6, "dataloader_num_workers": 1}
 TEXTS = {"stage": "pt", "dataset": "code_text,chat_text", "cutoff_len": 32}
 COLUMN = {"config": "fields: [source]\nmetrics: [loss, tokens, samples]"}
-LABELS = {"config": f"metrics: [loss, tokens, samples]\naxes: {json.dumps(AXES)}"}
+EXCESS = "metrics: [loss, tokens, samples, excess_loss]"
+LABELS = {"config": f"{EXCESS}\naxes: {json.dumps(AXES)}"}
 # {run: its arguments}
 RUNS: dict[str, dict[str, Any]] = {
-    "padded": {**EPOCH, **EACH, "eval_strategy": "epoch"},
+    "padded": {**EPOCH, **EACH, "eval_strategy": "epoch", "config": EXCESS},
     "packing": {**EPOCH, "packing": True},
     "neat_packing": {**EPOCH, "neat_packing": True, **LABELS},
     "column": {**EPOCH, **COLUMN, "finetuning_type": "lora"},
@@ -64,6 +65,15 @@ def test_labels_on_further_axes_of_packed_samples(ran: dict[str, Command], files
     from llamafactory_oracle import of_sft
 
     check_axes(ran["neat_packing"].values, of_sft(files), of_sft(files, "source"))
+
+
+@pytest.mark.parametrize("name", ["padded", "neat_packing"])
+def test_excess_loss(ran: dict[str, Command], files: Path, name: str) -> None:
+    """The numbers of the reference model go with their records, also into packs."""
+    from llamafactory_oracle import of_excess
+
+    for channel, value in of_excess(files).items():
+        assert ran[name].values[f"{channel}_excess_loss"] == pytest.approx(value, rel=1e-5)
 
 
 def test_samples_of_a_pack_keep_their_channels(ran: dict[str, Command], files: Path) -> None:
