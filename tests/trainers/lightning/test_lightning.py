@@ -12,7 +12,7 @@ import lightning.pytorch as L
 import pytest
 import pytorch_lightning
 import torch
-from hf_tools import PaddingCollator, make_records, tiny_model
+from hf_tools import PaddingCollator, make_records, tiny_model, token_table
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_tools import Module, check, flattened, loader, quiet, run, still_model, weights
@@ -278,3 +278,18 @@ def test_pytorch_lightning_takes_it_too() -> None:
     trainer.fit(Same(), loader(RECORDS[:8], callback.collator(PaddingCollator())))
     check(windows[0].logs, RECORDS[:8])
     assert isinstance(callback, L.Callback)
+
+
+def test_excess_loss_over_a_reference() -> None:
+    records = [
+        record | {"ref_nll": 1.7 * n, "ref_tokens": sum(t != -100 for t in record["labels"])}
+        for n, record in enumerate(RECORDS[:8])
+    ]
+    found = run(records, config=MetricsConfig(metrics=("excess_loss",))).windows[0].logs
+    table, wanted = token_table(still_model(), RECORDS[:8]), {}
+    for name in {record["channel"] for record in records}:
+        own = [record for record in records if record["channel"] == name]
+        losses = [loss for r in own for loss, _ in table[tuple(r["input_ids"])][1]]
+        excess = sum(losses) - sum(record["ref_nll"] for record in own)
+        wanted[f"{name}_excess_loss"] = excess / len(losses)
+    assert found == pytest.approx(wanted, rel=1e-5)

@@ -104,6 +104,21 @@ def unlabeled(folder: Path) -> list[str]:
 
 
 @on_two
+def without_reference(folder: Path) -> dict[str, Any]:
+    from megatron_loop import NAMES, RoughLoop, start
+
+    from channel_metrics import MetricsConfig
+    from channel_metrics.trainers.megatron.counting import MegatronChannelMetrics
+
+    start()
+    loop = RoughLoop()
+    loop.metrics = MegatronChannelMetrics(NAMES, config=MetricsConfig(metrics=("excess_loss",)))
+    with told() as found:
+        windows = [loop.window(), loop.window()]
+    return {"told": found, "windows": windows}
+
+
+@on_two
 def peek(folder: Path) -> dict[str, Any]:
     """Values in the middle of a window, which goes on."""
     from megatron_loop import RoughLoop, start
@@ -176,3 +191,11 @@ def test_values_in_the_middle_of_a_window_count_nothing_twice(ranks_of: RanksOf)
         values, wanted = rank["end"]
         counts = {key: n for key, n in wanted.items() if key.endswith(COUNTS)}
         assert {key: values[f"{key}_total"] for key in counts} == counts
+
+
+def test_excess_loss_is_absent_and_said_so_once(ranks_of: RanksOf) -> None:
+    """The batches of Megatron have no numbers of a reference model."""
+    for of_rank in ranks_of(without_reference):
+        assert not any("excess" in key for values, _ in of_rank["windows"] for key in values)
+        (said,) = (text for text in of_rank["told"] if "excess" in text)
+        assert said.startswith("excess_loss needs `ref_nll`")
