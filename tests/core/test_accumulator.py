@@ -90,7 +90,8 @@ def test_token_ids_equal_sequence_ids(stream: list[Case]) -> None:
         by_sequence.update(**given)
         bounds = torch.tensor(case.batch.bounds)
         expanded = token_channel_ids(ids, bounds, len(case.batch.losses)).view(case.shape)
-        by_token.update(**{**given, "channels": expanded, "cu_seqlens": None})
+        own = {"channels": expanded, "cu_seqlens": None, "reference": None}  # that of sequences
+        by_token.update(**{**given, **own})
     assert by_token.compute() == pytest.approx(by_sequence.compute(), rel=1e-12)
 
 

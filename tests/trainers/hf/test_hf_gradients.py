@@ -146,6 +146,8 @@ def test_the_training_is_the_same_bit_for_bit(ranks_of: RanksOf) -> None:
     assert not any(key.startswith("eval_") and "grad" in key for key in on[0]["logs"][-1])
 
 
+# peft reads it.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_adapter_of_peft(tmp_path: Path) -> None:
     """The layer is frozen. Its gradient is measured all the same."""
     torch.manual_seed(0)
