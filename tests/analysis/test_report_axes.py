@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from analysis.analysis_tools import make_history, run_of, series_of, write_jsonl
+from analysis.report_page import channels_of
 from analysis.report_runs import resumed_run, rich_run, run_with
 from channel_metrics.analysis.report.axes import axes_of, marks_of
 from channel_metrics.analysis.report.curves import curves_of
 from channel_metrics.analysis.report.more_curves import mix_curves, other_curves, overwritten_curves
 from channel_metrics.analysis.report.page_data import page_data
-from channel_metrics.analysis.report.views import shown, views_of
+from channel_metrics.analysis.report.views import shown
 from channel_metrics.analysis.run import RUN_FILE, load_run
 
 
@@ -62,7 +63,7 @@ def test_what_a_resume_overwrote_is_a_curve_of_its_own() -> None:
         *(first[step] for step in range(21, 31)),
         *(second[step] for step in range(36, 39)),
     ]
-    data = page_data(views_of([run]), ["bbu"], 100)
+    data = page_data([replace(channels_of(run), names=["bbu"])], 100)
     marked = [c for c in data["curves"] if c.get("overwritten")]
     assert {(c["channel"], c["metric"]) for c in marked} == {
         (number, metric)
@@ -137,7 +138,7 @@ def test_each_strength_is_one_curve_more() -> None:
 
 def test_the_page_has_tokens_once_for_each_channel() -> None:
     run = run_of(make_history(200))
-    data = page_data(views_of([run]), run.channels(), 2000)
+    data = page_data([channels_of(run)], 2000)
     with_tokens = [(c["channel"], c["metric"]) for c in data["curves"] if "tokens" in c]
     assert sorted(with_tokens) == [(0, "loss"), (1, "loss"), (2, "loss")]
 
