@@ -88,14 +88,16 @@ def test_texts_and_tables_follow_the_axis(report: Report, files: dict[str, Path]
     rows = {
         row.channel: row for row in final_rows(with_axis(run_of(history(PLAIN, axes=AXES)), "lang"))
     }
+    search = (
+        "const search = document.querySelector('#search'); search.value = arguments[0];"
+        "search.dispatchEvent(new Event('input'))"
+    )
     for name in ("de", "en"):
-        report.run("document.querySelector('#search').value = arguments[0]", name)
-        report.run("document.querySelector('#search').dispatchEvent(new Event('input'))")
+        report.run(search, name)
         assert f"{rows[name].last_loss:.4f}" in report.texts("#final-2 tbody td")
         assert report.texts("#final-2 tbody th") == [name]
-    report.run("document.querySelector('#search').value = ''")
+    report.run(search, "")
     report.choose("#axis", "")
-    report.run("document.querySelector('#search').dispatchEvent(new Event('input'))")
     assert [report.texts(selector) for selector in everywhere] == before
     assert report.complaints() == []
 
