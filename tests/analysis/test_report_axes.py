@@ -74,6 +74,15 @@ def test_what_a_resume_overwrote_is_a_curve_of_its_own() -> None:
     assert not list(overwritten_curves(rich_run(), ["a"], 100))
 
 
+def test_a_resume_from_before_an_earlier_one_breaks_the_overwritten_line_there() -> None:
+    run = resumed_run(((1, 40), (36, 45), (21, 60)))
+    assert run.resumes == (36, 21)
+    loss = next(c for c in overwritten_curves(run, ["bbu"], 100) if c.channel == "bbu")
+    # Up to step 35 they are values of the first branch, from 36 on of the second one.
+    assert loss.steps.tolist() == [*range(21, 36), 36, *range(36, 46)]
+    assert np.isnan(loss.values).nonzero()[0].tolist() == [15]
+
+
 def test_the_mix_so_far_counts_windows_without_a_channel() -> None:
     history = [{"step": s, "a_loss": 1, "a_tokens": 5, "a_samples": 3} for s in (1, 2, 3)]
     history[1] |= {"b_loss": 1, "b_tokens": 5, "b_samples": 1}
