@@ -237,9 +237,12 @@ class Chart {
   }
 }
 
+// Names often differ only at their ends, so the middle is left out.
 const cutName = (name, length) => {
   const letters = [...name];
-  return letters.length > length ? `${letters.slice(0, length - 1).join("")}…` : name;
+  if (letters.length <= length) return name;
+  const end = Math.floor(length / 2);
+  return `${letters.slice(0, length - 1 - end).join("")}…${letters.slice(-end).join("")}`;
 };
 
 const zoomTo = (ends) => {

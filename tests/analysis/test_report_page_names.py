@@ -1,0 +1,72 @@
+"""Long names of channels and runs in the page: they can be told apart, and hide no column."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from analysis.browser import Report, needs_browser
+from analysis.report_runs import run_with
+from channel_metrics.analysis.report.html import write_report
+
+pytestmark = needs_browser
+# They differ only at the end, as datasets in one folder do.
+NAMES = [f"instruct_mixture_dialogue_long_{number:02d}" for number in range(40)]
+RUNS = ("base", "more_code_lr3e-5", "third run, resumed")
+TOO_WIDE = (
+    "return [...document.querySelectorAll(arguments[0])]"
+    ".filter((e) => e.scrollWidth > e.clientWidth).length"
+)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("names") / "report.html"
+    runs = [run_with(NAMES, steps=12, name=name, seed=seed) for seed, name in enumerate(RUNS)]
+    write_report(runs, path)
+    yield path
+
+
+def test_names_can_be_told_apart(report: Report, file: Path) -> None:
+    report.open(file, width=1440)
+    ends = report.texts("[data-metric=loss] .labels text")
+    assert len(set(ends)) == len(ends) == 9
+    assert all(end in ("whole run", f"instruc…long_{end[-2:]}") for end in ends)
+    # The list shows them whole, in several lines.
+    cut = (
+        "return [...document.querySelectorAll('#legend-list bdi')]"
+        ".filter((e) => e.scrollHeight > e.clientHeight || e.scrollWidth > e.clientWidth).length"
+    )
+    assert report.run(cut) == 0
+    assert report.texts("#legend-list bdi")[0] in NAMES
+
+
+def test_a_wide_page_shows_all_columns(report: Report, file: Path) -> None:
+    report.open(file, width=1440)
+    for cell in report.driver.find_elements("css selector", ".spark-cell")[:3]:
+        report.run("arguments[0].scrollIntoView({ behavior: 'instant' })", cell)
+    assert report.run(TOO_WIDE, ".scroll") == 0
+
+
+@pytest.mark.parametrize("width", [390, 768])
+def test_a_narrow_page_keeps_names_in_sight(report: Report, file: Path, width: int) -> None:
+    report.open(file, width=width)
+    assert report.run("return document.documentElement.scrollWidth") == width
+    # The table is wider than the page, so a shadow tells of more columns.
+    assert report.run(TOO_WIDE, ".scroll:has(#final)") == 1
+    edge = report.run("return getComputedStyle(document.querySelector('.scroll')).background")
+    assert edge.count("linear-gradient") == 2 and "local" in edge
+    left = "return Math.round(document.querySelector('#final tbody th').getBoundingClientRect().x)"
+    before = report.run(left)
+    report.run("document.querySelector('.scroll:has(#final)').scrollLeft = 9999")
+    assert report.run(left) == before
+    # A run's name is not broken into letters.
+    assert report.run("return document.querySelector('#final td.run').clientWidth") >= 100
+
+
+def test_the_choice_of_theme_stays_in_one_line(report: Report, file: Path) -> None:
+    report.open(file, width=768)
+    places = "return [...document.querySelectorAll('.theme span')].map((e) => e.offsetTop)"
+    assert len(set(report.run(places))) == 1
