@@ -5,9 +5,10 @@
     python -m benchmarks.charts FOLDER
 
 Draws 200 channels of 333 points (what a report of 200 channels holds) and of 5,000 points, under
-the content security policy of the report. The first channels have hostile names. For each way, it
-prints the size of the library, the milliseconds until the frame after drawing, after a change to a
-logarithmic axis and after a zoom, and what the policy refused.
+the content security policy of the report. The first channels have hostile names. The ways take
+turns for some rounds, each time in a new browser. For each way, it prints the size of the library,
+the median milliseconds until the frame after drawing, after a change to a logarithmic axis and
+after a zoom, and what the policy refused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 DATA = """
@@ -175,23 +177,36 @@ def browser() -> Any:
     return driver
 
 
-def main(folder: Path) -> None:
+def measure(way: Way, library: str, points: int) -> tuple[list[int], list[str]]:
+    """The times of one drawing, in a new browser, and what the policy refused."""
+    script = DATA.replace("POINTS", str(points)) + way.script
+    with tempfile.NamedTemporaryFile("w", suffix=".html", encoding="utf-8") as file:
+        file.write(page(library, script))
+        file.flush()
+        driver = browser()
+        driver.get(Path(file.name).as_uri())
+        times, refused, images, hacked = driver.execute_async_script(MEASURE, points)
+        driver.quit()
+    assert images == 0 and hacked is None, way.name
+    return times, refused
+
+
+def main(folder: Path, num_rounds: int = 5) -> None:
     """Print one line for each number of points and each way."""
     prepare(folder)
+    libraries = {
+        way: "\n".join((folder / name).read_text(encoding="utf-8") for name in way.files)
+        for way in WAYS
+    }
     print("points | way | library, kB | draw, log, zoom, ms | refused by the policy")
     for points in (333, 5000):
-        for way in WAYS:
-            library = "\n".join((folder / name).read_text(encoding="utf-8") for name in way.files)
-            script = DATA.replace("POINTS", str(points)) + way.script
-            with tempfile.NamedTemporaryFile("w", suffix=".html", encoding="utf-8") as file:
-                file.write(page(library, script))
-                file.flush()
-                driver = browser()
-                driver.get(Path(file.name).as_uri())
-                found = driver.execute_async_script(MEASURE, points)
-                driver.quit()
-            times, refused, images, hacked = found
-            assert images == 0 and hacked is None, way.name
+        found = [
+            {way: measure(way, library, points) for way, library in libraries.items()}
+            for _ in range(num_rounds)
+        ]
+        for way, library in libraries.items():
+            times = [*map(median, zip(*(of_round[way][0] for of_round in found), strict=True))]
+            refused = found[0][way][1]
             size = len(library.encode()) // 1000
             print(f"{points} | {way.name} | {size} | {times} | {', '.join(refused) or 'nothing'}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,11 +21,11 @@ TOO_WIDE = (
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("names") / "report.html"
     runs = [run_with(NAMES, steps=12, name=name, seed=seed) for seed, name in enumerate(RUNS)]
     write_report(runs, path)
-    yield path
+    return path
 
 
 def test_names_can_be_told_apart(report: Report, file: Path) -> None:
