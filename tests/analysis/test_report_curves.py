@@ -207,6 +207,19 @@ def test_one_nan_takes_no_part_in_a_smooth_curve_and_breaks_the_other() -> None:
     assert np.isfinite(smooth.values).all()
 
 
+def test_a_smooth_curve_ends_where_its_values_become_nan() -> None:
+    """The windows of the next steps still reach values from before."""
+    history: list[dict[str, float]] = [
+        {"step": s, "loss": 1.0, "web_loss": 2.0 if s <= 100 else math.nan, "web_tokens": 9}
+        for s in range(1, 201)
+    ]
+    curves = curves_of(run_of(history), ["web"], 1000, [1, 2, 3])
+    smooth = [c for c in curves if c.is_smooth and c.channel == "web" and c.metric == "loss"]
+    # The strongest one has fewer points.
+    assert [c.steps[np.isfinite(c.values)].max() for c in smooth] == [100, 100, 99]
+
+
+
 def test_nothing_is_drawn_across_a_gap() -> None:
     run = troubled_run()
     curve = curve_of(run, "starved", "loss")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from analysis.analysis_tools import run_of
 from analysis.browser import Report, needs_browser
 from analysis.report_runs import run_with
 from channel_metrics.analysis.report.html import write_report
@@ -69,3 +70,24 @@ def test_the_choice_of_theme_stays_in_one_line(report: Report, file: Path) -> No
     report.open(file, width=768)
     places = "return [...document.querySelectorAll('.theme span')].map((e) => e.offsetTop)"
     assert len(set(report.run(places))) == 1
+
+
+def test_a_line_that_becomes_nan_is_not_drawn_on(report: Report, tmp_path: Path) -> None:
+    """A long dotted leader to its name looked like a flat curve."""
+    history = [
+        {"step": step, "loss": loss, "web_loss": loss, "web_tokens": 9, "b_loss": 1, "b_tokens": 9}
+        for step in range(1, 201)
+        for loss in [2.0 if step <= 100 else float("nan")]
+    ]
+    write_report([run_of(history)], tmp_path / "report.html")
+    report.open(tmp_path / "report.html", width=1440)
+    ends = report.run(
+        "const box = document.querySelector('[data-metric=loss] .axes .base').getBBox();"
+        "return [...document.querySelectorAll('[data-metric=loss] :is(.lead, .line:not(.raw))')]"
+        ".map((e) => [e.getAttribute('class').split(' ')[0], e.getBBox()])"
+        ".map(([kind, { x, width }]) => [kind, (x + width - box.x) / box.width])"
+    )
+    lines = sorted(round(end, 2) for kind, end in ends if kind == "line")
+    assert lines == [0.5, 0.5, 1.0]
+    leaders = sorted(end for kind, end in ends if kind == "lead")
+    assert leaders == pytest.approx([0.5, 0.5, 1.0], abs=0.03)

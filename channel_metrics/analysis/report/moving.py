@@ -57,7 +57,12 @@ class MovingMeans:
         usable = np.isfinite(values)
         weights = np.where(usable, weights, 0.0)
         parts = np.where(usable, values, 0.0) * weights
-        return self._means(channel, steps, parts, weights, num_points=num_points, part=part)
+        places, means = self._means(
+            channel, steps, parts, weights, num_points=num_points, part=part
+        )
+        # What became NaN for good has no means there, though windows reach back before it.
+        means[places > steps[usable].max(initial=-1)] = np.nan
+        return places, means
 
     def _means(
         self,

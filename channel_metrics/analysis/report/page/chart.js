@@ -1,6 +1,8 @@
 // One chart: scales, curves, a cursor that reads values, zoom.
 const MAX_LABELS = 12;
 const MAX_READ = 10;
+// A name further than this from the end of its line stands at the end of the line.
+const FAR = 40;
 
 class Chart {
   constructor(figure, number) {
@@ -133,9 +135,10 @@ class Chart {
     }
     for (const { channel, x, y, at } of placed) {
       const from = Math.min(x + 3, this.area.right);
-      group.append(drawn("path", { class: `lead ${colorOf(channel)}`, d: `M${from} ${y}L${this.area.right + 9} ${at}` }));
-      const name = nameOf(channel);
-      const text = drawn("text", { class: `name ${colorOf(channel)}`, x: this.area.right + 13, y: at + 4 }, cutName(name, 15));
+      // A long leader would read as a line that goes on.
+      const to = x < this.area.right - FAR ? from : this.area.right;
+      group.append(drawn("path", { class: `lead ${colorOf(channel)}`, d: `M${from} ${y}L${to + 9} ${at}` }));
+      const text = drawn("text", { class: `name ${colorOf(channel)}`, x: to + 13, y: at + 4 }, cutName(nameOf(channel), 15));
       group.append(text);
     }
     return group;

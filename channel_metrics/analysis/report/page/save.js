@@ -1,7 +1,7 @@
 // A chart as CSV, PNG or SVG: what is drawn at this moment.
 const STYLES = [
   "fill", "fill-opacity", "stroke", "stroke-width", "stroke-opacity", "stroke-dasharray", "stroke-linejoin",
-  "stroke-linecap", "opacity", "font-size", "font-family", "text-anchor",
+  "stroke-linecap", "opacity", "font-size", "font-family", "text-anchor", "paint-order",
 ];
 
 const offer = (blob, name) => {
