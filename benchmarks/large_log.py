@@ -52,8 +52,8 @@ def _entry(step: int, rng: random.Random) -> dict[str, float]:
 def measure(command: tuple[str, ...]) -> tuple[float, float, float]:
     """Seconds, CPU seconds and peak MB of a command, in a process of its own."""
     start = time.perf_counter()
-    call = "import channel_metrics.cli as cli; cli.main()"
-    child = subprocess.Popen([sys.executable, "-c", call, *command], stdout=subprocess.DEVNULL)
+    call = [sys.executable, "-m", "channel_metrics", *command]
+    child = subprocess.Popen(call, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - start
     if code := os.waitstatus_to_exitcode(status):

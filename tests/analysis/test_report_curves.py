@@ -219,7 +219,6 @@ def test_a_smooth_curve_ends_where_its_values_become_nan() -> None:
     assert [c.steps[np.isfinite(c.values)].max() for c in smooth] == [100, 100, 99]
 
 
-
 def test_nothing_is_drawn_across_a_gap() -> None:
     run = troubled_run()
     curve = curve_of(run, "starved", "loss")
