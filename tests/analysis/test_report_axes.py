@@ -15,9 +15,10 @@ from analysis.report_page import channels_of
 from analysis.report_runs import resumed_run, rich_run, run_with
 from channel_metrics.analysis.report.axes import axes_of, marks_of
 from channel_metrics.analysis.report.curves import curves_of
+from channel_metrics.analysis.report.groupings import Grouping
 from channel_metrics.analysis.report.more_curves import mix_curves, other_curves, overwritten_curves
 from channel_metrics.analysis.report.page_data import page_data
-from channel_metrics.analysis.report.views import shown
+from channel_metrics.analysis.report.views import rank_channels, shown, views_of
 from channel_metrics.analysis.run import RUN_FILE, load_run
 
 
@@ -145,11 +146,13 @@ def test_each_strength_is_one_curve_more() -> None:
     assert rough == sorted(rough, reverse=True)
 
 
-def test_the_page_has_tokens_once_for_each_channel() -> None:
-    run = run_of(make_history(200))
-    data = page_data([channels_of(run)], 2000)
-    with_tokens = [(c["channel"], c["metric"]) for c in data["curves"] if "tokens" in c]
-    assert sorted(with_tokens) == [(0, "loss"), (1, "loss"), (2, "loss")]
+def test_the_page_has_tokens_once_for_each_channel_of_a_run() -> None:
+    runs = [run_of(make_history(200)), run_of(make_history(200, seed=1), name="other")]
+    views = views_of(runs)
+    both = Grouping(axis="", views=views, found=[[], []], names=rank_channels(runs))
+    data = page_data([both], 2000)
+    with_tokens = [(c["run"], c["channel"], c["metric"]) for c in data["curves"] if "tokens" in c]
+    assert sorted(with_tokens) == [(run, place, "loss") for run in (0, 1) for place in range(3)]
 
 
 def test_a_name_of_blanks_is_shown_as_such() -> None:
