@@ -16,8 +16,9 @@ from analysis.labelled import ALL, AXES, PLAIN, SLASHED, history
 from channel_metrics.analysis import load
 from channel_metrics.analysis.axes import with_axis
 from channel_metrics.analysis.judging.told import findings_of
+from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.report.views import views_of
-from channel_metrics.analysis.rows import final_rows
+from channel_metrics.analysis.rows import final_rows, whole_row
 from channel_metrics.analysis.run import Run, load_run
 from channel_metrics.cli.main import app
 from channel_metrics.core.names import joint_name
@@ -166,6 +167,24 @@ def test_labels_that_overlap(metrics: tuple[str, ...]) -> None:
     said = "labels of the axis topic overlap, so their shares add up to more than 1"
     assert said in with_axis(run, "topic").problems.notes
     assert not any("overlap" in note for note in with_axis(run, "lang").problems.notes)
+    # Labels may overlap or leave tokens out, so their sum is not the run's number of tokens.
+    assert whole_row(with_axis(run, "topic")).tokens is None
+    assert (whole_row(run).tokens == 24) == ("tokens" in metrics)
+
+
+def test_labels_are_compared_with_those_of_the_first_run() -> None:
+    """A run without the axis has no view."""
+    one, plain = run_of(history(PLAIN, axes=AXES)), run_of(history(PLAIN))
+    higher = [
+        {key: 2 * value if key.endswith("loss") else value for key, value in entry.items()}
+        for entry in history(PLAIN, axes=AXES)
+    ]
+    first, other = views_of([one, plain, run_of(higher)], "lang")
+    assert (first.index, other.index) == (0, 2) and not first.versus
+    changes = {found.channel: found.change for found in other.versus}
+    assert changes == pytest.approx({GLOBAL: 1.0, "en": 1.0, "de": 1.0})
+    # Without labels in the first run, nothing is compared.
+    assert [view.versus for view in views_of([plain, one], "lang")] == [[]]
 
 
 @pytest.mark.parametrize("command", [("analyze",), ("report", "--no-pictures")])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
 from analysis.analysis_tools import run_of
-from channel_metrics.analysis.rows import final_rows
+from channel_metrics.analysis.rows import final_rows, total_of
 from channel_metrics.analysis.store import SeriesStore
 
 
@@ -50,3 +51,11 @@ def test_each_series_is_read_a_few_times_however_many_channels(
     monkeypatch.setattr(SeriesStore, "series", counted)
     assert len(final_rows(run)) == 40
     assert len(reads) < 10 * 40
+
+
+def test_a_count_that_is_no_number_takes_no_part() -> None:
+    log = [
+        {"step": step, "a_loss": 1.0, "a_tokens": math.nan if step == 2 else 5}
+        for step in range(1, 5)
+    ]
+    assert total_of(run_of(log), "a", "tokens") == 15
