@@ -93,7 +93,8 @@ def trends_of(run: Run) -> list[Trend]:
 def losses_of(run: Run, channel: str, split: str) -> Series:
     """The finite losses of a channel, with their tokens, and their errors if intervals are logged.
 
-    Estimates have intervals, too, but are smooth, so that their values depend on each other.
+    The intervals of estimates (`loss_estimate_high`) are not taken: estimates are smooth, so that
+    their values depend on each other.
     """
     metric = loss_metric(run, channel, split) or "loss"
     steps, losses = run.series(channel, metric, split)
@@ -102,7 +103,7 @@ def losses_of(run: Run, channel: str, split: str) -> Series:
     counts = run.series(channel, "tokens", split)
     weights = np.nan_to_num(values_at(steps, *counts)) if len(counts[0]) else None
     errors = None
-    if metric == "loss" and run.has(channel, "loss_high", split):
+    if run.has(channel, "loss_high", split):
         # The low end of an interval stops at 0.
         high = values_at(steps, *run.series(channel, "loss_high", split))
         errors = (high - losses) / _ENDS
