@@ -187,10 +187,11 @@ class _Tokens:
         return True
 
     def _have_one_loss(self, kept: Sequence[str], group: Sequence[str]) -> bool:
-        losses = [self._sum(names, "loss") / self._sum(names) for names in (kept, group)]
-        known = np.isfinite(losses[0]) & np.isfinite(losses[1]) & (losses[0] > 0)
+        with np.errstate(invalid="ignore"):  # steps without any of these names
+            losses = [self._sum(names, "loss") / self._sum(names) for names in (kept, group)]
+        known = np.isfinite(losses[0]) & np.isfinite(losses[1])
         off = np.abs(losses[1] - losses[0])[known]
-        return not known.any() or _nearly_all(off <= _SAME_LOSS * losses[0][known])
+        return not known.any() or _nearly_all(off <= _SAME_LOSS * np.abs(losses[0][known]))
 
     def _sum(self, names: Sequence[str], times: str = "") -> Values:
         """The sum over `names` at each step; of the counts, or of counts times another metric."""

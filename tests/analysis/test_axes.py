@@ -122,6 +122,23 @@ def test_labels_hold_all_tokens_at_19_of_20_steps(other: dict[str, float], num_o
     assert run.channels() == (["bbu"] if num_other == 2 else ["bbu", "code/a"])
 
 
+def test_labels_of_losses_below_zero() -> None:
+    """A log without shares, so that losses tell whether they are labels."""
+    usual = {"bbu_loss": -1.0, "bbu_tokens": 100, "code/a_tokens": 100}
+    for loss, axes in ((-1.0, ["code"]), (-1.1, [])):
+        run = run_of([{"step": s, **usual, "code/a_loss": loss} for s in range(1, 9)])
+        assert run.axes == axes
+
+
+def test_an_axis_that_begins_later() -> None:
+    """A resume may add an axis: steps without any of its labels say nothing about it."""
+    log = [{"step": s, "bbu_loss": 1.0, "bbu_tokens": 9} for s in range(1, 21)]
+    for entry in log[10:]:
+        entry |= {"lang/en_loss": 1.0, "lang/en_tokens": 9}
+    run = run_of(log)
+    assert (run.axes, run.channels()) == (["lang"], ["bbu"])
+
+
 def test_names_that_are_declared_are_channels(tmp_path: Path) -> None:
     """Both prefixes hold all tokens here, and keys in alphabetical order do not tell which."""
     names = ("read/wiki", "read/news")

@@ -74,6 +74,17 @@ def test_two_runs_with_few_values_are_compared_by_their_last_common_ones() -> No
     assert difference(few([3.0], 0.1), Series(np.arange(5, 7), np.ones(2))) is None
 
 
+def test_runs_with_other_steps_are_compared_at_the_last_one_that_both_have() -> None:
+    """The last values before step 9 are of steps 9 and 1: they are not compared."""
+    errors = np.array([0.03, 0.03])
+    one = Series(np.array([1, 9]), np.array([3.0, 2.0]), errors=errors)
+    other = Series(np.array([1, 10]), np.array([3.5, 1.9]), errors=errors)
+    for found in (difference(one, other), difference(other, one)):
+        assert found is not None and found.last_step == 1
+        assert abs(found.change) == 0.5
+    assert difference(one, Series(np.array([2, 8]), np.ones(2), errors=errors)) is None
+
+
 def test_the_error_is_read_off_the_upper_end_of_the_interval() -> None:
     run = run_with_log(evaluations("A", [0.05, 0.5], 0.196))
     errors = losses_of(run, "A", "eval").errors

@@ -197,3 +197,18 @@ def test_a_resumed_run_with_estimates_keeps_its_resumes_and_records(tmp_path: Pa
     assert len(steps) > 10 and estimates == pytest.approx(1.0, abs=0.01)
     assert len(run.overwritten("bbu", "loss_estimate")[0]) == 0
     assert len(run.store) == len(plain.store) + 6 * len(steps)
+
+
+def test_a_mix_takes_the_place_of_what_the_log_says_of_it(tmp_path: Path) -> None:
+    log = [{"step": step, "loss": 1.0, "a_tokens": 7, "b_tokens": 7} for step in range(1, 5)]
+    run = run_of(log)
+    lines = [{"step": step, "id": step, "dataset": "a", "tokens": 5} for step in range(1, 5)]
+    once = with_mix(run, load_mix(write_jsonl(tmp_path / "samples.jsonl", lines)))
+    for line in lines:
+        line["tokens"] = 6
+    twice = with_mix(once, load_mix(write_jsonl(tmp_path / "samples.jsonl", lines)))
+    for joined, tokens in ((once, 5.0), (twice, 6.0)):
+        assert series_of(joined, "a", "tokens") == dict.fromkeys(range(1, 5), tokens)
+        assert series_of(joined, "b", "tokens") == dict.fromkeys(range(1, 5), 7.0)
+        keys = [key for key, _, _ in joined.all_series()]
+        assert len(keys) == len(set(keys))

@@ -138,6 +138,11 @@ def test_only_so_many_labels_of_an_axis(tmp_path: Path, monkeypatch: pytest.Monk
     page = page_of([run], tmp_path)
     assert page.data["label_axes"].count("lang") == page.data["label_axes"].count("domain") == 1
     assert "1 label of lang with the fewest tokens is left out." in " ".join(page.text.split())
+    # Each name has one number, in the table and in the data.
+    names = page.data["channels"]
+    assert sorted({row["channel"] for row in page.data["rows"]}) == [*range(len(names))]
+    numbers = {int(value) for _, name, value in page.attributes if name == "data-channel"}
+    assert numbers == {*range(len(names))}
     lang = with_axis(run, "lang")
     most = max(("de", "en"), key=lambda name: sum(series_of(lang, name, "tokens").values()))
     assert page.data["channels"][page.data["label_axes"].index("lang")] == most

@@ -153,10 +153,11 @@ def rise_of(series: Series) -> Rise:
 def difference(one: Series, other: Series) -> Difference | None:
     """Compare two series over their common steps.
 
-    If one of them has fewer than `MIN_VALUES` values there, their last values are compared.
+    If one of them has fewer than `MIN_VALUES` values there, the last ones of a common step are
+    compared.
 
     Returns:
-        None if these have no standard errors.
+        None if there are none, or if they have no standard errors.
     """
     first = max(int(series.steps[0]) if len(series.steps) else 0 for series in (one, other))
     last = min(int(series.steps[-1]) if len(series.steps) else -1 for series in (one, other))
@@ -193,16 +194,19 @@ def _limit_of_few(series: Series, low: int) -> float:
 
 
 def _difference_of_last(one: Series, other: Series) -> Difference | None:
-    if one.errors is None or other.errors is None or not min(len(one.steps), len(other.steps)):
+    """At the last step that both have."""
+    common, here, there = np.intersect1d(one.steps, other.steps, return_indices=True)
+    if one.errors is None or other.errors is None or not len(common):
         return None
-    error = math.hypot(one.errors[-1], other.errors[-1])
+    here, there = here[-1], there[-1]
+    error = math.hypot(one.errors[here], other.errors[there])
     if not math.isfinite(error):
         return None
     return Difference(
-        change=float(one.values[-1] - other.values[-1]),
+        change=float(one.values[here] - other.values[there]),
         limit=error * _quantile(LEVEL),
-        level=float(other.values[-1]),
-        last_step=int(min(one.steps[-1], other.steps[-1])),
+        level=float(other.values[there]),
+        last_step=int(common[-1]),
     )
 
 
