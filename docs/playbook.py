@@ -11,6 +11,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,8 +21,14 @@ import matplotlib.pyplot as plt
 import torch
 import yaml
 
-from channel_metrics.demo.config import load_config
-from channel_metrics.demo.train import train
+from channel_metrics import swap
+from channel_metrics.analysis.judging.finding import lines_of
+from channel_metrics.analysis.judging.told import findings_of
+from channel_metrics.analysis.report.views import views_of
+from channel_metrics.analysis.run import load_run
+from channel_metrics.demo import train as demo
+from channel_metrics.demo.config import TrainConfig, load_config
+from channel_metrics.demo.mixture import Mixture
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "channel_metrics"
@@ -61,7 +68,7 @@ class Case:
         """Train, and return what the trainer logged."""
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(self.settings))
-        return train(load_config(path), output_dir=self.folder / name).log_history
+        return demo.train(load_config(path), output_dir=self.folder / name).log_history
 
 
 def series(logs: Logs, key: str) -> tuple[list[int], list[float]]:
@@ -176,6 +183,32 @@ def broken(case: Case) -> None:
     say(logs, "loss", "rru_loss", "rru_token_acc", "eval_rru_loss", "bbu_loss")
 
 
+def starved(case: Case) -> None:
+    """lvis is configured as a fifth of the records, but a later filter drops all except three."""
+    with swap.wrapped(demo, "build_mixture", _three_of_lvis):
+        logs = case.run()
+    picture(
+        "starved",
+        [
+            ("share of the tokens", logs, channels("{}_share", ".-")),
+            ("evaluation", logs, channels("eval_{}_loss", ".-")),
+        ],
+    )
+    say(logs, "loss", "lvis_share", "lvis_loss", *(f"eval_{n}_loss" for n in COLORS))
+    views = views_of([load_run(case.folder / "run")])
+    print("\n".join(lines_of(findings_of(views[-1]))))
+
+
+def _three_of_lvis(
+    build: Callable[[TrainConfig, Any], Mixture], config: TrainConfig, tokenizer: Any
+) -> Mixture:
+    mixture = build(config, tokenizer)
+    sources = [metadata["_fusion_source"] for metadata in mixture.train["metadata"]]
+    dropped = [index for index, source in enumerate(sources) if source == "lvis"][3:]
+    kept = sorted(set(range(len(sources))).difference(dropped))
+    return replace(mixture, train=mixture.train.select(kept))
+
+
 def template(case: Case) -> None:
     """lang_chat is given as text, so its questions are learned, too: nothing is masked."""
     records = [
@@ -225,7 +258,7 @@ def drift(case: Case) -> None:
 
 CASES: dict[str, Callable[[Case], None]] = {
     case.__name__: case
-    for case in (healthy, forgetting, imbalance, broken, template, overfitting, drift)
+    for case in (healthy, forgetting, imbalance, broken, starved, template, overfitting, drift)
 }
 
 

@@ -26,6 +26,7 @@ from test_docs_blocks import ALL, PAGES, ROOT, Block, commands, first_line
 # {program: why its commands are not run as they stand}. Here each program reads them.
 NOT_RUN = {
     "channel-metrics": "names files of the reader; tests/cli run every command",
+    "git": "needs the address of the repository",
     "llamafactory-cli": "needs an environment of its own; make test-llamafactory runs it",
     "make": ".ci/run runs what needs no checkout of another project",
     "megatron": "needs CUDA; tests/trainers/swift_megatron run its functions",
