@@ -57,11 +57,11 @@ class MetricsConfig(AlertingConfig):
     max_keys: int = 10_000
     """How many log keys of channels and labels a run may have, because trackers get slow.
 
-    Channels and labels that come up later are left out of the log, which is said once. They are
+    Channels and labels that come up later are left out of the log, with one warning. They are
     still counted. 0 sets no limit."""
 
     axis_format: str = "{axis}/{label}"
-    """What stands in place of `{channel}` in the log keys of an axis."""
+    """What takes the place of `{channel}` in the log keys of an axis."""
 
     channels: tuple[str, ...] = ()
     """Declared channels. If empty, they are scanned from the dataset or learned from batches."""
