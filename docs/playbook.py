@@ -184,29 +184,33 @@ def broken(case: Case) -> None:
 
 
 def starved(case: Case) -> None:
-    """lvis is configured as a fifth of the records, but a later filter drops all except three."""
-    with swap.wrapped(demo, "build_mixture", _three_of_lvis):
+    """The mix is read once, in order. lvis is a fifth of it, but its records end after 64."""
+    case.settings["num_samples"] = 1400
+    case.settings["metrics"] |= {"stream": str(case.folder / "run" / "windows.jsonl"), "alerts": {}}
+    case.training["train_sampling_strategy"] = "sequential"
+    with swap.wrapped(demo, "build_mixture", _lvis_ends):
         logs = case.run()
     picture(
         "starved",
         [
             ("share of the tokens", logs, channels("{}_share", ".-")),
-            ("evaluation", logs, channels("eval_{}_loss", ".-")),
+            ("evaluation", logs, [("loss", "", "--"), *channels("eval_{}_loss", ".-")]),
         ],
     )
-    say(logs, "loss", "lvis_share", "lvis_loss", *(f"eval_{n}_loss" for n in COLORS))
-    views = views_of([load_run(case.folder / "run")])
-    print("\n".join(lines_of(findings_of(views[-1]))))
+    say(logs, "loss", "lvis_share", "lvis_loss", *(f"eval_{name}_loss" for name in COLORS))
+    print("\n".join(lines_of(findings_of(views_of([load_run(case.folder / "run")])[0]))))
 
 
-def _three_of_lvis(
+def _lvis_ends(
     build: Callable[[TrainConfig, Any], Mixture], config: TrainConfig, tokenizer: Any
 ) -> Mixture:
+    """The mixture without the records of lvis after its first 64."""
     mixture = build(config, tokenizer)
     sources = [metadata["_fusion_source"] for metadata in mixture.train["metadata"]]
-    dropped = [index for index, source in enumerate(sources) if source == "lvis"][3:]
-    kept = sorted(set(range(len(sources))).difference(dropped))
-    return replace(mixture, train=mixture.train.select(kept))
+    late = {index for index, source in enumerate(sources) if source == "lvis"}
+    late -= set(sorted(late)[:64])
+    rows = [index for index in range(len(sources)) if index not in late]
+    return replace(mixture, train=mixture.train.select(rows))
 
 
 def template(case: Case) -> None:
