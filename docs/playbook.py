@@ -186,15 +186,16 @@ def broken(case: Case) -> None:
 def starved(case: Case) -> None:
     """The mix is read once, in order. lvis is a fifth of it, but its records end after 64."""
     case.settings["num_samples"] = 1400
-    case.settings["metrics"] |= {"stream": str(case.folder / "run" / "windows.jsonl"), "alerts": {}}
+    case.settings["metrics"] |= {"stream": str(case.folder / "run" / "windows.jsonl"), "alerts": {"to": ["logger"]}}
     case.training["train_sampling_strategy"] = "sequential"
     with swap.wrapped(demo, "build_mixture", _lvis_ends):
         logs = case.run()
+    evaluated = channels("eval_{}_loss", ".-")
     picture(
         "starved",
         [
             ("share of the tokens", logs, channels("{}_share", ".-")),
-            ("evaluation", logs, [("loss", "", "--"), *channels("eval_{}_loss", ".-")]),
+            ("the loss of the run, and evaluation", logs, [("loss", "", "--"), *evaluated]),
         ],
     )
     say(logs, "loss", "lvis_share", "lvis_loss", *(f"eval_{name}_loss" for name in COLORS))
