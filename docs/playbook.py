@@ -186,7 +186,10 @@ def broken(case: Case) -> None:
 def starved(case: Case) -> None:
     """The mix is read once, in order. lvis is a fifth of it, but its records end after 64."""
     case.settings["num_samples"] = 1400
-    case.settings["metrics"] |= {"stream": str(case.folder / "run" / "windows.jsonl"), "alerts": {"to": ["logger"]}}
+    case.settings["metrics"] |= {
+        "stream": str(case.folder / "run" / "windows.jsonl"),
+        "alerts": {"to": ["logger"]},
+    }
     case.training["train_sampling_strategy"] = "sequential"
     with swap.wrapped(demo, "build_mixture", _lvis_ends):
         logs = case.run()
