@@ -175,7 +175,7 @@ class MetricsConfig(AlertingConfig):
         return (*self.label_fields, *(own if self.with_reference else ()), *of_tokens)
 
     def reading(self, column: str) -> MetricsConfig:
-        """This config for records whose joint names stand in one column."""
+        """This config for records whose joint names are in one column."""
         axes = {a: s if isinstance(s, Mapping) else () for a, s in self.axes.items()}
         return replace(self, fields=(column,), axes=axes)
 
