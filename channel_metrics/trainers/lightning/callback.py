@@ -23,7 +23,7 @@ from channel_metrics.extras import need
 from channel_metrics.observing import observe
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.lightning.models import trained_model
-from channel_metrics.trainers.wanted import channels_in, check_sets
+from channel_metrics.trainers.wanted import check_sets
 from channel_metrics.windows import Evaluation, Window
 
 __all__ = ["ChannelMetricsCallback"]
@@ -73,8 +73,8 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
         self.metrics.ends_run = True
         self._name = model
         self._model: torch.nn.Module | None = None
-        self._module: Any = None
-        self._undo, self._raised = ExitStack(), False
+        self._trainer: Any = None
+        self._undo = ExitStack()
         # The batch of the next step with our keys, and which of its records are no repetitions.
         self._batch: tuple[dict[str, Any], tuple[int, int] | None] | None = None
         # The keys that we have logged.
@@ -96,8 +96,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
                 f"{type(trainer.strategy).__name__} gives the same batches to several ranks "
                 "(tensor parallelism), whose tokens would be counted twice; this is not supported."
             )
-        session, self._raised = self.metrics, False
-        self._module, self._model = pl_module, None
+        session, self._trainer, self._model = self.metrics, trainer, None
         session.ranks = replace(session.ranks, alone=trainer.world_size == 1)
         # With steps behind it, the same trainer trains on.
         if stage == "fit" and not trainer.global_step:
@@ -123,7 +122,6 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
         self._undo.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._raised = True
         self.teardown(trainer, pl_module, "")
 
     # ---- steps -----------------------------------------------------------------------------
@@ -144,13 +142,12 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
         taken, self._batch = self._batch, None
         if taken is None:
             return step(*args, **kwargs)
-        batch, real = taken
+        (batch, real), module = taken, self._trainer.lightning_module
         if self._model is None:  # not before: `configure_model` and the strategy may make it anew
-            self._model = trained_model(self._module, self._name)
-        trains = self._module.trainer.training and self._module.automatic_optimization
+            self._model = trained_model(module, self._name)
         with observe(self.metrics, self._model, batch, real=real, remedy=_REMEDY) as seen:
             output = step(*args, **kwargs)
-            if output is None and trains:
+            if output is None and self._trainer.training and module.automatic_optimization:
                 seen.discard()  # Lightning skips its backward.
             seen.returned(output)
         return output
@@ -160,12 +157,10 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         session = self.metrics
         with session.guard.guarded():
-            train = [channels_in(session, one) for one in _datasets(trainer.train_dataloader)]
-            sets = {"": None if None in train else set[str]().union(*filter(None, train))}
             held = _datasets(trainer.val_dataloaders) if trainer.enable_validation else []
-            for split, dataset in zip(_splits("val", len(held)), held, strict=True):
-                sets[f"{split}_"] = channels_in(session, dataset)
-            check_sets(session, sets, _monitored(trainer))
+            prefixes = [f"{split}_" for split in _splits("val", len(held))]
+            sets = dict(zip(prefixes, held, strict=True))
+            check_sets(session, _datasets(trainer.train_dataloader), sets, _monitored(trainer))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *args: Any) -> None:
         self._take(batch)
@@ -185,20 +180,16 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
         values = self._values(trainer, self.metrics.close(trainer.global_step))
         trainer.callback_metrics.update(values)
         trainer._logger_connector.log_metrics(values, step=step)
-        self._stop(trainer)
-
-    def _stop(self, trainer: Any) -> None:
-        """End the run if an observer asked for it, on all ranks alike."""
-        if self.metrics.stop_reason:
-            trainer.should_stop = True
 
     def _values(self, trainer: Any, window: Window) -> dict[str, Tensor]:
-        """The values that are logged. A key that the module logs itself is left to it."""
+        """The values to log. If an observer asked for it at this window, the run is ended."""
+        if self.metrics.stop_reason:  # on all ranks alike
+            trainer.should_stop = True
+        # Keys that the module logs itself are left to it.
         theirs = trainer.logged_metrics.keys() - self._own
         theirs |= {one.meta.name for one in trainer._results.values() if one.meta.fx != _HOOK}
-        logs: dict[str, float] = dict.fromkeys(theirs, 0.0)
-        self.metrics.write(window, logs)
-        ours = {key: value for key, value in logs.items() if key not in theirs}
+        ours: dict[str, float] = {}
+        self.metrics.write(window, ours, theirs)
         self._own |= ours.keys()
         # Lightning would round a float to float32.
         return {k: torch.tensor(v, dtype=torch.float64, device="cpu") for k, v in ours.items()}
@@ -222,7 +213,6 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
             for key, value in self._values(trainer, window).items():
                 # `sync_dist` without a function: the values are those of all ranks already.
                 trainer._results.log(_HOOK, key, value, sync_dist=True, batch_size=1)
-        self._stop(trainer)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -248,7 +238,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
 
     def state_dict(self) -> dict[str, Any]:
         """The totals of the run, for a checkpoint. A collective, except after an exception."""
-        return self.metrics.totals_state(alone=self._raised)
+        return self.metrics.totals_state(alone=self._trainer.interrupted)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         """Go on from the totals of a checkpoint."""

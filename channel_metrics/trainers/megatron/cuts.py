@@ -10,6 +10,7 @@ from torch import Tensor
 from channel_metrics import swap
 from channel_metrics.core.places import Places
 from channel_metrics.trainers.megatron.ids import current_ids
+from channel_metrics.trainers.patching import wrap_all
 
 __all__ = ["follow_cuts", "follow_labels", "unfollow_cuts"]
 
@@ -30,12 +31,20 @@ def follow_cuts() -> None:
 
     Call this before the training script imports these functions from megatron-core by name. A
     second call does nothing.
-    """
-    from megatron.core import utils
 
-    for name in _CUTS:
-        if hasattr(utils, name):
-            swap.wrap(utils, name, follow_labels, key=_KEY, everywhere_in="megatron")
+    Raises:
+        UnsupportedVersionError: this version of megatron-core lacks the first of them.
+    """
+    from megatron.core import __version__, utils
+
+    names = [name for name in _CUTS if name == _CUTS[0] or hasattr(utils, name)]
+    wrap_all(
+        {(utils, name): follow_labels for name in names},
+        key=_KEY,
+        version=f"megatron-core {__version__}",
+        remedy="update it to 0.13 or later",
+        everywhere_in="megatron",
+    )
 
 
 def unfollow_cuts() -> None:

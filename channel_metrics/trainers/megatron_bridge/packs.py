@@ -1,4 +1,4 @@
-"""The channels of the conversations in gpt_sft packs, from the records to the file and back.
+"""The channels of the conversations in gpt_sft packs: from the records to the file and the batch.
 
 Bridge prepares packs before the training, as a Parquet file. With the patch, this file has a column
 `channels` too: the names of the conversations of each pack, in their order.
@@ -10,16 +10,20 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from channel_metrics.core.labels import channels_of
-from channel_metrics.errors import ChannelError, ConfigError
+from channel_metrics.core.labels import UNLABELED_ID, channels_of
+from channel_metrics.data.numbered import number_of, numbered, without_numbers
+from channel_metrics.errors import ChannelError, ConfigError, UnsupportedVersionError
+from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.megatron.ids import BATCH_KEY, NO_SEQUENCE, SEQUENCES_KEY
 
-__all__ = ["COLUMN", "fill_packing_strategy", "names_of_packs", "write_packed_parquet"]
+__all__ = ["PackedChannels", "fill_packing_strategy", "write_packed_parquet"]
 
-COLUMN = "channels"
+_COLUMN = "channels"
 _TYPE = pyarrow.list_(pyarrow.string())
 Rows = list[dict[str, Any]]
 
@@ -33,8 +37,8 @@ def fill_packing_strategy(
 ) -> Rows:
     """Fill the packs, and name the channel of each conversation in them.
 
-    Bridge shuffles the conversations while it packs them. It is called a second time, with the same
-    random numbers, and with the number of its record in place of each token.
+    Bridge shuffles the conversations while it packs them, so their tokens carry the numbers of the
+    records, see `channel_metrics.data.numbered`.
 
     Args:
         original: Bridge's function.
@@ -46,28 +50,25 @@ def fill_packing_strategy(
         The packs, each with the names under `channels`.
 
     Raises:
-        ChannelError: the two calls packed differently.
+        UnsupportedVersionError: a conversation does not begin with a token of its record.
     """
-    names: list[str | None] = []
-    numbered: dict[int, Rows] = defaultdict(list)
-    for length, records in list(sequences.items()):
+    names: list[str | None] = [None]  # numbers begin with 1
+    carrying: dict[int, Rows] = defaultdict(list)
+    for length, records in sequences.items():
         for record in records:
-            copy = {**record, "input_ids": [len(names)] * len(record["input_ids"])}
-            numbered[length].append(copy)
+            ids = numbered(record["input_ids"], len(names))
+            carrying[length].append({**record, "input_ids": ids})
             names.append(next(iter(channels_of(record.get("metadata") or {}, fields)), None))
-    before = np.random.get_state()
-    packs = original(assignments, sequences, *args)
-    after = np.random.get_state()
-    np.random.set_state(before)
-    marks = original(assignments, numbered, *args)
-    np.random.set_state(after)
-    for pack, mark in zip(packs, marks, strict=True):
-        if pack["loss_mask"] != mark["loss_mask"]:
-            raise ChannelError(
-                "Megatron-Bridge packed the conversations in another order the second time, so "
-                "their channels are not known; please report this with its version."
+    packs = original(assignments, carrying, *args)
+    for pack in packs:
+        numbers = [number_of(pack["input_ids"][start]) for start in pack["seq_start_id"]]
+        if 0 in numbers:
+            raise UnsupportedVersionError(
+                "the packs of Megatron-Bridge cannot be matched with their records: this version "
+                "makes them in another way than 0.6; use 0.6, or leave the patch out."
             )
-        pack[COLUMN] = [names[mark["input_ids"][start]] for start in mark["seq_start_id"]]
+        pack["input_ids"] = without_numbers(pack["input_ids"])
+        pack[_COLUMN] = [names[number] for number in numbers]
     return packs
 
 
@@ -76,14 +77,63 @@ def write_packed_parquet(
 ) -> None:
     """Write packs to a file, with the names of their conversations."""
     original(rows, output_path, *args, **kwargs)
-    names = pyarrow.array([row.get(COLUMN) for row in rows], _TYPE)
+    names = pyarrow.array([row.get(_COLUMN) for row in rows], _TYPE)
     file = pyarrow.parquet.ParquetFile(output_path)
     size = file.metadata.row_group(0).num_rows if file.num_row_groups else None
-    table = file.read().append_column(COLUMN, names)
+    table = file.read().append_column(_COLUMN, names)
     pyarrow.parquet.write_table(table, output_path, row_group_size=size)
 
 
-def names_of_packs(dataset: Any) -> Any:
+class PackedChannels(torch.utils.data.Dataset[Any]):
+    """Packs of gpt_sft whose batches carry the channel of each token, and of each conversation.
+
+    Args:
+        session: learns the names of the channels.
+        dataset: a `GPTSFTPackedDataset`.
+
+    Raises:
+        ConfigError: the file of the packs names no channels.
+    """
+
+    def __init__(self, session: ChannelMetrics, dataset: Any) -> None:
+        self._dataset = dataset
+        self._names, self._labels = _names_of_packs(dataset), session.labels
+        names = self._names.flatten().unique().to_pylist()
+        session.declare_names(sorted(filter(None, names)))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item, mapping = self._dataset[index], self._dataset.samples_mapping
+        # A row that only fills up the last batch has a negative index.
+        row = int(index if mapping is None else mapping[index]) % len(self._names)
+        names = self._names[row].as_py() or ()
+        if len(names) != len(item["seq_boundaries"]) - 1:
+            raise ChannelError(
+                f"a pack holds {len(item['seq_boundaries']) - 1} conversations, but its column "
+                f"`channels` gives {len(names)}; write one name for each, in their order."
+            )
+        ids = torch.tensor(self._labels.ids(names), dtype=torch.int64, device="cpu")
+        return {**item, "channels": ids, "is_filler": index < 0}
+
+    def collate_fn(self, items: list[Any]) -> dict[str, Any]:
+        """Make a batch of Bridge with the ids of its tokens and conversations."""
+        batch: dict[str, Any] = self._dataset.collate_fn(items)
+        # Bridge drops the last token of each conversation, and shifts labels inside of it.
+        bounds = [torch.as_tensor(item["seq_boundaries"], device="cpu") for item in items]
+        tokens = [
+            item["channels"].repeat_interleave(of_item.diff() - 1)
+            for item, of_item in zip(items, bounds, strict=True)
+        ]
+        sequences = [item["channels"][: 0 if item["is_filler"] else None] for item in items]
+        # The first is as long as the rows, and is only there for its length.
+        batch[BATCH_KEY] = pad_sequence([batch["tokens"][0], *tokens], True, UNLABELED_ID)[1:]
+        batch[SEQUENCES_KEY] = pad_sequence(sequences, True, NO_SEQUENCE)
+        return batch
+
+
+def _names_of_packs(dataset: Any) -> Any:
     """Read the names of the conversations of all packs.
 
     Args:
@@ -97,17 +147,16 @@ def names_of_packs(dataset: Any) -> Any:
     """
     paths = getattr(dataset, "_parquet_paths", None)
     if paths is None:
-        column = pyarrow.array([row.get(COLUMN) for row in dataset.indexed_dataset], _TYPE)
+        rows = pyarrow.array([row.get(_COLUMN) for row in dataset.indexed_dataset], _TYPE)
+        tables = [pyarrow.table({_COLUMN: rows})]
     else:
-        tables = [pyarrow.parquet.ParquetFile(path) for path in paths]
-        if any(COLUMN not in table.schema_arrow.names for table in tables):
-            raise ConfigError(_NO_CHANNELS.format(dataset.file_path))
-        column = pyarrow.chunked_array(
-            [c for t in tables for c in t.read([COLUMN])[COLUMN].cast(_TYPE).chunks], _TYPE
-        ).combine_chunks()
-    if not len(column.flatten().drop_null()):
-        raise ConfigError(_NO_CHANNELS.format(dataset.file_path))
-    return column
+        tables = [pyarrow.parquet.ParquetFile(path).read([_COLUMN]) for path in paths]
+    if all(table.column_names for table in tables):
+        column = pyarrow.concat_tables(tables, promote_options="permissive")[_COLUMN]
+        names = column.cast(_TYPE).combine_chunks()
+        if len(names.flatten().drop_null()):
+            return names
+    raise ConfigError(_NO_CHANNELS.format(dataset.file_path))
 
 
 _NO_CHANNELS = (

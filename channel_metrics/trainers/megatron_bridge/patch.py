@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -34,7 +33,6 @@ from channel_metrics.trainers.patching import announce, config_of_environment, w
 __all__ = ["apply", "is_applied", "revert"]
 
 _KEY = "megatron_bridge"
-_PRETRAIN = "training.pretrain"
 Original = Callable[..., Any]
 
 _runs: list[BridgeRun] = []
@@ -53,10 +51,7 @@ def apply(config: MetricsConfig | None = None) -> None:
         revert()
     if is_applied():
         return
-    bodies = {
-        (import_module(f"megatron.bridge.{module}"), name): body
-        for (module, name), body in _bodies(config or config_of_environment()).items()
-    }
+    bodies = _bodies(config or config_of_environment())
     version = f"megatron.bridge {import_module('megatron.bridge').__version__}"
     package = "megatron.bridge"
     wrap_all(bodies, key=_KEY, version=version, remedy="use 0.6", everywhere_in=package)
@@ -73,14 +68,13 @@ def revert() -> None:
 
 def is_applied() -> bool:
     """Whether Megatron-Bridge is patched now."""
-    module = sys.modules.get(f"megatron.bridge.{_PRETRAIN}")
-    return module is not None and swap.is_wrapped(module, "pretrain", key=_KEY)
+    return swap.is_applied(_KEY)
 
 
 def _bodies(config: MetricsConfig) -> dict[tuple[str, str], Any]:
-    fill = functools.partial(_fill, config)
-    return {
-        (_PRETRAIN, "pretrain"): functools.partial(_pretrain, config),
+    fill = functools.partial(packs.fill_packing_strategy, fields=config.label_fields)
+    bodies = {
+        ("training.pretrain", "pretrain"): functools.partial(_pretrain, config),
         ("training.train", "get_forward_backward_func"): _schedule,
         ("data.loaders", "build_pretraining_data_loader"): _loader,
         ("training.gpt_step", "_partition_packed_batch_for_cp"): follow_labels,
@@ -88,6 +82,7 @@ def _bodies(config: MetricsConfig) -> dict[tuple[str, str], Any]:
         ("data.packing.parquet", "write_packed_parquet"): packs.write_packed_parquet,
         ("training.checkpointing", "save_checkpoint"): _save,
     }
+    return {(f"megatron.bridge.{module}", name): body for (module, name), body in bodies.items()}
 
 
 def _pretrain(settings: MetricsConfig, original: Original, /, *args: Any, **kwargs: Any) -> Any:
@@ -128,10 +123,6 @@ def _loader(original: Original, /, *args: Any, **kwargs: Any) -> Any:
         own = (given["dataset"], given.get("collate_fn"))
         given["dataset"], given["collate_fn"] = with_channels(_runs[-1], *own)
     return original(*call.args, **call.kwargs)
-
-
-def _fill(config: MetricsConfig, original: Original, *args: Any) -> Any:
-    return packs.fill_packing_strategy(original, *args, fields=config.label_fields)
 
 
 def _save(original: Original, state: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ConfigError
 from channel_metrics.session import ChannelMetrics
-from channel_metrics.trainers.megatron.arguments import captures_iterations
+from channel_metrics.trainers.megatron.arguments import refuse_captures
 from channel_metrics.trainers.megatron.counting import MegatronChannelMetrics
 from channel_metrics.trainers.megatron.log import write
 from channel_metrics.trainers.megatron.reserved import megatron_keys
@@ -19,9 +19,6 @@ from channel_metrics.trainers.megatron.run import folder_of
 from channel_metrics.windows import Window
 
 __all__ = ["BridgeRun"]
-
-# What Bridge logs beside the keys that it shares with Megatron-LM.
-_KEYS = ("decoupled-learning-rate", "max-attention-logit", "max-attention-logit vs samples")
 
 
 class BridgeRun:
@@ -38,7 +35,7 @@ class BridgeRun:
     def __init__(self, bridge: Any, config: MetricsConfig) -> None:
         _refuse_unsupported(bridge.model)
         self.bridge = bridge
-        self.session = ChannelMetrics(config, reserved=megatron_keys() | set(_KEYS))
+        self.session = ChannelMetrics(config, reserved=megatron_keys())
         self.metrics = MegatronChannelMetrics(session=self.session)
         self._evaluation = self._evaluate(None, "")  # the open one
 
@@ -75,10 +72,7 @@ class BridgeRun:
 
     def save(self, state: Any) -> None:
         """Write the totals into the folder of the checkpoint of this iteration."""
-        from megatron.bridge.utils.common_utils import is_last_rank
-
-        folder = folder_of(self.bridge.checkpoint.save, state.train_state.step)
-        self.session.save(folder, is_writer=is_last_rank())
+        self.session.save(folder_of(self.bridge.checkpoint.save, state.train_state.step))
 
     def _evaluate(self, state: Any, kind: str) -> Generator[None]:
         """Count in a window of its own until it is resumed; then write the values."""
@@ -103,12 +97,7 @@ class BridgeRun:
 
 
 def _refuse_unsupported(model: Any) -> None:
-    if captures_iterations(model):
-        raise ConfigError(
-            "channel metrics do not work with CUDA graphs of a full iteration: a captured "
-            "iteration runs no Python that could count; set cuda_graph_impl of the model to "
-            "another value, so that only layers are captured."
-        )
+    refuse_captures(model, "cuda_graph_impl or cuda_graph_scope of the model")
     if getattr(getattr(model, "dist_train", None), "use_dist_train", False):
         raise ConfigError(
             "channel metrics do not work with dist_train, which has a schedule of its own; leave "
