@@ -82,8 +82,9 @@ def check_best_metric(trainer: Any, session: ChannelMetrics) -> None:
 def check_stop_when(trainer: Any, session: ChannelMetrics) -> None:
     """Refuse a `stop_when` that no window will have; raises `ConfigError`."""
     if session.config.stop_when:
-        held = {p: trainer.channel_names(session, data) for p, data in _sets(trainer).items()}
-        wanted_keys.check_stop_when(session, {"": None, **held})
+        sets = {"": trainer.train_dataset, **_sets(trainer)}
+        names = {prefix: trainer.channel_names(session, data) for prefix, data in sets.items()}
+        wanted_keys.check_stop_when(session, names)
 
 
 def _sets(trainer: Any) -> dict[str, Any]:
