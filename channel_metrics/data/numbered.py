@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["number_of", "numbered", "without_numbers"]
+from channel_metrics.errors import UnsupportedVersionError
+
+__all__ = ["number_of", "numbered", "unmatched", "without_numbers"]
 
 _BITS = 32
 
@@ -32,3 +34,16 @@ def number_of(token: int) -> int:
 def without_numbers(ids: Iterable[int]) -> list[int]:
     """The token ids as they were."""
     return [token & ((1 << _BITS) - 1) for token in ids]
+
+
+def unmatched(rows: str, known: str) -> UnsupportedVersionError:
+    """The error for rows whose tokens have no numbers.
+
+    Args:
+        rows: whose they are, such as `the rows of LLaMA-Factory`.
+        known: the version of the framework that makes them as it should.
+    """
+    return UnsupportedVersionError(
+        f"{rows} cannot be matched with their records: this version makes them in another way than "
+        f"{known}; use {known}, or leave the patch out."
+    )

@@ -37,7 +37,7 @@ def check_sets(
     Args:
         session: the metrics.
         train: the training sets.
-        held: {prefix of its keys, such as `val_`: data set} of the evaluations to come.
+        held: {name, such as `val`: data set} of the evaluations to come. Their keys begin with it.
         watched: (what watches a key, the key). The script itself may log a key that is none of
             ours, so this only warns.
 
@@ -47,8 +47,8 @@ def check_sets(
     """
     of_train = [_channels_in(session, dataset) for dataset in train]
     sets = {"": None if None in of_train else set[str]().union(*filter(None, of_train))}
-    sets |= {prefix: _channels_in(session, dataset) for prefix, dataset in held.items()}
-    for error in [error for prefix in held for error in session.keys.learn(prefix=prefix)]:
+    sets |= {f"{name}_": _channels_in(session, dataset) for name, dataset in held.items()}
+    for error in [error for name in held for error in session.keys.learn(prefix=f"{name}_")]:
         raise error
     if held and None not in sets.values():
         session.check_eval_channels()

@@ -59,7 +59,7 @@ def test_applied_once_and_undone(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("done\n")
-    assert done.stdout.count("channel metrics: patched megatron.training") == 2
+    assert done.stdout.count("channel metrics: patched megatron-core") == 2
 
 
 @needs_megatron_training

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,21 +22,20 @@ from channel_metrics.errors import ConfigError
 from channel_metrics.extras import need
 from channel_metrics.observing import observe
 from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.event_evaluations import EventEvaluations
 from channel_metrics.trainers.lightning.models import trained_model
 from channel_metrics.trainers.wanted import check_sets
-from channel_metrics.windows import Evaluation, Window
+from channel_metrics.windows import Window
 
 __all__ = ["ChannelMetricsCallback"]
 
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback
+# The same code under two names. Each Trainer takes only callbacks of its own package.
+_NAMES = ("lightning.pytorch", "pytorch_lightning")
+_FOUND = [name for name in _NAMES if find_spec(name.partition(".")[0])]
+_BASES: Any = tuple(need(name, extra="lightning").Callback for name in _FOUND or _NAMES[:1])
 
-    _BASES = (Callback,)
-else:
-    # The same code under two names. Each Trainer takes only callbacks of its own package.
-    _NAMES = ("lightning.pytorch", "pytorch_lightning")
-    _FOUND = [name for name in _NAMES if find_spec(name.partition(".")[0])]
-    _BASES = tuple(need(name, extra="lightning").Callback for name in _FOUND or _NAMES[:1])
+# (records without repetitions, all records) of a batch; None if nothing is repeated.
+_Real = tuple[int, int] | None
 
 # Keys that Lightning or most modules log.
 _RESERVED_KEYS = frozenset({"loss", "train_loss", "val_loss", "test_loss", "epoch", "step"})
@@ -76,12 +75,10 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
         self._trainer: Any = None
         self._undo = ExitStack()
         # The batch of the next step with our keys, and which of its records are no repetitions.
-        self._batch: tuple[dict[str, Any], tuple[int, int] | None] | None = None
+        self._batch: tuple[dict[str, Any], _Real] | None = None
         # The keys that we have logged.
         self._own: set[str] = set()
-        # The windows of the open evaluation, and the number of the current one.
-        self._windows: Generator[int] | None = None
-        self._loader = -1
+        self._evaluations = EventEvaluations(self.metrics)
 
     def collator(self, base: Callable[[list[Any]], Any]) -> ChannelCollator:
         """A `collate_fn` like `base` that also adds the channels. `base` must return a dict."""
@@ -116,9 +113,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
         return original(loader)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        # The window of an evaluation that failed is dropped, without a collective.
-        if self._windows is not None:
-            self._windows.close()
+        self._evaluations.drop()
         self._undo.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -126,9 +121,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
 
     # ---- steps -----------------------------------------------------------------------------
 
-    def _take(
-        self, batch: Any, real: tuple[int, int] | None = None, *, counted: bool = True
-    ) -> None:
+    def _take(self, batch: Any, real: _Real = None, *, counted: bool = True) -> None:
         """Remove our keys from a batch, and keep them for the next step if it must count."""
         found = batch if isinstance(batch, MutableMapping) else {}
         self._batch = (dict(found), real) if counted else None
@@ -155,12 +148,11 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
     # ---- training --------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        session = self.metrics
-        with session.guard.guarded():
+        with self.metrics.guard.guarded():
+            train = _datasets(trainer.train_dataloader)
             held = _datasets(trainer.val_dataloaders) if trainer.enable_validation else []
-            prefixes = [f"{split}_" for split in _splits("val", len(held))]
-            sets = dict(zip(prefixes, held, strict=True))
-            check_sets(session, _datasets(trainer.train_dataloader), sets, _monitored(trainer))
+            sets = zip(_splits("val", len(held)), held, strict=True)
+            check_sets(self.metrics, train, dict(sets), _monitored(trainer))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *args: Any) -> None:
         self._take(batch)
@@ -197,35 +189,25 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
     # ---- evaluation ------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        self._loader = -1
-        self._windows = None if trainer.sanity_checking else self._evaluate(trainer)
+        if not trainer.sanity_checking:
+            splits = _splits(trainer.state.stage.dataloader_prefix, len(_evaluated(trainer)))
+            self._evaluations.begin(splits, trainer.global_step)
 
-    def _evaluate(self, trainer: Any) -> Generator[int]:
-        """Open the window of one data loader after the other, and log them in the end."""
-        stage, closed = trainer.state.stage.dataloader_prefix, list[Evaluation]()
-        for number, split in enumerate(_splits(stage, len(_evaluated(trainer)))):
-            with self.metrics.evaluation(split, trainer.global_step, f"{split}_") as found:
-                yield number
-            closed.append(found)
-        for window in filter(None, (found.window for found in closed)):
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        real = real_records_of_sampler(_evaluated(trainer)[dataloader_idx], batch_idx)
+        self._take(batch, real, counted=not trainer.sanity_checking)
+        if not trainer.sanity_checking:
+            self._evaluations.reach(dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        for window in self._evaluations.end():
             # Not `pl_module.log`: with a value that the module logs in the same hook under the same
             # key, Lightning would log the mean of both. Here, the module's comes last and stays.
             for key, value in self._values(trainer, window).items():
                 # `sync_dist` without a function: the values are those of all ranks already.
                 trainer._results.log(_HOOK, key, value, sync_dist=True, batch_size=1)
-
-    def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        while self._windows is not None and self._loader < dataloader_idx:
-            self._loader = next(self._windows)
-        real = real_records_of_sampler(_evaluated(trainer)[dataloader_idx], batch_idx)
-        self._take(batch, real, counted=self._windows is not None)
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        # Every rank closes all windows in the same order, also those of loaders without a batch.
-        for _ in self._windows or ():
-            pass
 
     def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *args: Any) -> None:
         self._take(batch, counted=False)
@@ -257,9 +239,8 @@ def _datasets(loaders: Any) -> list[Any]:
     return [getattr(loader, "dataset", None) for loader in tree_leaves(loaders)]
 
 
-def _evaluated(trainer: Any) -> list[Any]:
-    loaders: list[Any] = trainer._evaluation_loop._combined_loader.flattened
-    return loaders
+def _evaluated(trainer: Any) -> Any:
+    return trainer._evaluation_loop._combined_loader.flattened
 
 
 def _monitored(trainer: Any) -> Iterator[tuple[str, str]]:

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import llamafactory
 from llamafactory.data.processor import PackedSupervisedDatasetProcessor, PretrainDatasetProcessor
 
 from channel_metrics import swap
-from channel_metrics.data.numbered import number_of, numbered, without_numbers
-from channel_metrics.errors import UnsupportedVersionError
+from channel_metrics.data.numbered import number_of, numbered, unmatched, without_numbers
 from channel_metrics.trainers.hf.columns import LENGTHS_COLUMN, NAMES_COLUMN
 
 __all__ = ["NumberedRecords"]
@@ -85,9 +83,5 @@ class NumberedRecords:
         if len(numbers) > 1 and not numbers[0]:
             numbers[0] = numbers[1]  # overwritten: it begins the text
         if 0 in numbers or (row and not numbers):
-            raise UnsupportedVersionError(
-                f"the rows of LLaMA-Factory's {type(self.inner).__name__} cannot be matched with "
-                f"their records: llamafactory {llamafactory.__version__} makes them in another way "
-                "than 0.9.5; use 0.9.5, or leave the patch out."
-            )
+            raise unmatched(f"the rows of LLaMA-Factory's {type(self.inner).__name__}", "0.9.5")
         return [(number, len(list(group))) for number, group in groupby(numbers)]

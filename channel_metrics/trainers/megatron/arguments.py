@@ -11,7 +11,12 @@ from typing import Any
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ConfigError, UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
-from channel_metrics.trainers.megatron.names import MOCK, names_in_order, refuse_axes_by_field
+from channel_metrics.trainers.megatron.names import (
+    MOCK,
+    blend_paths,
+    names_in_order,
+    refuse_axes_by_field,
+)
 from channel_metrics.trainers.megatron.reserved import megatron_keys
 
 __all__ = [
@@ -187,11 +192,9 @@ def data_paths(args: Any) -> list[str]:
 
 
 def _blends(args: Any) -> list[list[str]]:
-    """The paths of each blend: one for all splits, or one per split."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    blend, per_split = get_blend_and_blend_per_split(args)
-    return [list(found[0]) for found in (blend, *(per_split or ())) if found is not None]
+    return blend_paths(*get_blend_and_blend_per_split(args))
 
 
 def _is_external(args: Any) -> bool:

@@ -29,7 +29,7 @@ from channel_metrics.trainers.megatron.ids import (
 from channel_metrics.trainers.megatron.names import dataset_name
 from channel_metrics.trainers.megatron.sft_names import sft_channel_names
 
-__all__ = ["ChannelDataset", "is_sft", "pack_channel_ids"]
+__all__ = ["ChannelDataset", "ids_of_pack", "is_sft", "pack_channel_ids"]
 
 
 class ChannelDataset(torch.utils.data.Dataset[Any]):
@@ -146,18 +146,34 @@ def pack_channel_ids(
     length = loss_mask.shape[0]
     bounds = cu_seqlens.long().clamp(max=length)
     packed = int((bounds.diff() > 0).sum())
-    if len(conversation_ids) < packed:
-        raise ChannelError(
-            f"a pack holds {packed} conversations (cu_seqlens), but its line gives only "
-            f"{len(conversation_ids)}; each must start with a system message."
-        )
-    owners = torch.tensor(conversation_ids[:packed], dtype=torch.int64, device="cpu")
-    own = owners.repeat_interleave(bounds.diff()[:packed])
+    own, owners = ids_of_pack(conversation_ids[:packed], bounds.diff()[:packed])
     own = torch.nn.functional.pad(own, (0, length - own.numel()), value=UNLABELED_ID)
     # The last position has no target in this pack, so it is not supervised.
     of_target = torch.cat([own[1:], own[-1:]])
     last = bounds[1:packed] - 1
     return of_target, owners, int((loss_mask[last] > 0).sum())
+
+
+def ids_of_pack(ids: Sequence[int], lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the tokens of a pack the ids of their conversations.
+
+    Args:
+        ids: one per conversation.
+        lengths: the number of tokens of each conversation, int64.
+
+    Returns:
+        The id of each token, and of each conversation; both int64.
+
+    Raises:
+        ChannelError: there is not one id for each conversation.
+    """
+    if len(ids) != len(lengths):
+        raise ChannelError(
+            f"a pack holds {len(lengths)} conversations, but has {len(ids)} channels; give one for "
+            "each conversation. With --sft, each conversation must start with a system message."
+        )
+    owners = torch.tensor(ids, dtype=torch.int64, device="cpu")
+    return owners.repeat_interleave(lengths), owners
 
 
 def _lines(part: Any) -> Any:

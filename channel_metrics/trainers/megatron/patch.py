@@ -23,11 +23,9 @@ import sys
 import megatron.core
 
 from channel_metrics import swap
-from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.trainers.megatron import hooks
-from channel_metrics.trainers.megatron.cuts import follow_cuts, unfollow_cuts
+from channel_metrics.trainers.megatron.cuts import patch_loop, unpatch_loop
 from channel_metrics.trainers.megatron.hooks import current_run
-from channel_metrics.trainers.patching import announce, wrap_all
 
 __all__ = ["apply", "current_run", "is_applied", "revert"]
 
@@ -58,28 +56,19 @@ def apply() -> None:
     Raises:
         UnsupportedVersionError: this version lacks a function. Then nothing is patched.
     """
-    if is_applied():
-        return
     bodies = {(path, body.__name__): body for path, of_it in _BODIES.items() for body in of_it}
     version = f"megatron-core {megatron.core.__version__}"
-    try:
-        follow_cuts()
-        wrap_all(bodies, key=_KEY, version=version, remedy=_REMEDY, everywhere_in="megatron")
-    except UnsupportedVersionError:
-        revert()
-        raise
+    patch_loop(bodies, key=_KEY, version=version, remedy=_REMEDY, package="megatron")
     runner = getattr(sys.modules[_TRAINING], "PagedStashRunner", None)
     if runner is not None:
         body = hooks.prepare_for_rerun
         swap.wrap(runner, body.__name__, body, key=_KEY)
-    announce(f"channel metrics: patched megatron.training (core {megatron.core.__version__})")
 
 
 def revert() -> None:
     """Put the original functions back, also in modules that imported them, and forget the run."""
     hooks.forget_run()
-    swap.unwrap(_KEY)
-    unfollow_cuts()
+    unpatch_loop(_KEY)
 
 
 def is_applied() -> bool:

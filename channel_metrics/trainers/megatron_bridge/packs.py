@@ -6,8 +6,8 @@ Bridge prepares packs before the training, as a Parquet file. With the patch, th
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import pyarrow
@@ -15,10 +15,11 @@ import pyarrow.parquet
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from channel_metrics.core.labels import UNLABELED_ID, channels_of
-from channel_metrics.data.numbered import number_of, numbered, without_numbers
-from channel_metrics.errors import ChannelError, ConfigError, UnsupportedVersionError
+from channel_metrics.core.labels import UNLABELED_ID, channel_of
+from channel_metrics.data.numbered import number_of, numbered, unmatched, without_numbers
+from channel_metrics.errors import ConfigError
 from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.megatron.data import ids_of_pack
 from channel_metrics.trainers.megatron.ids import BATCH_KEY, NO_SEQUENCE, SEQUENCES_KEY
 
 __all__ = ["PackedChannels", "fill_packing_strategy", "write_packed_parquet"]
@@ -29,11 +30,7 @@ Rows = list[dict[str, Any]]
 
 
 def fill_packing_strategy(
-    original: Callable[..., Rows],
-    assignments: Any,
-    sequences: Mapping[int, Sequence[Mapping[str, Any]]],
-    *args: Any,
-    fields: Sequence[str],
+    fields: Sequence[str], original: Any, assignments: Any, sequences: Any, *args: Any
 ) -> Rows:
     """Fill the packs, and name the channel of each conversation in them.
 
@@ -41,10 +38,10 @@ def fill_packing_strategy(
     records, see `channel_metrics.data.numbered`.
 
     Args:
+        fields: the fields of a record that may hold its channel.
         original: Bridge's function.
         assignments, *args: its other arguments.
-        sequences: {length: tokenized records}.
-        fields: the fields of a record that may hold its channel.
+        sequences: {length: tokenized records}, of which nobody else needs the tokens.
 
     Returns:
         The packs, each with the names under `channels`.
@@ -53,35 +50,27 @@ def fill_packing_strategy(
         UnsupportedVersionError: a conversation does not begin with a token of its record.
     """
     names: list[str | None] = [None]  # numbers begin with 1
-    carrying: dict[int, Rows] = defaultdict(list)
-    for length, records in sequences.items():
-        for record in records:
-            ids = numbered(record["input_ids"], len(names))
-            carrying[length].append({**record, "input_ids": ids})
-            names.append(next(iter(channels_of(record.get("metadata") or {}, fields)), None))
-    packs = original(assignments, carrying, *args)
+    for record in chain.from_iterable(sequences.values()):
+        record["input_ids"] = numbered(record["input_ids"], len(names))
+        names.append(channel_of(record.get("metadata") or {}, fields))
+    packs: Rows = original(assignments, sequences, *args)
     for pack in packs:
         numbers = [number_of(pack["input_ids"][start]) for start in pack["seq_start_id"]]
         if 0 in numbers:
-            raise UnsupportedVersionError(
-                "the packs of Megatron-Bridge cannot be matched with their records: this version "
-                "makes them in another way than 0.6; use 0.6, or leave the patch out."
-            )
+            raise unmatched("the packs of Megatron-Bridge", "0.6")
         pack["input_ids"] = without_numbers(pack["input_ids"])
         pack[_COLUMN] = [names[number] for number in numbers]
     return packs
 
 
 def write_packed_parquet(
-    original: Callable[..., None], rows: Rows, output_path: Any, *args: Any, **kwargs: Any
+    original: Any, rows: Rows, output_path: Any, row_group_size: int = 500
 ) -> None:
     """Write packs to a file, with the names of their conversations."""
-    original(rows, output_path, *args, **kwargs)
+    original(rows, output_path, row_group_size)
     names = pyarrow.array([row.get(_COLUMN) for row in rows], _TYPE)
-    file = pyarrow.parquet.ParquetFile(output_path)
-    size = file.metadata.row_group(0).num_rows if file.num_row_groups else None
-    table = file.read().append_column(_COLUMN, names)
-    pyarrow.parquet.write_table(table, output_path, row_group_size=size)
+    table = pyarrow.parquet.ParquetFile(output_path).read().append_column(_COLUMN, names)
+    pyarrow.parquet.write_table(table, output_path, row_group_size=row_group_size)
 
 
 class PackedChannels(torch.utils.data.Dataset[Any]):
@@ -96,72 +85,50 @@ class PackedChannels(torch.utils.data.Dataset[Any]):
     """
 
     def __init__(self, session: ChannelMetrics, dataset: Any) -> None:
-        self._dataset = dataset
-        self._names, self._labels = _names_of_packs(dataset), session.labels
-        names = self._names.flatten().unique().to_pylist()
-        session.declare_names(sorted(filter(None, names)))
+        self._dataset, self._labels = dataset, session.labels
+        self._names = _names_of_packs(dataset)
+        session.declare_names(sorted(filter(None, self._names.flatten().unique().to_pylist())))
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item, mapping = self._dataset[index], self._dataset.samples_mapping
-        # A row that only fills up the last batch has a negative index.
         row = int(index if mapping is None else mapping[index]) % len(self._names)
-        names = self._names[row].as_py() or ()
-        if len(names) != len(item["seq_boundaries"]) - 1:
-            raise ChannelError(
-                f"a pack holds {len(item['seq_boundaries']) - 1} conversations, but its column "
-                f"`channels` gives {len(names)}; write one name for each, in their order."
-            )
-        ids = torch.tensor(self._labels.ids(names), dtype=torch.int64, device="cpu")
-        return {**item, "channels": ids, "is_filler": index < 0}
+        ids = self._labels.ids(self._names[row].as_py() or ())
+        # Bridge drops the last token of each conversation, and shifts labels inside of it.
+        lengths = torch.as_tensor(item["seq_boundaries"], device="cpu").diff() - 1
+        of_tokens, of_sequences = ids_of_pack(ids, lengths)
+        # A row that only fills up the last batch has a negative index.
+        of_sequences = of_sequences[: 0 if index < 0 else None]
+        return {**item, BATCH_KEY: of_tokens, SEQUENCES_KEY: of_sequences}
 
     def collate_fn(self, items: list[Any]) -> dict[str, Any]:
         """Make a batch of Bridge with the ids of its tokens and conversations."""
         batch: dict[str, Any] = self._dataset.collate_fn(items)
-        # Bridge drops the last token of each conversation, and shifts labels inside of it.
-        bounds = [torch.as_tensor(item["seq_boundaries"], device="cpu") for item in items]
-        tokens = [
-            item["channels"].repeat_interleave(of_item.diff() - 1)
-            for item, of_item in zip(items, bounds, strict=True)
-        ]
-        sequences = [item["channels"][: 0 if item["is_filler"] else None] for item in items]
         # The first is as long as the rows, and is only there for its length.
-        batch[BATCH_KEY] = pad_sequence([batch["tokens"][0], *tokens], True, UNLABELED_ID)[1:]
+        tokens = [batch["tokens"][0], *(item[BATCH_KEY] for item in items)]
+        batch[BATCH_KEY] = pad_sequence(tokens, True, UNLABELED_ID)[1:]
+        sequences = [item[SEQUENCES_KEY] for item in items]
         batch[SEQUENCES_KEY] = pad_sequence(sequences, True, NO_SEQUENCE)
         return batch
 
 
 def _names_of_packs(dataset: Any) -> Any:
-    """Read the names of the conversations of all packs.
+    """A pyarrow `ListArray` with a list of names for each pack, the names of its conversations.
 
-    Args:
-        dataset: a `GPTSFTPackedDataset` of Bridge.
-
-    Returns:
-        A pyarrow `ListArray` with one list of names per pack.
-
-    Raises:
-        ConfigError: the packs were prepared without channels.
+    Raises `ConfigError` if the packs were prepared without channels.
     """
-    paths = getattr(dataset, "_parquet_paths", None)
-    if paths is None:
-        rows = pyarrow.array([row.get(_COLUMN) for row in dataset.indexed_dataset], _TYPE)
-        tables = [pyarrow.table({_COLUMN: rows})]
-    else:
-        tables = [pyarrow.parquet.ParquetFile(path).read([_COLUMN]) for path in paths]
-    if all(table.column_names for table in tables):
-        column = pyarrow.concat_tables(tables, promote_options="permissive")[_COLUMN]
-        names = column.cast(_TYPE).combine_chunks()
+    paths = getattr(dataset, "_parquet_paths", ())
+    columns = [pyarrow.parquet.ParquetFile(path).read([_COLUMN]).columns for path in paths]
+    if all(columns):
+        chunks = [chunk.cast(_TYPE) for (column,) in columns for chunk in column.chunks]
+        names = pyarrow.chunked_array(chunks, _TYPE).combine_chunks()
         if len(names.flatten().drop_null()):
             return names
-    raise ConfigError(_NO_CHANNELS.format(dataset.file_path))
-
-
-_NO_CHANNELS = (
-    "the packs in {!r} name no channels. Packs that were prepared without the patch have no column "
-    "`channels`: delete the file, so that Megatron-Bridge prepares it again, or add the column (a "
-    "list of strings, one per conversation). If the records have no channel in one of `fields`, "
-    "add one, or name its field in the file of CHANNEL_METRICS_CONFIG."
-)
+    raise ConfigError(
+        f"the packs in {str(dataset.file_path)!r} name no channels: delete the file, so that "
+        "Megatron-Bridge prepares it again with the patch, as Parquet, or add the column "
+        "`channels` (a list of strings, one per conversation). If the records have no channel, add "
+        "one, or name its field under `fields` in the file of CHANNEL_METRICS_CONFIG."
+    )

@@ -16,7 +16,7 @@ from channel_metrics.trainers.hf.batch import Scratch
 from channel_metrics.trainers.hf.mixin import RESERVED_KEYS
 from channel_metrics.trainers.swift.collator import GROUP_KEY, SEGMENTS_KEY, SwiftCollator
 from channel_metrics.trainers.swift.cut import ids_of_this_part, kept_bounds, kept_places
-from channel_metrics.trainers.swift.data import CHANNEL_COLUMN, ColumnMixin, wrapped_collator
+from channel_metrics.trainers.swift.data import ColumnMixin, wrapped_collator
 from channel_metrics.trainers.swift.loss import (
     check_loss_functions,
     observe_token_losses,
