@@ -23,7 +23,9 @@ class EventEvaluations:
     def __init__(self, session: ChannelMetrics) -> None:
         self._session = session
         self._windows: list[Window] = []
-        self._sets, self._number = self._in_turn((), 0), -1
+        # None while nothing is open: trainers copy and pickle what they hold.
+        self._sets: Generator[int] | None = None
+        self._number = -1
 
     def begin(self, splits: Sequence[str], step: int) -> None:
         """Begin an evaluation, before the first batch of its first set.
@@ -38,7 +40,7 @@ class EventEvaluations:
 
     def reach(self, number: int) -> None:
         """Count for the set of this number, and end the windows of those before it."""
-        while self._number < number:
+        while self._sets is not None and self._number < number:
             self._number = next(self._sets, number)
 
     def end(self) -> list[Window]:
@@ -47,15 +49,17 @@ class EventEvaluations:
         Returns:
             The windows of its sets. All ranks close them in one order, also without a batch.
         """
-        for _ in self._sets:
+        for _ in self._sets or ():
             pass
-        windows, self._windows = self._windows, []
+        windows = self._windows
+        self.drop()
         return windows
 
     def drop(self) -> None:
         """Forget the evaluation that is open, if there is one, without a collective."""
-        self._sets.close()
-        self._windows = []
+        if self._sets is not None:
+            self._sets.close()
+        self._sets, self._windows = None, []
 
     def _in_turn(self, splits: Sequence[str], step: int) -> Generator[int]:
         for number, split in enumerate(splits):

@@ -90,8 +90,8 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
         sampler = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
         if sampler.get("num_replicas", trainer.world_size) != trainer.world_size:
             raise ConfigError(
-                f"{type(trainer.strategy).__name__} gives the same batches to several ranks "
-                "(tensor parallelism), whose tokens would be counted twice; this is not supported."
+                f"{type(trainer.strategy).__name__} with tensor parallelism is not supported: it "
+                "gives several ranks the same batches, whose tokens would be counted twice."
             )
         session, self._trainer, self._model = self.metrics, trainer, None
         session.ranks = replace(session.ranks, alone=trainer.world_size == 1)
@@ -220,7 +220,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
 
     def state_dict(self) -> dict[str, Any]:
         """The totals of the run, for a checkpoint. A collective, except after an exception."""
-        return self.metrics.totals_state(alone=self._trainer.interrupted)
+        return self.metrics.totals_state(alone=getattr(self._trainer, "interrupted", False))
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         """Go on from the totals of a checkpoint."""

@@ -29,10 +29,29 @@ from channel_metrics.trainers.megatron.ids import (
 from channel_metrics.trainers.megatron.names import dataset_name
 from channel_metrics.trainers.megatron.sft_names import sft_channel_names
 
-__all__ = ["ChannelDataset", "ids_of_pack", "is_sft", "pack_channel_ids"]
+__all__ = ["ChannelDataset", "WrappedDataset", "ids_of_pack", "is_sft", "pack_channel_ids"]
 
 
-class ChannelDataset(torch.utils.data.Dataset[Any]):
+class WrappedDataset(torch.utils.data.Dataset[Any]):
+    """A dataset around another one, with all attributes of that one.
+
+    Workers of the data loader get a copy of it, so it holds no session.
+    """
+
+    def __init__(self, dataset: Any, session: ChannelMetrics) -> None:
+        self._dataset, self._table = dataset, session.labels
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        # Unpickling asks for attributes before any are set.
+        if name.startswith("__") or "_dataset" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+
+class ChannelDataset(WrappedDataset):
     """A Megatron dataset whose samples carry `channel_ids`. All else is unchanged.
 
     Args:
@@ -54,11 +73,9 @@ class ChannelDataset(torch.utils.data.Dataset[Any]):
         *,
         per_token: bool = False,
     ) -> None:
-        self._dataset = dataset
+        super().__init__(dataset, session)
         self._fields = tuple(session.config.label_fields)
         self._per_token = per_token
-        # Not the session: the workers of the data loader get a copy of this object.
-        self._table = session.labels
         parts = getattr(dataset, "datasets", None)
         self._is_blend = parts is not None
         self._parts = list(parts) if parts is not None else [dataset]
@@ -77,15 +94,6 @@ class ChannelDataset(torch.utils.data.Dataset[Any]):
                 name = names.setdefault(path, dataset_name(path))
             declare([name])
             self._ids += self._table.ids([name])
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        # Unpickling asks for attributes before any are set.
-        if name.startswith("__") or "_dataset" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self._dataset, name)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = dict(self._dataset[index])

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from channel_metrics.core.labels import channel_of
@@ -56,9 +56,7 @@ def with_channels(session: ChannelMetrics, config: Any, dataset: Any) -> Any:
     return dataset
 
 
-def _named_rows(
-    collate: Callable[..., dict[str, Any]], fields: Sequence[str], items: list[Any]
-) -> dict[str, Any]:
+def _named_rows(collate: Any, fields: Sequence[str], items: list[Any]) -> Any:
     """A batch with the channel of each record, if Bridge keeps the records' other columns."""
     batch = collate(items)
     if batch.get("metadata") is not None and "channels" not in batch:

@@ -19,19 +19,18 @@ from channel_metrics.core.labels import UNLABELED_ID, channel_of
 from channel_metrics.data.numbered import number_of, numbered, unmatched, without_numbers
 from channel_metrics.errors import ConfigError
 from channel_metrics.session import ChannelMetrics
-from channel_metrics.trainers.megatron.data import ids_of_pack
+from channel_metrics.trainers.megatron.data import WrappedDataset, ids_of_pack
 from channel_metrics.trainers.megatron.ids import BATCH_KEY, NO_SEQUENCE, SEQUENCES_KEY
 
 __all__ = ["PackedChannels", "fill_packing_strategy", "write_packed_parquet"]
 
 _COLUMN = "channels"
 _TYPE = pyarrow.list_(pyarrow.string())
-Rows = list[dict[str, Any]]
 
 
 def fill_packing_strategy(
     fields: Sequence[str], original: Any, assignments: Any, sequences: Any, *args: Any
-) -> Rows:
+) -> list[dict[str, Any]]:
     """Fill the packs, and name the channel of each conversation in them.
 
     Bridge shuffles the conversations while it packs them, so their tokens carry the numbers of the
@@ -53,7 +52,7 @@ def fill_packing_strategy(
     for record in chain.from_iterable(sequences.values()):
         record["input_ids"] = numbered(record["input_ids"], len(names))
         names.append(channel_of(record.get("metadata") or {}, fields))
-    packs: Rows = original(assignments, sequences, *args)
+    packs: list[dict[str, Any]] = original(assignments, sequences, *args)
     for pack in packs:
         numbers = [number_of(pack["input_ids"][start]) for start in pack["seq_start_id"]]
         if 0 in numbers:
@@ -64,7 +63,7 @@ def fill_packing_strategy(
 
 
 def write_packed_parquet(
-    original: Any, rows: Rows, output_path: Any, row_group_size: int = 500
+    original: Any, rows: Any, output_path: Any, row_group_size: int = 500
 ) -> None:
     """Write packs to a file, with the names of their conversations."""
     original(rows, output_path, row_group_size)
@@ -73,7 +72,7 @@ def write_packed_parquet(
     pyarrow.parquet.write_table(table, output_path, row_group_size=row_group_size)
 
 
-class PackedChannels(torch.utils.data.Dataset[Any]):
+class PackedChannels(WrappedDataset):
     """Packs of gpt_sft whose batches carry the channel of each token, and of each conversation.
 
     Args:
@@ -85,17 +84,14 @@ class PackedChannels(torch.utils.data.Dataset[Any]):
     """
 
     def __init__(self, session: ChannelMetrics, dataset: Any) -> None:
-        self._dataset, self._labels = dataset, session.labels
+        super().__init__(dataset, session)
         self._names = _names_of_packs(dataset)
         session.declare_names(sorted(filter(None, self._names.flatten().unique().to_pylist())))
-
-    def __len__(self) -> int:
-        return len(self._dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item, mapping = self._dataset[index], self._dataset.samples_mapping
         row = int(index if mapping is None else mapping[index]) % len(self._names)
-        ids = self._labels.ids(self._names[row].as_py() or ())
+        ids = self._table.ids(self._names[row].as_py() or ())
         # Bridge drops the last token of each conversation, and shifts labels inside of it.
         lengths = torch.as_tensor(item["seq_boundaries"], device="cpu").diff() - 1
         of_tokens, of_sequences = ids_of_pack(ids, lengths)

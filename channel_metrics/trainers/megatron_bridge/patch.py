@@ -25,8 +25,11 @@ from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
 from channel_metrics.trainers.megatron.cuts import follow_labels, patch_loop, unpatch_loop
 from channel_metrics.trainers.megatron.step import counting_schedule
-from channel_metrics.trainers.megatron_bridge import packs
 from channel_metrics.trainers.megatron_bridge.data import with_channels
+from channel_metrics.trainers.megatron_bridge.packs import (
+    fill_packing_strategy,
+    write_packed_parquet,
+)
 from channel_metrics.trainers.megatron_bridge.run import BridgeRun
 from channel_metrics.trainers.patching import config_of_environment
 
@@ -65,17 +68,16 @@ def is_applied() -> bool:
 
 
 def _bodies(config: MetricsConfig) -> dict[tuple[str, str], Any]:
-    fill = functools.partial(packs.fill_packing_strategy, config.label_fields)
-    bodies = {
-        ("training.pretrain", "pretrain"): functools.partial(_pretrain, config),
-        ("training.train", "get_forward_backward_func"): _schedule,
-        ("data.loaders", "build_train_valid_test_datasets"): _datasets,
-        ("training.gpt_step", "_partition_packed_batch_for_cp"): follow_labels,
-        ("data.packing.offline", "fill_packing_strategy"): fill,
-        ("data.packing.parquet", "write_packed_parquet"): packs.write_packed_parquet,
-        ("training.checkpointing", "save_checkpoint"): _save,
+    fill = functools.partial(fill_packing_strategy, config.label_fields)
+    return {
+        ("megatron.bridge.training.pretrain", "pretrain"): functools.partial(_pretrain, config),
+        ("megatron.bridge.training.train", "get_forward_backward_func"): _schedule,
+        ("megatron.bridge.data.loaders", "build_train_valid_test_datasets"): _datasets,
+        ("megatron.bridge.training.gpt_step", "_partition_packed_batch_for_cp"): follow_labels,
+        ("megatron.bridge.data.packing.offline", "fill_packing_strategy"): fill,
+        ("megatron.bridge.data.packing.parquet", "write_packed_parquet"): write_packed_parquet,
+        ("megatron.bridge.training.checkpointing", "save_checkpoint"): _save,
     }
-    return {(f"{_PACKAGE}.{module}", name): body for (module, name), body in bodies.items()}
 
 
 def _pretrain(settings: MetricsConfig, original: Original, /, *args: Any, **kwargs: Any) -> Any:

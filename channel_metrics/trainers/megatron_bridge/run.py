@@ -33,7 +33,10 @@ class BridgeRun:
     """
 
     def __init__(self, bridge: Any, config: MetricsConfig) -> None:
-        _refuse_unsupported(bridge.model)
+        refuse_captures(bridge.model, "cuda_graph_impl or cuda_graph_scope of the model")
+        if getattr(getattr(bridge.model, "dist_train", None), "use_dist_train", False):
+            # It has a schedule of its own.
+            raise ConfigError("channel metrics do not work with dist_train; leave one of them out.")
         self.bridge = bridge
         self.session = ChannelMetrics(config, reserved=megatron_keys())
         self.metrics = MegatronChannelMetrics(session=self.session)
@@ -80,12 +83,3 @@ class BridgeRun:
             write(title, window, print_rank_last, state.tensorboard_logger, state.wandb_logger)
             for logger in others if window.logs else ():
                 logger.log_metrics(_sanitize_mlflow_metrics(window.logs), step=window.step)
-
-
-def _refuse_unsupported(model: Any) -> None:
-    refuse_captures(model, "cuda_graph_impl or cuda_graph_scope of the model")
-    if getattr(getattr(model, "dist_train", None), "use_dist_train", False):
-        raise ConfigError(
-            "channel metrics do not work with dist_train, which has a schedule of its own; leave "
-            "it out, or run without --patch megatron_bridge."
-        )
