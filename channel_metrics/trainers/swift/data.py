@@ -44,6 +44,7 @@ class ColumnMixin(ChannelMetricsMixin):
             ) from None
 
     def channel_names(self, session: ChannelMetrics, dataset: Any) -> set[str] | None:
+        """The channels of a dataset; None if it cannot be scanned."""
         counts = count_channels(records_of(dataset), (CHANNEL_COLUMN,))
         return None if counts is None else session.rows(counts)
 
