@@ -79,9 +79,12 @@ def test_runs_with_other_steps_are_compared_at_the_last_one_that_both_have() -> 
     errors = np.array([0.03, 0.03])
     one = Series(np.array([1, 9]), np.array([3.0, 2.0]), errors=errors)
     other = Series(np.array([1, 10]), np.array([3.5, 1.9]), errors=errors)
-    for found in (difference(one, other), difference(other, one)):
+    for found, change, level in (
+        (difference(one, other), -0.5, 3.5),
+        (difference(other, one), 0.5, 3.0),
+    ):
         assert found is not None and found.last_step == 1
-        assert abs(found.change) == 0.5
+        assert (found.change, found.level) == (change, level)
     assert difference(one, Series(np.array([2, 8]), np.ones(2), errors=errors)) is None
 
 
