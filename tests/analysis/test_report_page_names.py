@@ -8,7 +8,7 @@ import pytest
 
 from analysis.analysis_tools import run_of
 from analysis.browser import Report, needs_browser
-from analysis.report_runs import run_with
+from analysis.report_runs import FOUR, run_with
 from channel_metrics.analysis.report.html import write_report
 
 pytestmark = needs_browser
@@ -91,3 +91,9 @@ def test_a_line_that_becomes_nan_is_not_drawn_on(report: Report, tmp_path: Path)
     assert lines == [0.5, 0.5, 1.0]
     leaders = sorted(end for kind, end in ends if kind == "lead")
     assert leaders == pytest.approx([0.5, 0.5, 1.0], abs=0.03)
+
+
+def test_the_mix_of_short_names_fits_a_phone(report: Report, tmp_path: Path) -> None:
+    write_report([run_with(FOUR)], tmp_path / "report.html")
+    report.open(tmp_path / "report.html", width=390)
+    assert report.run(TOO_WIDE, ".scroll:has(#mix)") == 0
