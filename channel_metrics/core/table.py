@@ -198,10 +198,15 @@ class SumTable:
         num_sums = next(iter(values.values())).numel()
         # `_ids` has checked the ids that can be read.
         rows = table_rows(ids.flatten(), self._num_rows(), num_sums, checked=can_read(ids))
+        places = [self._place[name] for name in values if name in self._place]
+        if not places:
+            return
+        # One scatter for all columns. Those of the schema stand together, so few are empty.
+        first, end = min(places), max(places) + 1
+        empty = rows.new_zeros(num_sums, dtype=self.dtype)
+        added = [values.get(name, empty).to(self.dtype) for name in self.columns[first:end]]
         sums = self._sums if self.dtype == torch.float64 else torch.zeros_like(self._sums)
-        for name, added in values.items():
-            if name in self._place:
-                sums[self._place[name]].scatter_add_(0, rows, added.to(self.dtype))
+        sums[first:end].index_add_(1, rows, torch.stack(added))
         if sums is not self._sums:
             self._add_up(sums)
 
