@@ -20,7 +20,6 @@ from torch import Tensor
 
 from channel_metrics.capture.last_norm import find_last_norm, normed_by
 from channel_metrics.config import MetricsConfig
-from channel_metrics.core.checks import channels_shape
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.gradients import GRADIENTS, gradient_columns
 from channel_metrics.core.labels import LabelTable
@@ -63,13 +62,10 @@ class GradientTable(SumTable):
 
 @dataclass(eq=False)
 class _Forward:
-    """A forward of the layer. shape [B, S] or [T], channels and bounds are those of its
-    micro-batch; None until it is known."""
+    """A forward of the layer. batch: what was computed from it; None until it is known."""
 
     inputs: Tensor
-    shape: torch.Size | None = None
-    channels: Any = None
-    bounds: Tensor | None = None
+    batch: MicroBatch | None = None
 
 
 class Session(Protocol):
@@ -169,16 +165,16 @@ class Gradients:
         if forward.inputs.shape[:-1].numel() != shape.numel():
             self._tell(f"the layer had {list(forward.inputs.shape)}, for losses of {list(shape)}")
             return
-        forward.shape, forward.channels, forward.bounds = shape, batch.channels, batch.cu_seqlens
+        forward.batch = batch
 
     def _add(self, forward: _Forward, slope: Tensor) -> None:
         """Called by the backward pass with the gradient of the layer's output."""
         guard = self._session.guard
         with guard.guarded():
-            if guard.measuring and self._table is not None and forward.shape is not None:
+            if guard.measuring and self._table is not None and forward.batch is not None:
                 products = _products(slope, self._normed(forward.inputs))
-                gradients, whole = _of_sequences(products, forward)
-                self._table.add_gradients(forward.channels, gradients, whole=whole)
+                gradients, whole = _of_sequences(products, forward.batch)
+                self._table.add_gradients(forward.batch.channels, gradients, whole=whole)
 
     def _tell(self, reason: str) -> None:
         self._session.warn_once(
@@ -195,11 +191,10 @@ def _products(slope: Tensor, normed: Tensor) -> Tensor:
     return (slope.to(exact) * normed).flatten(0, -2)
 
 
-def _of_sequences(products: Tensor, forward: _Forward) -> tuple[Tensor, bool]:
+def _of_sequences(products: Tensor, batch: MicroBatch) -> tuple[Tensor, bool]:
     """The gradients of sequences, and True; those of tokens, and False, if channels are ids [T]."""
-    shape, bounds = forward.shape, forward.bounds
-    assert shape is not None
-    if bounds is None and channels_shape(forward.channels) == shape != (1,):
+    shape, bounds = batch.token_losses.shape, batch.cu_seqlens
+    if batch.per_token:
         return products, False
     if bounds is None:
         rows = products.view(shape[0] if len(shape) == 2 else 1, -1, products.shape[-1])

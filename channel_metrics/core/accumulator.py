@@ -27,6 +27,7 @@ from channel_metrics.core.checks import (
     check_record_ids,
     check_scalar,
     checked_reference,
+    has_id_per_token,
     token_values,
 )
 from channel_metrics.core.extremes import Extremes, first_tokens
@@ -172,8 +173,7 @@ class ChannelLossAccumulator(SumTable):
         if reported_sum is not None:
             check_scalar("reported_sum", reported_sum)
         shape = channels_shape(channels)
-        # If there is one token and one id, it is the id of a sequence: [T] is one sequence.
-        per_token = cu_seqlens is None and shape == token_losses.shape and shape != (1,)
+        per_token = has_id_per_token(token_losses.shape, shape, cu_seqlens, reference, record_ids)
         in_parts = per_token or self.dtype != torch.float64
         columns = [column for column in self.schema.columns if not (in_parts and column.whole)]
         self.in_parts |= len(columns) < len(self.schema.columns)

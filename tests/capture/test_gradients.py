@@ -29,13 +29,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from channel_metrics import ConfigError
 from channel_metrics.capture.gradients import (
     GradientTable,
-    _Forward,
     _of_sequences,
     _products,
 )
 from channel_metrics.capture.last_norm import find_last_norm
 from channel_metrics.core.gradients import GRADIENTS
 from channel_metrics.core.labels import LabelTable
+from channel_metrics.core.micro_batch import MicroBatch
 
 NAMES = tuple(metric.name for metric in GRADIENTS)
 
@@ -178,9 +178,9 @@ def test_nothing_waits_for_the_device(bounds: torch.Tensor | None) -> None:
     ids = torch.zeros(2, dtype=torch.int64, device="meta")
     table = GradientTable(LabelTable(["a"]), 4)
     table.to("meta")
+    batch = MicroBatch(token_losses=on_meta[..., 0], channels=ids, cu_seqlens=bounds)
     with NoSync():
-        forward = _Forward(on_meta, torch.Size([2, 3]), ids, bounds)
-        gradients, whole = _of_sequences(_products(on_meta, on_meta), forward)
+        gradients, whole = _of_sequences(_products(on_meta, on_meta), batch)
         table.add_gradients(ids, gradients, whole=whole)
     assert whole
 

@@ -215,14 +215,7 @@ def test_repeated_records_of_an_evaluation_are_left_out_with_their_numbers() -> 
 
 def test_a_pair_of_names_and_numbers_survives_odd_names() -> None:
     name = joint_name("a b", [("domain", "x y")])
-    (names,) = Reference().joined(
-        [{"ref_nll": 1e-17, "ref_tokens": 3}],
-        [
-            [
-                name,
-            ]
-        ],
-    )
+    (names,) = Reference().joined([{"ref_nll": 1e-17, "ref_tokens": 3}], [[name]])
     found, numbers = split_names([*names, None, "c"])
     assert found == [name, None, "c"] and numbers is not None
     assert numbers.view(torch.float64)[0].tolist() == [1e-17, 3]
