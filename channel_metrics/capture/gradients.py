@@ -28,10 +28,6 @@ from channel_metrics.core.sums import table_rows
 from channel_metrics.core.table import SumTable
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.errors import ConfigError
-from channel_metrics.ranks.agreed_names import Agreement
-from channel_metrics.ranks.exchange import GlobalSums
-from channel_metrics.ranks.ranks import Ranks
-from channel_metrics.ranks.sync import sum_over_ranks
 
 __all__ = ["GradientTable", "Gradients", "Session"]
 
@@ -74,7 +70,6 @@ class Session(Protocol):
     config: MetricsConfig
     labels: LabelTable
     guard: FaultGuard
-    ranks: Ranks
     totals: RunTotals
     on_count: list[Callable[[MicroBatch], object]]
 
@@ -91,7 +86,6 @@ class Gradients:
         if self.wanted:
             session.on_count.append(self._bind)
         self._table: GradientTable | None = None
-        self._agreement = Agreement()
         # Forwards that no micro-batch is known of yet.
         self._open: deque[weakref.ref[_Forward]] = deque(maxlen=2)
         self._run: object = None
@@ -121,15 +115,16 @@ class Gradients:
             lambda *of: None if (found := me()) is None else found._seen(*of)
         )
 
-    def summed(self) -> GlobalSums | None:
-        """The sums of all ranks; the next window is empty. A collective, if there is a model."""
-        if self._table is None:
-            return None
-        session = self._session
+    @property
+    def table(self) -> GradientTable | None:
+        """The sums of this rank; None if no model is watched."""
         self._begin_run()
-        found = sum_over_ranks(self._table, self._agreement, session.ranks, session.guard)
-        self._table.reset()
-        return found
+        return self._table
+
+    def reset(self) -> None:
+        """Begin the next window."""
+        if self._table is not None:
+            self._table.reset()
 
     def _begin_run(self) -> None:
         """Forget what a run before this one has left."""

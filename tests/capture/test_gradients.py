@@ -48,15 +48,15 @@ def test_channels_equal_autograd(kind: str, base: Any) -> None:
     metrics = new(metrics=("loss", *NAMES))
     metrics.gradients.watch(model)
     total = trained(metrics, model, BATCHES, base)
-    found = metrics.gradients.summed()
-    assert found is not None and found.names == ("a", "b")
-    limit = 1e-7 * float(total.norm())
-    for name, row in zip(("unlabeled", "a", "b"), found.sums, strict=True):
+    found = metrics.gradients.table
+    assert found is not None and found.labels.names == ("a", "b")
+    limit, sums = 1e-7 * float(total.norm()), found.sums()
+    for name, row in zip(("unlabeled", "a", "b"), sums, strict=True):
         own = torch.tensor(expected[name], dtype=torch.float64)
         assert float((row[2:] - own.sum(0)).abs().max()) < limit
         assert float(row[0]) == len(own)
         assert float(row[1]) == pytest.approx(float(own.square().sum()), rel=2e-7)
-    assert float((found.sums[:, 2:].sum(0) - total).abs().max()) < limit
+    assert float((sums[:, 2:].sum(0) - total).abs().max()) < limit
 
 
 def test_what_is_logged() -> None:
@@ -110,7 +110,7 @@ def test_off_is_free() -> None:
         found[bool(names), watches] = operators_of(step)
         norm: Any = find_last_norm(model)
         assert bool(norm._forward_hooks) == bool(names)
-        assert (metrics.gradients.summed() is None) == (not names), "no collective"
+        assert (metrics.gradients.table is None) == (not names)
     assert found[False, True] == found[False, False]
     assert len(found[True, True]) > len(found[False, False]) > 0
 
