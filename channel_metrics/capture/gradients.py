@@ -8,6 +8,7 @@ Letters: B rows, S row length, T = B * S, N sequences, H is the hidden size.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -58,10 +59,17 @@ class GradientTable(SumTable):
 
 @dataclass(eq=False)
 class _Forward:
-    """A forward of the layer. batch: what was computed from it; None until it is known."""
+    """A forward of the layer [B, S].
+
+    kept: the positions whose logits the model computes, as transformers takes `logits_to_keep`: a
+    mask, indices, or how many of the last; 0 for all. batch: what was computed from it; None until
+    it is known. positions: int64, those of the losses in a row; None for all.
+    """
 
     inputs: Tensor
+    kept: Tensor | int
     batch: MicroBatch | None = None
+    positions: Tensor | None = None
 
 
 class Session(Protocol):
@@ -89,6 +97,7 @@ class Gradients:
         # Forwards that no micro-batch is known of yet.
         self._open: deque[weakref.ref[_Forward]] = deque(maxlen=2)
         self._run: object = None
+        self._kept: Tensor | int = 0
 
     def watch(self, model: Any) -> None:
         """Measure at the last normalisation layer of a model.
@@ -114,6 +123,9 @@ class Gradients:
         norm.register_forward_hook(
             lambda *of: None if (found := me()) is None else found._seen(*of)
         )
+        model.register_forward_pre_hook(
+            lambda *of: None if (found := me()) is None else found._begins(*of), with_kwargs=True
+        )
 
     @property
     def table(self) -> GradientTable | None:
@@ -132,12 +144,16 @@ class Gradients:
             self._table.reset()
         self._run = self._session.totals
 
+    def _begins(self, _model: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            self._kept = kwargs.get("logits_to_keep", 0)
+
     def _seen(self, _norm: Any, args: tuple[Any, ...], output: Any) -> None:
         # A compiled graph must not hold our state.
         if torch.compiler.is_compiling() or not isinstance(output, Tensor):
             return
         if output.requires_grad and args and self._session.guard.measuring:
-            forward = _Forward(args[0].detach())
+            forward = _Forward(args[0].detach(), self._kept)
             # The graph holds it, so a forward without a backward pass is forgotten with its graph.
             output.register_hook(partial(self._add, forward))
             self._open.append(weakref.ref(forward))
@@ -157,17 +173,23 @@ class Gradients:
             self._tell(f"{len(forwards)} forwards with gradients were seen in place of one")
             return
         (forward,), shape = forwards, batch.token_losses.shape
-        if forward.inputs.shape[:-1].numel() != shape.numel():
+        *rows, size = forward.inputs.shape[:-1]
+        in_row = shape.numel() // max(math.prod(rows), 1)
+        positions = _kept_positions(forward.kept, size, in_row, forward.inputs.device)
+        if math.prod(rows) * (size if positions is None else len(positions)) != shape.numel():
             self._tell(f"the layer had {list(forward.inputs.shape)}, for losses of {list(shape)}")
             return
-        forward.batch = batch
+        forward.batch, forward.positions = batch, positions
 
     def _add(self, forward: _Forward, slope: Tensor) -> None:
         """Called by the backward pass with the gradient of the layer's output."""
         guard = self._session.guard
         with guard.guarded():
             if guard.measuring and self._table is not None and forward.batch is not None:
-                products = _products(slope, self._normed(forward.inputs))
+                inputs, kept = forward.inputs, forward.positions
+                if kept is not None:
+                    slope, inputs = slope.index_select(-2, kept), inputs.index_select(-2, kept)
+                products = _products(slope, self._normed(inputs))
                 gradients, whole = _of_sequences(products, forward.batch)
                 self._table.add_gradients(forward.batch.channels, gradients, whole=whole)
 
@@ -177,6 +199,18 @@ class Gradients:
             "normalisation layer is not known: %s.",
             reason,
         )
+
+
+def _kept_positions(
+    kept: Tensor | int, size: int, in_row: int, device: torch.device
+) -> Tensor | None:
+    """int64: the positions of a row of `size` whose losses there are, `in_row` of them if `kept` is
+    a mask; None for all. Nothing waits for the device."""
+    if isinstance(kept, Tensor) and kept.dtype != torch.bool:
+        return kept.to(device)
+    if isinstance(kept, Tensor):
+        return (~kept).to(torch.uint8).argsort(stable=True)[:in_row].to(device)
+    return torch.arange(max(size - kept, 0), size, device=device) if kept else None
 
 
 @torch.no_grad()

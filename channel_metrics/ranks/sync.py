@@ -69,6 +69,7 @@ def sum_over_ranks(
     ranks: Ranks | None = None,
     guard: FaultGuard | None = None,
     riders: Sequence[float] = (),
+    *,
     beside: SumTable | None = None,
 ) -> GlobalSums:
     """The names and sums of all ranks. A collective.
