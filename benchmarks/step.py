@@ -21,7 +21,7 @@ from benchmarks.swift_peer import SwiftLoop, swift_token_losses
 from benchmarks.timing import compare, peak_mib
 from benchmarks.veomni_peer import VeOmni
 
-__all__ = ["FURTHER", "peak_memory", "peaks_of", "run"]
+__all__ = ["FURTHER", "ON_AXES", "peak_memory", "peaks_of", "run"]
 
 NUM_ROWS, ROW_LENGTH, HIDDEN, VOCABULARY = 4, 1_024, 512, 32_000
 CHANNELS = ("bbu", "rru", "lvis", "lang_chat")
@@ -45,13 +45,8 @@ AXES = {
     "language": {"bbu": "zh", "rru": "zh", "lvis": "en", "lang_chat": "en"},
 }
 VARIANTS = ("off", "loss", "loss and accuracy", "ms-swift, HF", "VeOmni, each step")
-FURTHER = (
-    "off",
-    "3 axes, error bars, bytes",
-    "3 axes, error bars, bytes, accuracy",
-    "loss and entropy",
-    "loss and gradients",
-)
+ON_AXES = ("off", "3 axes, error bars, bytes", "3 axes, error bars, bytes, accuracy")
+FURTHER = ("off", "loss and entropy", "loss and gradients")
 
 
 def run(
@@ -71,7 +66,7 @@ def run(
 
 def peak_memory() -> list[dict[str, object]]:
     """What the tensors of a step hold at their peak, beside the model and its gradients."""
-    return peaks_of({name: _step(name) for name in dict.fromkeys((*VARIANTS, *FURTHER))})
+    return peaks_of({name: _step(name) for name in dict.fromkeys((*VARIANTS, *ON_AXES, *FURTHER))})
 
 
 def peaks_of(calls: Mapping[str, Call]) -> list[dict[str, object]]:

@@ -244,7 +244,7 @@ class WindowMaker:
             for row, of_row in values.items():
                 of_row.update(self._slopes.values(row))
 
-    def _add_gradients(self, joint: Sequence[str], exact: Tensor, *groups: Values) -> None:
+    def _add_gradients(self, joint: tuple[str, ...], exact: Tensor, *groups: Values) -> None:
         """Add what is logged of the sums of `GradientTable` under these joint names."""
         names, sums, _ = self.book.project(joint, exact)
         total = exact[:, 2:].sum(0)

@@ -7,6 +7,7 @@ channels does the same to them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,12 +24,22 @@ from channel_metrics.data.reference import (
     reference_of,
 )
 
-__all__ = ["RECORD_IDS_KEY", "Carried", "carried_of", "split_carried", "without_carried"]
+__all__ = [
+    "RECORD_IDS_KEY",
+    "Carried",
+    "carried_of",
+    "split_carried",
+    "split_roles",
+    "with_roles",
+    "without_carried",
+]
 
 # The batch key: int64 [N, ID_WORDS], see `id_words`.
 RECORD_IDS_KEY = "channel_record_ids"
 # In a name, what travels is behind two of these: "bbu", mark, "1.5 3" (nll, tokens), mark, id.
 _MARK = "\x03"
+# Behind this one are the roles of the tokens in runs, such as "0*3 2*9".
+_OF_ROLES = "\x04"
 
 Names = list[list[str | None]]
 
@@ -95,7 +106,22 @@ def split_carried(names: Sequence[str | None]) -> tuple[list[str | None], dict[s
 
 def without_carried(name: str | None) -> str | None:
     """The name alone; None if something travelled without a name."""
-    return name and (name.partition(_MARK)[0] or None)
+    return name and (split_roles(name.partition(_MARK)[0])[0] or None)
+
+
+def with_roles(name: str | None, roles: Sequence[int]) -> str:
+    """A name that the roles of the tokens of its sequence travel with."""
+    runs = " ".join(f"{role}*{len([*run])}" for role, run in groupby(roles))
+    return f"{name or ''}{_OF_ROLES}{runs}"
+
+
+def split_roles(name: str | None) -> tuple[str | None, list[int] | None]:
+    """The name without roles, and the roles; None if there are none."""
+    if name is None or _OF_ROLES not in name:
+        return name, None
+    name, runs = name.split(_OF_ROLES, 1)
+    pairs = (run.split("*") for run in runs.split())
+    return name or None, [int(role) for role, count in pairs for _ in range(int(count))]
 
 
 def _with(name: str | None, pair: Pair, given: Any) -> str | None:
