@@ -175,19 +175,17 @@ def test_it_trains_as_without_us(
     assert len(warnings) == (level == "WARNING")
 
 
-@pytest.mark.parametrize("logging_steps", [4, 1])
+@pytest.mark.parametrize("every", [4, 1])
 def test_a_stream_with_channels_in_some_records_is_measured(
-    logging_steps: int, patched: Any, tmp_path: Path
+    every: int, patched: Any, tmp_path: Path
 ) -> None:
-    """The first batch has the column, but no channel in it. In a window of its own, it must have
-    no tokens either."""
+    """The first batch has no channel, and if it is a window of its own, no tokens either."""
     records = make_records(16)
     for record in records[:4]:
-        labels = record["labels"] if logging_steps > 1 else [-100] * len(record["labels"])
+        labels = record["labels"] if every > 1 else [-100] * len(record["labels"])
         record.update(channel=None, labels=labels)
-    trainer = patched(tmp_path, records=stream(records), logging_steps=logging_steps)
     found: Counter[str] = Counter()
-    for entry in channel_logs(trainer):
+    for entry in channel_logs(patched(tmp_path, records=stream(records), logging_steps=every)):
         found.update({k: int(v) for k, v in entry.items() if k.endswith("_tokens")})
     names = [r["channel"] or "unlabeled" for r in records for x in r["labels"][1:] if x != -100]
     assert found == Counter(f"{name}_tokens" for name in names)
