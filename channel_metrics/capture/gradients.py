@@ -25,7 +25,7 @@ from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.gradients import GRADIENTS, gradient_columns
 from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.micro_batch import MicroBatch
-from channel_metrics.core.sums import table_rows
+from channel_metrics.core.rows import table_rows
 from channel_metrics.core.table import SumTable
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.errors import ConfigError

@@ -34,8 +34,9 @@ from channel_metrics.core.extremes import Extremes, first_tokens
 from channel_metrics.core.keys import ChannelTable, metric_key
 from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.percentiles import BINS, sequence_bins
+from channel_metrics.core.rows import table_rows
 from channel_metrics.core.schema import DEFAULT_METRICS, TOKENS, Schema
-from channel_metrics.core.sums import TokenView, sequence_sums, table_rows, token_sums
+from channel_metrics.core.sums import TokenView, sequence_sums, token_sums
 from channel_metrics.core.table import SumTable, values_by_channel
 from channel_metrics.core.text_sizes import TextSizes
 

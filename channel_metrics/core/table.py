@@ -19,8 +19,8 @@ from torch import Tensor
 
 from channel_metrics.core.checks import can_read, channels_shape, check_ids, check_scalar
 from channel_metrics.core.labels import UNLABELED, LabelTable
+from channel_metrics.core.rows import table_rows
 from channel_metrics.core.schema import Metric, Schema
-from channel_metrics.core.sums import table_rows
 from channel_metrics.errors import ChannelError, ChannelMetricsError, ConfigError
 
 if TYPE_CHECKING:
@@ -55,9 +55,7 @@ class SumTable:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> None:
-        device = torch.device(device)
-        self.labels = labels
-        self.columns = tuple(columns)
+        device, self.labels, self.columns = torch.device(device), labels, tuple(columns)
         self._place = {name: index for index, name in enumerate(self.columns)}
         self.dtype = dtype or _dtype_of(device)
         if self.dtype not in (torch.float64, torch.float32):
