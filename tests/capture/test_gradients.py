@@ -72,6 +72,9 @@ def test_what_is_logged() -> None:
     share = window.logs["a_grad_share"] + window.logs["b_grad_share"]
     assert window.logs["kind/x_grad_share"] == pytest.approx(share)
     assert metrics.close(2).logs == {}
+    trained(metrics, model, BATCHES[2:], padded)
+    alone = gradient_metrics(exact(model, BATCHES[2:], padded))
+    assert metrics.close(3).values["a"] == pytest.approx(alone["a"], rel=1e-6)
 
 
 def test_the_noise_scale_is_that_of_the_draws() -> None:

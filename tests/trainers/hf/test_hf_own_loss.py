@@ -156,7 +156,8 @@ def test_another_cross_entropy_inside_transformers_own(
 
 def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     logits, wanted = outputs["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    return F.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
+    loss: Tensor = F.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
+    return loss
 
 
 @ddp

@@ -32,34 +32,38 @@ PART = re.compile(
     r"|(?P<assistant>.+?<\|im_end\|>\n?)",
     re.DOTALL,
 )
+NUM_RECORDS = 12
 Found = dict[str, Any]
 
 
-def records(count: int = 12) -> list[Found]:
-    """Some think, and some have two rounds."""
+def records(*, tools: bool) -> list[Found]:
+    """Some think, and some have two rounds; with `tools`, some use a tool."""
     found = []
-    for number in range(count):
+    for number in range(NUM_RECORDS):
         messages = []
         for turn in range(1 + number % 2):
             thought = f"<think>\nwhy {number}\n</think>\n\n" if (number + turn) % 3 else ""
-            messages += [
-                {"role": "user", "content": f"ask {number} {turn}"},
-                {"role": "assistant", "content": f"{thought}say {number}"},
-            ]
+            messages.append({"role": "user", "content": f"ask {number} {turn}"})
+            if tools and number % 4 == 0:
+                call = {"name": "look", "arguments": {"at": number}}
+                messages.append({"role": "tool_call", "content": json.dumps(call)})
+                messages.append({"role": "tool_response", "content": "seen"})
+            messages.append({"role": "assistant", "content": f"{thought}say {number}"})
         found.append({"messages": messages, "channel": ("bbu", "rru", None)[number % 3]})
     return found
 
 
-def trained(folder: Path, **overrides: Any) -> Found:
+def trained(folder: Path, *, tools: bool = True, **overrides: Any) -> Found:
     folder.mkdir()
+    data_set = records(tools=tools)
     model, data = make_model(folder / "model", attention_dropout=0.0), folder / "train.jsonl"
-    data.write_text("".join(json.dumps(record) + "\n" for record in records()))
-    one_step = {"gradient_accumulation_steps": len(records()), "max_steps": 1}
+    data.write_text("".join(json.dumps(record) + "\n" for record in data_set))
+    one_step = {"gradient_accumulation_steps": NUM_RECORDS, "max_steps": 1, "max_length": 500}
     options = arguments(model, data, folder, **one_step | overrides)
     off, on = run(options, None), run(options, CONFIG)
     template = on.pop("trainer").template
     del off["trainer"]
-    return {"off": off, "on": on, "expected": one_by_one(model, template)}
+    return {"off": off, "on": on, "expected": one_by_one(model, template, data_set)}
 
 
 def roles_of(template: Any, ids: list[int]) -> list[str]:
@@ -68,12 +72,12 @@ def roles_of(template: Any, ids: list[int]) -> list[str]:
     return [str(of_letters[sum(map(len, texts[:number]))]) for number in range(len(ids))]
 
 
-def one_by_one(path: Path, template: Any) -> dict[str, float]:
+def one_by_one(path: Path, template: Any, data_set: list[Found]) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     losses: dict[str, list[float]] = {}
-    for record in records():
+    for record in data_set:
         limit, template.max_length = template.max_length, None
         whole = roles_of(template, template.encode({"messages": record["messages"]})["input_ids"])
         template.max_length = limit
@@ -106,7 +110,7 @@ def packing(folder: Path) -> Any:
 def all_roles(folder: Path) -> Any:
     """ms-swift trains on all tokens, and cuts the end of long records off."""
     cut = {"truncation_strategy": "right", "max_length": 150, "enable_channel_loss": False}
-    return trained(folder, padding_free=True, loss_scale="all", **cut)
+    return trained(folder, tools=False, padding_free=True, loss_scale="all", **cut)
 
 
 @alone

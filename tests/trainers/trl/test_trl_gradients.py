@@ -10,8 +10,8 @@ import torch
 from gradient_tools import gradient_metrics
 from transformers import Qwen2ForCausalLM
 from trl import SFTTrainer
-from trl_sft_tools import BFD, EOS, HAS_BOUNDS, OF_LETTER, MySFT, Seen, sft
-from trl_tools import text_records
+from trl_sft_tools import BFD, HAS_BOUNDS, OF_LETTER, MySFT, Seen, sft
+from trl_tools import EOS, text_records
 
 from channel_metrics import MetricsConfig
 from channel_metrics.core.gradients import GRADIENTS
