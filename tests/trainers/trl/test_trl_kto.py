@@ -198,11 +198,12 @@ def test_windows_are_means_over_the_answers_of_a_channel(
     assert not [message for message in caplog.messages if "add up" in message]
 
 
-ADAPTERS = {
+ADAPTERS: dict[str, Any] = {
     "none": None,
     "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
-    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
 }
+if not OLD:  # trl 0.29 itself cannot train it
+    ADAPTERS["prompt"] = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
