@@ -34,6 +34,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "step": lambda: {
         "memory": step.peak_memory(),
         "rows": step.run(),
+        "axes": step.run(step.ON_AXES),
         "further": step.run(step.FURTHER),
     },
 }

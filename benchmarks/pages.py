@@ -40,16 +40,22 @@ def summary(found: Results) -> str:
     """What this library costs, beside a goal and others."""
     step, peak = _by_variant(found, "step"), _by_variant(found, "step", "memory")
     head, head_peak = _by_variant(found, "head"), _by_variant(found, "head", "memory")
-    further = _by_variant(found, "step", "further")
+    axes, further = (_by_variant(found, "step", part) for part in ("axes", "further"))
     growth = {row["num_channels"]: _r(row) for row in found["update"]["growth"]}
     others = f"ms-swift {_r(step[SWIFT])}, VeOmni in each step {_r(step['VeOmni, each step'])}"
     rows = [
         ("a whole Trainer step with channel losses, compared with none", "1.01", step["loss"], ""),
         ("the same with token accuracy", "1.02", step["loss and accuracy"], f"loss only: {others}"),
         (
-            "the same with accuracy, 3 axes, error bars and bits per byte",
+            "the same with 3 axes, error bars and bits per byte",
             "1.01",
-            _rounds(further["3 axes, error bars, bytes"]),
+            _rounds(axes["3 axes, error bars, bytes"]),
+            "",
+        ),
+        (
+            "the same with these and token accuracy, with its error bars",
+            "1.02",
+            _rounds(axes["3 axes, error bars, bytes, accuracy"]),
             "",
         ),
         ("the same with the loss and entropy", "none", _rounds(further["loss and entropy"]), ""),

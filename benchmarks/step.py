@@ -21,15 +21,20 @@ from benchmarks.swift_peer import SwiftLoop, swift_token_losses
 from benchmarks.timing import compare, peak_mib
 from benchmarks.veomni_peer import VeOmni
 
-__all__ = ["FURTHER", "peak_memory", "peaks_of", "run"]
+__all__ = ["FURTHER", "ON_AXES", "peak_memory", "peaks_of", "run"]
 
 NUM_ROWS, ROW_LENGTH, HIDDEN, VOCABULARY = 4, 1_024, 512, 32_000
 CHANNELS = ("bbu", "rru", "lvis", "lang_chat")
-BARS = ("loss_se", "loss_low", "loss_high", "token_acc_se", "token_acc_low", "token_acc_high")
+BARS = ("loss_se", "loss_low", "loss_high")
+ACCURACY_BARS = ("token_acc", "token_acc_se", "token_acc_low", "token_acc_high")
 OURS = {
     "loss": ("loss", "tokens", "share"),
     "loss and accuracy": ("loss", "token_acc", "tokens", "share"),
-    "3 axes, error bars, bytes": ("loss", "token_acc", "tokens", *BARS, "bits_per_byte"),
+    "3 axes, error bars, bytes": ("loss", "tokens", *BARS, "bits_per_byte"),
+    "3 axes, error bars, bytes, accuracy": (
+        *("loss", "tokens", *BARS, "bits_per_byte"),
+        *ACCURACY_BARS,
+    ),
     "loss and entropy": ("loss", "tokens", "share", "entropy"),
     "loss and gradients": ("loss", "tokens", "share", "grad_share", "grad_cosine", "grad_noise"),
 }
@@ -40,7 +45,8 @@ AXES = {
     "language": {"bbu": "zh", "rru": "zh", "lvis": "en", "lang_chat": "en"},
 }
 VARIANTS = ("off", "loss", "loss and accuracy", "ms-swift, HF", "VeOmni, each step")
-FURTHER = ("off", "3 axes, error bars, bytes", "loss and entropy", "loss and gradients")
+ON_AXES = ("off", "3 axes, error bars, bytes", "3 axes, error bars, bytes, accuracy")
+FURTHER = ("off", "loss and entropy", "loss and gradients")
 
 
 def run(
@@ -60,7 +66,7 @@ def run(
 
 def peak_memory() -> list[dict[str, object]]:
     """What the tensors of a step hold at their peak, beside the model and its gradients."""
-    return peaks_of({name: _step(name) for name in dict.fromkeys((*VARIANTS, *FURTHER))})
+    return peaks_of({name: _step(name) for name in dict.fromkeys((*VARIANTS, *ON_AXES, *FURTHER))})
 
 
 def peaks_of(calls: Mapping[str, Call]) -> list[dict[str, object]]:

@@ -36,7 +36,7 @@ class MetricsConfig(AlertingConfig):
 
     `{"domain": "metadata._fusion_domain"}` logs `domain/target_loss` and so on beside the
     channels. `{"position": {"by": "position"}}` labels single tokens, as do `length`, `column`
-    (with a field of the records) and `modality`."""
+    (with a field of the records), `modality` and, in ms-swift, `template`."""
 
     cross: tuple[tuple[str, ...], ...] = ()
     """Axes to combine, such as `[["channel", "domain"]]`; `channel` is the channel itself.

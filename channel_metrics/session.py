@@ -257,12 +257,18 @@ class ChannelMetrics(Checkpoints):
         """The window of all ranks; a window without values if the metrics have ended."""
         if not self.guard.off:
             with self.guard.guarded():
-                found = sum_over_ranks(
-                    table, self._agreement, self.ranks, self.guard, self._riders()
-                )
                 closes = split == "train" and final
+                found = sum_over_ranks(
+                    table,
+                    self._agreement,
+                    self.ranks,
+                    self.guard,
+                    self._riders(),
+                    beside=self.gradients.table if closes else None,
+                )
                 if closes:
                     self.totals.add(found.names, found.sums)
+                    self.gradients.reset()
                 window = self._maker.make(
                     found,
                     split=split,
@@ -270,7 +276,6 @@ class ChannelMetrics(Checkpoints):
                     prefix=prefix,
                     totals=self.totals,
                     final=final,
-                    gradients=self.gradients.summed() if closes else None,
                 )
                 if not final:
                     return window

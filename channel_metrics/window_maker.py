@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
+from torch import Tensor
+
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.axes import AxisBook, Projected, groups_of
 from channel_metrics.core.axis_settings import CHANNEL, TREE, TREE_MEAN, token_source
@@ -64,15 +66,13 @@ class WindowMaker:
         prefix: str,
         totals: RunTotals,
         final: bool,
-        gradients: GlobalSums | None = None,
     ) -> Window:
         """The window of these sums.
 
         Args:
-            found: the sums of all ranks.
+            found: the sums of all ranks; beside them those of `GradientTable`, if it is logged.
             split, step, prefix, final: as in `Window`.
             totals: those of the run, up to the last closed train window.
-            gradients: sums of `GradientTable`, of all ranks.
         """
         rows = self.book.project(found.names, found.sums)
         so_far = totals.by_row(self.book.rows)
@@ -95,8 +95,8 @@ class WindowMaker:
         elif final:
             self._add_totals(so_far, values, of_axes)
             self._add_slopes(rows, so_far, totals, values, of_axes)
-            if gradients is not None:
-                self._add_gradients(gradients, values, of_axes)
+            if found.beside is not None:
+                self._add_gradients(found.names, found.beside, values, of_axes)
         self._drop_of_sequences(of_axes)
         means = self._means_of_groups({**values, **of_axes})
         of_axes |= means
@@ -244,9 +244,10 @@ class WindowMaker:
             for row, of_row in values.items():
                 of_row.update(self._slopes.values(row))
 
-    def _add_gradients(self, gradients: GlobalSums, *groups: Values) -> None:
-        names, sums, _ = self.book.project(gradients.names, gradients.sums)
-        total = gradients.sums[:, 2:].sum(0)
+    def _add_gradients(self, joint: tuple[str, ...], exact: Tensor, *groups: Values) -> None:
+        """Add what is logged of the sums of `GradientTable` under these joint names."""
+        names, sums, _ = self.book.project(joint, exact)
+        total = exact[:, 2:].sum(0)
         found = gradient_values((UNLABELED, *names), sums, total, self._gradients)
         for values in groups:
             for row, of_row in values.items():

@@ -8,6 +8,7 @@ Letters: B rows, S row length, T = B * S, N sequences, H is the hidden size.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -20,19 +21,14 @@ from torch import Tensor
 
 from channel_metrics.capture.last_norm import find_last_norm, normed_by
 from channel_metrics.config import MetricsConfig
-from channel_metrics.core.checks import channels_shape
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.core.gradients import GRADIENTS, gradient_columns
 from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.micro_batch import MicroBatch
-from channel_metrics.core.sums import table_rows
+from channel_metrics.core.rows import table_rows
 from channel_metrics.core.table import SumTable
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.errors import ConfigError
-from channel_metrics.ranks.agreed_names import Agreement
-from channel_metrics.ranks.exchange import GlobalSums
-from channel_metrics.ranks.ranks import Ranks
-from channel_metrics.ranks.sync import sum_over_ranks
 
 __all__ = ["GradientTable", "Gradients", "Session"]
 
@@ -63,13 +59,17 @@ class GradientTable(SumTable):
 
 @dataclass(eq=False)
 class _Forward:
-    """A forward of the layer. shape [B, S] or [T], channels and bounds are those of its
-    micro-batch; None until it is known."""
+    """A forward of the layer [B, S].
+
+    kept: the positions whose logits the model computes, as transformers takes `logits_to_keep`: a
+    mask, indices, or how many of the last; 0 for all. batch: what was computed from it; None until
+    it is known. positions: int64, those of the losses in a row; None for all.
+    """
 
     inputs: Tensor
-    shape: torch.Size | None = None
-    channels: Any = None
-    bounds: Tensor | None = None
+    kept: Tensor | int
+    batch: MicroBatch | None = None
+    positions: Tensor | None = None
 
 
 class Session(Protocol):
@@ -78,7 +78,6 @@ class Session(Protocol):
     config: MetricsConfig
     labels: LabelTable
     guard: FaultGuard
-    ranks: Ranks
     totals: RunTotals
     on_count: list[Callable[[MicroBatch], object]]
 
@@ -95,10 +94,10 @@ class Gradients:
         if self.wanted:
             session.on_count.append(self._bind)
         self._table: GradientTable | None = None
-        self._agreement = Agreement()
         # Forwards that no micro-batch is known of yet.
         self._open: deque[weakref.ref[_Forward]] = deque(maxlen=2)
         self._run: object = None
+        self._kept: Tensor | int = 0
 
     def watch(self, model: Any) -> None:
         """Measure at the last normalisation layer of a model.
@@ -124,16 +123,20 @@ class Gradients:
         norm.register_forward_hook(
             lambda *of: None if (found := me()) is None else found._seen(*of)
         )
+        model.register_forward_pre_hook(
+            lambda *of: None if (found := me()) is None else found._begins(*of), with_kwargs=True
+        )
 
-    def summed(self) -> GlobalSums | None:
-        """The sums of all ranks; the next window is empty. A collective, if there is a model."""
-        if self._table is None:
-            return None
-        session = self._session
+    @property
+    def table(self) -> GradientTable | None:
+        """The sums of this rank; None if no model is watched."""
         self._begin_run()
-        found = sum_over_ranks(self._table, self._agreement, session.ranks, session.guard)
-        self._table.reset()
-        return found
+        return self._table
+
+    def reset(self) -> None:
+        """Begin the next window."""
+        if self._table is not None:
+            self._table.reset()
 
     def _begin_run(self) -> None:
         """Forget what a run before this one has left."""
@@ -141,12 +144,16 @@ class Gradients:
             self._table.reset()
         self._run = self._session.totals
 
+    def _begins(self, _model: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            self._kept = kwargs.get("logits_to_keep", 0)
+
     def _seen(self, _norm: Any, args: tuple[Any, ...], output: Any) -> None:
         # A compiled graph must not hold our state.
         if torch.compiler.is_compiling() or not isinstance(output, Tensor):
             return
         if output.requires_grad and args and self._session.guard.measuring:
-            forward = _Forward(args[0].detach())
+            forward = _Forward(args[0].detach(), self._kept)
             # The graph holds it, so a forward without a backward pass is forgotten with its graph.
             output.register_hook(partial(self._add, forward))
             self._open.append(weakref.ref(forward))
@@ -166,19 +173,25 @@ class Gradients:
             self._tell(f"{len(forwards)} forwards with gradients were seen in place of one")
             return
         (forward,), shape = forwards, batch.token_losses.shape
-        if forward.inputs.shape[:-1].numel() != shape.numel():
+        *rows, size = forward.inputs.shape[:-1]
+        in_row = shape.numel() // max(math.prod(rows), 1)
+        positions = _kept_positions(forward.kept, size, in_row, forward.inputs.device)
+        if math.prod(rows) * (size if positions is None else len(positions)) != shape.numel():
             self._tell(f"the layer had {list(forward.inputs.shape)}, for losses of {list(shape)}")
             return
-        forward.shape, forward.channels, forward.bounds = shape, batch.channels, batch.cu_seqlens
+        forward.batch, forward.positions = batch, positions
 
     def _add(self, forward: _Forward, slope: Tensor) -> None:
         """Called by the backward pass with the gradient of the layer's output."""
         guard = self._session.guard
         with guard.guarded():
-            if guard.measuring and self._table is not None and forward.shape is not None:
-                products = _products(slope, self._normed(forward.inputs))
-                gradients, whole = _of_sequences(products, forward)
-                self._table.add_gradients(forward.channels, gradients, whole=whole)
+            if guard.measuring and self._table is not None and forward.batch is not None:
+                inputs, kept = forward.inputs, forward.positions
+                if kept is not None:
+                    slope, inputs = slope.index_select(-2, kept), inputs.index_select(-2, kept)
+                products = _products(slope, self._normed(inputs))
+                gradients, whole = _of_sequences(products, forward.batch)
+                self._table.add_gradients(forward.batch.channels, gradients, whole=whole)
 
     def _tell(self, reason: str) -> None:
         self._session.warn_once(
@@ -188,6 +201,18 @@ class Gradients:
         )
 
 
+def _kept_positions(
+    kept: Tensor | int, size: int, in_row: int, device: torch.device
+) -> Tensor | None:
+    """int64: the positions of a row of `size` whose losses there are, `in_row` of them if `kept` is
+    a mask; None for all. Nothing waits for the device."""
+    if isinstance(kept, Tensor) and kept.dtype != torch.bool:
+        return kept.to(device)
+    if isinstance(kept, Tensor):
+        return (~kept).to(torch.uint8).argsort(stable=True)[:in_row].to(device)
+    return torch.arange(max(size - kept, 0), size, device=device) if kept else None
+
+
 @torch.no_grad()
 def _products(slope: Tensor, normed: Tensor) -> Tensor:
     """g * x [T, H], in float32 or float64."""
@@ -195,11 +220,10 @@ def _products(slope: Tensor, normed: Tensor) -> Tensor:
     return (slope.to(exact) * normed).flatten(0, -2)
 
 
-def _of_sequences(products: Tensor, forward: _Forward) -> tuple[Tensor, bool]:
+def _of_sequences(products: Tensor, batch: MicroBatch) -> tuple[Tensor, bool]:
     """The gradients of sequences, and True; those of tokens, and False, if channels are ids [T]."""
-    shape, bounds = forward.shape, forward.bounds
-    assert shape is not None
-    if bounds is None and channels_shape(forward.channels) == shape != (1,):
+    shape, bounds = batch.token_losses.shape, batch.cu_seqlens
+    if batch.per_token:
         return products, False
     if bounds is None:
         rows = products.view(shape[0] if len(shape) == 2 else 1, -1, products.shape[-1])

@@ -27,14 +27,16 @@ from channel_metrics.core.checks import (
     check_record_ids,
     check_scalar,
     checked_reference,
+    has_id_per_token,
     token_values,
 )
 from channel_metrics.core.extremes import Extremes, first_tokens
 from channel_metrics.core.keys import ChannelTable, metric_key
 from channel_metrics.core.labels import LabelTable
 from channel_metrics.core.percentiles import BINS, sequence_bins
+from channel_metrics.core.rows import table_rows
 from channel_metrics.core.schema import DEFAULT_METRICS, TOKENS, Schema
-from channel_metrics.core.sums import TokenView, sequence_sums, table_rows, token_sums
+from channel_metrics.core.sums import TokenView, sequence_sums, token_sums
 from channel_metrics.core.table import SumTable, values_by_channel
 from channel_metrics.core.text_sizes import TextSizes
 
@@ -172,8 +174,7 @@ class ChannelLossAccumulator(SumTable):
         if reported_sum is not None:
             check_scalar("reported_sum", reported_sum)
         shape = channels_shape(channels)
-        # If there is one token and one id, it is the id of a sequence: [T] is one sequence.
-        per_token = cu_seqlens is None and shape == token_losses.shape and shape != (1,)
+        per_token = has_id_per_token(token_losses.shape, shape, cu_seqlens, reference, record_ids)
         in_parts = per_token or self.dtype != torch.float64
         columns = [column for column in self.schema.columns if not (in_parts and column.whole)]
         self.in_parts |= len(columns) < len(self.schema.columns)

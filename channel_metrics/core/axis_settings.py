@@ -16,6 +16,8 @@ __all__ = [
     "MODALITIES",
     "MODALITY",
     "POSITION",
+    "ROLES",
+    "ROLES_FIELD",
     "TEXT",
     "TREE",
     "TREE_MEAN",
@@ -33,8 +35,11 @@ CHANNEL = "channel"
 TREE, TREE_MEAN = "tree", "tree_mean"
 # What the labels of single tokens may come from.
 POSITION, LENGTH, COLUMN, MODALITY = "position", "length", "column", "modality"
+_TEMPLATE = "template"
 # The labels of an axis by column, and of one by modality, if the config does not name them.
-_ROLES = ("system", "user", "assistant", "tool", "thinking")
+ROLES = ("system", "user", "assistant", "tool", "thinking")
+# The field of an axis by template, which no record has: ms-swift's template fills it.
+ROLES_FIELD = "roles of ms-swift's template"
 TEXT, MODALITIES = "text", ("image", "video", "audio")
 _MOST_LABELS, _MOST_AXES = 254, 7
 _TAKEN = (CHANNEL, TREE, TREE_MEAN)
@@ -147,17 +152,20 @@ def _of_tokens(axis: Any, source: Mapping[str, Any]) -> Source:
         return dict(source)
     if by == COLUMN and {"field"} <= keys <= {"field", "labels"}:
         return {_BY: by, "field": source["field"], "labels": _entries(axis, source)}
+    if by == _TEMPLATE and not keys:
+        return {_BY: COLUMN, "field": ROLES_FIELD, "labels": {role: role for role in ROLES}}
     if by == MODALITY and keys <= {"labels"}:
         return {_BY: by, **({"labels": _token_ids(axis, source["labels"])} if keys else {})}
     raise ConfigError(
         f"axes.{axis} must be {{by: {POSITION}}}, {{by: {LENGTH}}}, {{by: {COLUMN}, field: ..., "
-        f"labels: [...]}} or {{by: {MODALITY}, labels: {{...}}}}, but is {source!r}."
+        f"labels: [...]}}, {{by: {_TEMPLATE}}} or {{by: {MODALITY}, labels: {{...}}}}, but is "
+        f"{source!r}."
     )
 
 
 def _entries(axis: Any, source: Mapping[str, Any]) -> dict[Any, str]:
     """{entry of the column: label}"""
-    labels = source.get("labels", _ROLES)
+    labels = source.get("labels", ROLES)
     if isinstance(labels, (list, tuple)):
         labels = {name: name for name in labels}
     names = {*labels.values()} if isinstance(labels, Mapping) else {None}

@@ -22,6 +22,7 @@ __all__ = [
     "check_record_ids",
     "check_scalar",
     "checked_reference",
+    "has_id_per_token",
     "token_values",
 ]
 
@@ -104,6 +105,23 @@ def channels_shape(channels: Tensor | Sequence[str | None]) -> torch.Size:
             f"channels must be one name per sequence, but is the string {channels!r}; pass a list."
         )
     return channels.shape if isinstance(channels, Tensor) else torch.Size([len(channels)])
+
+
+def has_id_per_token(
+    losses: torch.Size, ids: torch.Size, cu_seqlens: Tensor | None, *of_sequences: Tensor | None
+) -> bool:
+    """Whether there is one channel per token, as in shards of rows, and not one per sequence.
+
+    One token with one id is a sequence, because [T] is one, unless the micro-batch has other
+    sequences.
+
+    Args:
+        losses, ids: the shapes of token_losses and of the channels.
+        cu_seqlens: the boundaries, if there are any.
+        of_sequences: what has one row per sequence, or None.
+    """
+    others = any(given is not None and len(given) != 1 for given in of_sequences)
+    return cu_seqlens is None and ids == losses and (ids != (1,) or others)
 
 
 def check_record_ids(record_ids: Tensor | None, num_sequences: int) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["GRADIENTS", "gradient_columns", "gradient_values"]
 
 _SOURCE = "gradients of the last norm's output"
-_COST = "the last norm twice more, and one more all-reduce per window for all four"
+_COST = "the last norm twice more, and the hidden size more numbers per row and window"
 
 GRADIENTS = (
     RunMetric(

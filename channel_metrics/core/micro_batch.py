@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from channel_metrics.core.accumulator import ChannelLossAccumulator
-from channel_metrics.core.checks import channels_shape, check_ids, check_layout
+from channel_metrics.core.checks import (
+    channels_shape,
+    check_ids,
+    check_layout,
+    has_id_per_token,
+)
 from channel_metrics.core.places import Places, places
 from channel_metrics.core.sums import TokenValues
 
@@ -85,13 +90,16 @@ class MicroBatch:
     @property
     def of_tokens(self) -> Places | None:
         """`places`, or what follows from the boundaries; None if these do not show it."""
-        shape, ids = self.token_losses.shape, self.channels
-        if self.places is not None or (
-            self.cu_seqlens is None and isinstance(ids, Tensor) and ids.shape == shape != (1,)
-        ):
+        if self.places is not None or self.per_token:
             return self.places
-        check_layout(self.token_losses, channels_shape(ids), self.cu_seqlens)
-        return places(shape, self.cu_seqlens, None, self.token_losses)
+        check_layout(self.token_losses, channels_shape(self.channels), self.cu_seqlens)
+        return places(self.token_losses.shape, self.cu_seqlens, None, self.token_losses)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether there is one channel per token, and not one per sequence."""
+        shapes = self.token_losses.shape, channels_shape(self.channels)
+        return has_id_per_token(*shapes, self.cu_seqlens, self.reference, self.record_ids)
 
     def add_to(self, table: ChannelLossAccumulator, groups: Sequence[Tensor] = ()) -> None:
         """Add the tokens to `table`, which moves to their device.

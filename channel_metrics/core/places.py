@@ -70,14 +70,15 @@ def places(
     if keep is not None:
         counts = keep.to(device, non_blocking=True).flatten().long().cumsum(0)
         kept = torch.nn.functional.pad(counts, (1, 0))
-    before = kept[bounds]
+    before = kept.index_select(0, bounds)
     owner = sequence_index(bounds, size)
     # The tokens past the last bound belong to no sequence.
     starts = torch.nn.functional.pad(before[:-1], (0, 1))
     lengths = torch.nn.functional.pad(before.diff(), (0, 1), value=-1)
-    positions = (kept[1:] - 1 - starts[owner]).clamp(min=0)
+    positions = (kept[1:] - 1 - starts.index_select(0, owner)).clamp(min=0)
     outside = owner == len(bounds) - 1
-    return Places(positions.masked_fill(outside, -1).view(shape), lengths[owner].view(shape))
+    found = Places(positions.masked_fill(outside, -1), lengths.index_select(0, owner))
+    return found.map(lambda one: one.view(shape))
 
 
 def places_of_positions(position_ids: Tensor) -> Places:

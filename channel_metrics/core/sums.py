@@ -21,7 +21,7 @@ from channel_metrics.core.places import Places
 from channel_metrics.core.schema import TOKENS, Column
 from channel_metrics.errors import ChannelMetricsError
 
-__all__ = ["SequenceView", "TokenValues", "TokenView", "sequence_sums", "table_rows", "token_sums"]
+__all__ = ["SequenceView", "TokenValues", "TokenView", "sequence_sums", "token_sums"]
 
 
 class TokenValues(NamedTuple):
@@ -170,16 +170,17 @@ def sequence_sums(
     columns = _always() if columns is None else columns
     view = values if isinstance(values, TokenView) else TokenView(values, dtype)
     dtype = view.nll.dtype
+    of_tokens = _token_columns(view, columns)
     if cu_seqlens is None:
-        shape = view.losses.shape
-        size = (shape[0] if len(shape) == 2 else 1,)
-        lengths = view.losses.new_full(size, shape[-1], dtype=torch.int64)
-        sums = _row_sums(_token_columns(view, columns), dtype)
+        shape = view.losses.shape if view.losses.dim() == 2 else (1, *view.losses.shape)
+        lengths = view.losses.new_full(shape[:1], shape[1], dtype=torch.int64)
+        sums = _row_sums(of_tokens, shape, dtype)
     else:
         bounds = torch.nn.functional.pad(cu_seqlens, (0, 1), value=view.losses.numel())
-        sums = _segment_sums(_token_columns(view, columns), bounds, dtype)
+        lengths = bounds.diff().long()
+        sums = _segment_sums(of_tokens, bounds, lengths, dtype)
         # The tokens past the last bound are no sequence, so their length is 0.
-        lengths = torch.nn.functional.pad(cu_seqlens.diff().long(), (0, 1))
+        lengths = torch.nn.functional.pad(lengths[:-1], (0, 1))
         if reference is not None:
             reference = torch.nn.functional.pad(reference, (0, 0, 0, 1), value=torch.nan)
     of_sequences = SequenceView(lengths, sums, reference)
@@ -210,24 +211,6 @@ def token_sums(
     return {name: _as_numbers(one).flatten().to(view.nll.dtype) for name, one in found.items()}
 
 
-def table_rows(ids: Tensor, num_rows: int, num_sums: int, *, checked: bool = False) -> Tensor:
-    """int64 [num_sums]: the row of a table that each sum is added to.
-
-    Row 0 is `unlabeled`, row i + 1 is channel i. Ids outside the table, and tokens past the last
-    bound, count as unlabeled, so that no token is lost.
-
-    Args:
-        ids: [N], -1 for unlabeled.
-        num_rows: of the table.
-        num_sums: N, or N + 1 if the last sum holds the tokens past the last bound.
-        checked: whether the ids are known to be in the table, or -1.
-    """
-    rows = ids.long() + 1
-    if not checked:
-        rows = rows.where((rows > 0) & (rows < num_rows), 0)
-    return torch.nn.functional.pad(rows, (0, 1)) if num_sums > ids.numel() else rows
-
-
 def _always() -> list[Column]:
     return [column for column in TOKENS.columns if not column.optional]
 
@@ -252,47 +235,56 @@ def _token_columns(view: TokenView, columns: Sequence[Column]) -> dict[str, Tens
     return {name: values for name, values in found if values is not None}
 
 
-def _row_sums(columns: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """{column: [N]}: every row is one sequence."""
+def _row_sums(
+    columns: dict[str, Tensor], shape: Sequence[int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """{column: [B]}: every row of `shape` [B, S] is one sequence."""
 
-    def reduced(column: Tensor) -> Tensor:
-        rows = _as_numbers(column if column.dim() == 2 else column.unsqueeze(0))
-        whole = torch.int32 if rows.dtype == torch.uint8 else dtype
-        return rows.sum(-1, dtype=whole).to(dtype)
+    def added(column: Tensor) -> Tensor:
+        return column.reshape(*shape).sum(-1, dtype=dtype)
 
-    return _each_once(columns, reduced)
+    def counted(stacked: Tensor) -> Tensor:
+        return stacked.view(len(stacked), *shape).sum(-1, dtype=torch.int32)
+
+    return _each_once(columns, added, counted, dtype)
 
 
 def _segment_sums(
-    columns: dict[str, Tensor], bounds: Tensor, dtype: torch.dtype
+    columns: dict[str, Tensor], bounds: Tensor, lengths: Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """{column: [N]}: sums between `bounds` [N + 1], the last of which is T."""
-    lengths = bounds.diff().long()
+    """{column: [N]}: sums between `bounds` [N + 1], the last of which is T, of segments [N]."""
 
-    def reduced(column: Tensor) -> Tensor:
-        values = _as_numbers(column).flatten()
-        if values.dtype == torch.uint8:
-            # A running sum takes half the time. It is exact for whole numbers only.
-            running = torch.nn.functional.pad(values, (1, 0)).cumsum(0)
-            return running.index_select(0, bounds).diff().to(dtype)
+    def added(column: Tensor) -> Tensor:
         # unsafe=True skips a check of the lengths that would wait for the device.
         return torch.segment_reduce(
-            values.to(dtype), "sum", lengths=lengths, unsafe=True, initial=0
+            column.flatten().to(dtype), "sum", lengths=lengths, unsafe=True, initial=0
         )
 
-    return _each_once(columns, reduced)
+    def counted(stacked: Tensor) -> Tensor:
+        # A running sum takes half the time. It is exact for whole numbers only.
+        running = torch.nn.functional.pad(stacked.flatten(1), (1, 0)).cumsum(1)
+        return running.index_select(1, bounds).diff()
+
+    return _each_once(columns, added, counted, dtype)
 
 
 def _each_once(
-    columns: dict[str, Tensor], reduced: Callable[[Tensor], Tensor]
+    columns: dict[str, Tensor],
+    added: Callable[[Tensor], Tensor],
+    counted: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """{column: its sums}. Columns that share a tensor (`tokens`, `judged`) are summed once."""
-    sums: dict[str, Tensor] = {}
-    for name, column in columns.items():
-        same = (sums[other] for other in sums if columns[other] is column)
-        found = next(same, None)
-        sums[name] = reduced(column) if found is None else found
-    return sums
+    """{column: its sums}. Columns that share a tensor (`tokens`, `judged`) are summed once.
+
+    added: the sums of one column. counted: those of columns of 0 and 1, [P, T] or [P, B, S].
+    """
+    alone = {id(column): column for column in columns.values()}
+    bools = [key for key, column in alone.items() if column.dtype == torch.bool]
+    sums = {key: added(column) for key, column in alone.items() if key not in bools}
+    if bools:
+        stacked = torch.stack([_as_numbers(alone[key]) for key in bools])
+        sums |= dict(zip(bools, counted(stacked).to(dtype), strict=True))
+    return {name: sums[id(column)] for name, column in columns.items()}
 
 
 def _as_numbers(values: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from channel_metrics.core.checks import can_read, channels_shape, check_ids, check_scalar
 from channel_metrics.core.labels import UNLABELED, LabelTable
+from channel_metrics.core.rows import table_rows
 from channel_metrics.core.schema import Metric, Schema
-from channel_metrics.core.sums import table_rows
 from channel_metrics.errors import ChannelError, ChannelMetricsError, ConfigError
 
 if TYPE_CHECKING:
@@ -55,9 +55,7 @@ class SumTable:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> None:
-        device = torch.device(device)
-        self.labels = labels
-        self.columns = tuple(columns)
+        device, self.labels, self.columns = torch.device(device), labels, tuple(columns)
         self._place = {name: index for index, name in enumerate(self.columns)}
         self.dtype = dtype or _dtype_of(device)
         if self.dtype not in (torch.float64, torch.float32):
@@ -198,10 +196,15 @@ class SumTable:
         num_sums = next(iter(values.values())).numel()
         # `_ids` has checked the ids that can be read.
         rows = table_rows(ids.flatten(), self._num_rows(), num_sums, checked=can_read(ids))
+        places = [self._place[name] for name in values if name in self._place]
+        if not places:
+            return
+        # One scatter for all columns. Those of the schema stand together, so few are empty.
+        first, end = min(places), max(places) + 1
+        empty = rows.new_zeros(num_sums, dtype=self.dtype)
+        added = [values.get(name, empty).to(self.dtype) for name in self.columns[first:end]]
         sums = self._sums if self.dtype == torch.float64 else torch.zeros_like(self._sums)
-        for name, added in values.items():
-            if name in self._place:
-                sums[self._place[name]].scatter_add_(0, rows, added.to(self.dtype))
+        sums[first:end].index_add_(1, rows, torch.stack(added))
         if sums is not self._sums:
             self._add_up(sums)
 

@@ -28,24 +28,23 @@ class TextSizes:
     """
 
     def __init__(self, num_bytes: Tensor, num_chars: Tensor) -> None:
-        # The last row is for ids that are no token.
-        self._table = torch.nn.functional.pad(torch.stack([num_bytes, num_chars]), (0, 1))
+        # The first and the last entry are for ids that are no token.
+        self._table = torch.nn.functional.pad(torch.stack([num_bytes, num_chars]), (1, 1))
 
     @property
     def num_bytes(self) -> Tensor:
         """int64 [V]."""
-        return self._table[0, :-1]
+        return self._table[0, 1:-1]
 
     @property
     def num_chars(self) -> Tensor:
         """int64 [V]."""
-        return self._table[1, :-1]
+        return self._table[1, 1:-1]
 
     def of(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The bytes and the characters of token ids of any shape."""
         if self._table.device != ids.device:
             self._table = self._table.to(ids.device)
-        end = self._table.shape[1] - 1
-        rows = ids.long().clamp(max=end)
-        num_bytes, num_chars = self._table.index_select(1, rows.where(rows >= 0, end).flatten())
+        places = (ids.long() + 1).clamp(0, self._table.shape[1] - 1)
+        num_bytes, num_chars = self._table.index_select(1, places.flatten())
         return num_bytes.view(ids.shape), num_chars.view(ids.shape)

@@ -130,18 +130,18 @@ class TokenAxes:
                 continue
             key = like.device, axis
             if key not in self._rows:
-                rows = labels.add_all(self.names(axis))
-                self._rows[key] = torch.tensor(rows, device=like.device)
+                *rows, none = labels.add_all(self.names(axis))
+                self._rows[key] = torch.tensor([none, *rows], device=like.device)
             if axis in self.of_places:
                 assert places is not None
                 by_position = token_source(self._sources[axis]) == POSITION
-                of_tokens = buckets(places.positions if by_position else places.lengths)
+                number = buckets(places.positions if by_position else places.lengths) + 1
             elif axis in self._shifts:
-                of_tokens = (self._given(axis, marks, like) >> self._shifts[axis] & 255) - 1
+                number = self._given(axis, marks, like) >> self._shifts[axis] & 255
             else:
-                of_tokens = self._modality(axis, targets, like)
-            # -1, no label, is the last row.
-            found.append(self._rows[key][of_tokens].flatten())
+                number = self._modality(axis, targets, like)
+            # 0 stands for no label.
+            found.append(self._rows[key].index_select(0, number.flatten()))
         return found
 
     def names(self, axis: str) -> list[str]:
@@ -159,7 +159,7 @@ class TokenAxes:
         return marks.to(like.device, non_blocking=True)
 
     def _modality(self, axis: str, targets: Tensor | None, like: Tensor) -> Tensor:
-        """The number of the label of each token, by its id."""
+        """The number of the label of each token, from 1 on, by its id."""
         if targets is None:
             raise ChannelError(
                 f"axis {axis!r} needs the ids of the tokens: give micro-batches their `labels`."
@@ -171,7 +171,8 @@ class TokenAxes:
         return kinds[targets.to(like.device, non_blocking=True).clamp(0, len(kinds) - 1)]
 
     def _kind_of_ids(self, axis: str) -> Tensor:
-        """int64: for each token id its label. The last entry is for all higher ids."""
+        """int64: for each token id the number of its label, from 1 on. The last entry is for all
+        higher ids."""
         given = self._sources[axis].get("labels", self._modalities)
         if not given:
             raise ConfigError(
@@ -179,10 +180,11 @@ class TokenAxes:
                 "processor nor the config of the model names one; give them in the config: "
                 f"axes: {{{axis}: {{by: {MODALITY}, labels: {{image: 151655}}}}}}."
             )
-        names, ids = self._labels(axis), [i for of_kind in given.values() for i in of_kind]
-        kinds = torch.full((max(ids) + 2,), names.index(TEXT), dtype=torch.int64, device="cpu")
+        numbers = {name: number for number, name in enumerate(self._labels(axis), start=1)}
+        ids = [i for of_kind in given.values() for i in of_kind]
+        kinds = torch.full((max(ids) + 2,), numbers[TEXT], dtype=torch.int64, device="cpu")
         for name, of_kind in given.items():
-            kinds[list(of_kind)] = names.index(name)
+            kinds[list(of_kind)] = numbers[name]
         return kinds
 
     def _by(self, *kinds: str) -> list[str]:

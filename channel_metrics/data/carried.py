@@ -6,8 +6,8 @@ channels does the same to them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,15 +16,30 @@ from torch import Tensor
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.extremes import id_words
 from channel_metrics.core.names import look_up
-from channel_metrics.data.reference import REFERENCE_KEY, Reference, reference_of, split_names
+from channel_metrics.data.reference import (
+    NO_PAIR,
+    REFERENCE_KEY,
+    Pair,
+    Reference,
+    reference_of,
+)
 
-__all__ = ["RECORD_IDS_KEY", "Carried", "carried_of", "split_carried", "without_carried"]
+__all__ = [
+    "RECORD_IDS_KEY",
+    "Carried",
+    "carried_of",
+    "split_carried",
+    "split_roles",
+    "with_roles",
+    "without_carried",
+]
 
 # The batch key: int64 [N, ID_WORDS], see `id_words`.
 RECORD_IDS_KEY = "channel_record_ids"
+# In a name, what travels is behind two of these: "bbu", mark, "1.5 3" (nll, tokens), mark, id.
 _MARK = "\x03"
-# What travels begins with a mark, here or in `data.reference`.
-_TRAVELS = re.compile("[\x02\x03].*", re.DOTALL)
+# Behind this one are the roles of the tokens in runs, such as "0*3 2*9".
+_OF_ROLES = "\x04"
 
 Names = list[list[str | None]]
 
@@ -52,18 +67,16 @@ class Carried:
         return (*(self.reference.roots if self.reference else ()), *of_id)
 
     def joined(self, records: Sequence[Mapping[str, Any]], channels: Names) -> Names:
-        """The channels of each record, joined; raises `ChannelError` as `Reference.joined`."""
-        if self.reference is not None:
-            channels = self.reference.joined(records, channels)
-        if not self.id_field:
-            return channels
+        """The channels of each record, joined; raises `ChannelError` as `Reference.pairs`."""
         return [
-            [_with_id(name, given) for name, given in zip(names, ids, strict=True)]
-            for names, ids in (
-                (names, _ids(look_up(record, self.id_field), len(names)))
-                for record, names in zip(records, channels, strict=True)
-            )
+            self._joined(record, names) for record, names in zip(records, channels, strict=True)
         ]
+
+    def _joined(self, record: Mapping[str, Any], names: list[str | None]) -> list[str | None]:
+        count = len(names)
+        pairs = self.reference.pairs(record, count) if self.reference else [NO_PAIR] * count
+        ids = _ids(look_up(record, self.id_field) if self.id_field else None, count)
+        return [_with(*of_sequence) for of_sequence in zip(names, pairs, ids, strict=True)]
 
 
 def carried_of(config: MetricsConfig) -> Carried | None:
@@ -78,22 +91,43 @@ def carried_of(config: MetricsConfig) -> Carried | None:
 
 def split_carried(names: Sequence[str | None]) -> tuple[list[str | None], dict[str, Tensor]]:
     """The names alone, and the keys of the batch for what travelled with them."""
-    parts = [("" if name is None else name).partition(_MARK) for name in names]
-    names, reference = split_names([name or None for name, _, _ in parts])
-    found = {} if reference is None else {REFERENCE_KEY: reference}
-    if any(mark for _, mark, _ in parts):
-        words = [id_words(own or None) for _, _, own in parts]
+    parts = [("" if name is None else name).split(_MARK, 2) for name in names]
+    travelled = [tuple(more) if more else ("", "") for _, *more in parts]
+    found: dict[str, Tensor] = {}
+    if any(numbers for numbers, _ in travelled):
+        pairs = [tuple(map(float, numbers.split())) or NO_PAIR for numbers, _ in travelled]
+        held = torch.tensor(pairs, dtype=torch.float64, device="cpu")
+        found[REFERENCE_KEY] = held.view(torch.int64)
+    if any(own for _, own in travelled):
+        words = [id_words(own or None) for _, own in travelled]
         found[RECORD_IDS_KEY] = torch.tensor(words, dtype=torch.int64, device="cpu")
-    return names, found
+    return [name or None for name, *_ in parts], found
 
 
 def without_carried(name: str | None) -> str | None:
     """The name alone; None if something travelled without a name."""
-    return name and (_TRAVELS.sub("", name) or None)
+    return name and (split_roles(name.partition(_MARK)[0])[0] or None)
 
 
-def _with_id(name: str | None, given: Any) -> str | None:
-    return name if given is None else f"{name or ''}{_MARK}{given}"
+def with_roles(name: str | None, roles: Sequence[int]) -> str:
+    """A name that the roles of the tokens of its sequence travel with."""
+    runs = " ".join(f"{role}*{len([*run])}" for role, run in groupby(roles))
+    return f"{name or ''}{_OF_ROLES}{runs}"
+
+
+def split_roles(name: str | None) -> tuple[str | None, list[int] | None]:
+    """The name without roles, and the roles; None if there are none."""
+    if name is None or _OF_ROLES not in name:
+        return name, None
+    name, runs = name.split(_OF_ROLES, 1)
+    pairs = (run.split("*") for run in runs.split())
+    return name or None, [int(role) for role, count in pairs for _ in range(int(count))]
+
+
+def _with(name: str | None, pair: Pair, given: Any) -> str | None:
+    numbers = "" if pair is NO_PAIR else f"{pair[0]!r} {pair[1]!r}"
+    own = "" if given is None else str(given)
+    return f"{name or ''}{_MARK}{numbers}{_MARK}{own}" if numbers or own else name
 
 
 def _ids(given: Any, num_sequences: int) -> list[Any]:

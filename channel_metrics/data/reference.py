@@ -1,17 +1,14 @@
 """The losses of a reference model, which travel with the sequences of a batch.
 
 They come from the fields `ref_nll` and `ref_tokens` of a record, or from a table by id.
-`channel-metrics reference` makes both.
-
-In the collator they are a part of the name of the channel. So whatever sorts, packs or drops
-channels does the same to them.
+`channel-metrics reference` makes both. How they travel is in `data.carried`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,16 +20,14 @@ from channel_metrics.config import MetricsConfig
 from channel_metrics.core.names import look_up
 from channel_metrics.errors import ChannelError, ConfigError
 
-__all__ = ["REFERENCE_KEY", "Reference", "numbers_of", "reference_of", "split_names"]
+__all__ = ["NO_PAIR", "REFERENCE_KEY", "Pair", "Reference", "numbers_of", "reference_of"]
 
 # The batch key: float64 [N, 2], as int64, because trainers cast floats to the model's dtype.
 REFERENCE_KEY = "channel_reference"
 
-_MARK = "\x02"
-_NONE = (math.nan, math.nan)
-
 Pair = tuple[float, float]
-Names = list[list[str | None]]
+# Of a sequence whose numbers are not known.
+NO_PAIR = (math.nan, math.nan)
 
 
 class Reference:
@@ -56,24 +51,15 @@ class Reference:
         """The fields of a record that are read; of a dotted one, its first part."""
         return self.own_fields or (self.id_field.split(".", 1)[0],)
 
-    def joined(self, records: Sequence[Mapping[str, Any]], channels: Names) -> Names:
-        """The channels of each record, joined with the numbers of their sequences.
+    def pairs(self, record: Mapping[str, Any], num_sequences: int) -> list[Pair]:
+        """(nll, tokens) of each sequence of a record; `NO_PAIR` where they are not known.
 
         Raises:
             ChannelError: a record lists the numbers of more or fewer sequences than it has.
         """
-        return [
-            [_joined(name, pair) for name, pair in zip(names, pairs, strict=True)]
-            for names, pairs in (
-                (names, self._pairs(record, len(names)))
-                for record, names in zip(records, channels, strict=True)
-            )
-        ]
-
-    def _pairs(self, record: Mapping[str, Any], num_sequences: int) -> list[Pair]:
         if self.table is not None:
-            found = self.table.get(str(look_up(record, self.id_field)), _NONE)
-            return [found if num_sequences == 1 else _NONE] * num_sequences
+            found = self.table.get(str(look_up(record, self.id_field)), NO_PAIR)
+            return [found if num_sequences == 1 else NO_PAIR] * num_sequences
         nll, tokens = (_listed(record.get(field)) for field in self.own_fields)
         if len(nll) != len(tokens) or (len(nll) > 1 and len(nll) != num_sequences):
             raise ChannelError(
@@ -82,20 +68,7 @@ class Reference:
             )
         pairs = [_pair(*one) for one in zip(nll, tokens, strict=True)]
         # One number for several sequences cannot be shared out.
-        return pairs if len(pairs) == num_sequences else [_NONE] * num_sequences
-
-
-def split_names(names: Sequence[str | None]) -> tuple[list[str | None], Tensor | None]:
-    """The names without their numbers, and the numbers as `REFERENCE_KEY` holds them.
-
-    The second is None if no name has any.
-    """
-    parts = [("" if name is None else name).partition(_MARK) for name in names]
-    pairs = [tuple(map(float, numbers.split())) if mark else _NONE for _, mark, numbers in parts]
-    if not any(mark for _, mark, _ in parts):
-        return list(names), None
-    numbers = torch.tensor(pairs, dtype=torch.float64, device="cpu").view(torch.int64)
-    return [name or None for name, _, _ in parts], numbers
+        return pairs if len(pairs) == num_sequences else [NO_PAIR] * num_sequences
 
 
 def numbers_of(held: Tensor | None) -> Tensor | None:
@@ -142,10 +115,6 @@ def _table(path: str, id_field: str) -> dict[str, Pair]:
     return found
 
 
-def _joined(name: str | None, pair: Pair) -> str | None:
-    return name if pair is _NONE else f"{name or ''}{_MARK}{pair[0]!r} {pair[1]!r}"
-
-
 def _listed(value: Any) -> list[Any]:
     if getattr(value, "ndim", 0) == 1:
         value = value.tolist()
@@ -154,5 +123,5 @@ def _listed(value: Any) -> list[Any]:
 
 def _pair(nll: Any, tokens: Any) -> Pair:
     if nll is None or tokens is None:
-        return _NONE
+        return NO_PAIR
     return float(nll), float(tokens)

@@ -54,13 +54,15 @@ class GlobalSums(NamedTuple):
     """The sums of all ranks.
 
     names: A of them. sums: float64 [A + 1, K] on the host; row 0 is `unlabeled`. mismatch: see
-    `sync`. riders: the sums of the further numbers.
+    `sync`. riders: the sums of the further numbers. beside: the sums of the second table, if there
+    is one, with the same rows.
     """
 
     names: tuple[str, ...]
     sums: Tensor
     mismatch: float
     riders: tuple[float, ...] = ()
+    beside: Tensor | None = None
 
 
 class _Local(NamedTuple):
@@ -84,6 +86,7 @@ def exchange(
     rank: int,
     num_ranks: int,
     riders: Sequence[float] = (),
+    beside: SumTable | None = None,
 ) -> Generator[Tensor, Tensor, GlobalSums]:
     """Add up the sums of all ranks.
 
@@ -93,6 +96,7 @@ def exchange(
         guard: says whether this rank still measures.
         rank, num_ranks: which rank this is, and of how many.
         riders: further numbers to add up, as many on each rank.
+        beside: another table with the same labels, whose sums travel in the same vectors.
 
     Yields:
         Vectors. Send back the sum of each over all ranks.
@@ -104,11 +108,13 @@ def exchange(
         StoppedError: on all ranks, if one has stopped.
         ChannelMetricsError: on all ranks, if their columns or their agreed names differ.
     """
-    local = _local(table, agreement, guard)
+    tables = [table] if beside is None else [table, beside]
+    local = _local(tables, agreement, guard)
     if not agreement.columns:
-        yield from _meet(local, table.columns, agreement, guard, rank=rank, num_ranks=num_ranks)
-        local = _local(table, agreement, guard)
-    names, width = agreement.names, len(table.columns)
+        columns = [name for one in tables for name in one.columns]
+        yield from _meet(local, columns, agreement, guard, rank=rank, num_ranks=num_ranks)
+        local = _local(tables, agreement, guard)
+    names, width = agreement.names, local.sums.shape[1]
     counts = [bool(local.new), not guard.measuring, local.mismatch]
     header = torch.tensor([*riders, *counts], dtype=torch.float64, device="cpu")
     sums = _placed(local, 0, len(names) + 1).flatten()
@@ -125,15 +131,24 @@ def exchange(
         joined = len(agreement.names) - len(names)
         added = yield _placed(local, len(names) + 1, joined).flatten()
         sums = torch.cat([sums, added.view(-1, width)])
-    return GlobalSums(agreement.names.names, sums, mismatch, tuple(summed_riders))
+    own, others = sums.tensor_split([len(table.columns)], dim=1)
+    of_beside = None if beside is None else others
+    return GlobalSums(agreement.names.names, own, mismatch, tuple(summed_riders), of_beside)
 
 
-def local_sums(table: SumTable, guard: FaultGuard, riders: Sequence[float] = ()) -> GlobalSums:
+def local_sums(
+    table: SumTable,
+    guard: FaultGuard,
+    riders: Sequence[float] = (),
+    beside: SumTable | None = None,
+) -> GlobalSums:
     """The sums of a rank that counts alone; raises `StoppedError` if it has stopped."""
     with guard.guarded():
         if guard.measuring:
             mismatch = _reported(table.mismatch())
-            return GlobalSums(table.labels.names, table.sums(), mismatch, tuple(riders))
+            of_beside = None if beside is None else beside.sums()
+            names, sums = table.labels.names, table.sums()
+            return GlobalSums(names, sums, mismatch, tuple(riders), of_beside)
     raise _stopped_error(1)
 
 
@@ -170,16 +185,19 @@ def _join(
     agreement.names = agreement.names.extended(joined)
 
 
-def _local(table: SumTable, agreement: Agreement, guard: FaultGuard) -> _Local:
+def _local(tables: Sequence[SumTable], agreement: Agreement, guard: FaultGuard) -> _Local:
     """What this rank has counted; zeros if it has stopped, or if an error stops it here."""
+    table = tables[0]
     with guard.guarded():
         if guard.measuring:
             rows = agreement.names.rows_of(table.labels)
             new = (rows < 0).nonzero().flatten().tolist()
             names = table.labels.names if new else ()
             sorted_new = sorted(names[row - 1] for row in new)
-            return _Local(table.sums(), rows, sorted_new, _reported(table.mismatch()))
-    nothing = torch.zeros(1, len(table.columns), dtype=torch.float64, device="cpu")
+            sums = torch.cat([one.sums() for one in tables], dim=1)
+            return _Local(sums, rows, sorted_new, _reported(table.mismatch()))
+    width = sum(len(one.columns) for one in tables)
+    nothing = torch.zeros(1, width, dtype=torch.float64, device="cpu")
     return _Local(nothing, torch.zeros(1, dtype=torch.int64, device="cpu"), [], 0.0)
 
 

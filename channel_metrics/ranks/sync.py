@@ -69,6 +69,8 @@ def sum_over_ranks(
     ranks: Ranks | None = None,
     guard: FaultGuard | None = None,
     riders: Sequence[float] = (),
+    *,
+    beside: SumTable | None = None,
 ) -> GlobalSums:
     """The names and sums of all ranks. A collective.
 
@@ -77,6 +79,8 @@ def sum_over_ranks(
         agreement: what these ranks agreed on before. Give the same object in every call.
         guard: says whether this rank still measures.
         riders: a few more numbers to add up over the ranks. Each rank gives as many.
+        beside: another table with the same labels, whose sums travel in the same all-reduce. All
+            ranks give one with as many columns, or none.
 
     Raises:
         StoppedError: on all ranks, if one of them has stopped measuring.
@@ -84,8 +88,16 @@ def sum_over_ranks(
     """
     ranks, guard = ranks or Ranks(), guard or FaultGuard()
     if ranks.is_one:
-        return local_sums(table, guard, riders)
-    steps = exchange(table, agreement, guard, rank=ranks.rank, num_ranks=ranks.size, riders=riders)
+        return local_sums(table, guard, riders, beside)
+    steps = exchange(
+        table,
+        agreement,
+        guard,
+        rank=ranks.rank,
+        num_ranks=ranks.size,
+        riders=riders,
+        beside=beside,
+    )
     vector = next(steps)
     while True:
         summed = ranks.all_reduce(vector)

@@ -29,13 +29,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from channel_metrics import ConfigError
 from channel_metrics.capture.gradients import (
     GradientTable,
-    _Forward,
     _of_sequences,
     _products,
 )
 from channel_metrics.capture.last_norm import find_last_norm
 from channel_metrics.core.gradients import GRADIENTS
 from channel_metrics.core.labels import LabelTable
+from channel_metrics.core.micro_batch import MicroBatch
 
 NAMES = tuple(metric.name for metric in GRADIENTS)
 
@@ -48,15 +48,15 @@ def test_channels_equal_autograd(kind: str, base: Any) -> None:
     metrics = new(metrics=("loss", *NAMES))
     metrics.gradients.watch(model)
     total = trained(metrics, model, BATCHES, base)
-    found = metrics.gradients.summed()
-    assert found is not None and found.names == ("a", "b")
-    limit = 1e-7 * float(total.norm())
-    for name, row in zip(("unlabeled", "a", "b"), found.sums, strict=True):
+    found = metrics.gradients.table
+    assert found is not None and found.labels.names == ("a", "b")
+    limit, sums = 1e-7 * float(total.norm()), found.sums()
+    for name, row in zip(("unlabeled", "a", "b"), sums, strict=True):
         own = torch.tensor(expected[name], dtype=torch.float64)
         assert float((row[2:] - own.sum(0)).abs().max()) < limit
         assert float(row[0]) == len(own)
         assert float(row[1]) == pytest.approx(float(own.square().sum()), rel=2e-7)
-    assert float((found.sums[:, 2:].sum(0) - total).abs().max()) < limit
+    assert float((sums[:, 2:].sum(0) - total).abs().max()) < limit
 
 
 def test_what_is_logged() -> None:
@@ -72,6 +72,9 @@ def test_what_is_logged() -> None:
     share = window.logs["a_grad_share"] + window.logs["b_grad_share"]
     assert window.logs["kind/x_grad_share"] == pytest.approx(share)
     assert metrics.close(2).logs == {}
+    trained(metrics, model, BATCHES[2:], padded)
+    alone = gradient_metrics(exact(model, BATCHES[2:], padded))
+    assert metrics.close(3).values["a"] == pytest.approx(alone["a"], rel=1e-6)
 
 
 def test_the_noise_scale_is_that_of_the_draws() -> None:
@@ -110,7 +113,7 @@ def test_off_is_free() -> None:
         found[bool(names), watches] = operators_of(step)
         norm: Any = find_last_norm(model)
         assert bool(norm._forward_hooks) == bool(names)
-        assert (metrics.gradients.summed() is None) == (not names), "no collective"
+        assert (metrics.gradients.table is None) == (not names)
     assert found[False, True] == found[False, False]
     assert len(found[True, True]) > len(found[False, False]) > 0
 
@@ -178,9 +181,9 @@ def test_nothing_waits_for_the_device(bounds: torch.Tensor | None) -> None:
     ids = torch.zeros(2, dtype=torch.int64, device="meta")
     table = GradientTable(LabelTable(["a"]), 4)
     table.to("meta")
+    batch = MicroBatch(token_losses=on_meta[..., 0], channels=ids, cu_seqlens=bounds)
     with NoSync():
-        forward = _Forward(on_meta, torch.Size([2, 3]), ids, bounds)
-        gradients, whole = _of_sequences(_products(on_meta, on_meta), forward)
+        gradients, whole = _of_sequences(_products(on_meta, on_meta), batch)
         table.add_gradients(ids, gradients, whole=whole)
     assert whole
 

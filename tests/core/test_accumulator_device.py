@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from no_sync import HostSyncError, NoSync
 from torch import Tensor
 
 from channel_metrics import ChannelLossAccumulator, ChannelTable
+from channel_metrics.core.extremes import ID_WORDS
+from channel_metrics.core.micro_batch import MicroBatch
 
 LIMIT = 2**24  # from here on, float32 cannot count by one
 
@@ -117,6 +120,25 @@ def test_one_id_per_sequence_or_per_token(
     ids = torch.zeros(id_shape, dtype=torch.int64)
     accumulator.update(torch.ones(shape), channels=ids)
     assert accumulator.compute() == {"a_samples": samples, "a_tokens": torch.Size(shape).numel()}
+
+
+def test_a_shard_of_one_token_is_no_sequence_if_the_micro_batch_has_others() -> None:
+    ids = torch.zeros(1, dtype=torch.int64)
+    cases: tuple[dict[str, Any], ...] = (
+        {"reference": torch.ones(2, 2, dtype=torch.float64)},
+        {"record_ids": torch.zeros(2, ID_WORDS, dtype=torch.int64)},
+    )
+    for given in cases:
+        accumulator = ChannelLossAccumulator(["a"], metrics=["samples", "tokens"])
+        batch = MicroBatch(token_losses=torch.ones(1), channels=ids, **given)
+        batch.add_to(accumulator)
+        assert accumulator.compute() == {"a_samples": 0, "a_tokens": 1}
+        assert batch.per_token and batch.of_tokens is None
+        # Of one sequence, it may be the whole.
+        whole = replace(batch, **{name: value[:1] for name, value in given.items()})
+        assert not whole.per_token and whole.of_tokens is not None
+        whole.add_to(accumulator)
+        assert accumulator.compute() == {"a_samples": 1, "a_tokens": 2}
 
 
 @pytest.mark.parametrize(

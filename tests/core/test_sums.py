@@ -16,8 +16,9 @@ from strategies import Case, cases
 from torch import Tensor
 
 from channel_metrics.core.boundaries import token_channel_ids
+from channel_metrics.core.rows import table_rows
 from channel_metrics.core.schema import TOKENS
-from channel_metrics.core.sums import TokenValues, sequence_sums, table_rows, token_sums
+from channel_metrics.core.sums import TokenValues, sequence_sums, token_sums
 
 ALL = {column.name for column in TOKENS.columns if not column.optional}
 

@@ -15,13 +15,19 @@ import torch
 from session_tools import batch, new
 
 from channel_metrics import ChannelError, ChannelLossAccumulator, ConfigError, MetricsConfig
+from channel_metrics.core.extremes import text_of_id
 from channel_metrics.core.names import joint_name
 from channel_metrics.core.sums import TokenValues
 from channel_metrics.data.batch_channels import BatchChannels, take_channels
-from channel_metrics.data.carried import Carried
+from channel_metrics.data.carried import (
+    RECORD_IDS_KEY,
+    Carried,
+    split_carried,
+    without_carried,
+)
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.data.collator_fault import CollatorFault
-from channel_metrics.data.reference import REFERENCE_KEY, Reference, reference_of, split_names
+from channel_metrics.data.reference import REFERENCE_KEY, Reference, reference_of
 from channel_metrics.data.repeats import first_records
 
 METRICS = ("excess_loss",)
@@ -213,17 +219,17 @@ def test_repeated_records_of_an_evaluation_are_left_out_with_their_numbers() -> 
     assert flat[0].reference.tolist() == [[3.0, 2.0], [1.0, 2.0]]
 
 
-def test_a_pair_of_names_and_numbers_survives_odd_names() -> None:
+def test_what_travels_survives_odd_names_and_ids() -> None:
     name = joint_name("a b", [("domain", "x y")])
-    (names,) = Reference().joined(
-        [{"ref_nll": 1e-17, "ref_tokens": 3}],
-        [
-            [
-                name,
-            ]
-        ],
-    )
-    found, numbers = split_names([*names, None, "c"])
-    assert found == [name, None, "c"] and numbers is not None
-    assert numbers.view(torch.float64)[0].tolist() == [1e-17, 3]
-    assert numbers.view(torch.float64)[1:].isnan().all()
+    record = {"ref_nll": 1e-17, "ref_tokens": 3, "id": "1\n\x03 2"}
+    for id_field, own in (("", None), ("id", record["id"])):
+        (names,) = Carried(Reference(), id_field).joined([record], [[name]])
+        assert without_carried(names[0]) == name
+        found, keys = split_carried([*names, None, "c"])
+        assert found == [name, None, "c"] and (RECORD_IDS_KEY in keys) == (own is not None)
+        numbers = keys[REFERENCE_KEY].view(torch.float64)
+        assert numbers[0].tolist() == [1e-17, 3] and numbers[1:].isnan().all()
+        ids = keys.get(RECORD_IDS_KEY, torch.zeros(3, 8, dtype=torch.int64)).tolist()
+        assert [text_of_id(words) for words in ids] == [own, None, None]
+    # Records without both travel without a mark.
+    assert Carried(Reference(), "id").joined([{}], [["c", None]]) == [["c", None]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,18 @@ def test_without_the_option_the_patch_does_nothing(launcher: Launcher, data: Dat
     assert run.scalars["lm loss"] == plain.scalars["lm loss"]
     assert set(run.scalars) == set(plain.scalars)
     assert "channels |" not in run.ranks[0].out
+
+
+def test_bits_per_byte(launcher: Launcher, data: Data) -> None:
+    """Each token of this tokenizer is one byte. Megatron's NullTokenizer knows no text."""
+    wanted = ("--channels", "--channels-metrics", "loss", "bits_per_byte")
+    chosen = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", data.tokenizer())
+    args = (*data.blend("web", "math"), *wanted)
+    sized = (*args, *chosen, "--make-vocab-size-divisible-by", "66")
+    run = launcher.run("dp2", *sized, patch=True)
+    for name in ("web", "math"):
+        bits, losses = (run.scalars[f"{name}_{metric}"] for metric in ("bits_per_byte", "loss"))
+        assert bits == pytest.approx({step: loss / math.log(2) for step, loss in losses.items()})
+        assert len(bits) > 1
+    said = refused(launcher.run("dp1", *args, patch=True, check=False))
+    assert "bits_per_byte and bits_per_char need a fast tokenizer" in said

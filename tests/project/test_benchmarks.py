@@ -75,7 +75,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_peers
 def test_step(tiny: None) -> None:
-    for part, variants in (("rows", step.VARIANTS), ("further", step.FURTHER)):
+    parts = {"rows": step.VARIANTS, "axes": step.ON_AXES, "further": step.FURTHER}
+    for part, variants in parts.items():
         rows, stored = step.run(variants, num_rounds=1, max_seconds=5), RESULTS["step"][part]
         assert [row["variant"] for row in rows] == [row["variant"] for row in stored]
         assert keys(rows) == keys(stored)

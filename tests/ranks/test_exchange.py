@@ -46,6 +46,7 @@ class Group:
         self.windows = windows
         self.agreements = [Agreement() for _ in windows]
         self.guards = [FaultGuard() for _ in windows]
+        self.beside: Sequence[SumTable | None] = [None] * len(windows)
 
     def run(self, riders: Sequence[Sequence[float]] = ()) -> Outcome[GlobalSums]:
         size = len(self.windows)
@@ -57,6 +58,7 @@ class Group:
                 rank=rank,
                 num_ranks=size,
                 riders=riders[rank] if riders else (),
+                beside=self.beside[rank],
             )
             for rank, window in enumerate(self.windows)
         )
@@ -188,6 +190,36 @@ def test_riders_are_added_up_beside_the_sums() -> None:
     group.windows[1].labels.add("late")
     outcome = group.run([[1.0]] * 3)
     assert [result.riders for result in results_of(outcome)] == [(3.0,)] * 3
+
+
+def test_a_second_table_travels_in_the_same_vectors() -> None:
+    """Its rows are those of the first one; it may be left out of a sync."""
+    group = group_of(3, ["a"])
+    tables = [SumTable(window.labels, ("x", "y")) for window in group.windows]
+    fill(group.windows[0], ["a", "new", None])
+    for rank, table in enumerate(tables):
+        table.add(["a"], {"x": torch.tensor([1.0]), "y": torch.tensor([float(rank)])})
+    assert results_of(group.run())[0].beside is None
+    group.beside = tables
+    row, header = 8 * (NUM_COLUMNS + 2), vector_bytes(0) - 8 * NUM_COLUMNS
+    outcome = group.run()
+    assert outcome.sent_bytes == [3 * row + header]
+    for found in results_of(outcome):
+        assert found.sums[:, 0].tolist() == [1, 1, 1]
+        assert found.beside is not None and found.beside.tolist() == [[0, 0], [3, 3], [0, 0]]
+    tables[1].add(["late"], {"x": torch.tensor([5.0])})
+    outcome = group.run()
+    assert (outcome.sent_bytes[0], outcome.sent_bytes[-1]) == (3 * row + header, row)
+    for found in results_of(outcome):
+        assert found.sums.shape == (4, NUM_COLUMNS)
+        assert found.beside is not None and found.beside[-1].tolist() == [5, 0]
+
+
+def test_a_second_table_that_one_rank_lacks_is_refused() -> None:
+    group = group_of(2, ["a"])
+    group.beside = [SumTable(group.windows[0].labels, ("x",)), None]
+    for result in group.run().results:
+        assert "expected the same columns on all ranks" in str(result)
 
 
 @pytest.mark.parametrize("odd", [0, 2])

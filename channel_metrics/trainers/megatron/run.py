@@ -21,11 +21,16 @@ class MegatronRun:
 
     Args:
         args: Megatron's parsed arguments.
+
+    Raises:
+        ConfigError: a metric needs the bytes of the tokens, which this tokenizer does not tell.
     """
 
     def __init__(self, args: Any) -> None:
         self.args = args
         self.session = session_of(args)
+        if self.session.with_targets:
+            self.session.read_tokenizer(_tokenizer())
         self.metrics = MegatronChannelMetrics(session=self.session)
         self._names = name_by_path(args)
 
@@ -41,6 +46,17 @@ class MegatronRun:
         # Hybrid context parallelism spreads the tokens of a sequence over several ranks.
         per_token = bool(getattr(self.args, "hybrid_context_parallel", False))
         return ChannelDataset(dataset, self.session, self._names, per_token=per_token)
+
+
+def _tokenizer() -> Any:
+    """The tokenizer of transformers inside that of Megatron; Megatron's own if it holds none."""
+    from megatron.training import get_tokenizer
+
+    found = own = get_tokenizer()
+    while found is not None and not hasattr(found, "backend_tokenizer"):
+        # The text tokenizer holds a library's, which holds that of transformers.
+        found = vars(found).get("_tokenizer") or vars(found).get("tokenizer")
+    return own if found is None else found
 
 
 def folder_of(root: str, iteration: int) -> Path:

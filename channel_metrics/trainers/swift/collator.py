@@ -18,9 +18,10 @@ from typing import Any
 
 from torch import Tensor
 
+from channel_metrics.core.axis_settings import ROLES, ROLES_FIELD
 from channel_metrics.core.boundaries import Boundaries, boundaries_from_batch
 from channel_metrics.core.labels import channels_of
-from channel_metrics.data.carried import without_carried
+from channel_metrics.data.carried import split_roles, without_carried
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.errors import ChannelError
 
@@ -44,8 +45,13 @@ class SwiftCollator(ChannelCollator):
         if _RECORDS_KEY not in batch:
             view = {**batch, "position_ids": text_positions(batch)}
             boundaries = boundaries_from_batch(view)
-            batch.update(self._added_keys(view, _names(batch, boundaries, self.classes)))
-            if self.carried and batch.get("channel") is not None:
+            names = _names(batch, boundaries, self.classes)
+            records: list[dict[str, Any]] = []
+            if self.columns:
+                pairs = [split_roles(name) for (name,) in names]
+                names, records = [[name] for name, _ in pairs], [_record(of) for _, of in pairs]
+            batch.update(self._added_keys(view, names, records))
+            if (self.carried or self.columns) and batch.get("channel") is not None:
                 batch["channel"] = [without_carried(name) for name in batch["channel"]]
         return batch
 
@@ -54,6 +60,12 @@ def text_positions(batch: Mapping[str, Any]) -> Any:
     """The positions of the tokens. Multimodal models have them beside their own position ids."""
     positions = batch.get("text_position_ids")
     return batch.get("position_ids") if positions is None else positions
+
+
+def _record(roles: list[int] | None) -> dict[str, Any]:
+    """What the labels of the tokens are read from, as if it was a column."""
+    names = None if roles is None else [ROLES[role - 1] if role else None for role in roles]
+    return {ROLES_FIELD: names}
 
 
 def _names(

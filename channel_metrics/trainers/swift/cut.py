@@ -5,6 +5,7 @@ Letters: B rows, S row length, N = num_sequences.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from channel_metrics.core.boundaries import rows_as_sequences, token_channel_ids
 from channel_metrics.core.labels import UNLABELED_ID, LabelTable
-from channel_metrics.core.places import Places, places
+from channel_metrics.core.places import places
 from channel_metrics.data.batch_channels import BatchChannels
 from channel_metrics.trainers.swift.collator import text_positions
 
-__all__ = ["ids_of_this_part", "kept_bounds", "kept_places"]
+__all__ = ["ids_of_this_part", "kept_bounds", "with_kept_places"]
 
 
 def kept_bounds(cu_seqlens: Tensor, kept: Tensor | int, num_labels: int) -> Tensor:
@@ -39,18 +40,24 @@ def kept_bounds(cu_seqlens: Tensor, kept: Tensor | int, num_labels: int) -> Tens
     return torch.where(cu_seqlens > 0, bounds, 0).to(cu_seqlens)
 
 
-def kept_places(batch: BatchChannels, kept: Tensor | int, inputs: Any) -> Places:
-    """Where the tokens stand whose labels ms-swift has kept, see `kept_bounds`. No wait."""
+def with_kept_places(batch: BatchChannels, kept: Tensor | int, inputs: Any) -> BatchChannels:
+    """The batch with places and marks of the labels that ms-swift has kept, see `kept_bounds`.
+
+    Nothing waits for the device.
+    """
     tokens, num_labels = inputs["input_ids"], inputs["labels"].shape[-1]
     mask = batch.attention_mask
     keep = mask != 0 if isinstance(mask, Tensor) and mask.shape == tokens.shape else None
     found = places(tokens.shape, batch.cu_seqlens, keep, tokens)
-    if not isinstance(kept, Tensor):
-        return found.map(lambda one: one[..., -num_labels:])
-    # In order: the kept positions come first, each before the label that it predicts.
-    predicting = (~kept.bool()).to(torch.uint8).argsort(stable=True)[: num_labels - 1]
-    labels = torch.nn.functional.pad(predicting + 1, (1, 0)).clamp(max=tokens.shape[-1] - 1)
-    return found.map(lambda one: one[..., labels])
+    labels = torch.arange(tokens.shape[-1], device=tokens.device)[-num_labels:]
+    if isinstance(kept, Tensor):
+        # In order: the kept positions come first, each before the label that it predicts.
+        predicting = (~kept.bool()).to(torch.uint8).argsort(stable=True)[: num_labels - 1]
+        labels = torch.nn.functional.pad(predicting + 1, (1, 0)).clamp(max=tokens.shape[-1] - 1)
+    marks = batch.marks
+    if marks is not None:
+        marks = marks.to(tokens.device, non_blocking=True)[..., labels]
+    return replace(batch, places=found.map(lambda one: one[..., labels]), marks=marks)
 
 
 def ids_of_this_part(labels: LabelTable, batch: BatchChannels, inputs: Any) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from channel_metrics.core.token_axes import TokenColumn
 from channel_metrics.data.carried import carried_of
 from channel_metrics.data.collator import BOUNDS_KEY, ChannelCollator
 from channel_metrics.data.scan import count_channels
@@ -50,7 +51,10 @@ class ColumnMixin(ChannelMetricsMixin):
 
 
 def wrapped_collator(
-    session: ChannelMetrics, base: Callable[..., Any], kind: type[ChannelCollator]
+    session: ChannelMetrics,
+    base: Callable[..., Any],
+    kind: type[ChannelCollator],
+    columns: Sequence[TokenColumn] = (),
 ) -> ChannelCollator:
     """A collator of this kind around that of the trainer, after `_declare`."""
     return kind(
@@ -63,4 +67,5 @@ def wrapped_collator(
         carry_faults=True,
         classes=session.classes,
         carried=carried_of(session.config),
+        columns=columns,
     )

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from channel_metrics.config import MetricsConfig
+from channel_metrics.core.axis_settings import ROLES_FIELD
 from channel_metrics.core.schema import TOKENS
 from channel_metrics.data.batch_channels import BatchChannels
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import Scratch
 from channel_metrics.trainers.hf.mixin import RESERVED_KEYS
 from channel_metrics.trainers.swift.collator import GROUP_KEY, SEGMENTS_KEY, SwiftCollator
-from channel_metrics.trainers.swift.cut import ids_of_this_part, kept_bounds, kept_places
+from channel_metrics.trainers.swift.cut import ids_of_this_part, kept_bounds, with_kept_places
 from channel_metrics.trainers.swift.data import ColumnMixin, wrapped_collator
 from channel_metrics.trainers.swift.loss import (
     check_loss_functions,
@@ -72,7 +73,12 @@ class SwiftChannelMetricsMixin(ColumnMixin):
 
     def _with_channels(self, session: ChannelMetrics, dataset: Any, description: str) -> Any:
         self._declare(session, dataset, description)
-        return wrapped_collator(session, self.data_collator, SwiftCollator)
+        columns = session.token_axes.columns
+        # ms-swift drops all other columns. Without labels of tokens, counting raises an error.
+        known = all(field == ROLES_FIELD for field, _ in columns)
+        return wrapped_collator(
+            session, self.data_collator, SwiftCollator, columns if known else ()
+        )
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         # ms-swift cuts the labels here: to this rank's part of the rows, or to the supervised
@@ -95,7 +101,7 @@ class SwiftChannelMetricsMixin(ColumnMixin):
             return BatchChannels(ids_of_this_part(session.labels, batch, inputs), None)
         kept = inputs.get("logits_to_keep")
         if kept is not None and session.token_axes:
-            batch = replace(batch, places=kept_places(batch, kept, inputs))
+            batch = with_kept_places(batch, kept, inputs)
         if kept is None or batch.cu_seqlens is None:
             return batch
         return replace(

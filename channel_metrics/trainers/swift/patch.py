@@ -4,6 +4,7 @@ Patched are
 - `Seq2SeqTrainer.__init__`: each trainer that is made afterwards gets `attach(self, config)`;
 - `RowPreprocessor.__call__`: fills the column `channel` of a dataset from the fields of the
   config, because ms-swift drops all columns that it does not know;
+- `Template.encode`, for an axis by template: the roles of its tokens travel with `channel`;
 - `SwiftSft._prepare_dataset`: it patches `__init__` of the trainer of `swift rlhf`, which few runs
   import, and runs without channel metrics say so;
 - `MegatronTrainer.__init__`, in runs that use it.
@@ -22,10 +23,12 @@ import swift
 from swift.arguments import RLHFArguments, SftArguments
 from swift.dataset import RowPreprocessor
 from swift.pipelines import SwiftSft
+from swift.template import Template
 from swift.trainers import Seq2SeqTrainer, TrainerFactory
 
 from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
+from channel_metrics.core.axis_settings import ROLES_FIELD, token_fields
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.data.carried import Carried, carried_of
 from channel_metrics.trainers.hf import check_trainer
@@ -34,6 +37,7 @@ from channel_metrics.trainers.hf.patch import attaching
 from channel_metrics.trainers.patching import announce, config_of_environment
 from channel_metrics.trainers.swift.data import CHANNEL_COLUMN
 from channel_metrics.trainers.swift.loss import check_loss_functions
+from channel_metrics.trainers.swift.roles import encode_with_roles
 from channel_metrics.trainers.swift.tasks import RLHF_TASKS, why_without_metrics
 
 __all__ = ["KEY", "apply", "is_applied", "revert"]
@@ -66,6 +70,7 @@ def apply(config: MetricsConfig | None = None) -> None:
         (Seq2SeqTrainer, "__init__", attaching(chosen)),
         (SwiftSft, "_prepare_dataset", preparing.prepare_dataset),
         (RowPreprocessor, "__call__", preparing.preprocess),
+        (Template, "encode", preparing.encode),
     ):
         swap.wrap(owner, name, body, key=KEY)
     announce(f"channel metrics: patched ms-swift {swift.__version__} (Seq2SeqTrainer)")
@@ -92,6 +97,7 @@ class _Preparing:
     def __init__(self, config: MetricsConfig) -> None:
         self.config = config
         self.carried: Carried | None = None
+        self.with_roles = False
 
     def prepare_dataset(self, original: Any, pipeline: Any, *args: Any, **kwargs: Any) -> Any:
         # `megatron sft` prepares its data as `swift sft` does; by then its trainer is imported.
@@ -106,7 +112,13 @@ class _Preparing:
             takes = isinstance(pipeline.args, SftArguments) and reason is None
             takes = takes and not isinstance(pipeline.args, RLHFArguments)
             self.carried = carried_of(self.config) if takes else None
+            self.with_roles = takes and ROLES_FIELD in token_fields(self.config.axes)
         return original(pipeline, *args, **kwargs)
+
+    def encode(self, original: Any, template: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.with_roles:
+            return encode_with_roles(original, template, *args, **kwargs)
+        return original(template, *args, **kwargs)
 
     def preprocess(
         self, original: Any, preprocessor: Any, dataset: Any, *args: Any, **kw: Any

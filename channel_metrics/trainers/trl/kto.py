@@ -181,14 +181,14 @@ def _kept_log_probs(*models: Any) -> Iterator[tuple[list[Tensor], ...]]:
     """For each model and each of its forwards, the log probabilities of the answers."""
     kept: tuple[list[Tensor], ...] = tuple([] for _ in models)
 
-    def keep(into: list[Tensor], _model: Any, _args: Any, given: Any, outputs: Any) -> None:
+    def keep(into: list[Tensor], _model: Any, _args: Any, outputs: Any) -> None:
         log_probs = getattr(outputs, "log_probs", None)
         if log_probs is not None:
-            # Prompt tuning puts positions before those of the tokens.
-            into.append(log_probs.detach()[:, 1 - given["input_ids"].shape[1] :].sum(-1))
+            # They are 0 where nothing is supervised, such as at the positions of prompt tuning.
+            into.append(log_probs.detach().sum(-1))
 
     with ExitStack() as stack:
         for model, into in zip(models, kept, strict=True):
-            hook = model.register_forward_hook(partial(keep, into), with_kwargs=True)
+            hook = model.register_forward_hook(partial(keep, into))
             stack.callback(hook.remove)
         yield kept

@@ -273,3 +273,13 @@ def test_a_stream_may_have_any_channel(tmp_path: Path, caplog: pytest.LogCapture
     with pytest.raises(KeyError, match="eval_bbu_los"):
         best(tmp_path, "eval_bbu_los", stream, config)
     assert "eval_channels names 'later', which is no channel" in caplog.text
+
+
+def test_the_default_objective_has_no_key_of_ours_of_any_set(tmp_path: Path) -> None:
+    """transformers adds up what it gets, with the metrics of all sets in one mapping."""
+    held = {"one": of("bbu"), "two": of("rru")}
+    trainer = train(tmp_path, prepare=attach, trainer_arguments={"eval_dataset": held})
+    found = trainer.evaluate()
+    assert {"eval_one_bbu_loss", "eval_two_rru_loss"} < found.keys()
+    losses = found["eval_one_loss"] + found["eval_two_loss"]
+    assert trainer._objective_without_channels(found) == pytest.approx(losses)

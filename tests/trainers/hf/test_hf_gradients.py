@@ -12,6 +12,7 @@ from gradient_tools import gradient_metrics
 from hf_case_tools import (
     FSDP2,
     check_bits,
+    counted_collectives,
     ddp,
     fixed_records,
     fsdp,
@@ -81,7 +82,11 @@ def test_one_process(tmp_path: Path, collator: Any) -> None:
 
 @ddp
 def two_ranks(folder: Path) -> Any:
-    return told(run(folder, config=CONFIG, records=make_records(64)))
+    with counted_collectives() as windows:
+        trainer = run(folder, config=CONFIG, records=make_records(64))
+    # The first one agrees on columns and names. Later, gradients travel with the other sums.
+    assert windows == [["all_reduce"] * 2, ["all_reduce"], ["all_reduce"]]
+    return told(trainer)
 
 
 @zero

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hf_case_tools import ddp, run, told
 from hf_tools import (
     PaddingCollator,
     channel_logs,
@@ -18,6 +19,7 @@ from hf_tools import (
     token_table,
     train,
 )
+from rank_cases import RanksOf
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.loss import loss_utils
@@ -150,3 +152,27 @@ def test_another_cross_entropy_inside_transformers_own(
     off, on = trace(tmp_path, None), trace(tmp_path, attach)
     torch.testing.assert_close(on, off, rtol=0, atol=0)
     assert "is not plain cross entropy here" in caplog.text
+
+
+def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    logits, wanted = outputs["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    loss: Tensor = F.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
+    return loss
+
+
+@ddp
+def with_own_loss(folder: Path) -> Any:
+    """transformers divides it by the tokens of all ranks, and multiplies it by their number."""
+    records = make_records(64)
+    # So the mean of a rank is not that of all.
+    for record in records[::2]:
+        record["labels"] = [-100] * 3 + record["labels"][3:]
+    given = {"compute_loss_func": own_loss}
+    trainer = run(folder, records=records, trainer_arguments=given)
+    assert trainer.channel_scratch.compared
+    return told(trainer)
+
+
+def test_the_loss_of_a_rank_is_compared_as_transformers_scales_it(ranks_of: RanksOf) -> None:
+    for rank in ranks_of(with_own_loss):
+        assert rank["processes"] == 2 and not rank["warned"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from functools import partialmethod
 from operator import itemgetter
@@ -174,18 +175,20 @@ def test_it_trains_as_without_us(
     assert len(warnings) == (level == "WARNING")
 
 
-def test_a_stream_with_channels_in_some_records_is_measured(patched: Any, tmp_path: Path) -> None:
-    """The first batch has the column, but no channel in it."""
+@pytest.mark.parametrize("every", [4, 1])
+def test_a_stream_with_channels_in_some_records_is_measured(
+    every: int, patched: Any, tmp_path: Path
+) -> None:
+    """The first batch has no channel, and if it is a window of its own, no tokens either."""
     records = make_records(16)
     for record in records[:4]:
-        record["channel"] = None
-    trainer = patched(tmp_path, records=stream(records), logging_steps=4)
-    (entry,) = channel_logs(trainer)
-    expected: dict[str, int] = {}
-    for record in records:
-        key = f"{record['channel'] or 'unlabeled'}_tokens"
-        expected[key] = expected.get(key, 0) + sum(x != -100 for x in record["labels"][1:])
-    assert {key: entry[key] for key in entry if key.endswith("_tokens")} == expected
+        labels = record["labels"] if every > 1 else [-100] * len(record["labels"])
+        record.update(channel=None, labels=labels)
+    found: Counter[str] = Counter()
+    for entry in channel_logs(patched(tmp_path, records=stream(records), logging_steps=every)):
+        found.update({k: int(v) for k, v in entry.items() if k.endswith("_tokens")})
+    names = [r["channel"] or "unlabeled" for r in records for x in r["labels"][1:] if x != -100]
+    assert found == Counter(f"{name}_tokens" for name in names)
 
 
 @pytest.mark.parametrize("kind", ["classes", "language model"])

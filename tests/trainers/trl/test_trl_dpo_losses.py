@@ -87,6 +87,7 @@ def test_every_loss_type_of_trl_is_known_here(tmp_path: Path) -> None:
         {"loss_type": ["sigmoid"], "ld_alpha": 0.5},
         {"loss_type": ["ipo"], "max_length": 10},
         {"loss_type": ["ipo"], "max_length": 10, "truncation_mode": "keep_end"},
+        {"loss_type": ["ipo"], "max_length": 6, "truncation_mode": "keep_end"},
         {"loss_type": ["sigmoid"], "f_divergence_type": "forward_kl"},
         {"loss_type": ["hinge"], "f_divergence_type": "js_divergence"},
         {"loss_type": ["exo_pair"], "f_divergence_type": "alpha_divergence", **SMOOTH},

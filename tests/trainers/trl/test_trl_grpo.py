@@ -232,3 +232,17 @@ def test_rewards_of_other_completions_are_refused() -> None:
     )
     with pytest.raises(ChannelError, match="expected rewards of 2 x 3 completions by 1 functions"):
         GRPOChannelMetricsMixin._values(trainer, torch.zeros(5, 1), torch.zeros(5), 3)
+
+
+def test_a_way_to_add_up_rewards_that_was_ruled_out_stays_so() -> None:
+    """In the second batch, weighted and plain rewards differ, but have the same mean."""
+    trainer: Any = SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        reward_weights=torch.tensor([2.0, 0.0]),
+        channel_scratch=SimpleNamespace(formulas=("weighted", "plain")),
+        _metrics={"train": {"reward": []}},
+    )
+    for logged, rewards in ((3.0, [[1.0, 2.0]]), (1.0, [[1.0, 0.0], [0.0, 1.0]])):
+        trainer._metrics["train"]["reward"].append(logged)
+        found = GRPOChannelMetricsMixin._total_rewards(trainer, torch.tensor(rewards))
+        assert found.tolist() == [sum(of_one) for of_one in rewards]

@@ -15,7 +15,8 @@ import trl
 from contract.pairs import log_prob
 from datasets import Dataset
 from packaging.version import Version
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
+from transformers import MixtralConfig, MixtralForCausalLM
 from trl import KTOConfig, KTOTrainer
 from trl_tools import (
     ALPHABETS,
@@ -24,6 +25,7 @@ from trl_tools import (
     arguments,
     logs,
     run,
+    sizes,
     tiny_model,
     weights,
     windows,
@@ -196,12 +198,18 @@ def test_windows_are_means_over_the_answers_of_a_channel(
     assert not [message for message in caplog.messages if "add up" in message]
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_training_is_the_same_and_the_losses_add_up(tmp_path: Path, lora: bool) -> None:
+ADAPTERS: dict[str, Any] = {
+    "none": None,
+    "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+}
+if not OLD:  # trl 0.29 itself cannot train it
+    ADAPTERS["prompt"] = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_training_is_the_same_and_the_losses_add_up(tmp_path: Path, adapter: str) -> None:
     """Also where the reference is the model without its adapter."""
-    options = {}
-    if lora:
-        options["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    options = {"peft_config": ADAPTERS[adapter]} if adapter != "none" else {}
     runs = [
         kto(tmp_path, prepare=prepare, model=tiny_model(attention_dropout=0.1), **options)
         for prepare in (None, lambda trainer: attach(trainer, EVERYTHING))
@@ -237,3 +245,17 @@ def test_a_loss_without_single_answers_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(UnsupportedVersionError, match="set use_liger_kernel=False"):
         kto(tmp_path, prepare=attach, before=fused)
+
+
+def test_the_loss_of_experts_belongs_to_no_answer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is in the loss of the batch, and in that of no channel: nothing is compared."""
+    model, reference = (
+        MixtralForCausalLM(MixtralConfig(**sizes(num_local_experts=2, output_router_logits=True)))
+        for _ in range(2)
+    )
+    trainer = kto(tmp_path, model=model, ref_model=reference, prepare=attach, max_steps=2)
+    assert trainer.aux_loss_enabled
+    assert "bbu_loss" in logs(trainer)[0]
+    assert "add up" not in caplog.text
