@@ -19,12 +19,7 @@ from channel_metrics import ConfigError, MetricsConfig
 from channel_metrics.alerting import KINDS
 from channel_metrics.core.schema import Column, Schema
 from channel_metrics.observers.alerts import rates
-from channel_metrics.observers.window_alerts import (
-    _starved,
-    chance_of_absence,
-    evidence,
-    new_presence,
-)
+from channel_metrics.observers.window_alerts import chance_of_absence, evidence, starved
 from channel_metrics.session import ChannelMetrics
 
 TOLD: list[Any] = []
@@ -137,11 +132,11 @@ def test_at_most_the_stated_rate_of_runs_has_a_false_absence() -> None:
     """Nine channels, in a tenth to nine tenths of the windows: 200 runs of 200 windows."""
     names, runs = [f"c{i}" for i in range(1, 10)], 0
     for seed in range(200):
-        draw, presence = random.Random(seed), new_presence()
+        draw, presence = random.Random(seed), dict[str, list[int]]()
         runs += any(
-            judged.is_on
+            judged.text
             for _ in range(200)
-            for judged in _starved(
+            for judged in starved(
                 {name: float(draw.random() < int(name[1]) / 10) for name in names}, 0.05, presence
             )
         )

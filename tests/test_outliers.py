@@ -94,6 +94,35 @@ def test_many_batches_against_sorting(tmp_path: Path) -> None:
             assert own == pytest.approx(best)
 
 
+def test_more_sequences_than_wait_together(tmp_path: Path) -> None:
+    draw, metrics = random.Random(1), watching(tmp_path)
+    losses = [round(draw.random(), 6) for _ in range(700)]
+    for begin in range(0, 700, 7):
+        names = [str(number) for number in range(begin, begin + 7)]
+        metrics.begin_step()
+        metrics.count(rows(losses[begin : begin + 7], ["a"] * 7, record_ids=ids(*names)))
+        metrics.end_step()
+    metrics.close(1)
+    ranked = sorted(range(700), key=losses.__getitem__)
+    assert [line["id"] for line in written(tmp_path)] == [
+        str(number) for number in (*ranked[:-3:-1], *ranked[:2])
+    ]
+
+
+class Broken:
+    def decode(self, tokens: list[int]) -> str:
+        raise OverflowError(f"no token {tokens[0]}")
+
+
+def test_a_tokenizer_that_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    metrics = watching(tmp_path)
+    metrics.read_tokenizer(Broken())
+    metrics.count(rows([1.0, 2.0], ["a", "a"]))
+    metrics.close(1)
+    assert [line["loss"] for line in written(tmp_path)] == [2.0, 1.0, 1.0, 2.0]
+    assert caplog.text.count("outliers have no text, as the tokenizer failed: OverflowError") == 1
+
+
 def test_steps_that_are_skipped_and_evaluations(tmp_path: Path) -> None:
     metrics = watching(tmp_path)
     for loss, discard in ((1.0, False), (9.0, True)):
@@ -186,6 +215,7 @@ def test_nothing_is_read_back_between_log_points() -> None:
                 labels=torch.ones(2, 3, dtype=torch.int64, device="meta"),
                 record_ids=ids("p", "q"),
             )
+            acc.extremes._compare()
     assert acc.extremes._scores is not None and acc.extremes._scores.shape == (2, 3, 2)
 
 
@@ -194,6 +224,7 @@ def test_memory_does_not_grow_with_the_data() -> None:
     for _ in range(20):
         sums = {"nll": torch.rand(50), "tokens": torch.ones(50)}
         extremes.add(torch.randint(0, 3, (50,)), sums, None, None, 3)
+        assert len(extremes._waiting) <= 5, "of 256 sequences"
     assert extremes._scores is not None and extremes._words is not None
     assert extremes._scores.shape == (2, 3, 2) and extremes._words.shape == (2, 3, 2, 1 + 8 + 4)
     assert extremes._words.untyped_storage().nbytes() == extremes._words.numel() * 8

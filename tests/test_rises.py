@@ -99,5 +99,14 @@ def test_what_a_rise_says() -> None:
     assert all(add(state, [3.0, 1.0, 0.0, 0.0]) is None for _ in range(40))
 
 
+def test_the_state_does_not_grow() -> None:
+    state, draw, sizes = new_state(1e-6), random.Random(0), []
+    for window in range(1, 8001):
+        add(state, [2 + draw.gauss(0, 0.3), 1e6 + window, draw.random(), draw.random()])
+        if window % 4000 == 0:
+            sizes.append(len(json.dumps(state)))
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02) and sizes[1] < 3500
+
+
 def test_merging_weighs_the_loss() -> None:
-    assert merged([[1.0, 3.0, 2.0, None], [5.0, 1.0, 4.0, None]]) == [2.0, 4.0, 3.0, None]
+    assert merged([1.0, 3.0, 2.0, None], [5.0, 1.0, 4.0, None]) == [2.0, 4.0, 3.0, None]
