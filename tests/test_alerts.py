@@ -134,9 +134,9 @@ def test_at_most_the_stated_rate_of_runs_has_a_false_absence() -> None:
     for seed in range(200):
         draw, presence = random.Random(seed), dict[str, list[int]]()
         runs += any(
-            judged.text
+            reason.text
             for _ in range(200)
-            for judged in starved(
+            for reason in starved(
                 {name: float(draw.random() < int(name[1]) / 10) for name in names}, 0.05, presence
             )
         )

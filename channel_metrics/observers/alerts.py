@@ -20,9 +20,9 @@ from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.observers import loss_alerts, window_alerts
 from channel_metrics.observers.line_file import LineFile
-from channel_metrics.observers.loss_alerts import LOSS_KINDS, losses_judged, new_losses
+from channel_metrics.observers.loss_alerts import LOSS_KINDS, loss_reasons, new_losses
 from channel_metrics.observers.sending import Sender, to_trackio, to_wandb, webhook
-from channel_metrics.observers.window_alerts import Judged
+from channel_metrics.observers.window_alerts import Reason
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.windows import Window
 
@@ -151,19 +151,19 @@ class AlertObserver:
         # {kind and channel: [window of the last alert, whether its reason goes on]}
         told: dict[str, list[Any]] = notes["told"].setdefault(window.split, {})
         seen = set()
-        for judged in self._judged(window, notes):
-            key = f"{judged.kind} {judged.channel}"
+        for reason in self._reasons(window, notes):
+            key = f"{reason.kind} {reason.channel}"
             seen.add(key)
             last, goes_on = told.get(key, (-math.inf, False))
-            if judged.text and not goes_on and number - last >= self.settings.cooldown:
+            if reason.text and not goes_on and number - last >= self.settings.cooldown:
                 told[key] = [number, True]
                 self._tell(
-                    Alert(judged.kind, judged.channel, window.split, window.step, judged.text)
+                    Alert(reason.kind, reason.channel, window.split, window.step, reason.text)
                 )
         for key, of_key in told.items():
             of_key[1] = of_key[1] and key in seen
 
-    def _judged(self, window: Window, notes: dict[str, Any]) -> Iterator[Judged]:
+    def _reasons(self, window: Window, notes: dict[str, Any]) -> Iterator[Reason]:
         settings, kinds, schema = self.settings, self._kinds, self._session.schema
         names = (UNLABELED, *window.names[: window.num_channels])
         sums = {name: window.sums(name) for name in names}
@@ -174,7 +174,7 @@ class AlertObserver:
         if "unlabeled" in kinds:
             yield from window_alerts.unlabeled(counts, settings.unlabeled, schema.unit)
         if of_losses:
-            yield from losses_judged(
+            yield from loss_reasons(
                 window.split,
                 sums,
                 self._session,

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.schema import Schema
 from channel_metrics.observers.rises import Rise, add, forget, group_rate, new_state
-from channel_metrics.observers.window_alerts import Judged
+from channel_metrics.observers.window_alerts import Reason
 
-__all__ = ["LOSS_KINDS", "Session", "losses_judged", "new_losses"]
+__all__ = ["LOSS_KINDS", "Session", "loss_reasons", "new_losses"]
 
 LOSS_KINDS = ("forgetting", "overfitting")
 
@@ -40,7 +40,7 @@ def new_losses() -> dict[str, Any]:
     return {"groups": 0, "tests": {}, "trained": {}, "evaluated": False}
 
 
-def losses_judged(
+def loss_reasons(
     split: str,
     sums: Mapping[str, Mapping[str, float]],
     session: Session,
@@ -48,7 +48,7 @@ def losses_judged(
     kinds: Collection[str],
     rate: float,
     state: dict[str, Any],
-) -> Iterator[Judged]:
+) -> Iterator[Reason]:
     """Test the losses of a window.
 
     Args:
@@ -82,7 +82,7 @@ def losses_judged(
         rise = add(tests[name], [total / count, count, *partners])
         if rise is not None and (kind := _kind(rise, kinds)):
             forget(tests[name])
-            yield Judged(kind, name, _text(rise, kind))
+            yield Reason(kind, name, _text(rise, kind))
 
 
 def _losses(sums: Mapping[str, Mapping[str, float]], session: Session) -> dict[str, Sum]:

@@ -11,7 +11,7 @@ from channel_metrics.core.labels import UNLABELED
 from channel_metrics.windows import Window
 
 __all__ = [
-    "Judged",
+    "Reason",
     "chance_of_absence",
     "evidence",
     "exhausted",
@@ -28,7 +28,7 @@ _RECORDS_PER_DRAW = {"samples": 1, "tokens": 4}
 Counts = Mapping[str, float]
 
 
-class Judged(NamedTuple):
+class Reason(NamedTuple):
     """A reason for an alert. What gives none in a window is well again.
 
     kind: of the alert. channel: empty for the whole run. text: the reason; empty if it is too weak
@@ -40,26 +40,26 @@ class Judged(NamedTuple):
     text: str
 
 
-def nonfinite(sums: Mapping[str, Counts], counts: Counts) -> Iterator[Judged]:
+def nonfinite(sums: Mapping[str, Counts], counts: Counts) -> Iterator[Reason]:
     """Tokens without a finite loss or weight."""
     for name, count in counts.items():
         bad = sums[name].get("nonfinite", 0.0) + sums[name].get("nonfinite_weight", 0.0)
         if bad:
             text = f"{bad:,.0f} of {count:,.0f} tokens of a window have no finite loss or weight"
-            yield Judged("nonfinite", name, text)
+            yield Reason("nonfinite", name, text)
         elif not count:
-            yield Judged("nonfinite", name, "")
+            yield Reason("nonfinite", name, "")
 
 
-def unlabeled(counts: Counts, limit: float, unit: str) -> Iterator[Judged]:
+def unlabeled(counts: Counts, limit: float, unit: str) -> Iterator[Reason]:
     """Too much without a channel. unit: what is counted."""
     share = counts[UNLABELED] / sum(counts.values())
     if share > limit / 2:
         text = f"{share:.1%} of the {unit} of a window have no channel"
-        yield Judged("unlabeled", UNLABELED, text if share > limit else "")
+        yield Reason("unlabeled", UNLABELED, text if share > limit else "")
 
 
-def starved(counts: Counts, rate: float, presence: dict[str, list[int]]) -> Iterator[Judged]:
+def starved(counts: Counts, rate: float, presence: dict[str, list[int]]) -> Iterator[Reason]:
     """Channels that are absent for too long.
 
     Args:
@@ -85,7 +85,7 @@ def starved(counts: Counts, rate: float, presence: dict[str, list[int]]) -> Iter
         is_sure = chance_of_absence(windows, present, absent) < allowed
         since = "one window" if absent == 1 else f"{absent:,} windows"
         text = f"no token in {since}; it was in {present:,} of {windows:,} before"
-        yield Judged("starved", name, text if is_sure else "")
+        yield Reason("starved", name, text if is_sure else "")
 
 
 def chance_of_absence(windows: int, present: int, absent: int) -> float:
@@ -108,7 +108,7 @@ def shares(
     budget: Budget,
     limit: float,
     rate: float,
-) -> Iterator[Judged]:
+) -> Iterator[Reason]:
     """Shares of the run so far that are off their targets.
 
     Args:
@@ -131,7 +131,7 @@ def shares(
             continue
         is_sure = evidence(share * draws, draws, target) > math.log(len(budget.ratios) / rate)
         text = f"its share of the {budget.unit} is {share:.1%}, and should be {target:.1%}"
-        yield Judged("share", row, text if off > limit and is_sure else "")
+        yield Reason("share", row, text if off > limit and is_sure else "")
 
 
 def evidence(count: float, draws: float, target: float) -> float:
@@ -148,11 +148,11 @@ def evidence(count: float, draws: float, target: float) -> float:
     return known - count * math.log(target) - others * math.log1p(-target)
 
 
-def exhausted(window: Window, budget: Budget, epochs: float) -> Iterator[Judged]:
+def exhausted(window: Window, budget: Budget, epochs: float) -> Iterator[Reason]:
     """Sources of which so many epochs were trained on."""
     for unit, counted in (("records", "samples"), ("tokens", "tokens")):
         for row, size in getattr(budget, unit).items():
             seen = window.totals.get(row, {}).get(f"{counted}_total", 0)
             if seen >= epochs * size:
                 text = f"{seen:,} {counted} were trained on, of a source of {size:,.0f} {unit}"
-                yield Judged("exhausted", row, text)
+                yield Reason("exhausted", row, text)
