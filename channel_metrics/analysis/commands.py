@@ -200,7 +200,9 @@ def _show(view: RunView, findings: Sequence[Finding], console: Console) -> None:
 
 def _show_notes(run: Run) -> None:
     """What was read, what was left aside, and what could not be read."""
-    typer.echo(f"{run.name}: {len(run.store):,} values of {len(run.channels())} channels")
+    num_channels = len(run.channels())
+    ending = "" if num_channels == 1 else "s"
+    typer.echo(f"{run.name}: {len(run.store):,} values of {num_channels:,} channel{ending}")
     typer.echo(f"read from {run.origin}")
     for note in run.problems.notes:
         typer.echo(f"note: {note}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from channel_metrics.analysis.readers.keys import GLOBAL
@@ -37,8 +38,7 @@ def final_rows(run: Run) -> list[ChannelRow]:
                 record_share=part_of(samples, name),
             )
         )
-    others = [name for name in run.channels() if name not in tokens]
-    return rows + [_evaluated_row(run, name, alone=not trained) for name in others]
+    return rows + _evaluated_rows(run, trained)
 
 
 def whole_row(run: Run) -> ChannelRow:
@@ -79,18 +79,33 @@ def total_of(run: Run, channel: str, metric: str) -> int | None:
     return None if totals is None else round(totals[0])
 
 
-def _evaluated_row(run: Run, name: str, *, alone: bool) -> ChannelRow:
-    """The row of a channel that only evaluations have. alone: whether all channels are such."""
-    split = next(key.split for key in run.keys if key.channel == name)
+def _evaluated_rows(run: Run, trained: Collection[str]) -> list[ChannelRow]:
+    """The rows of the channels that only evaluations have."""
+    there = set(trained)
+    split_of: dict[str, str] = {}
+    for key in run.keys:
+        split_of.setdefault(key.channel, key.split)
+    others = {name: split_of[name] for name in run.channels() if name not in there}
     # Each evaluation counts the same tokens again.
-    sizes = {
-        other: _last(run, other, split, "tokens")
-        for other in run.channels(split)
-        if alone or other == name
+    tokens = {
+        split: {name: _last_count(run, name, split) for name in run.channels(split)}
+        for split in dict.fromkeys(others.values())
     }
-    counts = {other: None if size is None else int(size) for other, size in sizes.items()}
-    share = part_of(counts, name) if alone else None
-    return _row(run, name, split, tokens=counts[name], share=share)
+    return [
+        _row(
+            run,
+            name,
+            split,
+            tokens=tokens[split][name],
+            share=None if trained else part_of(tokens[split], name),
+        )
+        for name, split in others.items()
+    ]
+
+
+def _last_count(run: Run, name: str, split: str) -> int | None:
+    size = _last(run, name, split, "tokens")
+    return None if size is None else int(size)
 
 
 def _row(

@@ -119,7 +119,8 @@ class SeriesWriter:
             steps[places], values[places] = chunk_steps, chunk_values
             free[found] += sizes
         bounds = dict(zip(self._ids, zip(ends - counts, ends, strict=True), strict=True))
-        return _Columns(steps, values, bounds)
+        # Plain arrays on the same file: slices of a `memmap` are slow.
+        return _Columns(np.asarray(steps), np.asarray(values), bounds)
 
     def _parts(self, is_kept: bool) -> Iterator[tuple[Any, Any, Any]]:
         """The chunks, of which only some readings are taken."""

@@ -15,8 +15,13 @@ __all__ = ["whole_file"]
 def whole_file(path: Path) -> Iterator[Path]:
     """A place to write to, which becomes `path` if nothing fails.
 
-    An older file stays as it is until then. Missing folders are made.
+    An older file stays as it is until then. Missing folders are made. A link stays a link. What is
+    no file, such as `/dev/null` or a pipe, is written to in place.
     """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)

@@ -7,7 +7,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from channel_metrics.analysis.report.groupings import Grouping
 from channel_metrics.analysis.report.html import MAX_BYTES, write_report
+from channel_metrics.analysis.report.views import rank_channels, views_of
 from channel_metrics.analysis.run import Run
 
 
@@ -49,3 +51,8 @@ def page_of(runs: list[Run], folder: Path, **more: Any) -> Page:
     size = write_report(runs, file, **more)
     assert file.stat().st_size == size.num_bytes < MAX_BYTES
     return Page(file.read_text(encoding="utf-8"))
+
+
+def channels_of(run: Run) -> Grouping:
+    """The channels of a run, as they stand in a page."""
+    return Grouping(axis="", views=views_of([run]), found=[[]], names=rank_channels([run]))

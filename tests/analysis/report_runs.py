@@ -89,9 +89,8 @@ def troubled_run(steps: int = 60) -> Run:
     return run_of(history, name="troubled", ratios={"fine": 0.5, "worse": 0.25, "starved": 0.25})
 
 
-def resumed_run() -> Run:
-    """A run of 30 steps, resumed at step 21 and again at step 36."""
-    branches = ((1, 30), (21, 38), (36, 60))
+def resumed_run(branches: Sequence[tuple[int, int]] = ((1, 30), (21, 38), (36, 60))) -> Run:
+    """A run of several branches, each with its first and last step."""
     history = [
         entry
         for seed, (first, last) in enumerate(branches)

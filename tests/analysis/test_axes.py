@@ -102,6 +102,25 @@ def test_one_group_of_channels_with_as_many_tokens_as_another_one() -> None:
     assert run_of(log).channels() == ["code", "web/en", "web/de"]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"code/a_tokens": 50},
+        {"bbu_tokens": 50},
+        {"bbu_loss": 2.0},
+    ],
+    ids=["tokens of the prefix", "tokens of the channels", "losses"],
+)
+@pytest.mark.parametrize("num_other", [2, 3])
+def test_labels_hold_all_tokens_at_19_of_20_steps(other: dict[str, float], num_other: int) -> None:
+    """A resume may have other axes. Of 40 steps, two may be such, but not three."""
+    usual = {"bbu_loss": 1.0, "bbu_tokens": 100, "code/a_loss": 1.0, "code/a_tokens": 100}
+    log = [{"step": s, **usual, **(other if s <= num_other else {})} for s in range(1, 41)]
+    run = run_of(log)
+    assert run.axes == (["code"] if num_other == 2 else [])
+    assert run.channels() == (["bbu"] if num_other == 2 else ["bbu", "code/a"])
+
+
 def test_names_that_are_declared_are_channels(tmp_path: Path) -> None:
     """Both prefixes hold all tokens here, and keys in alphabetical order do not tell which."""
     names = ("read/wiki", "read/news")

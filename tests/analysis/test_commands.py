@@ -23,7 +23,6 @@ from channel_metrics.analysis.readers.sources import FORMATS
 from channel_metrics.analysis.rows import final_rows
 from channel_metrics.analysis.watch.screen import view_of
 from channel_metrics.analysis.watch.traces import traces_of
-from channel_metrics.analysis.whole_file import whole_file
 from channel_metrics.cli.main import app
 
 
@@ -205,13 +204,6 @@ def test_a_full_disk_leaves_the_old_report(run: Path) -> None:
         "report.html",
         "trainer_state.json",
     ]
-
-
-def test_whole_file_keeps_the_rights_of_a_new_file(tmp_path: Path) -> None:
-    with whole_file(tmp_path / "new" / "a") as part:
-        part.write_text("x")
-    (tmp_path / "b").touch()
-    assert (tmp_path / "new" / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 from analysis.analysis_tools import run_of, series_of
 from benchmarks.estimate import compare, hide
 from channel_metrics import ChannelMetricsError
+from channel_metrics.analysis.estimate import estimator
 from channel_metrics.analysis.estimate.estimator import Estimate, estimate_curves
 from channel_metrics.analysis.estimate.mix import with_estimates
+from channel_metrics.analysis.estimate.smoother import Fit
 from channel_metrics.analysis.readers.keys import GLOBAL
 
 NAMES = ("bbu", "rru", "lvis", "chat")
@@ -103,6 +105,22 @@ def test_a_channel_that_ends_becomes_less_certain_from_there_on() -> None:
     at_200, at_end = np.searchsorted(found.steps, 180), -1
     assert width[at_end, 2] > 2 * width[at_200, 2]
     assert width[at_end, 0] < 2 * width[at_200, 0]
+
+
+def test_fits_that_disagree_make_the_band_wider(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Means of 0 and 2 that weigh 3 to 1, each with a variance of 1."""
+    shape = (8, 2)
+    fits = [Fit(np.log(3.0), 4.0, np.zeros(shape), np.ones(shape))]
+    fits += [Fit(0.0, 16.0, np.full(shape, 2.0), np.ones(shape))]
+    fits += [Fit(-np.inf, 1.0, np.full(shape, 99.0), np.ones(shape))] * 25
+    waiting = iter(fits)
+    monkeypatch.setattr(estimator, "fit_curves", lambda equations, walk: next(waiting))
+    weights, _ = mixes(20, 0)
+    data = estimator._Data(np.linspace(0, 1, 20), np.ones(20), weights[:, :2], np.ones(20), 1.0)
+    mean, variance, noise = estimator._average(data, 1.0, np.linspace(0, 1, 8))
+    assert mean == pytest.approx(np.full(shape, 0.5))
+    assert variance == pytest.approx(np.full(shape, 1 + 0.75 * 0.5**2 + 0.25 * 1.5**2))
+    assert noise == pytest.approx(0.75 * 2 + 0.25 * 4)
 
 
 def test_what_cannot_be_estimated_is_an_error_that_says_why() -> None:

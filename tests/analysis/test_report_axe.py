@@ -55,6 +55,9 @@ def test_axe_finds_nothing_in_a_page_that_is_used(report: Report, files: dict[st
     report.click("#legend-list button")
     report.read(HOME)
     assert violations(report) == []
+    report.open(files["axes"])
+    report.choose("#axis", "lang")
+    assert violations(report) == []
 
 
 def test_axe_would_find_two_landmarks_of_one_name(report: Report, files: dict[str, Path]) -> None:

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from analysis.analysis_tools import make_history, run_of, series_of, write_jsonl
+from analysis.report_page import channels_of
 from analysis.report_runs import resumed_run, rich_run, run_with
 from channel_metrics.analysis.report.axes import axes_of, marks_of
 from channel_metrics.analysis.report.curves import curves_of
 from channel_metrics.analysis.report.more_curves import mix_curves, other_curves, overwritten_curves
 from channel_metrics.analysis.report.page_data import page_data
-from channel_metrics.analysis.report.views import shown, views_of
+from channel_metrics.analysis.report.views import shown
 from channel_metrics.analysis.run import RUN_FILE, load_run
 
 
@@ -62,7 +63,7 @@ def test_what_a_resume_overwrote_is_a_curve_of_its_own() -> None:
         *(first[step] for step in range(21, 31)),
         *(second[step] for step in range(36, 39)),
     ]
-    data = page_data(views_of([run]), ["bbu"], 100)
+    data = page_data([replace(channels_of(run), names=["bbu"])], 100)
     marked = [c for c in data["curves"] if c.get("overwritten")]
     assert {(c["channel"], c["metric"]) for c in marked} == {
         (number, metric)
@@ -71,6 +72,15 @@ def test_what_a_resume_overwrote_is_a_curve_of_its_own() -> None:
         if metric == "loss" or number == 0
     }
     assert not list(overwritten_curves(rich_run(), ["a"], 100))
+
+
+def test_a_resume_from_before_an_earlier_one_breaks_the_overwritten_line_there() -> None:
+    run = resumed_run(((1, 40), (36, 45), (21, 60)))
+    assert run.resumes == (36, 21)
+    loss = next(c for c in overwritten_curves(run, ["bbu"], 100) if c.channel == "bbu")
+    # Up to step 35 they are values of the first branch, from 36 on of the second one.
+    assert loss.steps.tolist() == [*range(21, 36), 36, *range(36, 46)]
+    assert np.isnan(loss.values).nonzero()[0].tolist() == [15]
 
 
 def test_the_mix_so_far_counts_windows_without_a_channel() -> None:
@@ -137,7 +147,7 @@ def test_each_strength_is_one_curve_more() -> None:
 
 def test_the_page_has_tokens_once_for_each_channel() -> None:
     run = run_of(make_history(200))
-    data = page_data(views_of([run]), run.channels(), 2000)
+    data = page_data([channels_of(run)], 2000)
     with_tokens = [(c["channel"], c["metric"]) for c in data["curves"] if "tokens" in c]
     assert sorted(with_tokens) == [(0, "loss"), (1, "loss"), (2, "loss")]
 

@@ -37,6 +37,32 @@ def test_a_page_too_large_loses_points_and_then_channels(
     assert page.data["channels"] == ranked[: small.num_channels]
 
 
+def test_a_page_too_large_loses_labels_before_the_few_channels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more labels than fit, there is nothing left to take but labels."""
+    names = [f"label_{place:02d}" for place in range(40)]
+    log = [
+        {"step": step, "loss": 1.0, "a_loss": 1.0, "a_tokens": 40}
+        | {f"lang/{name}_loss": 1.0 for name in names}
+        | {f"lang/{name}_tokens": 1 for name in names}
+        for step in range(1, 20)
+    ]
+    run = run_of(log)
+    whole = write_report([run], tmp_path / "whole.html")
+    monkeypatch.setattr(html, "MAX_BYTES", whole.num_bytes * 3 // 4)
+    small = write_report([run], tmp_path / "small.html")
+    assert small.num_bytes < html.MAX_BYTES and small.num_left_out == 0
+    page = Page((tmp_path / "small.html").read_text(encoding="utf-8"))
+    kept = page.data["label_axes"].count("lang")
+    assert 0 < kept < 40 and page.data["channels"][0] == "a"
+    left_out = f"{40 - kept} labels of lang with the fewest tokens are left out"
+    assert left_out in " ".join(page.text.split())
+    # A page that cannot become smaller is written as it is.
+    monkeypatch.setattr(html, "MAX_BYTES", 10)
+    assert write_report([run], tmp_path / "least.html").num_channels == 0
+
+
 def test_a_channel_that_is_left_out_keeps_its_findings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

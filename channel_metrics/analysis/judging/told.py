@@ -70,7 +70,8 @@ def _gaps(view: RunView) -> Iterator[Finding]:
 def _no_gaps(view: RunView) -> Iterator[Finding]:
     windows = [t.num_values for t in view.trends if t.channel and t.split == "train"]
     if max(windows, default=0) >= MIN_VALUES and not view.gaps:
-        text = "no channel is missing for longer than its own rhythm explains"
+        what = "label" if view.run.axis else "channel"
+        text = f"no {what} is missing for longer than its own rhythm explains"
         yield Finding(kind="gap", level="good", text=text)
 
 

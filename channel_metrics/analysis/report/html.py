@@ -13,7 +13,7 @@ import base64
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from operator import attrgetter
 from pathlib import Path
@@ -22,21 +22,18 @@ from typing import TYPE_CHECKING, Any
 from channel_metrics.analysis.judging.finding import shortened
 from channel_metrics.analysis.judging.told import findings_of
 from channel_metrics.analysis.report.curves import charts
+from channel_metrics.analysis.report.groupings import groupings_of, numbered
 from channel_metrics.analysis.report.more_curves import EPOCHS, MIX
-from channel_metrics.analysis.report.page_data import dump_json, labels_of, page_data
-from channel_metrics.analysis.report.views import (
-    ChannelView,
-    RunView,
-    rank_channels,
-    shown,
-    views_of,
-)
+from channel_metrics.analysis.report.page_data import dump_json, page_data
+from channel_metrics.analysis.report.views import shown, views_of
 from channel_metrics.analysis.whole_file import whole_file
 from channel_metrics.errors import ChannelMetricsError
 from channel_metrics.extras import need
 
 if TYPE_CHECKING:
     from channel_metrics.analysis.judging.finding import Finding
+    from channel_metrics.analysis.report.groupings import Grouping
+    from channel_metrics.analysis.report.views import RunView
     from channel_metrics.analysis.run import Run
 
 __all__ = ["MAX_BYTES", "ReportSize", "write_report", "write_views"]
@@ -91,8 +88,8 @@ def write_report(runs: Sequence[Run], path: Path, *, title: str = "") -> ReportS
     """Write the report of one run, or a comparison of several.
 
     The file has at most `MAX_BYTES`. Curves are thinned out until it fits. If that is not enough,
-    channels with few tokens are left out, but not from the findings. The page says so. Raises
-    `ChannelMetricsError` for no runs, or too many.
+    channels and labels with few tokens are left out, but not from the findings. The page says so.
+    Raises `ChannelMetricsError` for no runs, or too many.
     """
     views = views_of(runs)
     return write_views(views, [findings_of(view) for view in views], path, title=title)
@@ -106,75 +103,50 @@ def write_views(
         raise ChannelMetricsError(
             f"expected 1 to {_MAX_RUNS} runs to compare, but got {len(views)}; name fewer."
         )
-    ranked = rank_channels([view.run for view in views])
-    channels = ranked[:_MAX_CHANNELS]
-    labels = labels_of([view.run for view in views])
-    points = _first_limit((len(channels) + len(labels)) * len(views))
+    every = groupings_of(views, found)
+    groupings = numbered(every, _MAX_CHANNELS)
+    num_names = [len(grouping.names) for grouping in groupings]
+    limit = max(num_names)
+    points = _first_limit(sum(num_names) * len(views))
     while True:
-        text = _render(
-            views,
-            found,
-            channels=channels,
-            labels=labels,
-            num_left_out=len(ranked) - len(channels),
-            points=points,
-            title=title,
-        )
+        text = _render(groupings, points=points, title=title)
         page = text.encode("utf-8", errors="replace")
-        if len(page) < MAX_BYTES:
+        if len(page) < MAX_BYTES or not limit:
             break
         if points > _MIN_POINTS:
-            fitting = 0.9 * points * MAX_BYTES / len(page)
-            points = max(_MIN_POINTS, int(fitting))
+            points = max(_MIN_POINTS, int(0.9 * points * MAX_BYTES / len(page)))
         else:
-            fitting = len(channels) * MAX_BYTES / len(page)
-            channels = channels[: int(fitting * 0.9)]
+            limit = int(0.9 * limit * MAX_BYTES / len(page))
+            groupings = numbered(every, limit)
     with whole_file(path) as part:
         part.write_bytes(page)
     return ReportSize(
         num_bytes=len(page),
         max_points=points,
-        num_channels=len(channels),
-        num_left_out=len(ranked) - len(channels),
+        num_channels=len(groupings[0].names),
+        num_left_out=groupings[0].num_left_out,
     )
 
 
-def _first_limit(num_channels: int) -> int:
-    num_curves = len(charts()) * max(1, num_channels)
+def _first_limit(num_names: int) -> int:
+    num_curves = len(charts()) * max(1, num_names)
     return min(_MAX_POINTS, max(_MIN_POINTS, _ALL_POINTS // num_curves))
 
 
-def _render(
-    views: Sequence[RunView],
-    found: Sequence[Sequence[Finding]],
-    *,
-    channels: Sequence[str],
-    labels: Sequence[tuple[str, str]],
-    num_left_out: int,
-    points: int,
-    title: str,
-) -> str:
+def _render(groupings: Sequence[Grouping], *, points: int, title: str) -> str:
     markup: Any = need("markupsafe", extra="report").Markup
-    drawn_rows = ([row for row in view.rows if row.index < len(channels)] for view in views)
-    views = [replace(view, rows=rows) for view, rows in zip(views, drawn_rows, strict=True)]
-    data = page_data(views, channels, points, labels)
+    views = groupings[0].views
+    data = page_data(groupings, points)
     drawn = {curve["metric"] for curve in data["curves"]}
     style, script = _file("page.css"), _script()
     text: str = _template().render(
         title=shown(title or " · ".join(view.run.name for view in views)),
         runs=views,
-        found=found,
-        indices={name: index for index, name in enumerate(channels)},
-        num_channels=len(channels),
-        num_left_out=num_left_out,
+        groupings=groupings,
         thinned=_thinned(data),
         max_points=points,
         charts=[metric for metric in (*charts(), MIX, EPOCHS) if metric.name in drawn],
-        table=_table(views, len(channels)),
-        planned=any(row.configured is not None for view in views for row in view.rows),
-        names=data["channels"][: len(channels)],
-        axes=dict.fromkeys(shown(axis) for axis, _ in labels),
-        widest=_widest(views),
+        names=data["channels"],
         style=markup(style),
         script=markup(script),
         style_hash=_hash(style),
@@ -220,26 +192,6 @@ def _thinned(data: dict[str, Any]) -> int:
     curves = [c for c in data["curves"] if "smooth" not in c and c["metric"] in names]
     longest = max((curve["points"] for curve in curves), default=0)
     return longest if any(c["points"] > len(c["steps"]) for c in curves) else 0
-
-
-def _table(
-    views: Sequence[RunView], num_channels: int
-) -> list[tuple[int, RunView, ChannelView | None]]:
-    """The rows of a table: each channel in each run. A channel that a run lacks has no view."""
-    found = {(row.index, view.index): row for view in views for row in view.rows}
-    return [(i, view, found.get((i, view.index))) for i in range(num_channels) for view in views]
-
-
-def _widest(views: Sequence[RunView]) -> float:
-    """The largest part of the mix, which has the longest bar."""
-    parts = [
-        part
-        for view in views
-        for row in view.rows
-        for part in (row.configured, row.row.share, row.row.record_share)
-        if part
-    ]
-    return max(parts, default=1.0)
 
 
 def _loss(value: float | None) -> str:

@@ -78,7 +78,7 @@ def overwritten_curves(run: Run, channels: Iterable[str], limit: int) -> Iterato
                 continue
             picked = pick_points(values, min(limit, _MAX_POINTS))
             # The line is broken where it jumps to the branch of another resume.
-            places = np.unique(np.searchsorted(steps[picked], run.resumes)[1:])
+            places = np.unique(np.searchsorted(steps[picked], run.resumes))
             places = places[(places > 0) & (places < len(picked))]
             shown = np.where(np.isfinite(values), values, np.nan)[picked]
             yield Curve(

@@ -12,87 +12,51 @@ steps that charts mark, and `plan` the configured shares by channel.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from channel_metrics.analysis.axes import with_axis
 from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.report.axes import axes_of, marks_of
 from channel_metrics.analysis.report.curves import Curve, curves_of
 from channel_metrics.analysis.report.more_curves import mix_curves, other_curves, overwritten_curves
 from channel_metrics.analysis.report.moving import WINDOW_PARTS
-from channel_metrics.analysis.report.views import rank_channels, shown
-from channel_metrics.analysis.rows import final_rows
+from channel_metrics.analysis.report.views import shown
 
 if TYPE_CHECKING:
+    from channel_metrics.analysis.report.groupings import Grouping
     from channel_metrics.analysis.report.views import RunView
-    from channel_metrics.analysis.run import Run
     from channel_metrics.analysis.store import Steps
     from channel_metrics.analysis.summary import ChannelRow
 
-__all__ = ["dump_json", "labels_of", "page_data"]
+__all__ = ["dump_json", "page_data"]
 
 # The run's own values belong to no channel.
 _WHOLE_RUN = -1
-# At most so many labels of an axis; --axis shows all.
-_MAX_LABELS = 100
 
 
-def labels_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """(axis, label) of the labels that the page has: those with the most tokens of each axis."""
-    axes = dict.fromkeys(axis for run in runs for axis in run.axes)
-    found = []
-    for axis in axes:
-        ranked = rank_channels([with_axis(run, axis) for run in runs if axis in run.axes])
-        found += [(axis, label) for label in ranked[:_MAX_LABELS]]
-    return found
-
-
-def page_data(
-    views: Sequence[RunView],
-    channels: Sequence[str],
-    limit: int,
-    labels: Sequence[tuple[str, str]] = (),
-) -> dict[str, Any]:
+def page_data(groupings: Sequence[Grouping], limit: int) -> dict[str, Any]:
     """The data for the script of the page.
 
     Args:
-        views: the runs.
-        channels: the channels that are shown.
+        groupings: what is shown of the runs. The first one has their channels.
         limit: the largest number of points per curve.
-        labels: (axis, label) of labels that can be drawn in place of channels.
     """
-    numbers = {name: number for number, name in enumerate(channels)} | {GLOBAL: _WHOLE_RUN}
+    views = groupings[0].views
     curves, rows = [], []
-    for view in views:
-        own = [name for name in channels if name in set(view.run.channels())]
-        drawn = itertools.chain(
-            curves_of(view.run, own, limit, range(1, len(WINDOW_PARTS) + 1)),
-            mix_curves(view.run, own, limit),
-            other_curves(view.run, own, limit),
-            overwritten_curves(view.run, own, limit),
-        )
-        items = [_curve(curve, view.index, numbers) for curve in drawn]
-        rows += [_row(row.row, view.index, row.index) for row in view.rows]
-        for axis in view.run.axes:
-            own_numbers = {
-                label: number
-                for number, (other, label) in enumerate(labels, len(channels))
-                if other == axis
-            }
-            found, more_rows = _labels(view, axis, own_numbers, limit)
-            items += found
-            rows += more_rows
-        _keep_first_tokens(items)
-        curves += items
+    for grouping in groupings:
+        for view in grouping.views:
+            curves += [
+                _curve(c, view.index, grouping.numbers) for c in _drawn(grouping, view, limit)
+            ]
+            rows += [_row(row.row, view.index, grouping.first + row.index) for row in view.rows]
+    _keep_first_tokens(curves)
     return {
-        "channels": [shown(name) for name in channels] + [shown(label) for _, label in labels],
-        "label_axes": [""] * len(channels) + [shown(axis) for axis, _ in labels],
+        "channels": [shown(name) for grouping in groupings for name in grouping.names],
+        "label_axes": [grouping.title for grouping in groupings for _ in grouping.names],
         "runs": [view.name for view in views],
         "rows": rows,
         "curves": curves,
@@ -110,16 +74,19 @@ def dump_json(value: Any) -> str:
     return text
 
 
-def _labels(
-    view: RunView, axis: str, numbers: dict[str, int], limit: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The curves and the rows of the labels of an axis."""
-    run = with_axis(view.run, axis)
-    own = [label for label in numbers if label in set(run.channels())]
+def _drawn(grouping: Grouping, view: RunView, limit: int) -> Iterator[Curve]:
+    """The curves of a run. Those of the whole run come with its channels, not with labels."""
+    run = view.run
+    there = set(run.channels())
+    own = [name for name in grouping.names if name in there]
     curves = curves_of(run, own, limit, range(1, len(WINDOW_PARTS) + 1))
-    found = [_curve(c, view.index, numbers) for c in curves if c.channel in numbers]
-    rows = [row for row in final_rows(run) if row.channel in numbers]
-    return found, [_row(row, view.index, numbers[row.channel]) for row in rows]
+    if grouping.axis:
+        yield from (curve for curve in curves if curve.channel != GLOBAL)
+        return
+    yield from curves
+    yield from mix_curves(run, own, limit)
+    yield from other_curves(run, own, limit)
+    yield from overwritten_curves(run, own, limit)
 
 
 def _row(row: ChannelRow, run: int, number: int) -> dict[str, Any]:
@@ -142,7 +109,7 @@ def _axes(view: RunView) -> dict[str, Any]:
 def _curve(curve: Curve, run: int, numbers: dict[str, int]) -> dict[str, Any]:
     item: dict[str, Any] = {
         "run": run,
-        "channel": numbers[curve.channel],
+        "channel": numbers.get(curve.channel, _WHOLE_RUN),
         "metric": shown(curve.metric),
         "split": curve.split,
         "steps": _differences(curve.steps),
@@ -164,10 +131,11 @@ def _keep_first_tokens(curves: Sequence[dict[str, Any]]) -> None:
     """Drop the tokens of all curves of a channel but the first; the page interpolates them."""
     seen = set()
     for curve in curves:
-        if curve["channel"] in seen:
+        channel = (curve["run"], curve["channel"])
+        if channel in seen:
             curve.pop("tokens", None)
         elif "tokens" in curve:
-            seen.add(curve["channel"])
+            seen.add(channel)
 
 
 def _differences(steps: Steps) -> list[int]:

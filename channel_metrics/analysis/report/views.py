@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from channel_metrics.analysis.axes import with_axis
 from channel_metrics.analysis.judging.nonfinite import nonfinite_of
 from channel_metrics.analysis.judging.trends import trends_of
 from channel_metrics.analysis.judging.versus import versus_of
@@ -215,11 +216,20 @@ def _view_of(
     )
 
 
-def views_of(runs: Sequence[Run]) -> list[RunView]:
-    """The contents about runs with all their channels; all but the first are compared with it."""
-    channels = {name: index for index, name in enumerate(rank_channels(runs))}
+def views_of(runs: Sequence[Run], axis: str = "") -> list[RunView]:
+    """The contents about runs with all their channels; all but the first are compared with it.
+
+    axis: show the labels of this axis in place of the channels. Runs without them have no view.
+    """
+    chosen = {
+        index: with_axis(run, axis) if axis else run
+        for index, run in enumerate(runs)
+        if not axis or axis in run.axes
+    }
+    channels = {name: index for index, name in enumerate(rank_channels(list(chosen.values())))}
     return [
-        _view_of(run, index, channels, runs[0] if index else None) for index, run in enumerate(runs)
+        _view_of(run, index, channels, chosen.get(0) if index else None)
+        for index, run in chosen.items()
     ]
 
 

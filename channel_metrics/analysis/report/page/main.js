@@ -86,6 +86,7 @@ controls.push(() => {
   find("#search").value = state.query;
   if (find("#axis")) find("#axis").value = state.axis;
 });
+controls.push(showAxis);
 pressable(find("#log-x"), () => state.logX, (on) => (state.logX = on));
 pressable(find("#difference"), () => state.difference, (on) => {
   state.difference = on;

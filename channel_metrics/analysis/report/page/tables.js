@@ -24,6 +24,11 @@ for (const table of findAll("table.sortable")) {
   });
 }
 
+// Of the texts and tables, those of the channels or of the chosen axis.
+const showAxis = () => {
+  for (const part of findAll("[data-axis]")) part.hidden = part.dataset.axis !== state.axis;
+};
+
 const filterTables = () => {
   for (const row of findAll("tr[data-channel]")) row.hidden = !matches(Number(row.dataset.channel));
 };
@@ -73,7 +78,6 @@ addEventListener("beforeprint", () => findAll("[data-spark]:empty").forEach(draw
 for (const button of findAll("button[data-isolate]")) {
   button.addEventListener("click", () => {
     const channel = Number(button.dataset.isolate);
-    if (state.axis) setAxis("");
     if (state.isolated !== channel) isolate(channel);
     find("#curves").scrollIntoView();
     find(".plot").focus({ preventScroll: true });
