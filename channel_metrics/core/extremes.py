@@ -109,10 +109,13 @@ class Extremes:
         if self._scores is None or self._words is None:
             return []
         scores, words = self._scores.cpu(), self._words.cpu()
+        there = scores > -torch.inf
+        places, losses = there.nonzero().tolist(), scores[there].tolist()
         return [
-            _extreme(kind, row, sign * float(scores[side, row, place]), words[side, row, place])
-            for side, (kind, sign) in enumerate((("highest", 1), ("lowest", -1)))
-            for row, place in (scores[side] > -torch.inf).nonzero().tolist()
+            _extreme(("highest", "lowest")[side], row, -loss if side else loss, held)
+            for (side, row, _), loss, held in zip(
+                places, losses, words[there].tolist(), strict=True
+            )
         ]
 
     def _wait(self, more: list[tuple[Tensor, Tensor, Tensor]], num_rows: int) -> None:
@@ -193,7 +196,7 @@ def text_of_id(words: list[int]) -> str | None:
     return held.rstrip(b"\0").decode(errors="ignore") or None
 
 
-def _extreme(kind: str, row: int, loss: float, words: Tensor) -> Extreme:
-    num_tokens, *more = words.tolist()
+def _extreme(kind: str, row: int, loss: float, words: list[int]) -> Extreme:
+    num_tokens, *more = words
     tokens = tuple(token for token in more[ID_WORDS:] if token != _NO_TOKEN)
     return Extreme(kind, row, loss, num_tokens, text_of_id(more[:ID_WORDS]), tokens)
