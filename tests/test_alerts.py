@@ -109,6 +109,22 @@ def test_tokens_without_a_finite_loss(caplog: pytest.LogCaptureFixture) -> None:
     assert [line[:15] for line in told(caplog)] == ["alert at step 1", "alert at step 6"]
 
 
+def test_each_split_has_alerts_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = watching(cooldown=5)
+    run(metrics, [("a", 2, math.nan)])
+    with metrics.evaluation("eval", 1):
+        metrics.count(batch(("a", 2, math.nan)))
+    assert [line.split(": ")[1] for line in told(caplog)] == ["a", "a in eval"]
+
+
+def test_the_whole_is_a_test_of_overfitting_only() -> None:
+    for kinds, tests in ((["forgetting"], {"a"}), (["forgetting", "overfitting"], {"a", ""})):
+        metrics = watching(kinds=kinds)
+        with metrics.evaluation("eval", 1):
+            metrics.count(batch(("a", 2, 1.0)))
+        assert set(metrics.totals.notes["alerts"]["losses"]["tests"]["eval"]) == tests
+
+
 def test_a_channel_that_is_absent_for_long(caplog: pytest.LogCaptureFixture) -> None:
     both, one = [("a", 1, 1.0), ("b", 1, 1.0)], [("b", 1, 1.0)]
     run(watching(kinds=["starved"]), *[both] * 30, *[one] * 10, both, *[one] * 10)
