@@ -57,6 +57,26 @@ def test_other_windows_change_nothing() -> None:
     assert not metrics.stop_reason and evaluated(metrics, 1.0, first=2)
 
 
+def test_a_metric_of_training_is_not_that_of_evaluations() -> None:
+    metrics = new(stop_when={"channel": "a", "metric": "loss"})
+    metrics.count(batch(("a", 1, 2.0)))
+    metrics.close(1)
+    assert not evaluated(metrics, 9.0)
+    metrics.count(batch(("a", 1, 2.0)))
+    metrics.close(2)
+    assert metrics.stop_reason.startswith("loss of a is 2 at step 2")
+
+
+def test_labels_of_axes_are_no_part_of_the_whole() -> None:
+    budget = {"ratios": {"a": 1, "kind/x": 3}}
+    metrics = new(axes={"kind": {"a": "x", "b": "x"}}, budget=budget)
+    metrics.count(batch(("a", 1, 1.0), ("b", 1, 1.0), (None, 2, 1.0), ("b", 3, 1.0)))
+    logs = metrics.close(1).logs
+    assert {key: logs[key] for key in logs if key.endswith("achieved_share")} == {
+        "a_achieved_share": 1 / 4, "kind/x_achieved_share": 3 / 4
+    }  # fmt: skip
+
+
 def test_an_objective_and_a_label_of_an_axis() -> None:
     on = new(metrics=("loss", "macro_loss"), stop_when={"metric": "eval_macro_loss"})
     assert "eval_macro_loss is 2.5 at step 2" in evaluated(on, 3.0, 4.0)
@@ -116,7 +136,7 @@ def test_epochs_over_tokens_and_a_total_that_ends_nothing(
     clock = iter([0.0, 3600.0])
     monkeypatch.setattr("channel_metrics.session.time", lambda: next(clock))
     sources = {"a": 6, "kind/x": "5", "unlabeled": 1, "B": 8}
-    budget = {"tokens": sources, "records": {"b": 4}, "until": {"kind/x_tokens": 8}}
+    budget = {"tokens": sources, "records": {"b": 4}, "until": {"kind/x_tokens": 7}}
     metrics = new(metrics=("loss",), axes={"kind": {"a": "x", "b": "x"}}, budget=budget)
     for step in (1, 2):
         metrics.count(batch(("a", 3, 1.0), ("b", 1, 1.0), (None, 1, 1.0)))
