@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from session_tools import LOSS_AND_TOKENS, new
 
 from channel_metrics import ChannelError, ConfigError, MetricsConfig, MicroBatch
 from channel_metrics.core.accumulator import ChannelLossAccumulator
-from channel_metrics.core.extremes import Extremes, first_tokens, id_words, text_of_id
+from channel_metrics.core.extremes import _MAX_WAITING, Extremes, first_tokens, id_words, text_of_id
 from channel_metrics.session import ChannelMetrics
 
 
@@ -107,6 +108,22 @@ def test_more_sequences_than_wait_together(tmp_path: Path) -> None:
     assert [line["id"] for line in written(tmp_path)] == [
         str(number) for number in (*ranked[:-3:-1], *ranked[:2])
     ]
+
+
+def test_the_first_one_after_a_comparison(tmp_path: Path) -> None:
+    metrics = watching(tmp_path, count=1)
+    metrics.count(rows([2.0] * _MAX_WAITING, ["a"] * _MAX_WAITING))
+    metrics.count(rows([9.0, 1.0], ["a", "a"], record_ids=ids("p", "q")))
+    metrics.close(1)
+    assert [(line["loss"], line["id"]) for line in written(tmp_path)] == [(9.0, "p"), (1.0, "q")]
+
+
+def test_tokens_without_a_finite_loss_are_left_out(tmp_path: Path) -> None:
+    metrics = watching(tmp_path)
+    losses = torch.tensor([[math.nan, 2.0, 4.0], [math.nan] * 3])
+    metrics.count(MicroBatch(token_losses=losses, channels=["a", "a"], record_ids=ids("p", "q")))
+    metrics.close(1)
+    assert [(line["loss"], line["id"]) for line in written(tmp_path)] == [(3.0, "p")] * 2
 
 
 class Broken:
