@@ -165,9 +165,11 @@ def an_alert_is_told_and_written(harness: Harness, folder: Path) -> None:
 def one_rank_tells_of_an_alert(harness: Harness, folder: Path) -> None:
     alerts = {**ALERTS, "file": str(folder / "alerts.jsonl")}
     doubled = tuple((*step, *step) for step in steps("ab", "aa", "a-", "ab"))
-    per_rank = harness.run(Script(config=config(alerts=alerts), steps=doubled), folder, ranks=2)
+    chosen = config(alerts=alerts, stream=str(folder / "windows.jsonl"))
+    per_rank = harness.run(Script(config=chosen, steps=doubled), folder, ranks=2)
     for found in per_rank:
         assert found.error is None, found.error
+        assert found.collectives[1] == 1, "the second window has no new names"
     lines = [text for found in per_rank for text in found.warnings if "alert at step" in text]
     assert len(lines) == 1 and alerts_in(folder) == [SEEN_BY]
 
