@@ -12,6 +12,7 @@ from paths import ROOT
 from session_tools import batch, new, tokens
 
 from channel_metrics import ConfigError, MetricsConfig
+from channel_metrics.acting import StopWhen
 from channel_metrics.analysis.readers.keys import decode_keys
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.session import ChannelMetrics
@@ -43,6 +44,18 @@ def test_what_counts_as_better() -> None:
     ppl = WATCH | {"metric": "eval_ppl"}
     assert "no value was finite" in evaluated(new(metrics=("ppl",), stop_when=ppl), 1000.0)
     assert evaluated(new(stop_when=WATCH), 1.0, math.nan) == "", "NaN is in no loss"
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [
+        ("eval_loss", "min"), ("val_macro_loss", "min"), ("loss_of_channels", "min"),
+        ("eval_ppl", "min"), ("eval_bits_per_byte", "min"), ("eval_token_acc", "max"),
+        ("eval_rewards/accuracies", "max"), ("reward", "max"), ("eval_rewards/margins", "max"),
+    ],
+)  # fmt: skip
+def test_which_values_are_better(metric: str, mode: str) -> None:
+    assert StopWhen(metric=metric).mode == mode
 
 
 def test_other_windows_change_nothing() -> None:
