@@ -36,8 +36,8 @@ def found(own_training: Callable[[int], float]) -> list[tuple[str, str]]:
 
 
 def test_an_evaluation_is_compared_with_training_on_the_same_channel() -> None:
-    assert found(lambda step: 4 - 0.01 * step) == [("overfitting", "a")], "once, as it is forgotten"
-    assert found(lambda step: 2 + 0.001 * step) == []
+    assert found(lambda step: 4 - 0.01 * step) == [("overfitting", "a")], "once"
+    assert found(lambda step: 2 + 0.0001 * step) == []
 
 
 def test_training_since_the_evaluation_before() -> None:
