@@ -75,12 +75,12 @@ lint: env ## ruff, mypy, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: env ## Linters, types over the tests too, and the tests of the core: about a minute
+check: env ## Linters, types over the tests too, and the tests of the core: below a minute
 	@$(MAKE) --no-print-directory -j 2 --output-sync lint test-core
 
 test-core: env # One process: the linters have the other core.
-	$(TEST_ENV) $(BIN)/python -m pytest -q tests/core tests/data tests/test_config.py \
-		tests/test_session*.py tests/test_swap.py
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow" tests/core tests/data \
+		tests/test_config.py tests/test_session*.py tests/test_swap.py
 
 docs: env ## Build the docs site into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

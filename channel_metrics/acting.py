@@ -152,7 +152,9 @@ class StopWhen(Section):
     """By how much a value must be better than the best to count as better."""
 
     mode: Mode | None = None
-    """`min` if lower values are better, `max` if higher ones are; known for our own metrics."""
+    """`min` if lower values are better, `max` if higher ones are.
+
+    It is known for losses, perplexities, accuracies and rewards."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.metric, str) or not self.metric:

@@ -39,11 +39,17 @@ class Checkpoints(Counting):
             self._load_totals(folder)
         self._begun()
 
-    def save(self, folder: Path, *, is_writer: bool) -> None:
-        """Write `totals_now()` into the folder of a checkpoint, by the rank with `is_writer`."""
+    def save(self, folder: Path, *, is_writer: bool | None = None) -> None:
+        """Write `totals_now()` into the folder of a checkpoint. A collective.
+
+        Args:
+            folder: that of the checkpoint.
+            is_writer: whether this rank writes the file; by default, the first rank does.
+        """
         with self.guard.guarded():
             totals = self.totals_now()
-            if totals is not None and is_writer:
+            writes = self.ranks.rank == 0 if is_writer is None else is_writer
+            if totals is not None and writes:
                 totals.save(folder / TOTALS_FILE)
 
     def totals_now(self) -> RunTotals | None:

@@ -57,11 +57,11 @@ class MetricsConfig(AlertingConfig):
     max_keys: int = 10_000
     """How many log keys of channels and labels a run may have, because trackers get slow.
 
-    Channels and labels that come up later are left out of the log, which is said once. They are
+    Channels and labels that come up later are left out of the log, with one warning. They are
     still counted. 0 sets no limit."""
 
     axis_format: str = "{axis}/{label}"
-    """What stands in place of `{channel}` in the log keys of an axis."""
+    """What takes the place of `{channel}` in the log keys of an axis."""
 
     channels: tuple[str, ...] = ()
     """Declared channels. If empty, they are scanned from the dataset or learned from batches."""
@@ -175,7 +175,7 @@ class MetricsConfig(AlertingConfig):
         return (*self.label_fields, *(own if self.with_reference else ()), *of_tokens)
 
     def reading(self, column: str) -> MetricsConfig:
-        """This config for records whose joint names stand in one column."""
+        """This config for records whose joint names are in one column."""
         axes = {a: s if isinstance(s, Mapping) else () for a, s in self.axes.items()}
         return replace(self, fields=(column,), axes=axes)
 

@@ -15,7 +15,7 @@ All ranks make the same calls in one order. `close`, `peek`, `save` and evaluati
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from time import time
 from typing import Any
@@ -152,9 +152,11 @@ class ChannelMetrics(Checkpoints):
             logger.warning("%s: %s.", reason, end)
         self.stop_reason = self.stop_reason or reason
 
-    def write(self, window: Window, logs: MutableMapping[str, Any]) -> None:
-        """Add a window to a trainer's own log. A key that is there stays, with a warning."""
-        taken = sorted(key for key in window.logs if key in logs)
+    def write(
+        self, window: Window, logs: MutableMapping[str, Any], theirs: Container[str] = ()
+    ) -> None:
+        """Add a window to a log. A key that is there or in `theirs` is left out, with a warning."""
+        taken = sorted(key for key in window.logs if key in logs or key in theirs)
         if taken:
             self.warn_once(
                 f"the metric key {taken[0]!r} is already logged by the trainer, so the channel's "

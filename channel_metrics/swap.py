@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["is_wrapped", "original_class", "unwrap", "with_mixin", "wrap", "wrapped"]
+__all__ = ["is_applied", "is_wrapped", "original_class", "unwrap", "with_mixin", "wrap", "wrapped"]
 
 Body = Callable[..., Any]
 
@@ -56,6 +56,12 @@ def unwrap(key: str) -> None:
     """Put back everything that was wrapped with this key."""
     for place in [place for place in reversed(_swaps) if place[0] == key]:
         _swaps.pop(place).put_back()
+
+
+def is_applied(key: str) -> bool:
+    """Whether something is wrapped with this key, and nobody has removed any of it."""
+    places = [(owner, name) for own, owner, name in _swaps if own == key]
+    return bool(places) and all(is_wrapped(owner, name, key=key) for owner, name in places)
 
 
 def is_wrapped(owner: Any, name: str, *, key: str) -> bool:

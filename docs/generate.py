@@ -220,7 +220,7 @@ def _type(annotation: Any) -> str:
         return "mapping"
     if isinstance(annotation, type) and not get_args(annotation):
         return annotation.__name__.replace("NoneType", "None")
-    return str(annotation).replace("typing.", "")
+    return re.sub(r"(?:\w+\.)+(?=\w)", "", str(annotation))  # without modules
 
 
 def _default(item: dataclasses.Field[Any]) -> str:

@@ -11,6 +11,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,8 +21,14 @@ import matplotlib.pyplot as plt
 import torch
 import yaml
 
-from channel_metrics.demo.config import load_config
-from channel_metrics.demo.train import train
+from channel_metrics import swap
+from channel_metrics.analysis.judging.finding import lines_of
+from channel_metrics.analysis.judging.told import findings_of
+from channel_metrics.analysis.report.views import views_of
+from channel_metrics.analysis.run import load_run
+from channel_metrics.demo import train as demo
+from channel_metrics.demo.config import TrainConfig, load_config
+from channel_metrics.demo.mixture import Mixture
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "channel_metrics"
@@ -61,7 +68,7 @@ class Case:
         """Train, and return what the trainer logged."""
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(self.settings))
-        return train(load_config(path), output_dir=self.folder / name).log_history
+        return demo.train(load_config(path), output_dir=self.folder / name).log_history
 
 
 def series(logs: Logs, key: str) -> tuple[list[int], list[float]]:
@@ -176,6 +183,40 @@ def broken(case: Case) -> None:
     say(logs, "loss", "rru_loss", "rru_token_acc", "eval_rru_loss", "bbu_loss")
 
 
+def starved(case: Case) -> None:
+    """The mix is read once, in order. lvis is a fifth of it, but its records end after 64."""
+    case.settings["num_samples"] = 1400
+    case.settings["metrics"] |= {
+        "stream": str(case.folder / "run" / "windows.jsonl"),
+        "alerts": {"to": ["logger"]},
+    }
+    case.training["train_sampling_strategy"] = "sequential"
+    with swap.wrapped(demo, "build_mixture", _lvis_ends):
+        logs = case.run()
+    evaluated = channels("eval_{}_loss", ".-")
+    picture(
+        "starved",
+        [
+            ("share of the tokens", logs, channels("{}_share", ".-")),
+            ("the loss of the run, and evaluation", logs, [("loss", "", "--"), *evaluated]),
+        ],
+    )
+    say(logs, "loss", "lvis_share", "lvis_loss", *(f"eval_{name}_loss" for name in COLORS))
+    print("\n".join(lines_of(findings_of(views_of([load_run(case.folder / "run")])[0]))))
+
+
+def _lvis_ends(
+    build: Callable[[TrainConfig, Any], Mixture], config: TrainConfig, tokenizer: Any
+) -> Mixture:
+    """The mixture without the records of lvis after its first 64."""
+    mixture = build(config, tokenizer)
+    sources = [metadata["_fusion_source"] for metadata in mixture.train["metadata"]]
+    late = {index for index, source in enumerate(sources) if source == "lvis"}
+    late -= set(sorted(late)[:64])
+    rows = [index for index in range(len(sources)) if index not in late]
+    return replace(mixture, train=mixture.train.select(rows))
+
+
 def template(case: Case) -> None:
     """lang_chat is given as text, so its questions are learned, too: nothing is masked."""
     records = [
@@ -225,7 +266,7 @@ def drift(case: Case) -> None:
 
 CASES: dict[str, Callable[[Case], None]] = {
     case.__name__: case
-    for case in (healthy, forgetting, imbalance, broken, template, overfitting, drift)
+    for case in (healthy, forgetting, imbalance, broken, starved, template, overfitting, drift)
 }
 
 

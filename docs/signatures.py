@@ -27,13 +27,13 @@ def _entry(package: str, name: str) -> Iterator[str]:
     if isinstance(node, ast.Assign):
         yield f"- **`{name}`**: a `{_called(node.value)}`"
         return
-    yield f"- **`{_signature(node)}`**: {_summary(node)}"
+    yield f"- **`{_signature(module, node)}`**: {_summary(node)}"
     if isinstance(node, ast.ClassDef) and not name.endswith("Mixin"):
         methods: dict[str, ast.FunctionDef] = {}
         for method in _methods(module, node):
             methods.setdefault(method.name, method)  # the nearest class comes first
         for method in methods.values():
-            yield f"    - `{_signature(method, bound=True)}`: {_summary(method)}"
+            yield f"    - `{_signature(module, method, bound=True)}`: {_summary(method)}"
 
 
 def _methods(module: str, owner: ast.ClassDef) -> Iterator[ast.FunctionDef]:
@@ -41,10 +41,16 @@ def _methods(module: str, owner: ast.ClassDef) -> Iterator[ast.FunctionDef]:
     for node in owner.body:
         if isinstance(node, ast.FunctionDef) and _is_public(node):
             yield node
+    for base_module, base in _bases(module, owner):
+        yield from _methods(base_module, base)
+
+
+def _bases(module: str, owner: ast.ClassDef) -> Iterator[tuple[str, ast.ClassDef]]:
+    """The classes of ours that a class extends."""
     for base in owner.bases:
         found = _find(module, ast.unparse(base))
         if found is not None and isinstance(found[1], ast.ClassDef):
-            yield from _methods(found[0], found[1])
+            yield found[0], found[1]
 
 
 def _is_public(method: ast.FunctionDef) -> bool:
@@ -52,9 +58,9 @@ def _is_public(method: ast.FunctionDef) -> bool:
     return not method.name.startswith(("_", "on_")) and ast.get_docstring(method) is not None
 
 
-def _signature(node: Definition, *, bound: bool = False) -> str:
+def _signature(module: str, node: Definition, *, bound: bool = False) -> str:
     if isinstance(node, ast.ClassDef):
-        return f"{node.name}{_maker(node)}"
+        return f"{node.name}{_maker(module, node)}"
     decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
     if decorators & {"property", "cached_property"}:
         return node.name
@@ -62,15 +68,23 @@ def _signature(node: Definition, *, bound: bool = False) -> str:
     return f"{node.name}({_arguments(node.args, bound=bound)}){returns}"
 
 
-def _maker(node: ast.ClassDef) -> str:
+def _maker(module: str, node: ast.ClassDef) -> str:
     """The arguments that make an object; of a dataclass, its fields."""
     for method in node.body:
         if isinstance(method, ast.FunctionDef) and method.name == "__init__":
             return f"({_arguments(method.args, bound=True)})"
     if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-        fields = (field for field in node.body if isinstance(field, ast.AnnAssign))
-        return f"({', '.join(ast.unparse(field) for field in fields)})"
+        return f"({', '.join(_fields(module, node))})"
     return ""
+
+
+def _fields(module: str, node: ast.ClassDef) -> Iterator[str]:
+    """The fields of a dataclass: its own, then those of the classes that it extends."""
+    for field in node.body:
+        if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.unparse(field.annotation):
+            yield ast.unparse(field)
+    for base_module, base in _bases(module, node):
+        yield from _fields(base_module, base)
 
 
 def _arguments(given: ast.arguments, *, bound: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -80,48 +81,68 @@ def accumulate(
     return accumulator
 
 
+# Made once: hypothesis takes longer to make a strategy than to draw from it.
+_LENGTHS = st.lists(st.integers(0, 4), max_size=4)
+_CHANNEL = st.sampled_from([*NAMES, None])
+_PAIR = st.tuples(st.floats(0, 400), st.integers(0, 4))
+# float32 holds few digits of a subnormal number, so products with one are far off.
+_FINITE = st.floats(0, 100, width=32, allow_subnormal=False)
+_ODD = st.sampled_from([float("nan"), float("inf"), float("-inf")])
+_VALUES: dict[tuple[str, bool], st.SearchStrategy[Any]] = {
+    (key, finite): values
+    for finite in (False, True)
+    for key, values in {
+        "losses": _FINITE
+        if finite
+        else st.integers(0, 7).flatmap(lambda i: _ODD if i == 0 else _FINITE),
+        "labels": st.sampled_from([IGNORED, 0, 1]),
+        "correct": st.booleans(),
+        "weights": st.floats(0, 4, width=16) | st.just(4.0 if finite else float("nan")),
+        "entropy": st.floats(0, 12) | st.just(12.0 if finite else float("nan")),
+    }.items()
+}
+
+
+@cache
+def _lists(key: str, size: int, finite: bool) -> st.SearchStrategy[list[Any]]:
+    return st.lists(_VALUES[key, finite], min_size=size, max_size=size)
+
+
+@cache
+def _optional_lists(key: str, size: int, finite: bool) -> st.SearchStrategy[list[Any] | None]:
+    return st.none() | _lists(key, size, finite)
+
+
+@cache
+def _references(size: int) -> st.SearchStrategy[list[Any]]:
+    return st.just([]) | st.lists(st.none() | _PAIR, min_size=size, max_size=size)
+
+
 @st.composite
 def cases(draw: st.DrawFn, finite: bool = False) -> Case:
     """A padded batch (left or right), or a packed one with or without a tail past its bounds."""
-    lengths = draw(st.lists(st.integers(0, 4), max_size=4))
-    channels = [draw(st.sampled_from([*NAMES, None])) for _ in lengths]
+    lengths = draw(_LENGTHS)
+    channels = [draw(_CHANNEL) for _ in lengths]
     if draw(st.booleans()):
         size = max(lengths, default=0) + draw(st.integers(0, 1))
         left = draw(st.booleans())
         pads = [size - length for length in lengths]
         mask = [float(pad <= i if left else i < size - pad) for pad in pads for i in range(size)]
-        batch = Batch(_losses(draw, len(mask), finite), channels, _bounds([size] * len(lengths)))
-        case = Case(replace(batch, loss_mask=mask), (len(lengths), size), draw(st.booleans()))
+        losses = draw(_lists("losses", len(mask), finite))
+        batch = Batch(losses, channels, _bounds([size] * len(lengths)), loss_mask=mask)
+        case = Case(batch, (len(lengths), size), draw(st.booleans()))
     else:
         num_tokens = sum(lengths) + draw(st.integers(0, 2))
-        batch = Batch(_losses(draw, num_tokens, finite), channels, _bounds(lengths))
+        batch = Batch(draw(_lists("losses", num_tokens, finite)), channels, _bounds(lengths))
         shape = (1, num_tokens) if draw(st.booleans()) else (num_tokens,)
         case = Case(batch, shape, True)
     num_tokens = len(case.batch.losses)
-    optional = {
-        "labels": st.sampled_from([IGNORED, 0, 1]),
-        "correct": st.booleans(),
-        "weights": st.floats(0, 4, width=16) | st.just(4.0 if finite else float("nan")),
-        "entropy": st.floats(0, 12) | st.just(12.0 if finite else float("nan")),
-    }
     drawn: dict[str, Any] = {
-        key: draw(st.none() | st.lists(values, min_size=num_tokens, max_size=num_tokens))
-        for key, values in optional.items()
+        key: draw(_optional_lists(key, num_tokens, finite))
+        for key in ("labels", "correct", "weights", "entropy")
     }
-    pair = st.tuples(st.floats(0, 400), st.integers(0, 4))
-    num = len(channels)
-    references = draw(st.just([]) | st.lists(st.none() | pair, min_size=num, max_size=num))
+    references = draw(_references(len(channels)))
     return replace(case, batch=replace(case.batch, text=TEXT, references=references, **drawn))
-
-
-def _losses(draw: st.DrawFn, num_tokens: int, finite: bool) -> list[float]:
-    # float32 holds few digits of a subnormal number, so products with one are far off.
-    values = st.floats(0, 100, width=32, allow_subnormal=False)
-    if not finite:
-        odd = st.sampled_from([float("nan"), float("inf"), float("-inf")])
-        plain = values
-        values = st.integers(0, 7).flatmap(lambda i: odd if i == 0 else plain)
-    return draw(st.lists(values, min_size=num_tokens, max_size=num_tokens))
 
 
 def _bounds(lengths: list[int]) -> list[int]:

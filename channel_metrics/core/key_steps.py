@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import permutations
 from typing import NamedTuple
 
-__all__ = ["SAME", "Step", "step_between"]
+__all__ = ["SAME", "Form", "Step", "step_between", "steps_between"]
+
+Form = tuple[str, str]
+"""(metric, prefix): together with the name of a channel, they give a key."""
 
 
 class Step(NamedTuple):
@@ -16,10 +21,12 @@ class Step(NamedTuple):
     add_right: str
 
     def __call__(self, name: str) -> str | None:
-        whole = self.add_left + name + self.add_right
-        end = len(whole) - len(self.strip_right)
-        fits = whole.startswith(self.strip_left) and whole.endswith(self.strip_right)
-        return whole[len(self.strip_left) : end] if fits and end > len(self.strip_left) else None
+        # A run with many channels comes here millions of times.
+        left, add_left, right, add_right = self
+        whole = add_left + name + add_right
+        if (left and not whole.startswith(left)) or (right and not whole.endswith(right)):
+            return None
+        return whole[len(left) : len(whole) - len(right)] or None
 
 
 SAME = Step("", "", "", "")
@@ -42,3 +49,20 @@ def step_between(ends: tuple[str, str], other: tuple[str, str]) -> Step | None:
     else:
         return None
     return Step(strip_left, add_left, strip_right, add_right)
+
+
+@lru_cache(maxsize=64)
+def steps_between(
+    forms: tuple[tuple[Form, tuple[str, str]], ...],
+) -> dict[Step, list[tuple[Form, Form]]]:
+    """{step: pairs (form of a name, form of the other name) that give one key}.
+
+    forms: each with the parts of its keys before and after the channel. The result is shared by
+    all that ask for the same forms.
+    """
+    steps: dict[Step, list[tuple[Form, Form]]] = {}
+    for (mine, ends), (other, other_ends) in permutations(forms, 2):
+        step = step_between(ends, other_ends)
+        if step is not None:
+            steps.setdefault(step, []).append((mine, other))
+    return steps

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from channel_metrics.core.key_steps import SAME, Step, step_between
+from channel_metrics.core.key_steps import SAME, Form, steps_between
 from channel_metrics.core.labels import UNLABELED, LabelTable, Unknown
 from channel_metrics.core.schema import TOKENS, Schema
 from channel_metrics.errors import ChannelError, ChannelMetricsError, ConfigError
@@ -54,10 +54,6 @@ def check_key_format(key_format: str) -> None:
             f"key_format must hold both {{channel}} and {{metric}}, once and as they are, but is "
             f"{key_format!r}; otherwise several values would share one key."
         )
-
-
-# (metric, prefix): together with the name of a channel, they give a key.
-_Form = tuple[str, str]
 
 
 class KeyBook:
@@ -187,21 +183,16 @@ class KeyBook:
             for prefix in prefixes
             for metric in self.schema.metric_names
         }
-        # {step: pairs (form of a name, form of the other name) that give one key}
-        steps: dict[Step, list[tuple[_Form, _Form]]] = {}
-        for mine, ends in forms.items():
-            for other, other_ends in forms.items():
-                step = None if mine == other else step_between(ends, other_ends)
-                if step == SAME and mine[1] == other[1]:  # In two splits: a clash of all.
-                    raise ConfigError(
-                        f"key_format {self.key_format!r} gives {mine[0]!r} and {other[0]!r} of a "
-                        f"channel the same key {self.key('channel', *mine)!r}; choose another."
-                    )
-                if step is not None:
-                    steps.setdefault(step, []).append((mine, other))
+        steps = steps_between(tuple(forms.items()))
+        for mine, other in steps.get(SAME, ()):
+            if mine[1] == other[1]:  # In two splits: a clash of all.
+                raise ConfigError(
+                    f"key_format {self.key_format!r} gives {mine[0]!r} and {other[0]!r} of a "
+                    f"channel the same key {self.key('channel', *mine)!r}; choose another."
+                )
         self._prefixes, self._steps = prefixes, steps
         # {name: the forms whose keys are taken}
-        self._forbidden: dict[str, list[_Form]] = {}
+        self._forbidden: dict[str, list[Form]] = {}
         own = [metric.name for metric in self.schema.metrics if metric.key]
         ours = {self.key(UNLABELED, name, prefix) for name in own for prefix in prefixes}
         ours |= {prefix + name for name in self._objectives for prefix in prefixes}

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from channel_metrics import swap
@@ -29,7 +30,8 @@ def wrap_all(
     """Wrap functions of a trainer's package: all of them or, if one is missing, none.
 
     Args:
-        bodies: {(class or module, name of a function): what runs in its place}, see `swap.wrap`.
+        bodies: {(class, module or name of a module, name of a function): what runs in its place},
+            see `swap.wrap`.
         key, everywhere_in: as in `swap.wrap`.
         version: the package and its version, for the message.
         remedy: what to do if this version lacks a function.
@@ -37,13 +39,23 @@ def wrap_all(
     Raises:
         UnsupportedVersionError: it lacks a function.
     """
-    lacking = [f"{owner.__name__}.{name}" for owner, name in bodies if not hasattr(owner, name)]
+    found: dict[tuple[Any, str], Any] = {}
+    lacking: dict[str, None] = {}  # each once, in order
+    for (owner, name), body in bodies.items():
+        try:
+            place = import_module(owner) if isinstance(owner, str) else owner
+        except ModuleNotFoundError as error:
+            lacking[f"{owner} ({error})"] = None
+            continue
+        found[place, name] = body
+        if not hasattr(place, name):
+            lacking[f"{place.__name__}.{name}"] = None
     if lacking:
         raise UnsupportedVersionError(
             f"channel metrics wrap functions that {version} lacks: {', '.join(lacking)}; {remedy}."
         )
-    for (owner, name), body in bodies.items():
-        swap.wrap(owner, name, body, key=key, everywhere_in=everywhere_in)
+    for (place, name), body in found.items():
+        swap.wrap(place, name, body, key=key, everywhere_in=everywhere_in)
 
 
 def announce(message: str) -> None:

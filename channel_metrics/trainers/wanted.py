@@ -11,10 +11,10 @@ from channel_metrics.data.scan import count_channels
 from channel_metrics.errors import ConfigError, hint
 from channel_metrics.session import ChannelMetrics
 
-__all__ = ["channels_in", "check_sets", "check_stop_when", "check_wanted"]
+__all__ = ["check_sets", "check_stop_when", "check_wanted"]
 
 
-def channels_in(session: ChannelMetrics, dataset: Any) -> set[str] | None:
+def _channels_in(session: ChannelMetrics, dataset: Any) -> set[str] | None:
     """What is logged of a dataset: its channels, which the session learns, and labels of axes.
 
     None if it cannot be scanned, see `count_channels`.
@@ -28,14 +28,16 @@ def channels_in(session: ChannelMetrics, dataset: Any) -> set[str] | None:
 
 def check_sets(
     session: ChannelMetrics,
-    sets: Mapping[str, set[str] | None],
+    train: Iterable[Any],
+    held: Mapping[str, Any],
     watched: Iterable[tuple[str, str]] = (),
 ) -> None:
     """Check the settings that name channels or log keys, as far as they can be known now.
 
     Args:
         session: the metrics.
-        sets: as for `check_wanted`: the training set, and those of the evaluations to come.
+        train: the training sets.
+        held: {name, such as `val`: data set} of the evaluations to come. Their keys begin with it.
         watched: (what watches a key, the key). The script itself may log a key that is none of
             ours, so this only warns.
 
@@ -43,8 +45,10 @@ def check_sets(
         ConfigError, ChannelError: two values would share a key, or a setting names a channel that
             no set has.
     """
-    held = [prefix for prefix in sets if prefix]
-    for error in [error for prefix in held for error in session.keys.learn(prefix=prefix)]:
+    of_train = [_channels_in(session, dataset) for dataset in train]
+    sets = {"": None if None in of_train else set[str]().union(*filter(None, of_train))}
+    sets |= {f"{name}_": _channels_in(session, dataset) for name, dataset in held.items()}
+    for error in [error for name in held for error in session.keys.learn(prefix=f"{name}_")]:
         raise error
     if held and None not in sets.values():
         session.check_eval_channels()

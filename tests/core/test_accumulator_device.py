@@ -237,6 +237,7 @@ def test_deterministic_algorithms(form: int) -> None:
     assert torch.equal(runs[0], ChannelLossAccumulator(["a", "b"]).update(**given).sums())
 
 
+@pytest.mark.slow  # The compilers take seconds.
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [("aot_eager", torch.float32), ("aot_eager", torch.float64), ("inductor", torch.float64)],

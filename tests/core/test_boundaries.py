@@ -6,14 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from channel_metrics.core.boundaries import (
     Boundaries,
     boundaries_from_attention_mask,
     boundaries_from_batch,
-    boundaries_from_packed_seq_params,
     boundaries_from_position_ids,
     boundaries_from_seq_idx,
     sequence_index,
@@ -143,30 +141,6 @@ def test_position_ids(position_ids: Any, mask: Any, bounds: list[int], keep: Any
     check(boundaries_from_position_ids(torch.tensor(position_ids), given), bounds, keep)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "padded", "bounds", "keep"),
-    [
-        ([0, 2, 5], None, [0, 2, 5], None),
-        (None, [0, 4, 6], [0, 4, 6], None),
-        ([0, 4, 6], [0, 4, 6], [0, 4, 6], None),
-        ([0, 3, 4], [0, 4, 6], [0, 4, 6], [1, 1, 1, 0, 1, 0]),
-        ([0, 0, 2], [0, 2, 4], [0, 2, 4], [0, 0, 1, 1, 0, 0]),
-        ([0], [0], [0], None),
-    ],
-    ids=["plain", "padded-only", "equal", "padded", "empty-sequence-and-tail", "nothing"],
-)
-def test_packed_seq_params(lengths: Any, padded: Any, bounds: list[int], keep: Any) -> None:
-    params = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=None if lengths is None else ints(*lengths),
-        cu_seqlens_q_padded=None if padded is None else ints(*padded),
-    )
-    found = boundaries_from_packed_seq_params(params, 6)
-    check(found, bounds, keep)
-    if keep is not None:
-        assert found.unpadded_cu_seqlens().tolist() == lengths
-
-
 FLAT = torch.zeros(1, 5, dtype=torch.int64)
 
 
@@ -202,11 +176,6 @@ FLAT = torch.zeros(1, 5, dtype=torch.int64)
             {"labels": FLAT, "attention_mask": blocks([1, 1, 2, 2, 0], causal=True)},
             [0, 2, 5],
             [1, 1, 1, 1, 0],
-        ),
-        (
-            {"labels": FLAT, "packed_seq_params": PackedSeqParams(cu_seqlens_q=ints(0, 1, 5))},
-            [0, 1, 5],
-            None,
         ),
         # Encoder and decoder: the mask is the encoder's, the labels are the decoder's.
         ({"labels": FLAT, "input_ids": FLAT[:, :2], "attention_mask": ints([1, 0])}, [0, 5], None),
@@ -260,13 +229,11 @@ def test_another_default_device() -> None:
     labels, mask = torch.ones(2, 3, dtype=torch.int64), torch.tensor([[1, 1, 0], [1, 2, 2]])
     positions = torch.tensor([[0, 1, 0], [0, 1, 2]])
     blocks = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
-    params = PackedSeqParams(cu_seqlens_q=ints(0, 3), cu_seqlens_q_padded=ints(0, 6))
     torch.set_default_device("meta")
     try:
         check(boundaries_from_batch({"labels": labels}), [0, 3, 6])
         check(boundaries_from_attention_mask(mask), [0, 3, 4, 6], [1, 1, 0, 1, 1, 1])
         check(boundaries_from_attention_mask(blocks), [0, 3, 6])
         check(boundaries_from_position_ids(positions), [0, 2, 3, 6])
-        check(boundaries_from_packed_seq_params(params, 6), [0, 6], [1, 1, 1, 0, 0, 0])
     finally:
         torch.set_default_device(None)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from channel_metrics import BoundaryError
@@ -19,7 +18,6 @@ from channel_metrics.core.boundaries import (
     boundaries_from_attention_mask,
     boundaries_from_batch,
     boundaries_from_cu_seqlens,
-    boundaries_from_packed_seq_params,
     boundaries_from_position_ids,
     boundaries_from_seq_idx,
 )
@@ -50,22 +48,6 @@ def ints(*values: Any) -> Tensor:
             "[num_sequences + 1], but has [1, 2]; pass one flat list",
         ),
         (lambda: boundaries_from_cu_seqlens(ints(), 0), "but has [0]"),
-        (
-            lambda: boundaries_from_packed_seq_params(PackedSeqParams(), 3),
-            "neither cu_seqlens_q nor cu_seqlens_q_padded",
-        ),
-        (
-            lambda: boundaries_from_packed_seq_params(
-                PackedSeqParams(cu_seqlens_q=ints(0, 3, 4), cu_seqlens_q_padded=ints(0, 2, 6)), 6
-            ),
-            "[0, 3, 4] against [0, 2, 6]",
-        ),
-        (
-            lambda: boundaries_from_packed_seq_params(
-                PackedSeqParams(cu_seqlens_q=ints(0, 3), cu_seqlens_q_padded=ints(0, 4, 6)), 6
-            ),
-            "[0, 3] against [0, 4, 6]",
-        ),
         (
             lambda: boundaries_from_attention_mask(torch.ones(2, 2, 2, dtype=torch.bool)),
             "has shape [2, 2, 2]; pass cu_seqlens",
@@ -184,10 +166,6 @@ def test_forms_of_a_packed_row_agree(lengths: list[int], tail: int) -> None:
         boundaries_from_position_ids(positions, mask),
         boundaries_from_attention_mask(same.view(1, 1, *same.shape)),
         boundaries_from_attention_mask(same.tril().view(1, 1, *same.shape)),
-        boundaries_from_packed_seq_params(
-            PackedSeqParams(cu_seqlens_q=bounds.int(), cu_seqlens_q_padded=padded.int()),
-            len(numbers),
-        ),
     ]
     if len(lengths) > 1:  # numbers that are all 1 are a plain mask
         forms.append(boundaries_from_attention_mask(numbers.unsqueeze(0)))

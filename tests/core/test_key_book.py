@@ -208,6 +208,7 @@ def test_a_name_that_comes_late_leaves_the_others_alone() -> None:
     assert book.key("bbu_weighted", "ppl") not in book.clashes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key_format", ["{channel}_{metric}", "{metric}/{channel}"])
 def test_100000_channels_in_three_evaluations(key_format: str) -> None:
     book = KeyBook(key_format, reserved=["loss", "eval_loss", "learning_rate"])

@@ -65,6 +65,9 @@ MIXED = records("abcd", "e", "fgh")
 LABELED = records("abcd", "e", "fgh", labels=True)
 PADDED, PACKED = [0, 4, 8, 12], [0, 4, 5, 8]
 LEFT = tokenizer("left")
+FREE = TrlCollator(pad_token_id=0, padding_free=True, pad_to_multiple_of=16)
+# trl 0.22 masks the pads at the end; then they stand in the last sequence, and are not counted.
+PACKED_TO_16 = [0, 4, 5, 16] if "attention_mask" in FREE([{"input_ids": [1]}]) else PACKED
 _KNOWN = inspect.signature(DataCollatorWithFlattening.__init__).parameters
 # Older releases lack some of the options.
 FLATTENING = [
@@ -102,7 +105,7 @@ FLATTENING = [
         (TrlCollator(pad_token_id=0), MIXED, PADDED),
         (TrlCollator(pad_token_id=0, pad_to_multiple_of=8), LABELED, [0, 8, 16, 24]),
         (TrlCollator(pad_token_id=0, padding_free=True), MIXED, PACKED),
-        (TrlCollator(pad_token_id=0, padding_free=True, pad_to_multiple_of=16), MIXED, PACKED),
+        (FREE, MIXED, PACKED_TO_16),
         (user_function, SHORT, [0, 2, 4, 6]),
     ],
 )

@@ -225,7 +225,7 @@ def test_graphs_of_whole_iterations_are_refused(
     needed = ("--no-check-for-nan-in-loss-and-grad", "--te-rng-tracker")
     args = (*data.blend(), "--channels", *graphs, *needed)
     said = refused(launcher.run("dp1", *args, patch=True, check=False))
-    assert "--channels does not work with CUDA graphs of a full iteration" in said
+    assert "channel metrics do not work with CUDA graphs of a full iteration" in said
 
 
 def test_a_typo_in_eval_channels(launcher: Launcher, data: Data, tmp_path: Path) -> None:

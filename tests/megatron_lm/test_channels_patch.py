@@ -59,7 +59,7 @@ def test_applied_once_and_undone(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("done\n")
-    assert done.stdout.count("channel metrics: patched megatron.training") == 2
+    assert done.stdout.count("channel metrics: patched megatron-core") == 2
 
 
 @needs_megatron_training
@@ -80,7 +80,7 @@ def test_a_version_without_a_hook_point_is_refused_whole(tmp_path: Path) -> None
         tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert "lacks megatron.training.training.training_log. The loop" in done.stdout
+    assert "lacks: megatron.training.training.training_log; --channels needs" in done.stdout
     assert "megatron-core 0.19" in done.stdout
 
 
@@ -91,6 +91,6 @@ def test_a_version_without_a_hook_point_is_refused_whole(tmp_path: Path) -> None
 def test_without_the_training_loop_the_error_says_where_it_is(tmp_path: Path) -> None:
     done = python("import channel_metrics.patches.megatron", tmp_path)
     assert done.returncode == 1
-    assert "UnsupportedVersionError: --channels needs Megatron-LM core 0.13 or later" in done.stderr
-    assert "megatron-core 0.16.1 lacks megatron.training.arguments (No module named" in done.stderr
+    assert "--channels needs Megatron-LM core 0.13 or later" in done.stderr
+    assert "megatron-core 0.16.1 lacks: megatron.training.arguments (No module named" in done.stderr
     assert "your own loop can use channel_metrics.trainers.megatron" in done.stderr

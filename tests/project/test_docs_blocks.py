@@ -69,7 +69,7 @@ TRAINERS = (
     *("megatron", "megatron_bridge", "lightning", "llamafactory", "axolotl", "own_loop"),
 )
 # Pages with >>> in their blocks.
-WITH_EXAMPLES = ("docs/REFERENCE.md", "docs/axes.md", "docs/excess.md")
+WITH_EXAMPLES = ("docs/REFERENCE.md", "docs/axes.md", "docs/concepts.md", "docs/excess.md")
 
 
 class Block(NamedTuple):

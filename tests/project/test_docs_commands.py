@@ -26,6 +26,7 @@ from test_docs_blocks import ALL, PAGES, ROOT, Block, commands, first_line
 # {program: why its commands are not run as they stand}. Here each program reads them.
 NOT_RUN = {
     "channel-metrics": "names files of the reader; tests/cli run every command",
+    "git": "needs the address of the repository",
     "llamafactory-cli": "needs an environment of its own; make test-llamafactory runs it",
     "make": ".ci/run runs what needs no checkout of another project",
     "megatron": "needs CUDA; tests/trainers/swift_megatron run its functions",
@@ -46,6 +47,8 @@ OTHER = {
     ("README.md", "{'loss': '0.5512', 'bbu_loss': '0.04067', 'bbu_token_acc': '0.9926', "): "a log",
     ("docs/index.md", "{'loss': '0.5512', 'bbu_loss': '0.04067', "): "a log",
     ("docs/TRAINING_PLAYBOOK.md", "{'loss': '0.5512', 'bbu_loss': '0.04067', "): "a log",
+    ("docs/TRAINING_PLAYBOOK.md", "alert at step 70: lvis: starved"): "a warning of the run",
+    ("docs/TRAINING_PLAYBOOK.md", "! lvis: alert at step 70: starved"): "what a command prints",
     ("docs/porting.md", "trainer.py, line 301"): "an error",
     ("docs/porting.md", "NotImplementedError: FlexAttention"): "an error",
     ("docs/megatron_bridge.md", " iteration        2 channels | web_loss: "): "a log",

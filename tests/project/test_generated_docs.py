@@ -86,7 +86,8 @@ def test_every_environment_variable_is_in_the_reference() -> None:
     code = "\n".join(path.read_text() for path in (ROOT / "channel_metrics").rglob("*.py"))
     names = set(re.findall(r'environ(?:\.get\(|\[)"(\w+)"', code))
     names |= set(re.findall(r'^\w+_VARIABLE = "(\w+)"', code, re.MULTILINE))
-    assert {"CHANNEL_METRICS_CONFIG", "RANK"} <= names
+    names |= set(re.findall(r'"(CHANNEL_METRICS_\w+)"', code))
+    assert {"CHANNEL_METRICS_CONFIG", "CHANNEL_METRICS_WEBHOOK", "RANK"} <= names
     page = (ROOT / "docs/REFERENCE.md").read_text(encoding="utf-8")
     section = page.split("### Environment variables")[1].split("\n## ")[0]
     assert {name for name in names if f"`{name}`" not in section} == set()
@@ -129,6 +130,13 @@ def test_every_public_package_is_in_the_reference() -> None:
         assert all(re.match(r"(    )?- (\*\*)?`.+`(\*\*)?: .", line) for line in lines)
         names = [line.split("`")[1].split("(")[0] for line in lines if line.startswith("- ")]
         assert names == ast.literal_eval(found[1])
+
+
+def test_the_signature_of_the_settings_has_all_of_them() -> None:
+    lines = interface_of("channel_metrics").splitlines()
+    (line,) = [line for line in lines if line.startswith("- **`MetricsConfig(")]
+    names = [field.name for field in dataclasses.fields(MetricsConfig)]
+    assert [name for name in names if not re.search(rf"[( ]{name}: ", line)] == []
 
 
 def test_signatures_are_those_of_the_code() -> None:

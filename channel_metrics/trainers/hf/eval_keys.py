@@ -10,7 +10,6 @@ from channel_metrics.core.objectives import WEIGHTED
 from channel_metrics.errors import ConfigError
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers import wanted as wanted_keys
-from channel_metrics.trainers.wanted import check_wanted
 
 __all__ = ["check_best_metric", "check_stop_when", "declare_evaluations", "own_keys"]
 
@@ -70,7 +69,7 @@ def check_best_metric(trainer: Any, session: ChannelMetrics) -> None:
             'transformers assumes for names that do not end in "loss"; set it to False.'
         )
     held = {prefix: trainer.channel_names(session, dataset) for prefix, dataset in sets.items()}
-    logged = check_wanted(session, wanted, held, "metric_for_best_model")
+    logged = wanted_keys.check_wanted(session, wanted, held, "metric_for_best_model")
     near = difflib.get_close_matches(wanted, logged, n=1, cutoff=_CLOSE)
     if wanted not in logged and near and None not in held.values():
         raise ConfigError(
@@ -82,8 +81,9 @@ def check_best_metric(trainer: Any, session: ChannelMetrics) -> None:
 def check_stop_when(trainer: Any, session: ChannelMetrics) -> None:
     """Refuse a `stop_when` that no window will have; raises `ConfigError`."""
     if session.config.stop_when:
-        held = {p: trainer.channel_names(session, data) for p, data in _sets(trainer).items()}
-        wanted_keys.check_stop_when(session, {"": None, **held})
+        sets = {"": trainer.train_dataset, **_sets(trainer)}
+        names = {prefix: trainer.channel_names(session, data) for prefix, data in sets.items()}
+        wanted_keys.check_stop_when(session, names)
 
 
 def _sets(trainer: Any) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,21 +22,20 @@ from channel_metrics.errors import ConfigError
 from channel_metrics.extras import need
 from channel_metrics.observing import observe
 from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.event_evaluations import EventEvaluations
 from channel_metrics.trainers.lightning.models import trained_model
-from channel_metrics.trainers.wanted import channels_in, check_sets
-from channel_metrics.windows import Evaluation, Window
+from channel_metrics.trainers.wanted import check_sets
+from channel_metrics.windows import Window
 
 __all__ = ["ChannelMetricsCallback"]
 
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback
+# The same code under two names. Each Trainer takes only callbacks of its own package.
+_NAMES = ("lightning.pytorch", "pytorch_lightning")
+_FOUND = [name for name in _NAMES if find_spec(name.partition(".")[0])]
+_BASES: Any = tuple(need(name, extra="lightning").Callback for name in _FOUND or _NAMES[:1])
 
-    _BASES = (Callback,)
-else:
-    # The same code under two names. Each Trainer takes only callbacks of its own package.
-    _NAMES = ("lightning.pytorch", "pytorch_lightning")
-    _FOUND = [name for name in _NAMES if find_spec(name.partition(".")[0])]
-    _BASES = tuple(need(name, extra="lightning").Callback for name in _FOUND or _NAMES[:1])
+# (records without repetitions, all records) of a batch; None if nothing is repeated.
+_Real = tuple[int, int] | None
 
 # Keys that Lightning or most modules log.
 _RESERVED_KEYS = frozenset({"loss", "train_loss", "val_loss", "test_loss", "epoch", "step"})
@@ -73,15 +72,13 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
         self.metrics.ends_run = True
         self._name = model
         self._model: torch.nn.Module | None = None
-        self._module: Any = None
-        self._undo, self._raised = ExitStack(), False
+        self._trainer: Any = None
+        self._undo = ExitStack()
         # The batch of the next step with our keys, and which of its records are no repetitions.
-        self._batch: tuple[dict[str, Any], tuple[int, int] | None] | None = None
+        self._batch: tuple[dict[str, Any], _Real] | None = None
         # The keys that we have logged.
         self._own: set[str] = set()
-        # The windows of the open evaluation, and the number of the current one.
-        self._windows: Generator[int] | None = None
-        self._loader = -1
+        self._evaluations = EventEvaluations(self.metrics)
 
     def collator(self, base: Callable[[list[Any]], Any]) -> ChannelCollator:
         """A `collate_fn` like `base` that also adds the channels. `base` must return a dict."""
@@ -93,11 +90,10 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
         sampler = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
         if sampler.get("num_replicas", trainer.world_size) != trainer.world_size:
             raise ConfigError(
-                f"{type(trainer.strategy).__name__} gives the same batches to several ranks "
-                "(tensor parallelism), whose tokens would be counted twice; this is not supported."
+                f"{type(trainer.strategy).__name__} with tensor parallelism is not supported: it "
+                "gives several ranks the same batches, whose tokens would be counted twice."
             )
-        session, self._raised = self.metrics, False
-        self._module, self._model = pl_module, None
+        session, self._trainer, self._model = self.metrics, trainer, None
         session.ranks = replace(session.ranks, alone=trainer.world_size == 1)
         # With steps behind it, the same trainer trains on.
         if stage == "fit" and not trainer.global_step:
@@ -117,20 +113,15 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
         return original(loader)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        # The window of an evaluation that failed is dropped, without a collective.
-        if self._windows is not None:
-            self._windows.close()
+        self._evaluations.drop()
         self._undo.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._raised = True
         self.teardown(trainer, pl_module, "")
 
     # ---- steps -----------------------------------------------------------------------------
 
-    def _take(
-        self, batch: Any, real: tuple[int, int] | None = None, *, counted: bool = True
-    ) -> None:
+    def _take(self, batch: Any, real: _Real = None, *, counted: bool = True) -> None:
         """Remove our keys from a batch, and keep them for the next step if it must count."""
         found = batch if isinstance(batch, MutableMapping) else {}
         self._batch = (dict(found), real) if counted else None
@@ -144,13 +135,12 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
         taken, self._batch = self._batch, None
         if taken is None:
             return step(*args, **kwargs)
-        batch, real = taken
+        (batch, real), module = taken, self._trainer.lightning_module
         if self._model is None:  # not before: `configure_model` and the strategy may make it anew
-            self._model = trained_model(self._module, self._name)
-        trains = self._module.trainer.training and self._module.automatic_optimization
+            self._model = trained_model(module, self._name)
         with observe(self.metrics, self._model, batch, real=real, remedy=_REMEDY) as seen:
             output = step(*args, **kwargs)
-            if output is None and trains:
+            if output is None and self._trainer.training and module.automatic_optimization:
                 seen.discard()  # Lightning skips its backward.
             seen.returned(output)
         return output
@@ -158,14 +148,11 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
     # ---- training --------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        session = self.metrics
-        with session.guard.guarded():
-            train = [channels_in(session, one) for one in _datasets(trainer.train_dataloader)]
-            sets = {"": None if None in train else set[str]().union(*filter(None, train))}
+        with self.metrics.guard.guarded():
+            train = _datasets(trainer.train_dataloader)
             held = _datasets(trainer.val_dataloaders) if trainer.enable_validation else []
-            for split, dataset in zip(_splits("val", len(held)), held, strict=True):
-                sets[f"{split}_"] = channels_in(session, dataset)
-            check_sets(session, sets, _monitored(trainer))
+            sets = zip(_splits("val", len(held)), held, strict=True)
+            check_sets(self.metrics, train, dict(sets), _monitored(trainer))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *args: Any) -> None:
         self._take(batch)
@@ -185,20 +172,16 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
         values = self._values(trainer, self.metrics.close(trainer.global_step))
         trainer.callback_metrics.update(values)
         trainer._logger_connector.log_metrics(values, step=step)
-        self._stop(trainer)
-
-    def _stop(self, trainer: Any) -> None:
-        """End the run if an observer asked for it, on all ranks alike."""
-        if self.metrics.stop_reason:
-            trainer.should_stop = True
 
     def _values(self, trainer: Any, window: Window) -> dict[str, Tensor]:
-        """The values that are logged. A key that the module logs itself is left to it."""
+        """The values to log. If an observer asked for it at this window, the run is ended."""
+        if self.metrics.stop_reason:  # on all ranks alike
+            trainer.should_stop = True
+        # Keys that the module logs itself are left to it.
         theirs = trainer.logged_metrics.keys() - self._own
         theirs |= {one.meta.name for one in trainer._results.values() if one.meta.fx != _HOOK}
-        logs: dict[str, float] = dict.fromkeys(theirs, 0.0)
-        self.metrics.write(window, logs)
-        ours = {key: value for key, value in logs.items() if key not in theirs}
+        ours: dict[str, float] = {}
+        self.metrics.write(window, ours, theirs)
         self._own |= ours.keys()
         # Lightning would round a float to float32.
         return {k: torch.tensor(v, dtype=torch.float64, device="cpu") for k, v in ours.items()}
@@ -206,36 +189,25 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
     # ---- evaluation ------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        self._loader = -1
-        self._windows = None if trainer.sanity_checking else self._evaluate(trainer)
+        if not trainer.sanity_checking:
+            splits = _splits(trainer.state.stage.dataloader_prefix, len(_evaluated(trainer)))
+            self._evaluations.begin(splits, trainer.global_step)
 
-    def _evaluate(self, trainer: Any) -> Generator[int]:
-        """Open the window of one data loader after the other, and log them in the end."""
-        stage, closed = trainer.state.stage.dataloader_prefix, list[Evaluation]()
-        for number, split in enumerate(_splits(stage, len(_evaluated(trainer)))):
-            with self.metrics.evaluation(split, trainer.global_step, f"{split}_") as found:
-                yield number
-            closed.append(found)
-        for window in filter(None, (found.window for found in closed)):
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        real = real_records_of_sampler(_evaluated(trainer)[dataloader_idx], batch_idx)
+        self._take(batch, real, counted=not trainer.sanity_checking)
+        if not trainer.sanity_checking:
+            self._evaluations.reach(dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        for window in self._evaluations.end():
             # Not `pl_module.log`: with a value that the module logs in the same hook under the same
             # key, Lightning would log the mean of both. Here, the module's comes last and stays.
             for key, value in self._values(trainer, window).items():
                 # `sync_dist` without a function: the values are those of all ranks already.
                 trainer._results.log(_HOOK, key, value, sync_dist=True, batch_size=1)
-        self._stop(trainer)
-
-    def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        while self._windows is not None and self._loader < dataloader_idx:
-            self._loader = next(self._windows)
-        real = real_records_of_sampler(_evaluated(trainer)[dataloader_idx], batch_idx)
-        self._take(batch, real, counted=self._windows is not None)
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        # Every rank closes all windows in the same order, also those of loaders without a batch.
-        for _ in self._windows or ():
-            pass
 
     def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *args: Any) -> None:
         self._take(batch, counted=False)
@@ -248,7 +220,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
 
     def state_dict(self) -> dict[str, Any]:
         """The totals of the run, for a checkpoint. A collective, except after an exception."""
-        return self.metrics.totals_state(alone=self._raised)
+        return self.metrics.totals_state(alone=getattr(self._trainer, "interrupted", False))
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         """Go on from the totals of a checkpoint."""
@@ -267,9 +239,8 @@ def _datasets(loaders: Any) -> list[Any]:
     return [getattr(loader, "dataset", None) for loader in tree_leaves(loaders)]
 
 
-def _evaluated(trainer: Any) -> list[Any]:
-    loaders: list[Any] = trainer._evaluation_loop._combined_loader.flattened
-    return loaders
+def _evaluated(trainer: Any) -> Any:
+    return trainer._evaluation_loop._combined_loader.flattened
 
 
 def _monitored(trainer: Any) -> Iterator[tuple[str, str]]:

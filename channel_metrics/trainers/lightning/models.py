@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,24 +37,19 @@ def trained_model(module: Any, name: str | None) -> torch.nn.Module:
         return torch.nn.Module()
     if name is not None:
         return known[name]
-    found = list(_models_in(module))
+    models = {path: one for path, one in known.items() if path and _is_model(one)}
+    found = [path for path in models if not any(path.startswith(f"{one}.") for one in models)]
     # A teacher is usually frozen.
-    trained = [one for one in found if any(p.requires_grad for p in one.parameters())]
+    trained = [path for path in found if any(p.requires_grad for p in models[path].parameters())]
     found = trained if len(trained) == 1 else found
     if len(found) > 1:
-        names = [path for path, inner in known.items() if inner in found]
         raise ConfigError(
-            f"{type(module).__name__} holds {len(found)} models ({', '.join(names)}), and it is "
-            "not clear whose losses to count; name one: "
-            f"ChannelMetricsCallback(model={names[0]!r})."
+            f"{type(module).__name__} holds {len(found)} models ({', '.join(found)}), so it is "
+            f"not clear whose losses count; name one: ChannelMetricsCallback(model={found[0]!r})."
         )
-    return found[0] if found else torch.nn.Module()
+    return models[found[0]] if found else torch.nn.Module()
 
 
-def _models_in(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    for child in module.children():
-        kinds = {parent.__name__ for parent in type(child).__mro__}
-        if isinstance(child, PreTrainedModel) or kinds & _WRAPPERS:
-            yield child
-        else:
-            yield from _models_in(child)
+def _is_model(module: torch.nn.Module) -> bool:
+    kinds = {parent.__name__ for parent in type(module).__mro__}
+    return isinstance(module, PreTrainedModel) or bool(kinds & _WRAPPERS)

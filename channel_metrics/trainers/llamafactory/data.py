@@ -1,7 +1,7 @@
 """The channels of the rows that LLaMA-Factory makes.
 
-Its processors may drop records, pack them in another order, or cut them. So the number of a record
-stands in the upper bits of its token ids while the rows are made.
+Its processors may drop records, pack them in another order, or cut them. So the tokens carry the
+number of their record while the rows are made, see `channel_metrics.data.numbered`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import llamafactory
 from llamafactory.data.processor import PackedSupervisedDatasetProcessor, PretrainDatasetProcessor
 
 from channel_metrics import swap
-from channel_metrics.errors import UnsupportedVersionError
+from channel_metrics.data.numbered import number_of, numbered, unmatched, without_numbers
 from channel_metrics.trainers.hf.columns import LENGTHS_COLUMN, NAMES_COLUMN
 
 __all__ = ["NumberedRecords"]
 
-_BITS = 32
 _PACKING = (PackedSupervisedDatasetProcessor, PretrainDatasetProcessor)
 
 # {column: one list per record, or per row}
@@ -50,7 +48,7 @@ class NumberedRecords:
         rows = made["input_ids" if "input_ids" in made else "chosen_input_ids"]
         parts = [self._parts(row) for row in rows]
         for row in rows:
-            row[:] = [token & ((1 << _BITS) - 1) for token in row]
+            row[:] = without_numbers(row)
         made[NAMES_COLUMN] = [[names[number] for number, _ in row] for row in parts]
         if isinstance(self.inner, _PACKING):
             made[LENGTHS_COLUMN] = [[length for _, length in row] for row in parts]
@@ -65,12 +63,12 @@ class NumberedRecords:
 
         def encode(original: Any, *args: Any, prompt: Any, **kwargs: Any) -> Any:
             ids, *others = original(*args, prompt=prompt, **kwargs)
-            return [_numbered(ids, numbers[id(prompt)]), *others]
+            return [numbered(ids, numbers[id(prompt)]), *others]
 
         def tokenize(original: Any, *args: Any, **kwargs: Any) -> Any:
             encoded = original(*args, **kwargs)
             of_texts = enumerate(encoded["input_ids"], 1)
-            encoded["input_ids"] = [_numbered(ids, number) for number, ids in of_texts]
+            encoded["input_ids"] = [numbered(ids, number) for number, ids in of_texts]
             return encoded
 
         if isinstance(self.inner, PretrainDatasetProcessor):
@@ -79,19 +77,11 @@ class NumberedRecords:
 
     def _parts(self, row: list[int]) -> list[tuple[int, int]]:
         """The number of each record in a row, and how many tokens of it the row has."""
-        numbers = [token >> _BITS for token in row]
+        numbers = [number_of(token) for token in row]
         while numbers and not numbers[-1]:
             numbers.pop()  # padding
         if len(numbers) > 1 and not numbers[0]:
             numbers[0] = numbers[1]  # overwritten: it begins the text
         if 0 in numbers or (row and not numbers):
-            raise UnsupportedVersionError(
-                f"the rows of LLaMA-Factory's {type(self.inner).__name__} cannot be matched with "
-                f"their records: llamafactory {llamafactory.__version__} makes them in another way "
-                "than 0.9.5; use 0.9.5, or leave the patch out."
-            )
+            raise unmatched(f"the rows of LLaMA-Factory's {type(self.inner).__name__}", "0.9.5")
         return [(number, len(list(group))) for number, group in groupby(numbers)]
-
-
-def _numbered(ids: list[int], number: int) -> list[int]:
-    return [token | number << _BITS for token in ids]

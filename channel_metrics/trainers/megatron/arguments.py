@@ -11,17 +11,22 @@ from typing import Any
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ConfigError, UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
-from channel_metrics.trainers.megatron.names import MOCK, names_in_order, refuse_axes_by_field
+from channel_metrics.trainers.megatron.names import (
+    MOCK,
+    blend_paths,
+    names_in_order,
+    refuse_axes_by_field,
+)
 from channel_metrics.trainers.megatron.reserved import megatron_keys
 
 __all__ = [
     "add_arguments",
-    "captures_iterations",
     "config_of",
     "data_paths",
     "declared_names",
     "is_on",
     "name_by_path",
+    "refuse_captures",
     "session_of",
     "validate",
 ]
@@ -187,11 +192,9 @@ def data_paths(args: Any) -> list[str]:
 
 
 def _blends(args: Any) -> list[list[str]]:
-    """The paths of each blend: one for all splits, or one per split."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    blend, per_split = get_blend_and_blend_per_split(args)
-    return [list(found[0]) for found in (blend, *(per_split or ())) if found is not None]
+    return blend_paths(*get_blend_and_blend_per_split(args))
 
 
 def _is_external(args: Any) -> bool:
@@ -217,12 +220,7 @@ def _mock_name(args: Any, given: list[str]) -> dict[str | None, str]:
 def _refuse_unsupported(args: Any, config: MetricsConfig) -> None:
     if getattr(args, "yaml_cfg", None) is not None:
         raise UnsupportedVersionError("--channels does not work with --yaml-cfg; use arguments.")
-    if captures_iterations(args):
-        raise ConfigError(
-            "--channels does not work with CUDA graphs of a full iteration (full_iteration in "
-            "--cuda-graph-impl or --cuda-graph-scope): a captured iteration runs no Python that "
-            "could count; leave full_iteration out, so that only layers are captured."
-        )
+    refuse_captures(args, "--cuda-graph-impl or --cuda-graph-scope")
     if getattr(args, "perform_rl_step", False):
         raise ConfigError("--channels does not work with --perform-rl-step; leave it out.")
     if getattr(args, "hybrid_context_parallel", False) and "samples" in config.metrics:
@@ -240,7 +238,22 @@ def _refuse_unsupported(args: Any, config: MetricsConfig) -> None:
         )
 
 
-def captures_iterations(args: Any) -> bool:
+def refuse_captures(settings: Any, where: str) -> None:
+    """Raise `ConfigError` if the settings make CUDA graphs of whole iterations.
+
+    Args:
+        settings: Megatron's parsed arguments, or a config with the same names.
+        where: where the user sets this, for the message.
+    """
+    if _captures_iterations(settings):
+        raise ConfigError(
+            f"channel metrics do not work with CUDA graphs of a full iteration (full_iteration in "
+            f"{where}): a captured iteration runs no Python that could count; leave full_iteration "
+            "out, so that only layers are captured."
+        )
+
+
+def _captures_iterations(args: Any) -> bool:
     """Whether whole iterations become CUDA graphs, in the options of core 0.13 to 0.19.
 
     Core 0.18 and later have `--cuda-graph-impl full_iteration`. Earlier versions have a scope

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from channel_metrics import swap
 from channel_metrics.core.places import Places
+from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.trainers.megatron.ids import current_ids
+from channel_metrics.trainers.patching import announce, wrap_all
 
-__all__ = ["follow_cuts", "follow_labels", "unfollow_cuts"]
+__all__ = ["follow_cuts", "follow_labels", "patch_loop", "unfollow_cuts", "unpatch_loop"]
 
 # Entries that tell how to cut a batch, besides those whose keys start with cu_seqlens.
 _HOW_TO_CUT = ("max_seqlen", "local_cp_size", "hybrid_cp_group")
@@ -30,17 +32,65 @@ def follow_cuts() -> None:
 
     Call this before the training script imports these functions from megatron-core by name. A
     second call does nothing.
-    """
-    from megatron.core import utils
 
-    for name in _CUTS:
-        if hasattr(utils, name):
-            swap.wrap(utils, name, follow_labels, key=_KEY, everywhere_in="megatron")
+    Raises:
+        UnsupportedVersionError: this version of megatron-core lacks the first of them.
+    """
+    from megatron.core import __version__, utils
+
+    names = [name for name in _CUTS if name == _CUTS[0] or hasattr(utils, name)]
+    wrap_all(
+        {(utils, name): follow_labels for name in names},
+        key=_KEY,
+        version=f"megatron-core {__version__}",
+        remedy="update it to 0.13 or later",
+        everywhere_in="megatron",
+    )
 
 
 def unfollow_cuts() -> None:
     """Put Megatron's own functions back."""
     swap.unwrap(_KEY)
+
+
+def patch_loop(
+    bodies: Mapping[tuple[Any, str], Any],
+    *,
+    key: str,
+    version: str,
+    remedy: str,
+    package: str,
+    again: bool = False,
+) -> None:
+    """Wrap functions of a training loop, and those that cut its batches; tell of it.
+
+    A second call does nothing.
+
+    Args:
+        bodies, key, version, remedy: as in `wrap_all`.
+        package: whose modules import the functions from each other.
+        again: whether a second call replaces what the first has wrapped.
+
+    Raises:
+        UnsupportedVersionError: this version lacks a function. Then nothing is wrapped.
+    """
+    if again:
+        unpatch_loop(key)
+    if swap.is_applied(key):
+        return
+    try:
+        follow_cuts()
+        wrap_all(bodies, key=key, version=version, remedy=remedy, everywhere_in=package)
+    except UnsupportedVersionError:
+        unfollow_cuts()
+        raise
+    announce(f"channel metrics: patched {version}")
+
+
+def unpatch_loop(key: str) -> None:
+    """Undo `patch_loop`."""
+    swap.unwrap(key)
+    unfollow_cuts()
 
 
 def follow_labels(cut: Callable[..., Any], batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

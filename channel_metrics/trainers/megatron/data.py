@@ -29,10 +29,29 @@ from channel_metrics.trainers.megatron.ids import (
 from channel_metrics.trainers.megatron.names import dataset_name
 from channel_metrics.trainers.megatron.sft_names import sft_channel_names
 
-__all__ = ["ChannelDataset", "is_sft", "pack_channel_ids"]
+__all__ = ["ChannelDataset", "WrappedDataset", "ids_of_pack", "is_sft", "pack_channel_ids"]
 
 
-class ChannelDataset(torch.utils.data.Dataset[Any]):
+class WrappedDataset(torch.utils.data.Dataset[Any]):
+    """A dataset around another one, with all attributes of that one.
+
+    Workers of the data loader get a copy of it, so it holds no session.
+    """
+
+    def __init__(self, dataset: Any, session: ChannelMetrics) -> None:
+        self._dataset, self._table = dataset, session.labels
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        # Unpickling asks for attributes before any are set.
+        if name.startswith("__") or "_dataset" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+
+class ChannelDataset(WrappedDataset):
     """A Megatron dataset whose samples carry `channel_ids`. All else is unchanged.
 
     Args:
@@ -54,11 +73,9 @@ class ChannelDataset(torch.utils.data.Dataset[Any]):
         *,
         per_token: bool = False,
     ) -> None:
-        self._dataset = dataset
+        super().__init__(dataset, session)
         self._fields = tuple(session.config.label_fields)
         self._per_token = per_token
-        # Not the session: the workers of the data loader get a copy of this object.
-        self._table = session.labels
         parts = getattr(dataset, "datasets", None)
         self._is_blend = parts is not None
         self._parts = list(parts) if parts is not None else [dataset]
@@ -77,15 +94,6 @@ class ChannelDataset(torch.utils.data.Dataset[Any]):
                 name = names.setdefault(path, dataset_name(path))
             declare([name])
             self._ids += self._table.ids([name])
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        # Unpickling asks for attributes before any are set.
-        if name.startswith("__") or "_dataset" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self._dataset, name)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = dict(self._dataset[index])
@@ -146,18 +154,34 @@ def pack_channel_ids(
     length = loss_mask.shape[0]
     bounds = cu_seqlens.long().clamp(max=length)
     packed = int((bounds.diff() > 0).sum())
-    if len(conversation_ids) < packed:
-        raise ChannelError(
-            f"a pack holds {packed} conversations (cu_seqlens), but its line gives only "
-            f"{len(conversation_ids)}; each must start with a system message."
-        )
-    owners = torch.tensor(conversation_ids[:packed], dtype=torch.int64, device="cpu")
-    own = owners.repeat_interleave(bounds.diff()[:packed])
+    own, owners = ids_of_pack(conversation_ids[:packed], bounds.diff()[:packed])
     own = torch.nn.functional.pad(own, (0, length - own.numel()), value=UNLABELED_ID)
     # The last position has no target in this pack, so it is not supervised.
     of_target = torch.cat([own[1:], own[-1:]])
     last = bounds[1:packed] - 1
     return of_target, owners, int((loss_mask[last] > 0).sum())
+
+
+def ids_of_pack(ids: Sequence[int], lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the tokens of a pack the ids of their conversations.
+
+    Args:
+        ids: one per conversation.
+        lengths: the number of tokens of each conversation, int64.
+
+    Returns:
+        The id of each token, and of each conversation; both int64.
+
+    Raises:
+        ChannelError: there is not one id for each conversation.
+    """
+    if len(ids) != len(lengths):
+        raise ChannelError(
+            f"a pack holds {len(lengths)} conversations, but has {len(ids)} channels; give one for "
+            "each conversation. With --sft, each conversation must start with a system message."
+        )
+    owners = torch.tensor(ids, dtype=torch.int64, device="cpu")
+    return owners.repeat_interleave(lengths), owners
 
 
 def _lines(part: Any) -> Any:

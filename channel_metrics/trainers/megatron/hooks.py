@@ -189,9 +189,7 @@ def save_checkpoint(original: Original, iteration: int, *args: Any, **kwargs: An
     result = original(iteration, *args, **kwargs)
     run = current_run()
     if run is not None and run.args.save and not kwargs.get("non_persistent_ckpt"):
-        from megatron.training.utils import is_last_rank
-
-        run.session.save(folder_of(run.args.save, iteration), is_writer=is_last_rank())
+        run.session.save(folder_of(run.args.save, iteration))
     return result
 
 

@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
+from typing import Any
 
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ConfigError
 
-__all__ = ["MOCK", "dataset_name", "names_in_order", "refuse_axes_by_field"]
+__all__ = ["MOCK", "blend_paths", "dataset_name", "names_in_order", "refuse_axes_by_field"]
 
 MOCK = "mock"
 # Endings that the tools which prepare Megatron's data append to the name of a source.
 _ENDINGS = (".jsonl", ".json", ".bin", ".idx", "_text_document", "_document", "_text")
+
+
+def blend_paths(blend: Any, per_split: Any) -> list[list[str]]:
+    """The paths of each blend of Megatron: one (paths, weights) for all splits, or one per split.
+
+    Args:
+        blend, per_split: as in the config of its datasets; None if they are not given.
+    """
+    return [list(found[0]) for found in (blend, *(per_split or ())) if found is not None]
 
 
 def names_in_order(

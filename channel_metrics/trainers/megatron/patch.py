@@ -18,18 +18,14 @@ script imports from megatron.
 
 from __future__ import annotations
 
-import importlib
 import sys
-from typing import Any
 
 import megatron.core
 
 from channel_metrics import swap
-from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.trainers.megatron import hooks
-from channel_metrics.trainers.megatron.cuts import follow_cuts, unfollow_cuts
+from channel_metrics.trainers.megatron.cuts import patch_loop, unpatch_loop
 from channel_metrics.trainers.megatron.hooks import current_run
-from channel_metrics.trainers.patching import announce
 
 __all__ = ["apply", "current_run", "is_applied", "revert"]
 
@@ -47,6 +43,11 @@ _BODIES = {
         hooks.training_log,
     ),
 }
+_REMEDY = (
+    "--channels needs Megatron-LM core 0.13 or later with its training loop. The loop is in the "
+    "Megatron-LM repository (put it on PYTHONPATH) and, since 0.17, in megatron-core[training]; "
+    "your own loop can use channel_metrics.trainers.megatron"
+)
 
 
 def apply() -> None:
@@ -55,52 +56,21 @@ def apply() -> None:
     Raises:
         UnsupportedVersionError: this version lacks a function. Then nothing is patched.
     """
-    if is_applied():
-        return
-    modules = _modules()
-    for path, bodies in _BODIES.items():
-        for body in bodies:
-            name = body.__name__
-            swap.wrap(modules[path], name, body, key=_KEY, everywhere_in="megatron")
-    runner = getattr(modules[_TRAINING], "PagedStashRunner", None)
+    bodies = {(path, body.__name__): body for path, of_it in _BODIES.items() for body in of_it}
+    version = f"megatron-core {megatron.core.__version__}"
+    patch_loop(bodies, key=_KEY, version=version, remedy=_REMEDY, package="megatron")
+    runner = getattr(sys.modules[_TRAINING], "PagedStashRunner", None)
     if runner is not None:
         body = hooks.prepare_for_rerun
         swap.wrap(runner, body.__name__, body, key=_KEY)
-    follow_cuts()
-    announce(f"channel metrics: patched megatron.training (core {megatron.core.__version__})")
 
 
 def revert() -> None:
     """Put the original functions back, also in modules that imported them, and forget the run."""
     hooks.forget_run()
-    swap.unwrap(_KEY)
-    unfollow_cuts()
+    unpatch_loop(_KEY)
 
 
 def is_applied() -> bool:
     """Whether Megatron is patched now."""
-    training = sys.modules.get(_TRAINING)
-    return training is not None and swap.is_wrapped(training, "training_log", key=_KEY)
-
-
-def _modules() -> dict[str, Any]:
-    """The modules to patch. Raises `UnsupportedVersionError` if a module or function is missing."""
-    required = {path: [body.__name__ for body in bodies] for path, bodies in _BODIES.items()}
-    required["megatron.core.utils"] = ["get_batch_on_this_cp_rank"]
-    found: dict[str, Any] = {}
-    missing: list[str] = []
-    for path, names in required.items():
-        try:
-            found[path] = importlib.import_module(path)
-        except ModuleNotFoundError as error:
-            missing.append(f"{path} ({error})")
-            continue
-        missing += [f"{path}.{name}" for name in names if not hasattr(found[path], name)]
-    if missing:
-        raise UnsupportedVersionError(
-            f"--channels needs Megatron-LM core 0.13 or later with its training loop, but "
-            f"megatron-core {megatron.core.__version__} lacks {', '.join(missing)}. The loop is "
-            "in the Megatron-LM repository (put it on PYTHONPATH) and, since 0.17, in "
-            "megatron-core[training]; your own loop can use channel_metrics.trainers.megatron."
-        )
-    return found
+    return swap.is_applied(_KEY)

@@ -1,4 +1,4 @@
-"""The keys that Megatron itself writes to TensorBoard, W&B and its text log."""
+"""The keys that Megatron and Megatron-Bridge write to TensorBoard, W&B and their text logs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ _LOSSES = (
 # TensorBoard gets each of these a second time, over the samples.
 _VALUES = (
     "learning-rate",
+    "decoupled-learning-rate",
     "batch-size",
     "loss-scale",
     "world-size",
     "grad-norm",
     "num-zeros",
     "params-norm",
+    "max-attention-logit",
 )
 _OTHERS = (
     "samples vs steps",

@@ -1,4 +1,4 @@
-"""The channels of the conversations in gpt_sft packs, from the records to the file and back.
+"""The channels of the conversations in gpt_sft packs: from the records to the file and the batch.
 
 Bridge prepares packs before the training, as a Parquet file. With the patch, this file has a column
 `channels` too: the names of the conversations of each pack, in their order.
@@ -6,113 +6,125 @@ Bridge prepares packs before the training, as a Parquet file. With the patch, th
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from channel_metrics.core.labels import channels_of
-from channel_metrics.errors import ChannelError, ConfigError
+from channel_metrics.core.labels import UNLABELED_ID, channel_of
+from channel_metrics.data.numbered import number_of, numbered, unmatched, without_numbers
+from channel_metrics.errors import ConfigError
+from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.megatron.data import WrappedDataset, ids_of_pack
+from channel_metrics.trainers.megatron.ids import BATCH_KEY, NO_SEQUENCE, SEQUENCES_KEY
 
-__all__ = ["COLUMN", "fill_packing_strategy", "names_of_packs", "write_packed_parquet"]
+__all__ = ["PackedChannels", "fill_packing_strategy", "write_packed_parquet"]
 
-COLUMN = "channels"
+_COLUMN = "channels"
 _TYPE = pyarrow.list_(pyarrow.string())
-Rows = list[dict[str, Any]]
 
 
 def fill_packing_strategy(
-    original: Callable[..., Rows],
-    assignments: Any,
-    sequences: Mapping[int, Sequence[Mapping[str, Any]]],
-    *args: Any,
-    fields: Sequence[str],
-) -> Rows:
+    fields: Sequence[str], original: Any, assignments: Any, sequences: Any, *args: Any
+) -> list[dict[str, Any]]:
     """Fill the packs, and name the channel of each conversation in them.
 
-    Bridge shuffles the conversations while it packs them. It is called a second time, with the same
-    random numbers, and with the number of its record in place of each token.
+    Bridge shuffles the conversations while it packs them, so their tokens carry the numbers of the
+    records, see `channel_metrics.data.numbered`.
 
     Args:
+        fields: the fields of a record that may hold its channel.
         original: Bridge's function.
         assignments, *args: its other arguments.
-        sequences: {length: tokenized records}.
-        fields: the fields of a record that may hold its channel.
+        sequences: {length: tokenized records}, of which nobody else needs the tokens.
 
     Returns:
         The packs, each with the names under `channels`.
 
     Raises:
-        ChannelError: the two calls packed differently.
+        UnsupportedVersionError: a conversation does not begin with a token of its record.
     """
-    names: list[str | None] = []
-    numbered: dict[int, Rows] = defaultdict(list)
-    for length, records in list(sequences.items()):
-        for record in records:
-            copy = {**record, "input_ids": [len(names)] * len(record["input_ids"])}
-            numbered[length].append(copy)
-            names.append(next(iter(channels_of(record.get("metadata") or {}, fields)), None))
-    before = np.random.get_state()
-    packs = original(assignments, sequences, *args)
-    after = np.random.get_state()
-    np.random.set_state(before)
-    marks = original(assignments, numbered, *args)
-    np.random.set_state(after)
-    for pack, mark in zip(packs, marks, strict=True):
-        if pack["loss_mask"] != mark["loss_mask"]:
-            raise ChannelError(
-                "Megatron-Bridge packed the conversations in another order the second time, so "
-                "their channels are not known; please report this with its version."
-            )
-        pack[COLUMN] = [names[mark["input_ids"][start]] for start in mark["seq_start_id"]]
+    names: list[str | None] = [None]  # numbers begin with 1
+    for record in chain.from_iterable(sequences.values()):
+        record["input_ids"] = numbered(record["input_ids"], len(names))
+        names.append(channel_of(record.get("metadata") or {}, fields))
+    packs: list[dict[str, Any]] = original(assignments, sequences, *args)
+    for pack in packs:
+        numbers = [number_of(pack["input_ids"][start]) for start in pack["seq_start_id"]]
+        if 0 in numbers:
+            raise unmatched("the packs of Megatron-Bridge", "0.6")
+        pack["input_ids"] = without_numbers(pack["input_ids"])
+        pack[_COLUMN] = [names[number] for number in numbers]
     return packs
 
 
 def write_packed_parquet(
-    original: Callable[..., None], rows: Rows, output_path: Any, *args: Any, **kwargs: Any
+    original: Any, rows: Any, output_path: Any, row_group_size: int = 500
 ) -> None:
     """Write packs to a file, with the names of their conversations."""
-    original(rows, output_path, *args, **kwargs)
-    names = pyarrow.array([row.get(COLUMN) for row in rows], _TYPE)
-    file = pyarrow.parquet.ParquetFile(output_path)
-    size = file.metadata.row_group(0).num_rows if file.num_row_groups else None
-    table = file.read().append_column(COLUMN, names)
-    pyarrow.parquet.write_table(table, output_path, row_group_size=size)
+    original(rows, output_path, row_group_size)
+    names = pyarrow.array([row.get(_COLUMN) for row in rows], _TYPE)
+    table = pyarrow.parquet.ParquetFile(output_path).read().append_column(_COLUMN, names)
+    pyarrow.parquet.write_table(table, output_path, row_group_size=row_group_size)
 
 
-def names_of_packs(dataset: Any) -> Any:
-    """Read the names of the conversations of all packs.
+class PackedChannels(WrappedDataset):
+    """Packs of gpt_sft whose batches carry the channel of each token, and of each conversation.
 
     Args:
-        dataset: a `GPTSFTPackedDataset` of Bridge.
-
-    Returns:
-        A pyarrow `ListArray` with one list of names per pack.
+        session: learns the names of the channels.
+        dataset: a `GPTSFTPackedDataset`.
 
     Raises:
-        ConfigError: the packs were prepared without channels.
+        ConfigError: the file of the packs names no channels.
     """
-    paths = getattr(dataset, "_parquet_paths", None)
-    if paths is None:
-        column = pyarrow.array([row.get(COLUMN) for row in dataset.indexed_dataset], _TYPE)
-    else:
-        tables = [pyarrow.parquet.ParquetFile(path) for path in paths]
-        if any(COLUMN not in table.schema_arrow.names for table in tables):
-            raise ConfigError(_NO_CHANNELS.format(dataset.file_path))
-        column = pyarrow.chunked_array(
-            [c for t in tables for c in t.read([COLUMN])[COLUMN].cast(_TYPE).chunks], _TYPE
-        ).combine_chunks()
-    if not len(column.flatten().drop_null()):
-        raise ConfigError(_NO_CHANNELS.format(dataset.file_path))
-    return column
+
+    def __init__(self, session: ChannelMetrics, dataset: Any) -> None:
+        super().__init__(dataset, session)
+        self._names = _names_of_packs(dataset)
+        session.declare_names(sorted(filter(None, self._names.flatten().unique().to_pylist())))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item, mapping = self._dataset[index], self._dataset.samples_mapping
+        row = int(index if mapping is None else mapping[index]) % len(self._names)
+        ids = self._table.ids(self._names[row].as_py() or ())
+        # Bridge drops the last token of each conversation, and shifts labels inside of it.
+        lengths = torch.as_tensor(item["seq_boundaries"], device="cpu").diff() - 1
+        of_tokens, of_sequences = ids_of_pack(ids, lengths)
+        # A row that only fills up the last batch has a negative index.
+        of_sequences = of_sequences[: 0 if index < 0 else None]
+        return {**item, BATCH_KEY: of_tokens, SEQUENCES_KEY: of_sequences}
+
+    def collate_fn(self, items: list[Any]) -> dict[str, Any]:
+        """Make a batch of Bridge with the ids of its tokens and conversations."""
+        batch: dict[str, Any] = self._dataset.collate_fn(items)
+        # The first is as long as the rows, and is only there for its length.
+        tokens = [batch["tokens"][0], *(item[BATCH_KEY] for item in items)]
+        batch[BATCH_KEY] = pad_sequence(tokens, True, UNLABELED_ID)[1:]
+        sequences = [item[SEQUENCES_KEY] for item in items]
+        batch[SEQUENCES_KEY] = pad_sequence(sequences, True, NO_SEQUENCE)
+        return batch
 
 
-_NO_CHANNELS = (
-    "the packs in {!r} name no channels. Packs that were prepared without the patch have no column "
-    "`channels`: delete the file, so that Megatron-Bridge prepares it again, or add the column (a "
-    "list of strings, one per conversation). If the records have no channel in one of `fields`, "
-    "add one, or name its field in the file of CHANNEL_METRICS_CONFIG."
-)
+def _names_of_packs(dataset: Any) -> Any:
+    """A pyarrow `ListArray` with a list of names for each pack, the names of its conversations.
+
+    Raises `ConfigError` if the packs were prepared without channels.
+    """
+    paths = getattr(dataset, "_parquet_paths", ())
+    columns = [pyarrow.parquet.ParquetFile(path).read([_COLUMN]).columns for path in paths]
+    if all(columns):
+        chunks = [chunk.cast(_TYPE) for (column,) in columns for chunk in column.chunks]
+        names = pyarrow.chunked_array(chunks, _TYPE).combine_chunks()
+        if len(names.flatten().drop_null()):
+            return names
+    raise ConfigError(
+        f"the packs in {str(dataset.file_path)!r} name no channels: delete the file, so that "
+        "Megatron-Bridge prepares it again with the patch, as Parquet, or add the column "
+        "`channels` (a list of strings, one per conversation). If the records have no channel, add "
+        "one, or name its field under `fields` in the file of CHANNEL_METRICS_CONFIG."
+    )

@@ -6,7 +6,7 @@ These functions of `megatron.bridge` are patched (0.6 has them):
 |---|---|
 | training.pretrain.pretrain | a session is made, and registered for Bridge's events |
 | training.train.get_forward_backward_func, also in training.eval | the loss functions count |
-| data.loaders.build_pretraining_data_loader | batches get their channels |
+| data.loaders.build_train_valid_test_datasets | batches get their channels |
 | training.gpt_step._partition_packed_batch_for_cp, core's cuts | ids are cut like the labels |
 | data.packing.offline.fill_packing_strategy, parquet.write_packed_parquet | packs name channels |
 | training.checkpointing.save_checkpoint | the totals are saved |
@@ -17,24 +17,26 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 from channel_metrics import swap
 from channel_metrics.config import MetricsConfig
-from channel_metrics.trainers.megatron.cuts import follow_cuts, follow_labels, unfollow_cuts
+from channel_metrics.trainers.megatron.cuts import follow_labels, patch_loop, unpatch_loop
 from channel_metrics.trainers.megatron.step import counting_schedule
-from channel_metrics.trainers.megatron_bridge import packs
 from channel_metrics.trainers.megatron_bridge.data import with_channels
+from channel_metrics.trainers.megatron_bridge.packs import (
+    fill_packing_strategy,
+    write_packed_parquet,
+)
 from channel_metrics.trainers.megatron_bridge.run import BridgeRun
-from channel_metrics.trainers.patching import announce, config_of_environment, wrap_all
+from channel_metrics.trainers.patching import config_of_environment
 
 __all__ = ["apply", "is_applied", "revert"]
 
 _KEY = "megatron_bridge"
-_PRETRAIN = "training.pretrain"
+_PACKAGE = "megatron.bridge"
 Original = Callable[..., Any]
 
 _runs: list[BridgeRun] = []
@@ -49,44 +51,32 @@ def apply(config: MetricsConfig | None = None) -> None:
     Raises:
         UnsupportedVersionError: this version lacks a function. Then nothing is patched.
     """
-    if config is not None:
-        revert()
-    if is_applied():
-        return
-    bodies = {
-        (import_module(f"megatron.bridge.{module}"), name): body
-        for (module, name), body in _bodies(config or config_of_environment()).items()
-    }
-    version = f"megatron.bridge {import_module('megatron.bridge').__version__}"
-    package = "megatron.bridge"
-    wrap_all(bodies, key=_KEY, version=version, remedy="use 0.6", everywhere_in=package)
-    follow_cuts()
-    announce(f"channel metrics: patched {version}")
+    bodies = _bodies(config or config_of_environment())
+    version = f"{_PACKAGE} {import_module(_PACKAGE).__version__}"
+    again = config is not None
+    patch_loop(bodies, key=_KEY, package=_PACKAGE, version=version, remedy="use 0.6", again=again)
 
 
 def revert() -> None:
-    """Put the original functions back, also in modules that imported them, and forget the run."""
-    _runs.clear()
-    swap.unwrap(_KEY)
-    unfollow_cuts()
+    """Put the original functions back, also in modules that imported them."""
+    unpatch_loop(_KEY)
 
 
 def is_applied() -> bool:
     """Whether Megatron-Bridge is patched now."""
-    module = sys.modules.get(f"megatron.bridge.{_PRETRAIN}")
-    return module is not None and swap.is_wrapped(module, "pretrain", key=_KEY)
+    return swap.is_applied(_KEY)
 
 
 def _bodies(config: MetricsConfig) -> dict[tuple[str, str], Any]:
-    fill = functools.partial(_fill, config)
+    fill = functools.partial(fill_packing_strategy, config.label_fields)
     return {
-        (_PRETRAIN, "pretrain"): functools.partial(_pretrain, config),
-        ("training.train", "get_forward_backward_func"): _schedule,
-        ("data.loaders", "build_pretraining_data_loader"): _loader,
-        ("training.gpt_step", "_partition_packed_batch_for_cp"): follow_labels,
-        ("data.packing.offline", "fill_packing_strategy"): fill,
-        ("data.packing.parquet", "write_packed_parquet"): packs.write_packed_parquet,
-        ("training.checkpointing", "save_checkpoint"): _save,
+        ("megatron.bridge.training.pretrain", "pretrain"): functools.partial(_pretrain, config),
+        ("megatron.bridge.training.train", "get_forward_backward_func"): _schedule,
+        ("megatron.bridge.data.loaders", "build_train_valid_test_datasets"): _datasets,
+        ("megatron.bridge.training.gpt_step", "_partition_packed_batch_for_cp"): follow_labels,
+        ("megatron.bridge.data.packing.offline", "fill_packing_strategy"): fill,
+        ("megatron.bridge.data.packing.parquet", "write_packed_parquet"): write_packed_parquet,
+        ("megatron.bridge.training.checkpointing", "save_checkpoint"): _save,
     }
 
 
@@ -117,21 +107,16 @@ def _schedule(original: Original, *args: Any, **kwargs: Any) -> Any:
     return counting_schedule(forward_backward, _runs[-1].metrics) if _runs else forward_backward
 
 
-def _loader(original: Original, /, *args: Any, **kwargs: Any) -> Any:
-    call = inspect.signature(original).bind(*args, **kwargs)
-    given = call.arguments
+def _datasets(original: Original, *args: Any, **kwargs: Any) -> Any:
     # Bridge hides the warnings of all loggers. Ours say what is not measured, or not right.
     from megatron.training.utils.log_utils import warning_filter
 
     logging.getLogger("channel_metrics").removeFilter(warning_filter)
-    if _runs and given["dataset"] is not None and given["dataloader_type"] != "external":
-        own = (given["dataset"], given.get("collate_fn"))
-        given["dataset"], given["collate_fn"] = with_channels(_runs[-1], *own)
-    return original(*call.args, **call.kwargs)
-
-
-def _fill(config: MetricsConfig, original: Original, *args: Any) -> Any:
-    return packs.fill_packing_strategy(original, *args, fields=config.label_fields)
+    found = original(*args, **kwargs)
+    if not _runs or _runs[-1].bridge.dataset.dataloader_type == "external":
+        return found
+    run = _runs[-1]
+    return [with_channels(run.session, run.bridge.dataset, dataset) for dataset in found]
 
 
 def _save(original: Original, state: Any, *args: Any, **kwargs: Any) -> Any:

@@ -5,13 +5,13 @@ The events are those of Bridge's own `CallbackManager`. All ranks get them in th
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Any
 
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ConfigError
 from channel_metrics.session import ChannelMetrics
-from channel_metrics.trainers.megatron.arguments import captures_iterations
+from channel_metrics.trainers.event_evaluations import EventEvaluations
+from channel_metrics.trainers.megatron.arguments import refuse_captures
 from channel_metrics.trainers.megatron.counting import MegatronChannelMetrics
 from channel_metrics.trainers.megatron.log import write
 from channel_metrics.trainers.megatron.reserved import megatron_keys
@@ -19,9 +19,6 @@ from channel_metrics.trainers.megatron.run import folder_of
 from channel_metrics.windows import Window
 
 __all__ = ["BridgeRun"]
-
-# What Bridge logs beside the keys that it shares with Megatron-LM.
-_KEYS = ("decoupled-learning-rate", "max-attention-logit", "max-attention-logit vs samples")
 
 
 class BridgeRun:
@@ -36,15 +33,17 @@ class BridgeRun:
     """
 
     def __init__(self, bridge: Any, config: MetricsConfig) -> None:
-        _refuse_unsupported(bridge.model)
+        refuse_captures(bridge.model, "cuda_graph_impl or cuda_graph_scope of the model")
+        if getattr(getattr(bridge.model, "dist_train", None), "use_dist_train", False):
+            # It has a schedule of its own.
+            raise ConfigError("channel metrics do not work with dist_train; leave one of them out.")
         self.bridge = bridge
-        self.session = ChannelMetrics(config, reserved=megatron_keys() | set(_KEYS))
+        self.session = ChannelMetrics(config, reserved=megatron_keys())
         self.metrics = MegatronChannelMetrics(session=self.session)
-        self._evaluation = self._evaluate(None, "")  # the open one
+        self._evaluations = EventEvaluations(self.session)
 
     def on_train_start(self, context: Any) -> None:
         """Begin with an empty window, and with the totals of the checkpoint that was loaded."""
-        self._evaluation.close()
         step, loaded = context.state.train_state.step, self.bridge.checkpoint.load
         self.session.start(folder_of(loaded, step) if step and loaded else None)
 
@@ -57,15 +56,13 @@ class BridgeRun:
             self._write(f"iteration {iteration:8d}", self.session.close(iteration), context.state)
 
     def on_eval_start(self, context: Any, kind: str = "eval") -> None:
-        """Open the window of an evaluation."""
-        # One that is still open is dropped: Bridge has no event for its limit of time.
-        self._evaluation.close()
-        self._evaluation = self._evaluate(context.state, kind)
-        next(self._evaluation)
+        """Open the window of an evaluation. Bridge has no event for its limit of time."""
+        self._evaluations.begin([kind], context.state.train_state.step)
 
     def on_eval_end(self, context: Any) -> None:
         """Close the window of the evaluation, and write its values."""
-        next(self._evaluation, None)
+        for window in self._evaluations.end():
+            self._write(f"validation at iteration {window.step}", window, context.state)
 
     def on_test_start(self, context: Any) -> None:
         """Open the window of the test set."""
@@ -75,42 +72,14 @@ class BridgeRun:
 
     def save(self, state: Any) -> None:
         """Write the totals into the folder of the checkpoint of this iteration."""
-        from megatron.bridge.utils.common_utils import is_last_rank
-
-        folder = folder_of(self.bridge.checkpoint.save, state.train_state.step)
-        self.session.save(folder, is_writer=is_last_rank())
-
-    def _evaluate(self, state: Any, kind: str) -> Generator[None]:
-        """Count in a window of its own until it is resumed; then write the values."""
-        step = state.train_state.step
-        with self.session.evaluation(kind, step, prefix=f"{kind}_") as found:
-            yield
-        if found.window is not None:
-            self._write(f"validation at iteration {step}", found.window, state)
+        self.session.save(folder_of(self.bridge.checkpoint.save, state.train_state.step))
 
     def _write(self, title: str, window: Window, state: Any) -> None:
+        from megatron.bridge.training.utils.mlflow_utils import _sanitize_mlflow_metrics
         from megatron.bridge.utils.common_utils import print_rank_last
 
+        others = [one for one in (state.comet_logger, state.mlflow_logger) if one is not None]
         with self.session.guard.guarded():
             write(title, window, print_rank_last, state.tensorboard_logger, state.wandb_logger)
-            if window.logs and state.comet_logger is not None:
-                state.comet_logger.log_metrics(window.logs, step=window.step)
-            if window.logs and state.mlflow_logger is not None:
-                from megatron.bridge.training.utils.mlflow_utils import _sanitize_mlflow_metrics
-
-                logs = _sanitize_mlflow_metrics(window.logs)
-                state.mlflow_logger.log_metrics(logs, step=window.step)
-
-
-def _refuse_unsupported(model: Any) -> None:
-    if captures_iterations(model):
-        raise ConfigError(
-            "channel metrics do not work with CUDA graphs of a full iteration: a captured "
-            "iteration runs no Python that could count; set cuda_graph_impl of the model to "
-            "another value, so that only layers are captured."
-        )
-    if getattr(getattr(model, "dist_train", None), "use_dist_train", False):
-        raise ConfigError(
-            "channel metrics do not work with dist_train, which has a schedule of its own; leave "
-            "it out, or run without --patch megatron_bridge."
-        )
+            for logger in others if window.logs else ():
+                logger.log_metrics(_sanitize_mlflow_metrics(window.logs), step=window.step)

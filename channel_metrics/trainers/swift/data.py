@@ -7,10 +7,12 @@ from typing import Any
 
 from channel_metrics.data.carried import carried_of
 from channel_metrics.data.collator import BOUNDS_KEY, ChannelCollator
+from channel_metrics.data.scan import count_channels
 from channel_metrics.errors import ChannelError
 from channel_metrics.session import ChannelMetrics
+from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
 
-__all__ = ["CHANNEL_COLUMN", "declare", "records_of", "wrapped_collator"]
+__all__ = ["CHANNEL_COLUMN", "ColumnMixin", "records_of", "wrapped_collator"]
 
 CHANNEL_COLUMN = "channel"
 
@@ -25,28 +27,32 @@ def records_of(dataset: Any) -> Any:
     return dataset
 
 
-def declare(session: ChannelMetrics, dataset: Any, split: str) -> bool:
-    """Scan the records of a dataset for channels; False if they cannot be scanned.
+class ColumnMixin(ChannelMetricsMixin):
+    """Reads the channels of a dataset from the column that ms-swift keeps."""
 
-    Raises `ChannelError` if no record of a training set has a channel.
-    """
-    records = records_of(dataset)
-    try:
-        return session.declare(records, split, fields=(CHANNEL_COLUMN,))
-    except ChannelError as error:
-        columns = getattr(records, "column_names", None)
-        if columns is None or CHANNEL_COLUMN in columns:
-            raise
-        raise ChannelError(
-            f"{error} ms-swift keeps the column {CHANNEL_COLUMN!r} of a dataset and drops "
-            f"others; the patch ms_swift fills it from {', '.join(session.config.fields)}."
-        ) from None
+    def _declare(self, session: ChannelMetrics, dataset: Any, split: str) -> bool:
+        records = records_of(dataset)
+        try:
+            return session.declare(records, split, fields=(CHANNEL_COLUMN,))
+        except ChannelError as error:
+            columns = getattr(records, "column_names", None)
+            if columns is None or CHANNEL_COLUMN in columns:
+                raise
+            raise ChannelError(
+                f"{error} ms-swift keeps the column {CHANNEL_COLUMN!r} of a dataset and drops "
+                f"others; the patch ms_swift fills it from {', '.join(session.config.fields)}."
+            ) from None
+
+    def channel_names(self, session: ChannelMetrics, dataset: Any) -> set[str] | None:
+        """The channels of a dataset; None if it cannot be scanned."""
+        counts = count_channels(records_of(dataset), (CHANNEL_COLUMN,))
+        return None if counts is None else session.rows(counts)
 
 
 def wrapped_collator(
     session: ChannelMetrics, base: Callable[..., Any], kind: type[ChannelCollator]
 ) -> ChannelCollator:
-    """A collator of this kind around that of the trainer, after `declare`."""
+    """A collator of this kind around that of the trainer, after `_declare`."""
     return kind(
         base,
         fields=(CHANNEL_COLUMN,),

@@ -14,18 +14,15 @@ from torch import Tensor
 from channel_metrics.core.labels import channel_of
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.swap import wrapped
-from channel_metrics.trainers.swift.data import CHANNEL_COLUMN, declare
+from channel_metrics.trainers.swift.data import CHANNEL_COLUMN, ColumnMixin
 from channel_metrics.trainers.trl.grpo import GRPOChannelMetricsMixin
 from channel_metrics.trainers.trl.records import not_called
 
 __all__ = ["SwiftGRPOMixin"]
 
 
-class SwiftGRPOMixin(GRPOChannelMetricsMixin):
+class SwiftGRPOMixin(ColumnMixin, GRPOChannelMetricsMixin):
     """For `swift rlhf --rlhf_type grpo`."""
-
-    def _declare(self, session: ChannelMetrics, dataset: Any, split: str) -> bool:
-        return declare(session, dataset, split)
 
     def _with_channels(self, session: ChannelMetrics, dataset: Any, description: str) -> Any:
         self._declare(session, dataset, description)

@@ -11,18 +11,12 @@ import torch
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.schema import TOKENS
 from channel_metrics.data.batch_channels import BatchChannels
-from channel_metrics.data.scan import count_channels
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.batch import Scratch
-from channel_metrics.trainers.hf.mixin import RESERVED_KEYS, ChannelMetricsMixin
+from channel_metrics.trainers.hf.mixin import RESERVED_KEYS
 from channel_metrics.trainers.swift.collator import GROUP_KEY, SEGMENTS_KEY, SwiftCollator
 from channel_metrics.trainers.swift.cut import ids_of_this_part, kept_bounds, kept_places
-from channel_metrics.trainers.swift.data import (
-    CHANNEL_COLUMN,
-    declare,
-    records_of,
-    wrapped_collator,
-)
+from channel_metrics.trainers.swift.data import ColumnMixin, wrapped_collator
 from channel_metrics.trainers.swift.loss import (
     check_loss_functions,
     observe_token_losses,
@@ -39,7 +33,7 @@ OWN_RESERVED_KEYS = RESERVED_KEYS | {
 }
 
 
-class SwiftChannelMetricsMixin(ChannelMetricsMixin):
+class SwiftChannelMetricsMixin(ColumnMixin):
     """Put before it: `class MyTrainer(SwiftChannelMetricsMixin, Seq2SeqTrainer)`."""
 
     # What Seq2SeqTrainer has.
@@ -75,14 +69,6 @@ class SwiftChannelMetricsMixin(ChannelMetricsMixin):
         )
 
     # ---- data -----------------------------------------------------------------------------
-
-    def _declare(self, session: ChannelMetrics, dataset: Any, split: str) -> bool:
-        return declare(session, dataset, split)
-
-    def channel_names(self, session: ChannelMetrics, dataset: Any) -> set[str] | None:
-        """The channels of a dataset, in the column that ms-swift keeps."""
-        counts = count_channels(records_of(dataset), (CHANNEL_COLUMN,))
-        return None if counts is None else session.rows(counts)
 
     def _with_channels(self, session: ChannelMetrics, dataset: Any, description: str) -> Any:
         self._declare(session, dataset, description)

@@ -17,7 +17,7 @@ from torch import Tensor
 from channel_metrics.core.checks import IGNORE_INDEX
 from channel_metrics.core.schema import Schema
 from channel_metrics.session import ChannelMetrics
-from channel_metrics.trainers.swift.data import declare, wrapped_collator
+from channel_metrics.trainers.swift.data import ColumnMixin, wrapped_collator
 from channel_metrics.trainers.trl.collator import RecordCollator
 from channel_metrics.trainers.trl.kto import KTORecordsMixin
 from channel_metrics.trainers.trl.records import BatchRecordsMixin, Call, RecordsMixin
@@ -30,14 +30,11 @@ __all__ = ["SwiftCPOMixin", "SwiftDPOMixin", "SwiftKTOMixin", "SwiftORPOMixin", 
 _NO_PAIR_LOSSES = {"aot": "sorts the pairs", "aot_unpaired": "sorts the answers"}
 
 
-class _SwiftRecordsMixin(RecordsMixin):
+class _SwiftRecordsMixin(ColumnMixin, RecordsMixin):
     """The channel of a record is in the dataset column that ms-swift keeps."""
 
     args: Any
     aux_loss_enabled: bool
-
-    def _declare(self, session: ChannelMetrics, dataset: Any, split: str) -> bool:
-        return declare(session, dataset, split)
 
     def _with_channels(self, session: ChannelMetrics, dataset: Any, description: str) -> Any:
         self._declare(session, dataset, description)

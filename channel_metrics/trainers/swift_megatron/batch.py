@@ -116,7 +116,7 @@ def _kept(bounds: Tensor, lengths: Any, shape: torch.Size) -> Tensor | None:
     if lengths is None:
         return None
     keep = torch.zeros(shape.numel(), dtype=torch.bool, device="cpu")
-    for start, length in zip(bounds.tolist(), lengths, strict=False):
+    for start, length in zip(bounds[:-1].tolist(), lengths, strict=True):
         keep[start : start + int(length)] = True
     return keep.view(shape)
 

@@ -171,6 +171,7 @@ def test_stop_when_is_checked_before_training(tmp_path: Path) -> None:
     for settings, said in (
         ({"channel": "bbu", "metric": "eval_ppl"}, "stop_when is 'eval_bbu_ppl', but"),
         ({"channel": "lang_chat", "metric": "eval_loss"}, "which no record of this set has"),
+        ({"channel": "bbuu", "metric": "loss"}, "of this set has; did you mean 'bbu'"),
         ({"metric": "eval_macro_loss"}, "'macro_loss' is not among `metrics`"),
     ):
         config = MetricsConfig(stop_when=settings)
