@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cluster, counts, formulations, head, imports, scale, step, update
+from benchmarks import acting, cluster, counts, formulations, head, imports, scale, step, update
 from benchmarks.report import write_report
 from benchmarks.timing import machine
 
@@ -36,6 +36,11 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
         "rows": step.run(),
         "axes": step.run(step.ON_AXES),
         "further": step.run(step.FURTHER),
+    },
+    "acting": lambda: {
+        "alerts": acting.alerts(),
+        "kept": acting.kept(),
+        "outliers": acting.outliers(),
     },
 }
 

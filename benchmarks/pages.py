@@ -18,7 +18,7 @@ __all__ = ["PAGES", "filled", "write_pages"]
 Results = dict[str, Any]
 Row = dict[str, Any]
 
-PAGES = ("benchmarks.md", "fused_losses.md", "scale.md")
+PAGES = ("acting.md", "benchmarks.md", "fused_losses.md", "scale.md")
 _PART = re.compile(r"(<!-- benchmarks: (.+?) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 LARGE, SMALL = 65_536, 8_192
 SWIFT, MEGATRON = "ms-swift, HF", "ms-swift, Megatron"
@@ -205,6 +205,27 @@ def latency_table(_: Results) -> str:
     return _table(heads, [(*key, *line) for key, line in lines.items()])
 
 
+def alerts_table(found: Results) -> str:
+    """CPU time of alerts per window."""
+    rows = [(f"{r['channels']:,}", *_more(r)) for r in found["acting"]["alerts"]]
+    return _table(("channels", "a window without", "more with alerts"), rows)
+
+
+def outliers_table(found: Results) -> str:
+    """CPU time of outliers, per micro-batch and at a log point."""
+    rows = [
+        (f"{r['channels']:,}", *_more(r), f"{r['lines']:,}", *_more(r, "close_")[1:])
+        for r in found["acting"]["outliers"]
+    ]
+    heads = ("channels", "a micro-batch without", "more with outliers", "lines of a window")
+    return _table((*heads, "more at its end"), rows)
+
+
+def _more(row: Row, key: str = "") -> tuple[str, str]:
+    off, on = row[f"{key}off_us"], row[f"{key}on_us"]
+    return _ms(off / 1000), _ms((on - off) / 1000)
+
+
 PARTS: dict[str, Callable[[Results], str]] = {
     "summary": summary,
     "head": head_table,
@@ -212,6 +233,8 @@ PARTS: dict[str, Callable[[Results], str]] = {
     "log": log_table,
     "events": event_table,
     "latency": latency_table,
+    "alerts": alerts_table,
+    "outliers": outliers_table,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, NoReturn
 
 from channel_metrics.core.labels import UNLABELED
@@ -78,10 +79,16 @@ class Window:
 
     def sums(self, channel: str) -> dict[str, float]:
         """{column: sum} of one channel; zeros for a channel that is not in the window."""
-        if not self.table or channel not in (UNLABELED, *self.names):
+        row = self._rows.get(channel)
+        if row is None:
             return dict.fromkeys(self.columns, 0.0)
-        row = 0 if channel == UNLABELED else self.names.index(channel) + 1
         return dict(zip(self.columns, self.table[row], strict=True))
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        """{channel: its row in `table`}."""
+        names = (*self.names, UNLABELED) if self.table else ()
+        return {name: (place + 1) % len(names) for place, name in enumerate(names)}
 
 
 class _Frozen(dict[Any, Any]):

@@ -12,6 +12,7 @@ from paths import ROOT
 from session_tools import batch, new, tokens
 
 from channel_metrics import ConfigError, MetricsConfig
+from channel_metrics.acting import StopWhen
 from channel_metrics.analysis.readers.keys import decode_keys
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.session import ChannelMetrics
@@ -45,6 +46,18 @@ def test_what_counts_as_better() -> None:
     assert evaluated(new(stop_when=WATCH), 1.0, math.nan) == "", "NaN is in no loss"
 
 
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [
+        ("eval_loss", "min"), ("val_macro_loss", "min"), ("loss_of_channels", "min"),
+        ("eval_ppl", "min"), ("eval_bits_per_byte", "min"), ("eval_token_acc", "max"),
+        ("eval_rewards/accuracies", "max"), ("reward", "max"), ("eval_rewards/margins", "max"),
+    ],
+)  # fmt: skip
+def test_which_values_are_better(metric: str, mode: str) -> None:
+    assert StopWhen(metric=metric).mode == mode
+
+
 def test_other_windows_change_nothing() -> None:
     metrics = new(stop_when=WATCH)
     evaluated(metrics, 1.0)
@@ -55,6 +68,26 @@ def test_other_windows_change_nothing() -> None:
     with metrics.evaluation("eval", 1):
         metrics.count(batch(("b", 1, 9.0)))
     assert not metrics.stop_reason and evaluated(metrics, 1.0, first=2)
+
+
+def test_a_metric_of_training_is_not_that_of_evaluations() -> None:
+    metrics = new(stop_when={"channel": "a", "metric": "loss"})
+    metrics.count(batch(("a", 1, 2.0)))
+    metrics.close(1)
+    assert not evaluated(metrics, 9.0)
+    metrics.count(batch(("a", 1, 2.0)))
+    metrics.close(2)
+    assert metrics.stop_reason.startswith("loss of a is 2 at step 2")
+
+
+def test_labels_of_axes_are_no_part_of_the_whole() -> None:
+    budget = {"ratios": {"a": 1, "kind/x": 3}}
+    metrics = new(axes={"kind": {"a": "x", "b": "x"}}, budget=budget)
+    metrics.count(batch(("a", 1, 1.0), ("b", 1, 1.0), (None, 2, 1.0), ("b", 3, 1.0)))
+    logs = metrics.close(1).logs
+    assert {key: logs[key] for key in logs if key.endswith("achieved_share")} == {
+        "a_achieved_share": 1 / 4, "kind/x_achieved_share": 3 / 4
+    }  # fmt: skip
 
 
 def test_an_objective_and_a_label_of_an_axis() -> None:
@@ -116,7 +149,7 @@ def test_epochs_over_tokens_and_a_total_that_ends_nothing(
     clock = iter([0.0, 3600.0])
     monkeypatch.setattr("channel_metrics.session.time", lambda: next(clock))
     sources = {"a": 6, "kind/x": "5", "unlabeled": 1, "B": 8}
-    budget = {"tokens": sources, "records": {"b": 4}, "until": {"kind/x_tokens": 8}}
+    budget = {"tokens": sources, "records": {"b": 4}, "until": {"kind/x_tokens": 7}}
     metrics = new(metrics=("loss",), axes={"kind": {"a": "x", "b": "x"}}, budget=budget)
     for step in (1, 2):
         metrics.count(batch(("a", 3, 1.0), ("b", 1, 1.0), (None, 1, 1.0)))

@@ -19,12 +19,7 @@ from channel_metrics import ConfigError, MetricsConfig
 from channel_metrics.alerting import KINDS
 from channel_metrics.core.schema import Column, Schema
 from channel_metrics.observers.alerts import rates
-from channel_metrics.observers.window_alerts import (
-    _starved,
-    chance_of_absence,
-    evidence,
-    new_presence,
-)
+from channel_metrics.observers.window_alerts import chance_of_absence, evidence, starved
 from channel_metrics.session import ChannelMetrics
 
 TOLD: list[Any] = []
@@ -114,6 +109,22 @@ def test_tokens_without_a_finite_loss(caplog: pytest.LogCaptureFixture) -> None:
     assert [line[:15] for line in told(caplog)] == ["alert at step 1", "alert at step 6"]
 
 
+def test_each_split_has_alerts_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = watching(cooldown=5)
+    run(metrics, [("a", 2, math.nan)])
+    with metrics.evaluation("eval", 1):
+        metrics.count(batch(("a", 2, math.nan)))
+    assert [line.split(": ")[1] for line in told(caplog)] == ["a", "a in eval"]
+
+
+def test_the_whole_is_a_test_of_overfitting_only() -> None:
+    for kinds, tests in ((["forgetting"], {"a"}), (["forgetting", "overfitting"], {"a", ""})):
+        metrics = watching(kinds=kinds)
+        with metrics.evaluation("eval", 1):
+            metrics.count(batch(("a", 2, 1.0)))
+        assert set(metrics.totals.notes["alerts"]["losses"]["tests"]["eval"]) == tests
+
+
 def test_a_channel_that_is_absent_for_long(caplog: pytest.LogCaptureFixture) -> None:
     both, one = [("a", 1, 1.0), ("b", 1, 1.0)], [("b", 1, 1.0)]
     run(watching(kinds=["starved"]), *[both] * 30, *[one] * 10, both, *[one] * 10)
@@ -137,11 +148,11 @@ def test_at_most_the_stated_rate_of_runs_has_a_false_absence() -> None:
     """Nine channels, in a tenth to nine tenths of the windows: 200 runs of 200 windows."""
     names, runs = [f"c{i}" for i in range(1, 10)], 0
     for seed in range(200):
-        draw, presence = random.Random(seed), new_presence()
+        draw, presence = random.Random(seed), dict[str, list[int]]()
         runs += any(
-            judged.is_on
+            reason.text
             for _ in range(200)
-            for judged in _starved(
+            for reason in starved(
                 {name: float(draw.random() < int(name[1]) / 10) for name in names}, 0.05, presence
             )
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from session_tools import LOSS_AND_TOKENS, new
 
 from channel_metrics import ChannelError, ConfigError, MetricsConfig, MicroBatch
 from channel_metrics.core.accumulator import ChannelLossAccumulator
-from channel_metrics.core.extremes import Extremes, first_tokens, id_words, text_of_id
+from channel_metrics.core.extremes import _MAX_WAITING, Extremes, first_tokens, id_words, text_of_id
 from channel_metrics.session import ChannelMetrics
 
 
@@ -92,6 +93,51 @@ def test_many_batches_against_sorting(tmp_path: Path) -> None:
                 if (line["channel"], line["outlier"]) == (channel, kind)
             ]
             assert own == pytest.approx(best)
+
+
+def test_more_sequences_than_wait_together(tmp_path: Path) -> None:
+    draw, metrics = random.Random(1), watching(tmp_path)
+    losses = [round(draw.random(), 6) for _ in range(700)]
+    for begin in range(0, 700, 7):
+        names = [str(number) for number in range(begin, begin + 7)]
+        metrics.begin_step()
+        metrics.count(rows(losses[begin : begin + 7], ["a"] * 7, record_ids=ids(*names)))
+        metrics.end_step()
+    metrics.close(1)
+    ranked = sorted(range(700), key=losses.__getitem__)
+    assert [line["id"] for line in written(tmp_path)] == [
+        str(number) for number in (*ranked[:-3:-1], *ranked[:2])
+    ]
+
+
+def test_the_first_one_after_a_comparison(tmp_path: Path) -> None:
+    metrics = watching(tmp_path, count=1)
+    metrics.count(rows([2.0] * _MAX_WAITING, ["a"] * _MAX_WAITING))
+    metrics.count(rows([9.0, 1.0], ["a", "a"], record_ids=ids("p", "q")))
+    metrics.close(1)
+    assert [(line["loss"], line["id"]) for line in written(tmp_path)] == [(9.0, "p"), (1.0, "q")]
+
+
+def test_tokens_without_a_finite_loss_are_left_out(tmp_path: Path) -> None:
+    metrics = watching(tmp_path)
+    losses = torch.tensor([[math.nan, 2.0, 4.0], [math.nan] * 3])
+    metrics.count(MicroBatch(token_losses=losses, channels=["a", "a"], record_ids=ids("p", "q")))
+    metrics.close(1)
+    assert [(line["loss"], line["id"]) for line in written(tmp_path)] == [(3.0, "p")] * 2
+
+
+class Broken:
+    def decode(self, tokens: list[int]) -> str:
+        raise OverflowError(f"no token {tokens[0]}")
+
+
+def test_a_tokenizer_that_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    metrics = watching(tmp_path)
+    metrics.read_tokenizer(Broken())
+    metrics.count(rows([1.0, 2.0], ["a", "a"]))
+    metrics.close(1)
+    assert [line["loss"] for line in written(tmp_path)] == [2.0, 1.0, 1.0, 2.0]
+    assert caplog.text.count("outliers have no text, as the tokenizer failed: OverflowError") == 1
 
 
 def test_steps_that_are_skipped_and_evaluations(tmp_path: Path) -> None:
@@ -186,6 +232,7 @@ def test_nothing_is_read_back_between_log_points() -> None:
                 labels=torch.ones(2, 3, dtype=torch.int64, device="meta"),
                 record_ids=ids("p", "q"),
             )
+            acc.extremes._compare()
     assert acc.extremes._scores is not None and acc.extremes._scores.shape == (2, 3, 2)
 
 
@@ -194,6 +241,7 @@ def test_memory_does_not_grow_with_the_data() -> None:
     for _ in range(20):
         sums = {"nll": torch.rand(50), "tokens": torch.ones(50)}
         extremes.add(torch.randint(0, 3, (50,)), sums, None, None, 3)
+        assert len(extremes._waiting) <= 5, "of 256 sequences"
     assert extremes._scores is not None and extremes._words is not None
     assert extremes._scores.shape == (2, 3, 2) and extremes._words.shape == (2, 3, 2, 1 + 8 + 4)
     assert extremes._words.untyped_storage().nbytes() == extremes._words.numel() * 8

@@ -99,5 +99,56 @@ def test_what_a_rise_says() -> None:
     assert all(add(state, [3.0, 1.0, 0.0, 0.0]) is None for _ in range(40))
 
 
+def test_the_state_does_not_grow() -> None:
+    state, draw, sizes = new_state(1e-6), random.Random(0), []
+    for window in range(1, 8001):
+        add(state, [2 + draw.gauss(0, 0.3), 1e6 + window, draw.random(), draw.random()])
+        if window % 4000 == 0:
+            sizes.append(len(json.dumps(state)))
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02) and sizes[1] < 3500
+
+
 def test_merging_weighs_the_loss() -> None:
-    assert merged([[1.0, 3.0, 2.0, None], [5.0, 1.0, 4.0, None]]) == [2.0, 4.0, 3.0, None]
+    assert merged([1.0, 3.0, 2.0, None], [5.0, 1.0, 4.0, None]) == [2.0, 4.0, 3.0, None]
+
+
+def chance(series: list[float], size: int, squares: int) -> float:
+    """Of the last test for means of `size` windows, with the differences of so many pairs."""
+    means = [sum(series[i : i + size]) / size for i in range(0, len(series), size)]
+    pairs = [*zip(means[::2], means[1::2], strict=True)][-squares:]
+    deviation = math.sqrt(sum((b - a) ** 2 for a, b in pairs) / 2 / squares)
+    rise = sum(means[-4:]) / 4 - sum(means[-16:-4]) / 12
+    t = rise / (_widening(size) * deviation * math.sqrt(1 / 4 + 1 / 12))
+    return tail(t, squares - squares % 2)
+
+
+def least_rate(series: list[float], windows: int) -> float:
+    """With which the last window shows the rise, found by halving."""
+    low, high, found = 0.0, 1.0, None
+    for _ in range(40):
+        state = new_state((low + high) / 2)
+        rise = [add(state, [loss, 1.0]) for loss in series][-1]
+        low, high = (low, state["rate"]) if rise is not None else (state["rate"], high)
+        found = rise or found
+    assert found is not None and found.windows == windows
+    return high
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "squares", "part"),
+    [
+        (16, 1, 8, 1 / (1 * 2) / (1 * 2)),  # the first test of single windows
+        (18, 1, 9, 1 / (1 * 2) / (2 * 3)),  # the second
+        (32, 2, 8, 1 / (2 * 3) / (1 * 2)),  # the first test of pairs
+        (94, 1, 47, 1 / (1 * 2) / (40 * 41)),
+        (96, 1, 24, 1 / (1 * 2) / (41 * 42)),  # the squares of the first 24 pairs are forgotten
+    ],
+)
+def test_each_test_has_its_part_of_the_rate(
+    count: int, size: int, squares: int, part: float
+) -> None:
+    draw = random.Random(count)
+    series = [2 + draw.gauss(0, 0.03 if n < 48 <= count - 17 else 0.02) for n in range(count)]
+    series = [loss + (0.12 if n >= count - 4 * size else 0) for n, loss in enumerate(series)]
+    found = least_rate(series, 4 * size)
+    assert found == pytest.approx(chance(series, size, squares) / part, rel=1e-3)

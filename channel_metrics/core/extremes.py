@@ -1,7 +1,8 @@
 """The sequences with the highest and the lowest mean loss, per label.
 
-They are kept on the device of the losses, in a table of fixed size: K of each kind per label. Each
-micro-batch is compared with it there, so nothing is read back, and nothing grows with the data.
+They are kept on the device of the losses, in a table of fixed size: K of each kind per label. The
+sequences of some micro-batches wait together, and are then compared with it there. So nothing is
+read back, and nothing grows with the data.
 
 Letters: R rows (labels, and the unlabeled ones), N sequences, K kept ones, T tokens, P words that
 are kept of a sequence: its number of tokens, 8 of its record id, and the tokens of its text.
@@ -15,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from channel_metrics.core.cu_seqlens import can_read
-
 __all__ = ["ID_WORDS", "Extreme", "Extremes", "first_tokens", "id_words", "text_of_id"]
 
 # A record id has at most so many int64, of 8 bytes each.
 ID_WORDS = 8
 _NO_TOKEN = -1
+# With so many sequences that wait, the table is changed.
+_MAX_WAITING = 256
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,14 @@ class Extremes:
         # [2, R, K] and [2, R, K, P]; the lowest losses are kept as the highest of -loss.
         self._scores: Tensor | None = None
         self._words: Tensor | None = None
+        # Of micro-batches: rows [N], mean losses [N], words [N, P].
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._num_rows = 0
 
     def reset(self) -> None:
         """Forget all sequences."""
         self._scores = self._words = None
+        self._waiting = []
 
     @torch.no_grad()
     def add(
@@ -68,7 +73,7 @@ class Extremes:
         tokens: Tensor | None,
         num_rows: int,
     ) -> None:
-        """Compare the sequences of a micro-batch with those that are kept.
+        """Add the sequences of a micro-batch.
 
         Args:
             rows: int64 [N] or [N + 1], the row of each sequence.
@@ -79,7 +84,7 @@ class Extremes:
         """
         size = rows.numel()
         finite = sums["tokens"] - sums["nonfinite"] if "nonfinite" in sums else sums["tokens"]
-        mean = sums["nll"] / finite.clamp(min=1)
+        mean = (sums["nll"] / finite).float()  # NaN without a finite loss
         parts = [sums["tokens"].long().unsqueeze(1)]
         for given, width, empty in (
             (record_ids, ID_WORDS, 0),
@@ -89,28 +94,51 @@ class Extremes:
             if given is not None:
                 held[: len(given)] = given.to(rows.device, non_blocking=True)
             parts.append(held)
-        scores = torch.stack([mean, -mean]).float().where(finite > 0, -torch.inf)
-        own = rows == torch.arange(num_rows, device=rows.device).unsqueeze(1)
-        scores = scores.unsqueeze(1).where(own, -torch.inf)
-        words = torch.cat(parts, dim=1)
-        self._keep(scores, words.expand(2, num_rows, *words.shape))
+        self._wait([(rows, mean, torch.cat(parts, dim=1))], num_rows)
 
     @torch.no_grad()
     def merge(self, other: Extremes) -> None:
         """Add the sequences of another table with the same rows."""
         if other._scores is not None and other._words is not None:
             self._keep(other._scores, other._words)
+        self._wait(other._waiting, other._num_rows)
 
     def found(self) -> list[Extreme]:
         """The sequences, the most extreme one of each row first. It waits for the device."""
+        self._compare()
         if self._scores is None or self._words is None:
             return []
         scores, words = self._scores.cpu(), self._words.cpu()
+        there = scores > -torch.inf
+        places, losses = there.nonzero().tolist(), scores[there].tolist()
         return [
-            _extreme(kind, row, sign * float(scores[side, row, place]), words[side, row, place])
-            for side, (kind, sign) in enumerate((("highest", 1), ("lowest", -1)))
-            for row, place in (scores[side] > -torch.inf).nonzero().tolist()
+            _extreme(("highest", "lowest")[side], row, -loss if side else loss, held)
+            for (side, row, _), loss, held in zip(
+                places, losses, words[there].tolist(), strict=True
+            )
         ]
+
+    def _wait(self, more: list[tuple[Tensor, Tensor, Tensor]], num_rows: int) -> None:
+        self._waiting += more
+        self._num_rows = max(self._num_rows, num_rows)
+        if sum(len(mean) for _, mean, _ in self._waiting) >= _MAX_WAITING:
+            self._compare()
+
+    @torch.no_grad()
+    def _compare(self) -> None:
+        """Compare the sequences that wait with those that are kept."""
+        if not self._waiting:
+            return
+        device = self._waiting[-1][0].device  # that of the losses may have changed
+        rows, mean, words = (
+            torch.cat([part.to(device) for part in parts])
+            for parts in zip(*self._waiting, strict=True)
+        )
+        self._waiting = []
+        scores = torch.stack([mean, -mean]).where(~mean.isnan(), -torch.inf)
+        own = rows == torch.arange(self._num_rows, device=rows.device).unsqueeze(1)
+        scores = scores.unsqueeze(1).where(own, -torch.inf)
+        self._keep(scores, words.expand(2, self._num_rows, *words.shape))
 
     def _keep(self, scores: Tensor, words: Tensor) -> None:
         """Choose among those that are kept and [2, R, M] more, with words [2, R, M, P]."""
@@ -125,9 +153,6 @@ class Extremes:
         words = pad(words, (0, 0, 0, 0, 0, max(-more, 0)))
         scores, size = torch.cat([kept, scores], dim=2), kept.shape[2]
         self._scores, places = scores.topk(min(self.count, scores.shape[2]), dim=2)
-        if can_read(places) and not (places >= size).any():  # on the host, a look costs little
-            self._words = kept_words
-            return
         # Not of one tensor with all words, which would be large.
         old, new = _picked(kept_words, places.clamp(max=size - 1)), (places - size).clamp(min=0)
         self._words = old.where((places < size).unsqueeze(3), _picked(words, new))
@@ -146,24 +171,17 @@ def first_tokens(labels: Tensor, mask: Tensor, cu_seqlens: Tensor | None, count:
         mask: bool, the supervised positions.
         cu_seqlens: int32 [N + 1]; without it, each row is a sequence.
     """
-    mask = mask.reshape(-1)
+    labels, width = labels.reshape(-1), labels.shape[-1]
     if cu_seqlens is None:
-        width = labels.shape[-1]
-        ends = torch.arange(width, labels.numel() + 1, width, device=labels.device)
+        bounds = torch.arange(0, labels.numel() + 1, width, device=labels.device)
     else:
-        ends = cu_seqlens[1:].long()
-    size = len(ends)
-    places = torch.arange(labels.numel(), device=labels.device)
-    sequence = torch.searchsorted(ends, places, right=True)
-    # How many supervised tokens there are up to each position, and before each sequence.
-    running = pad(mask.cumsum(0), (1, 0))
-    starts = pad(ends, (1, 0)) if cu_seqlens is None else cu_seqlens.long()
-    before = running.index_select(0, starts)
-    rank = running[1:] - 1 - before.index_select(0, sequence)
-    kept = mask & (rank < count) & (sequence < size)
-    target = (sequence * count + rank).where(kept, size * count)
-    found = labels.new_full((size * count + 1,), _NO_TOKEN)
-    return found.scatter_(0, target, labels.reshape(-1))[:-1].view(size, count)
+        bounds = cu_seqlens.long()
+    # How many supervised tokens there are up to each position, and before each bound.
+    running = mask.reshape(-1).cumsum(0)
+    before = pad(running, (1, 0)).index_select(0, bounds)
+    wanted = before[:-1].unsqueeze(1) + torch.arange(1, count + 1, device=labels.device)
+    places = torch.searchsorted(running, wanted).clamp(max=labels.numel() - 1)
+    return labels[places].where(wanted <= before[1:].unsqueeze(1), _NO_TOKEN)
 
 
 def id_words(name: str | None) -> list[int]:
@@ -178,7 +196,7 @@ def text_of_id(words: list[int]) -> str | None:
     return held.rstrip(b"\0").decode(errors="ignore") or None
 
 
-def _extreme(kind: str, row: int, loss: float, words: Tensor) -> Extreme:
-    num_tokens, *more = words.tolist()
+def _extreme(kind: str, row: int, loss: float, words: list[int]) -> Extreme:
+    num_tokens, *more = words
     tokens = tuple(token for token in more[ID_WORDS:] if token != _NO_TOKEN)
     return Extreme(kind, row, loss, num_tokens, text_of_id(more[:ID_WORDS]), tokens)

@@ -118,7 +118,7 @@ class RunTotals:
         """Write the totals to `path`. If the run is killed meanwhile, the old file stays whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        draft.write_text(json.dumps(self.state_dict(), indent=2, sort_keys=True) + "\n")
+        draft.write_text(json.dumps(self.state_dict(), sort_keys=True) + "\n")
         draft.replace(path)
 
     def load(self, path: Path) -> RunTotals:

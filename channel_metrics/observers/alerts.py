@@ -6,6 +6,7 @@ alert at step 1200: code: forgetting: the loss rose from 1.9021 to 2.1133, ...
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from typing import Any, Protocol
 from channel_metrics.acting import Budget
 from channel_metrics.alerting import ALERTS_FILE, Alerts
 from channel_metrics.config import MetricsConfig
+from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.observers import loss_alerts, window_alerts
 from channel_metrics.observers.line_file import LineFile
-from channel_metrics.observers.loss_alerts import losses_judged, new_losses
+from channel_metrics.observers.loss_alerts import LOSS_KINDS, loss_reasons, new_losses
 from channel_metrics.observers.sending import Sender, to_trackio, to_wandb, webhook
-from channel_metrics.observers.window_alerts import Judged, new_presence, window_judged
+from channel_metrics.observers.window_alerts import Reason
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.windows import Window
 
@@ -31,11 +33,14 @@ logger = logging.getLogger("channel_metrics")
 _NOTE = "alerts"
 
 
-class Session(loss_alerts.Session, window_alerts.Session, Protocol):
+class Session(loss_alerts.Session, Protocol):
     """What this observer asks of a `ChannelMetrics`."""
 
     ranks: Ranks
     totals: RunTotals
+
+    def is_label(self, row: str) -> bool:
+        """Whether a row is a label of an axis."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,10 @@ def rates(rate: float, kinds: Collection[str]) -> tuple[float, float]:
 
     Losses have twice as much. What is not among the kinds that are watched for has nothing.
     """
-    losses = 2 * bool({"forgetting", "overfitting"}.intersection(kinds))
-    each = rate / max(1, losses + len({"starved", "share"}.intersection(kinds)))
-    return 2 * each, each
+    losses = 2 * bool({*LOSS_KINDS}.intersection(kinds))
+    others = len({"starved", "share"}.intersection(kinds))
+    each = rate / max(1, losses + others)
+    return losses * each, each * bool(others)
 
 
 class AlertObserver:
@@ -138,48 +144,60 @@ class AlertObserver:
 
     def __call__(self, window: Window) -> None:
         """Look at a window, and tell what is new."""
-        fresh = {"windows": {}, "told": {}, "losses": new_losses(), "presence": new_presence()}
+        fresh = {"windows": {}, "told": {}, "losses": new_losses(), "presence": {}}
         notes: dict[str, Any] = self._session.totals.notes.setdefault(_NOTE, fresh)
         number = notes["windows"].get(window.split, 0) + 1
         notes["windows"][window.split] = number
-        for judged in self._judged(window, notes):
-            if self._is_new(judged, window.split, number, notes["told"]):
-                alert = Alert(judged.kind, judged.channel, window.split, window.step, judged.text)
-                if self._session.ranks.rank == 0:
-                    self._tell(alert)
+        # {kind and channel: [window of the last alert, whether its reason goes on]}
+        told: dict[str, list[Any]] = notes["told"].setdefault(window.split, {})
+        seen = set()
+        for reason in self._reasons(window, notes):
+            key = f"{reason.kind} {reason.channel}"
+            seen.add(key)
+            last, goes_on = told.get(key, (-math.inf, False))
+            if reason.text and not goes_on and number - last >= self.settings.cooldown:
+                told[key] = [number, True]
+                self._tell(
+                    Alert(reason.kind, reason.channel, window.split, window.step, reason.text)
+                )
+        for key, of_key in told.items():
+            of_key[1] = of_key[1] and key in seen
 
-    def _judged(self, window: Window, notes: dict[str, Any]) -> Iterator[Judged]:
-        yield from window_judged(
-            window,
-            self._session,
-            kinds=self._kinds,
-            settings=self.settings,
-            rate=self._rates[1],
-            budget=self._budget,
-            presence=notes["presence"],
-        )
-        yield from losses_judged(
-            window,
-            self._session,
-            kinds=self._kinds,
-            rate=self._rates[0],
-            state=notes["losses"],
-        )
-
-    def _is_new(self, judged: Judged, split: str, number: int, told: dict[str, Any]) -> bool:
-        """Whether to tell of it. told: {kind: {split: {channel: [window of the last, lasts]}}}."""
-        of_split = told.setdefault(judged.kind, {}).setdefault(split, {})
-        last = of_split.get(judged.channel)
-        if not judged.is_on:
-            if last is not None and judged.is_on is False:
-                last[1] = False
-            return False
-        if last is not None and (last[1] or number - last[0] < self.settings.cooldown):
-            return False
-        of_split[judged.channel] = [number, judged.lasts]
-        return True
+    def _reasons(self, window: Window, notes: dict[str, Any]) -> Iterator[Reason]:
+        settings, kinds, schema = self.settings, self._kinds, self._session.schema
+        names = (UNLABELED, *window.names[: window.num_channels])
+        sums = {name: window.sums(name) for name in names}
+        counts = {name: of_channel[schema.count] for name, of_channel in sums.items()}
+        of_losses, of_others = self._rates
+        if "nonfinite" in kinds:
+            yield from window_alerts.nonfinite(sums, counts)
+        if "unlabeled" in kinds:
+            yield from window_alerts.unlabeled(counts, settings.unlabeled, schema.unit)
+        if of_losses:
+            yield from loss_reasons(
+                window.split,
+                sums,
+                self._session,
+                kinds=kinds,
+                rate=of_losses,
+                state=notes["losses"],
+            )
+        if window.split != "train":
+            return
+        if "starved" in kinds:
+            yield from window_alerts.starved(counts, of_others, notes["presence"])
+        budget = self._budget
+        if budget is not None and "share" in kinds:
+            is_label = self._session.is_label
+            yield from window_alerts.shares(
+                window.totals, is_label, budget, settings.share, of_others
+            )
+        if budget is not None and "exhausted" in kinds:
+            yield from window_alerts.exhausted(window, budget, settings.epochs)
 
     def _tell(self, alert: Alert) -> None:
+        if self._session.ranks.rank != 0:
+            return
         if "logger" in self.settings.to:
             logger.warning("%s", alert.line)
         for sender in self._senders:

@@ -24,17 +24,20 @@ class LineFile:
         self.path = path
         self._is_open = False
 
-    def append(self, values: Mapping[str, Any]) -> None:
-        """Write one line; raises `OSError` if that fails."""
+    def append(self, *lines: Mapping[str, Any]) -> None:
+        """Write lines, if there are any; raises `OSError` if that fails."""
+        if not lines:
+            return
         if not self._is_open:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             drop_half_line(self.path)
             self._is_open = True
-        line = json.dumps(values, ensure_ascii=False, allow_nan=False)
-        # One write, so no reader sees half a line.
+        text = "".join(f"{json.dumps(v, ensure_ascii=False, allow_nan=False)}\n" for v in lines)
+        left = text.encode()
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            os.write(file, f"{line}\n".encode())
+            while left:  # mostly one write, so no reader sees half a line
+                left = left[os.write(file, left) :]
         finally:
             os.close(file)
 

@@ -8,18 +8,22 @@ loss of training has fallen.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol
 
+from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.schema import Schema
-from channel_metrics.observers.rises import Block, Rise, add, forget, group_rate, merged, new_state
-from channel_metrics.observers.window_alerts import Judged
-from channel_metrics.windows import Window
+from channel_metrics.observers.rises import Rise, add, forget, group_rate, new_state
+from channel_metrics.observers.window_alerts import Reason
 
-__all__ = ["Session", "losses_judged", "new_losses"]
+__all__ = ["LOSS_KINDS", "Session", "loss_reasons", "new_losses"]
+
+LOSS_KINDS = ("forgetting", "overfitting")
 
 _WHOLE = ""
-_BOTH = ("forgetting", "overfitting")
+
+# [sum of the losses of tokens, their number]
+Sum = list[float]
 
 
 class Session(Protocol):
@@ -36,103 +40,96 @@ def new_losses() -> dict[str, Any]:
     return {"groups": 0, "tests": {}, "trained": {}, "evaluated": False}
 
 
-def losses_judged(
-    window: Window,
+def loss_reasons(
+    split: str,
+    sums: Mapping[str, Mapping[str, float]],
     session: Session,
     *,
     kinds: Collection[str],
     rate: float,
     state: dict[str, Any],
-) -> Iterator[Judged]:
+) -> Iterator[Reason]:
     """Test the losses of a window.
 
     Args:
-        window: of training or of an evaluation.
+        split: of the window.
+        sums: {channel: {column: sum}} of the window.
         session: its schema has the loss.
         kinds: those that are watched for.
         rate: of false alerts in the whole run.
         state: of `new_losses`, which is changed.
     """
-    if not set(_BOTH).intersection(kinds):
-        return
-    losses = _losses(window, session)
+    losses = _losses(sums, session)
     if not losses:
         return
-    whole = merged(list(losses.values()))
-    is_training = window.split == "train"
-    trained = _trained(state, {**losses, _WHOLE: whole}, is_training)
-    if not is_training and "overfitting" in kinds:
-        losses = {**losses, _WHOLE: whole}
-    tests = state["tests"].setdefault(window.split, {})
-    new = [name for name in losses if name not in tests]
+    whole = [math.fsum(part) for part in zip(*losses.values(), strict=True)]
+    is_training = split == "train"
+    if is_training and "overfitting" in kinds:
+        _train(state, {**losses, _WHOLE: whole})
+    state["evaluated"] |= not is_training
+    tested = losses if is_training or "overfitting" not in kinds else {**losses, _WHOLE: whole}
+    tests = state["tests"].setdefault(split, {})
+    new = [name for name in tested if name not in tests]
     if new:
         state["groups"] += 1
         each = group_rate(rate, state["groups"], len(new))
         tests.update({name: new_state(each) for name in new})
-    for name, block in losses.items():
-        others = None if name == _WHOLE else _without(whole, block)
-        rise = add(tests[name], [*block, others, trained.get(name)])
-        kind = _kind(rise, kinds)
-        if rise is not None and kind:
+    trained = state["trained"]
+    for name, (total, count) in tested.items():
+        partners = [_mean(whole[0] - total, whole[1] - count)]
+        if not is_training:
+            partners.append(_mean(*trained.get(name, trained.get(_WHOLE, (0.0, 0.0)))))
+        rise = add(tests[name], [total / count, count, *partners])
+        if rise is not None and (kind := _kind(rise, kinds)):
             forget(tests[name])
-            yield Judged(kind, name, True, _text(rise, kind), lasts=False)
+            yield Reason(kind, name, _text(rise, kind))
 
 
-def _losses(window: Window, session: Session) -> dict[str, Block]:
-    """{channel: [loss, its weight]} of the channels that have a loss."""
-    loss = session.schema.metric("loss")
+def _losses(sums: Mapping[str, Mapping[str, float]], session: Session) -> dict[str, Sum]:
+    """The sums of the channels that have a loss."""
+    loss, count = session.schema.metric("loss"), session.schema.count
     if loss is None:
         session.warn_once(
             f"alerts of forgetting and overfitting need a loss, which {session.schema.unit} do "
             "not have here; there are none."
         )
         return {}
-    found = {}
-    for name in window.names[: window.num_channels]:
-        sums = window.sums(name)
-        count = sums[session.schema.count]
-        value = loss.formula(sums) if count else None
-        if value is not None and math.isfinite(value):
-            found[name] = [value, count]
-    return found
+    values = {
+        name: (loss.formula(of), of[count])
+        for name, of in sums.items()
+        if of[count] and name != UNLABELED
+    }
+    return {
+        name: [value * size, size]
+        for name, (value, size) in values.items()
+        if value is not None and math.isfinite(value)
+    }
 
 
-def _trained(
-    state: dict[str, Any], losses: dict[str, Block], is_training: bool
-) -> dict[str, float | None]:
-    """For evaluations: {name: loss of training since the evaluations before}."""
-    trained = state["trained"]
-    if not is_training:
-        state["evaluated"] = True
-        of_all = trained.get(_WHOLE, [None])[0]
-        return {name: trained.get(name, [of_all])[0] for name in losses}
+def _train(state: dict[str, Any], losses: Mapping[str, Sum]) -> None:
+    """Add a window to what was trained on since the evaluations before."""
     if state["evaluated"]:
-        trained.clear()
-        state["evaluated"] = False
-    for name, block in losses.items():
-        trained[name] = merged([trained[name], block]) if name in trained else block
-    return {}
+        state.update(trained={}, evaluated=False)
+    trained = state["trained"]
+    for name, (total, count) in losses.items():
+        before = trained.get(name, (0.0, 0.0))
+        trained[name] = [before[0] + total, before[1] + count]
 
 
-def _without(whole: Block, one: Block) -> float | None:
-    """The loss of all channels but one; None if it is the only one."""
-    weight = whole[1] - one[1]
-    return (whole[0] * whole[1] - one[0] * one[1]) / weight if weight else None
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
 
 
-def _kind(rise: Rise | None, kinds: Collection[str]) -> str:
-    if rise is None:
-        return ""
-    others, trained = rise.partners
-    if "overfitting" in kinds and trained is not None and trained < 0:
-        return "overfitting"
-    return "forgetting" if "forgetting" in kinds and others is not None and others < 0 else ""
+def _kind(rise: Rise, kinds: Collection[str]) -> str:
+    changes = dict(zip(LOSS_KINDS, rise.partners, strict=False))
+    fell = [kind for kind, change in changes.items() if change is not None and change < 0]
+    return next((kind for kind in reversed(fell) if kind in kinds), "")
 
 
 def _text(rise: Rise, kind: str) -> str:
-    other = rise.partners[0 if kind == "forgetting" else 1] or 0.0
+    change = rise.partners[LOSS_KINDS.index(kind)] or 0.0
     fell = "that of the other channels" if kind == "forgetting" else "that of training"
     return (
         f"the loss rose from {rise.before:.4f} to {rise.now:.4f}, the mean of {rise.windows} "
-        f"windows, while {fell} fell by {-other:.4f}"
+        f"windows, while {fell} fell by {-change:.4f}"
     )

@@ -66,12 +66,11 @@ class OutlierFiles:
                 "are none."
             )
             return
+        file = self._file or LineFile(Path(self._settings.folder) / f"rank{_rank()}.jsonl")
+        self._file = file
         try:
-            file = self._file or LineFile(Path(self._settings.folder) / f"rank{_rank()}.jsonl")
-            self._file = file
-            for line in self._lines(extremes.found(), self._settings.count, window):
-                file.append(line)
-        except Exception as error:  # of any kind, as a tokenizer may raise: it is only a display
+            file.append(*self._lines(extremes.found(), self._settings.count, window))
+        except OSError as error:
             self._failed = True
             self._session.warn_once(f"outliers cannot be written, and end here: {error!r}")
 
@@ -100,7 +99,10 @@ class OutlierFiles:
             "id": one.record_id,
         }
         if self._session.tokenizer is not None and one.tokens:
-            line["text"] = self._session.tokenizer.decode(list(one.tokens))
+            try:
+                line["text"] = self._session.tokenizer.decode(list(one.tokens))
+            except Exception as error:  # of any kind: tokenizers are not ours
+                self._session.warn_once("outliers have no text, as the tokenizer failed: %r", error)
         return line
 
 

@@ -5,9 +5,9 @@ with each second new mean, the last four means are compared with the twelve befo
 
     t = (mean of the last 4 - mean of the 12 before) / (f * s * sqrt(1/4 + 1/12))
 
-s^2 is half the mean square of the differences within pairs of neighbours, of up to 32 pairs. There
-is a rise where the chance of so large a t, by Student's distribution with one degree of freedom
-per pair, is below the rate of this test. These rates add up to the rate of the whole run:
+s^2 is half the mean square of the differences within pairs of neighbours, of the last 24 to 47
+pairs. There is a rise where the chance of so large a t, by Student's distribution with one degree
+of freedom per pair, is below the rate of this test. These rates add up to that of the whole run:
 
     rate of the run / (g (g + 1)) / n / ((j + 1) (j + 2)) / (i (i + 1))
 
@@ -37,9 +37,10 @@ from typing import Any
 
 __all__ = ["Block", "Rise", "add", "forget", "group_rate", "merged", "new_state", "tail"]
 
-# Means that are compared: the last ones, and those before them.
-_LAST, _BEFORE = 4, 12
-_PAIRS = 32
+# Pairs of means that are compared: the last ones, and those before them.
+_LAST, _BEFORE = 2, 6
+# The squares of so many pairs are added up; then the sum before it is forgotten.
+_PAIRS = 24
 # The means of the last scale are those of 128 windows.
 _SCALES = 8
 # How much neighbouring windows may correlate.
@@ -89,53 +90,71 @@ def add(state: dict[str, Any], block: Block) -> Rise | None:
     scales, found = state["scales"], None
     for number in range(_SCALES):
         if number == len(scales):
-            scales.append({"waiting": None, "means": [], "squares": [], "tests": 0})
+            scales.append({"tests": 0})
+            _empty(scales[number])
         scale = scales[number]
-        if scale["waiting"] is None:
+        first, scale["waiting"] = scale["waiting"], None
+        if first is None:
             scale["waiting"] = block
             break
-        pair = [scale["waiting"], block]
-        scale["waiting"] = None
-        scale["means"] = [*scale["means"], *pair][-_LAST - _BEFORE :]
-        scale["squares"] = [*scale["squares"], (pair[1][0] - pair[0][0]) ** 2][-_PAIRS:]
+        merged_pair = merged(first, block)
+        # The tests take both means of a pair for equally sure.
+        pair = [_short((first[0] + block[0]) / 2), *merged_pair[2:]]
+        scale["pairs"] = [*scale["pairs"], pair][-_LAST - _BEFORE :]
+        _add_square(scale, (block[0] - first[0]) ** 2)
         found = found or _tested(state["rate"], number, scale)
-        block = merged(pair)
+        block = merged_pair
     return found
 
 
 def forget(state: dict[str, Any]) -> None:
     """Forget the windows so far. The count of the tests goes on, because their rates are used."""
     for scale in state["scales"]:
-        scale.update(waiting=None, means=[], squares=[])
+        _empty(scale)
 
 
-def merged(blocks: Sequence[Block]) -> Block:
-    """The mean of several means: of the loss by weight, of each partner where it is known."""
-    weight = sum(block[1] for block in blocks)
-    loss = float(f"{sum(block[0] * block[1] for block in blocks) / weight:.9g}")
-    return [loss, weight, *(_mean(values) for values in zip(*(b[2:] for b in blocks), strict=True))]
+def merged(first: Block, second: Block) -> Block:
+    """The mean of two means: of the loss by weight, of each partner where it is known."""
+    weight = first[1] + second[1]
+    loss = _short((first[0] * first[1] + second[0] * second[1]) / weight)
+    return [loss, weight, *map(_mean, zip(first[2:], second[2:], strict=True))]
+
+
+def _empty(scale: dict[str, Any]) -> None:
+    """waiting: a mean without its neighbour. pairs: the means of pairs. squares: [sum, how many] of
+    the differences within pairs, those before and those now."""
+    scale.update(waiting=None, pairs=[], squares=[[0.0, 0], [0.0, 0]])
+
+
+def _add_square(scale: dict[str, Any], square: float) -> None:
+    before, (total, count) = scale["squares"]
+    now = [total + square, count + 1]
+    scale["squares"] = [before, now] if count + 1 < _PAIRS else [now, [0.0, 0]]
 
 
 def _tested(rate: float, number: int, scale: dict[str, Any]) -> Rise | None:
-    means, squares = scale["means"], scale["squares"]
-    if len(means) < _LAST + _BEFORE:
+    pairs = scale["pairs"]
+    if len(pairs) < _LAST + _BEFORE:
         return None
     scale["tests"] += 1
-    tests = scale["tests"]
-    allowed = rate / ((number + 1) * (number + 2)) / (tests * (tests + 1))
-    before, last = means[:_BEFORE], means[_BEFORE:]
-    level = sum(mean[0] for mean in before) / _BEFORE
-    now = sum(mean[0] for mean in last) / _LAST
+    before, last = pairs[:_BEFORE], pairs[_BEFORE:]
+    level = sum([pair[0] for pair in before]) / _BEFORE
+    now = sum([pair[0] for pair in last]) / _LAST
     if now - level <= _LEAST * abs(level):
         return None
-    squares = squares[-(len(squares) // 2 * 2) :]  # an even number, see `tail`
-    error = _widening(2**number) * math.sqrt(sum(squares) / 2 / len(squares))
-    error *= math.sqrt(1 / _LAST + 1 / _BEFORE)
-    if error and tail((now - level) / error, len(squares)) > allowed:
+    tests = scale["tests"]
+    allowed = rate / ((number + 1) * (number + 2)) / (tests * (tests + 1))
+    squares, count = map(sum, zip(*scale["squares"], strict=True))
+    error = _widening(2**number) * math.sqrt(squares / 2 / count)
+    error *= math.sqrt(1 / (2 * _LAST) + 1 / (2 * _BEFORE))
+    # One degree of freedom less is on the safe side, see `tail`.
+    if error and tail((now - level) / error, count - count % 2) > allowed:
         return None
-    partners = zip(*(mean[2:] for mean in means), strict=True)
-    changes = tuple(_change(values[:_BEFORE], values[_BEFORE:]) for values in partners)
-    return Rise(level, now, _LAST * 2**number, changes)
+    changes = [
+        _change(values[:_BEFORE], values[_BEFORE:])
+        for values in zip(*(pair[1:] for pair in pairs), strict=True)
+    ]
+    return Rise(level, now, 2 * _LAST * 2**number, tuple(changes))
 
 
 def tail(t: float, freedom: int) -> float:
@@ -169,8 +188,8 @@ def _widening(size: int) -> float:
         both = (variance(first + second) - variance(first) - variance(second)) / (first * second)
         return variance(first) / first**2 + variance(second) / second**2 - both
 
-    true = of_difference(_BEFORE * size, _LAST * size)
-    taken = of_difference(size, size) / 2 * (1 / _LAST + 1 / _BEFORE)
+    true = of_difference(2 * _BEFORE * size, 2 * _LAST * size)
+    taken = of_difference(size, size) / 2 * (1 / (2 * _LAST) + 1 / (2 * _BEFORE))
     return math.sqrt(true / taken)
 
 
@@ -181,4 +200,9 @@ def _change(before: Sequence[float | None], last: Sequence[float | None]) -> flo
 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    return _short(sum(known) / len(known)) if known else None
+
+
+def _short(value: float) -> float:
+    """A value with seven digits, for small checkpoints."""
+    return float(f"{value:.7g}")

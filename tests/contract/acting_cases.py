@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from channel_metrics import ConfigError
 from contract.cases import case, config
 from contract.more_cases import CASES, NEEDS
 from contract.script import (
@@ -164,11 +165,22 @@ def an_alert_is_told_and_written(harness: Harness, folder: Path) -> None:
 def one_rank_tells_of_an_alert(harness: Harness, folder: Path) -> None:
     alerts = {**ALERTS, "file": str(folder / "alerts.jsonl")}
     doubled = tuple((*step, *step) for step in steps("ab", "aa", "a-", "ab"))
-    per_rank = harness.run(Script(config=config(alerts=alerts), steps=doubled), folder, ranks=2)
+    chosen = config(alerts=alerts, stream=str(folder / "windows.jsonl"))
+    per_rank = harness.run(Script(config=chosen, steps=doubled), folder, ranks=2)
     for found in per_rank:
         assert found.error is None, found.error
+        assert found.collectives[1] == 1, "the second window has no new names"
     lines = [text for found in per_rank for text in found.warnings if "alert at step" in text]
     assert len(lines) == 1 and alerts_in(folder) == [SEEN_BY]
+
+
+@case()
+def a_sampler_that_no_dataset_follows_is_an_error(harness: Harness, folder: Path) -> None:
+    script = Script(config=config(sampler={"start": {"a": 1, "b": 1}}), steps=RUN[:4])
+    (found,) = harness.run(script, folder)
+    said = "sampler needs losses" if "pairs" in harness.can else "no dataset follows it"
+    assert isinstance(found.error, ConfigError) and said in str(found.error), found.error
+    assert found.steps <= 2, "the first window"
 
 
 def outliers_in(folder: Path) -> list[dict[str, object]]:

@@ -113,6 +113,8 @@ def evaluation_has_its_own_window_and_no_totals(harness: Harness, folder: Path) 
         objectives = [(of_a + of_b) / 2, max(of_a, of_b), (3 * of_a + of_b) / 4]
         assert [evaluated[f"eval_{name}"] for name in names] == pytest.approx(objectives)
         assert "macro_loss" in found.logs[0]
+        (of_evaluation,) = [one for one in found.windows if one.split != "train"]
+        assert of_evaluation.worst_channel == ("a" if of_a > of_b else "b")
     else:
         assert not {f"eval_{name}" for name in names} & set(evaluated)
     wanted = expected(harness, flat(script.evaluations[0].batches))

@@ -53,6 +53,8 @@ def test_each_record_once_before_one_comes_again() -> None:
     turns = [of_a[i : i + 10] for i in range(0, len(of_a) - 9, 10)]
     assert len(turns) > 5 and all(len({*turn}) == 10 for turn in turns)
     assert turns[0] != turns[1], "in another order"
+    of_b = [name for name in taken(stream(), 200) if name[0] == "b"][:10]
+    assert [name[1] for name in of_b] != [name[1] for name in turns[0]], "of each source"
 
 
 @pytest.mark.parametrize("start", ["fork", "forkserver"])
@@ -140,6 +142,7 @@ def test_wrong_arguments() -> None:
         with pytest.raises(ConfigError, match="batch_size must be 1 or more, lag 0 or more"):
             MixedStream(SOURCES, **wrong)
     assert "at least prefetch_factor * 2 batches of 4 records" in said_by_a_worker(stream(lag=7))
+    assert next(batches(stream(lag=8), 2, prefetch_factor=1))
     alone = iter(MixedStream(SOURCES))
     assert next(alone)["channel"] == "a", "some trainers look at the first record"
     with pytest.raises(ConfigError, match=r"call stream\.follow\(metrics\) before"):

@@ -95,6 +95,7 @@ def test_points_are_added_up_not_dropped() -> None:
     points: list[Point] = []
     for number in range(1, 1001):
         add_point(points, float(number), 2.0 * number, 3.0)
+        assert number > POINTS or len(points) == number
     assert 2 < len(points) <= POINTS
     assert sum(nll for _, nll, _ in points) == 2.0 * 500 * 1001
     assert sum(tokens for *_, tokens in points) == 3000

@@ -50,14 +50,8 @@ def check(stored: Curves, logged: Curves) -> None:
 
 
 def test_wandb_offline(folder: Path, logged: Curves) -> None:
-    from wandb.proto import wandb_internal_pb2
-
-    protocol: Any = wandb_internal_pb2  # made at the import
-
     stored: Curves = {}
-    for data in wandb_records(next(folder.rglob("*.wandb"))):
-        record = protocol.Record()
-        record.ParseFromString(data)
+    for record in wandb_records(folder):
         items = record.history.item if record.WhichOneof("record_type") == "history" else ()
         row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
         for key, value in row.items():
@@ -65,14 +59,34 @@ def test_wandb_offline(folder: Path, logged: Curves) -> None:
     check(stored, logged)
 
 
-def wandb_records(path: Path) -> Iterator[bytes]:
+def wandb_records(folder: Path) -> Iterator[Any]:
     """The records of a .wandb file, by SwanLab's reader of it: wandb itself has none any more."""
     from swanlab.converter.wb.wbdatastore import WBDataStoreReader
+    from wandb.proto import wandb_internal_pb2
 
+    protocol: Any = wandb_internal_pb2  # made at the import
     with WBDataStoreReader() as reader:
-        reader.open(path)
+        reader.open(next(folder.rglob("*.wandb")))
         while (data := reader.scan()) is not None:
-            yield data
+            record = protocol.Record()
+            record.ParseFromString(data)
+            yield record
+
+
+def test_alerts_of_the_first_and_the_last_window(folder: Path) -> None:
+    """The last ones are sent when the process ends."""
+    told = [json.loads(line) for line in (folder / "alerts.jsonl").read_text().splitlines()]
+    assert [(alert["step"], alert["channel"]) for alert in told] == [(2, "bbu"), (6, "lvis")]
+    records = wandb_records(folder)
+    alerts = [r.alert for r in records if r.WhichOneof("record_type") == "alert"]
+    with sqlite3.connect(folder / "trackio" / "channels.db") as connection:
+        stored = connection.execute("select title, text from alerts").fetchall()
+    connection.close()
+    for found in ([(alert.title, alert.text) for alert in alerts], stored):
+        assert [title for title, _ in found] == ["bbu: exhausted", "lvis: exhausted"]
+        assert [text.partition(" exhausted: ")[2] for _, text in found] == [
+            alert["text"] for alert in told
+        ]
 
 
 def test_mlflow_file_store(folder: Path, logged: Curves, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ import os
 import sys
 from pathlib import Path
 
+# Records of lvis that only the last window reaches.
+LAST = 6
 TRACKERS = ("mlflow", "swanlab", "trackio", "wandb")
 
 
@@ -32,7 +34,12 @@ def main(folder: Path) -> None:
     from channel_metrics import MetricsConfig
     from channel_metrics.trainers.hf import attach
 
-    config = MetricsConfig(axes={"domain": {"bbu": "target", "rru": "target", "lvis": "aux"}})
+    config = MetricsConfig(
+        axes={"domain": {"bbu": "target", "rru": "target", "lvis": "aux"}},
+        # In the first window, and in the last one.
+        budget={"records": {"bbu": 1, "lvis": LAST}},
+        alerts={"to": ["trackio", "wandb"], "file": str(folder / "alerts.jsonl")},
+    )
     # transformers' callback asks for the current run, which SwanLab refuses while there is none.
     swanlab.init(mode="local", logdir=str(folder / "swanlab"), project="channels")
     trainer = train(

@@ -78,8 +78,19 @@ def on_ranks(folder: Path) -> Any:
     return trained(ranks_given(folder, **OPTIONS), 0)
 
 
+@case(SWIFT, ranks=2)
+def on_ranks_with_workers(folder: Path) -> Any:
+    return trained(ranks_given(folder, **OPTIONS, dataloader_num_workers=2), 2 * LAG)
+
+
 @pytest.mark.parametrize(
-    ("of", "ranks", "lag"), [(alone, 1, 0), (with_workers, 1, LAG), (on_ranks, 2, 0)]
+    ("of", "ranks", "lag"),
+    [
+        (alone, 1, 0),
+        (with_workers, 1, LAG),
+        (on_ranks, 2, 0),
+        (on_ranks_with_workers, 2, 2 * LAG),
+    ],
 )
 def test_the_weights_are_followed(ranks_of: RanksOf, of: Case, ranks: int, lag: int) -> None:
     (logs, sizes), *others = ranks_of(of)

@@ -1,0 +1,61 @@
+"""Forgetting and overfitting, window by window: what is compared with what, and what is kept."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from session_tools import new
+
+from channel_metrics.observers.loss_alerts import LOSS_KINDS, loss_reasons, new_losses
+from channel_metrics.observers.rises import group_rate
+from channel_metrics.observers.window_alerts import Reason
+
+SESSION = new()
+RATE = 0.02
+
+
+def look(state: dict[str, Any], split: str, **losses: float) -> list[Reason]:
+    """A window with two tokens of each channel."""
+    sums = {n: {"nll": 2 * loss, "tokens": 2.0, "nonfinite": 0.0} for n, loss in losses.items()}
+    return [*loss_reasons(split, sums, SESSION, kinds=LOSS_KINDS, rate=RATE, state=state)]
+
+
+def found(own_training: Callable[[int], float]) -> list[tuple[str, str]]:
+    """The reasons of evaluations of `a`, whose loss rises after 40 windows. Of two channels that
+    are trained on, `b` falls by more than `a` can rise."""
+    state, reasons = new_losses(), list[Reason]()
+    for step in range(80):
+        noise = random.Random(step).gauss
+        reasons += look(state, "train", a=own_training(step), b=9 - 0.1 * step)
+        loss = 2 + noise(0, 0.01) + (0.3 if step > 40 else 0)
+        reasons += look(state, "eval", a=loss, c=2 + 0.002 * step)
+    return [(one.kind, one.channel) for one in reasons if one.channel == "a"]
+
+
+def test_an_evaluation_is_compared_with_training_on_the_same_channel() -> None:
+    assert found(lambda step: 4 - 0.01 * step) == [("overfitting", "a")], "once"
+    assert found(lambda step: 2 + 0.0001 * step) == []
+
+
+def test_training_since_the_evaluation_before() -> None:
+    state = new_losses()
+    look(state, "train", a=1.0)
+    look(state, "eval", a=1.0)
+    look(state, "eval_2", a=1.0)
+    assert state["trained"]["a"] == [2.0, 2.0], "both evaluations see it"
+    look(state, "train", a=3.0)
+    look(state, "train", a=4.0)
+    assert state["trained"] == {"a": [14.0, 4.0], "": [14.0, 4.0]}
+
+
+def test_later_channels_have_a_smaller_part_of_the_rate() -> None:
+    state = new_losses()
+    look(state, "train", a=1.0, b=1.0, unlabeled=1.0)
+    look(state, "train", a=1.0, late=1.0)
+    rates = {name: of["rate"] for name, of in state["tests"]["train"].items()}
+    first, second = group_rate(RATE, 1, 2), group_rate(RATE, 2, 1)
+    assert rates == {"a": first, "b": first, "late": second}, "nothing is asked of unlabeled tokens"
+    assert first == pytest.approx(RATE / 4) and second == pytest.approx(RATE / 6)
