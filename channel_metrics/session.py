@@ -270,12 +270,7 @@ class ChannelMetrics(Checkpoints):
                     self.totals.add(found.names, found.sums)
                     self.gradients.reset()
                 window = self._maker.make(
-                    found,
-                    split=split,
-                    step=step,
-                    prefix=prefix,
-                    totals=self.totals,
-                    final=final,
+                    found, split=split, step=step, prefix=prefix, totals=self.totals, final=final
                 )
                 if not final:
                     return window
