@@ -206,9 +206,16 @@ def prepare(names: list[str]) -> None:
             attribute(name)()
         else:
             importlib.import_module(name)
+    import_deepspeed()
     # What the imports made stays: no collection in a rank needs to look at it.
     gc.collect()
     gc.freeze()
+
+
+def import_deepspeed() -> None:
+    """If it is installed, accelerate imports it in the first training, which takes seconds."""
+    if "accelerate" in sys.modules and importlib.util.find_spec("deepspeed") is not None:
+        importlib.import_module("deepspeed")
 
 
 def import_file(path: Path) -> None:

@@ -226,7 +226,8 @@ def test_a_patch_that_does_not_fit_ends_the_run_with_its_message(tmp_path: Path)
     done = command("run", "--patch", "megatron", script)
     assert (done.returncode, done.stdout) == (2, "begun\n")
     *_, last = done.stderr.splitlines()
-    assert last.startswith("error: --channels needs Megatron-LM core")
+    assert last.startswith("error: channel metrics wrap functions that megatron-core ")
+    assert "--channels needs Megatron-LM core 0.13 or later" in last
     assert "Traceback" not in done.stderr
 
 

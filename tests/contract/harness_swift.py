@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from fork_client import Preload
 from swift_tools import SWIFT
 from torch.utils.data import SequentialSampler
 
@@ -58,7 +59,7 @@ class SwiftHarness(HFHarness):
 
     name = "swift"
     can = HFHarness.can - {"columns", "ids"}
-    preload = SWIFT
+    preload = Preload((*SWIFT.names, "swift_tools:load_rlhf"))
     is_here = False
     mode = "train"
     model = "causal"

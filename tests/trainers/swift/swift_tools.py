@@ -37,6 +37,7 @@ def use_cpu() -> None:
     import datasets
     import swift  # noqa: F401 - first: its parts cannot be imported alone
     from swift.arguments import sft_args
+    from swift.trainers import Seq2SeqTrainer  # noqa: F401 - each run would import it anew
 
     datasets.disable_progress_bars()
     # With num_proc=1, `map` starts a process, which costs more than all that there is to map.
@@ -52,6 +53,14 @@ def use_cpu() -> None:
     sft_args.SftArguments._check_padding_free = lambda self: setattr(
         self, "padding_free", self.padding_free or self.packing
     )
+
+
+def load_rlhf() -> None:
+    """Import the trainers of `swift rlhf`."""
+    from swift import rlhf_trainers
+
+    for kind in ("CPO", "DPO", "GRPO", "KTO", "ORPO", "Reward"):
+        getattr(rlhf_trainers, f"{kind}Trainer")
 
 
 def run(given: dict[str, Any], metrics: MetricsConfig | None = ON) -> dict[str, Any]:
