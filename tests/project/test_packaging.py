@@ -120,7 +120,11 @@ def test_the_tests_run_from_the_sdist(built: tuple[Path, Path], tmp_path: Path) 
         assert ours == theirs
     assert all((tree / name).exists() for name in FILES)
     # Some that need the data of configs/, helpers, the patches and the page of the report.
-    chosen = ("core/test_labels.py", "demo/test_train_config.py", "project/test_patches_package.py")
+    patched = "test_a_checkout_that_is_not_installed_can_be_patched_from_its_root"
+    chosen = (
+        *("core/test_labels.py", "demo/test_train_config.py"),
+        f"project/test_patches_package.py::{patched}",
+    )
     tests = [f"tests/{name}" for name in chosen]
     printed = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=tree)
     assert " passed" in printed
