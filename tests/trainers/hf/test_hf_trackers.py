@@ -23,6 +23,8 @@ Curves = dict[str, dict[int, float]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trackers")
     environ = {**os.environ, "PYTHONPATH": python_path()}
+    # A run of W&B in this process leaves its service there, which ends with this process only.
+    environ.pop("WANDB_SERVICE", None)
     command = [sys.executable, trackers_run.__file__, str(folder)]
     done = subprocess.run(
         command, cwd=folder, env=environ, capture_output=True, text=True, timeout=200, check=False
