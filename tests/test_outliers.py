@@ -140,6 +140,20 @@ def test_a_tokenizer_that_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert caplog.text.count("outliers have no text, as the tokenizer failed: OverflowError") == 1
 
 
+class Surrogates:
+    def decode(self, tokens: list[int]) -> str:
+        return "a\ud800"
+
+
+def test_text_and_ids_that_no_file_can_have(tmp_path: Path) -> None:
+    metrics = watching(tmp_path)
+    metrics.read_tokenizer(Surrogates())
+    metrics.count(rows([1.0, 2.0], ["a", "a"]))
+    metrics.close(1)
+    assert [line["text"] for line in written(tmp_path)] == ["a?"] * 4
+    assert text_of_id(id_words("b\udc80")) == "b?"
+
+
 def test_steps_that_are_skipped_and_evaluations(tmp_path: Path) -> None:
     metrics = watching(tmp_path)
     for loss, discard in ((1.0, False), (9.0, True)):
@@ -254,6 +268,13 @@ def test_the_first_supervised_tokens() -> None:
     assert found.tolist() == [[5, -1], [-1, -1], [6, 7]]
     by_row = first_tokens(labels.view(3, 3), labels != -100, None, 2)
     assert by_row.tolist() == [[5, -1], [6, 7], [9, 1]]
+
+
+def test_a_micro_batch_without_tokens_has_no_first_ones() -> None:
+    nothing, bounds = torch.zeros(1, 0, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+    for cu_seqlens in (bounds, None):
+        found = first_tokens(nothing, nothing.bool(), cu_seqlens, 2)
+        assert found.tolist() == [[-1, -1]]
 
 
 @pytest.mark.parametrize("name", ["7", "x" * 64, "ä" * 32, None])
