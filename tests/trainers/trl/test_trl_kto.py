@@ -42,9 +42,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated"),
     # trl 0.29 says where they are defined.
     pytest.mark.filterwarnings("ignore:The `KTO.*` is now located in:FutureWarning"),
-    pytest.mark.skipif(
-        Version(trl.__version__) < Version("0.29"), reason="refused, see test_trl_old"
-    ),
 ]
 
 
