@@ -51,6 +51,18 @@ def test_training_since_the_evaluation_before() -> None:
     assert state["trained"] == {"a": [14.0, 4.0], "": [14.0, 4.0]}
 
 
+def test_a_channel_without_training_is_compared_with_all_of_it() -> None:
+    """`c` is only evaluated; what its loss is held against falls or rises with that of `a`."""
+    for slope, wanted in ((-0.01, [("overfitting", "c")]), (0.01, [])):
+        state, reasons = new_losses(), list[Reason]()
+        for step in range(80):
+            noise = random.Random(step).gauss
+            reasons += look(state, "train", a=4 + slope * step)
+            reasons += look(state, "eval", c=2 + noise(0, 0.01) + (0.3 if step > 40 else 0))
+        # The whole evaluation is that of `c` here.
+        assert [(one.kind, one.channel) for one in reasons if one.channel] == wanted
+
+
 def test_later_channels_have_a_smaller_part_of_the_rate() -> None:
     state = new_losses()
     look(state, "train", a=1.0, b=1.0, unlabeled=1.0)

@@ -261,6 +261,18 @@ def test_memory_does_not_grow_with_the_data() -> None:
     assert extremes._words.untyped_storage().nbytes() == extremes._words.numel() * 8
 
 
+@pytest.mark.parametrize("rows", [(2, 3), (3, 2)])
+def test_two_tables_that_know_different_numbers_of_rows(rows: tuple[int, int]) -> None:
+    tables = [Extremes(1, 0), Extremes(1, 0)]
+    for extremes, count in zip(tables, rows, strict=True):
+        sums = {"nll": torch.tensor([6.0 * count]), "tokens": torch.tensor([3.0])}
+        extremes.add(torch.tensor([count - 1]), sums, None, None, count)
+        extremes.found()
+    tables[0].merge(tables[1])
+    found = [(one.kind, one.row, one.loss, one.num_tokens) for one in tables[0].found()]
+    assert found == [(kind, r, 2.0 * r + 2, 3) for kind in ("highest", "lowest") for r in (1, 2)]
+
+
 def test_the_first_supervised_tokens() -> None:
     labels = torch.tensor([-100, 5, -100, 6, 7, 8, -100, 9, 1])
     bounds = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
