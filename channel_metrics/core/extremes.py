@@ -189,7 +189,8 @@ def first_tokens(labels: Tensor, mask: Tensor, cu_seqlens: Tensor | None, count:
 
 def id_words(name: str | None) -> list[int]:
     """The first 64 bytes of a record id, as int64; zeros if there is none."""
-    held = ("" if name is None else name).encode(errors="replace")[: 8 * ID_WORDS].ljust(8 * ID_WORDS, b"\0")
+    text = (name or "").encode(errors="replace")
+    held = text[: 8 * ID_WORDS].ljust(8 * ID_WORDS, b"\0")
     return [int.from_bytes(held[i : i + 8], "big", signed=True) for i in range(0, len(held), 8)]
 
 

@@ -119,6 +119,13 @@ def test_a_padded_tail_is_of_no_pack() -> None:
     assert collated(batch)["channels"] == ["rru", "rru"]
 
 
+def test_packs_of_one_group_tell_no_roles() -> None:
+    batch = packed(2, 3) | {"packed_group": ["rru"], "packed_segments": [5]}
+    collator = SwiftCollator(lambda _: batch, strip=(), columns=((ROLES_FIELD, {}),))
+    with pytest.raises(ChannelError, match=r"one name per pack, so the roles .* are not known"):
+        collator([])
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
