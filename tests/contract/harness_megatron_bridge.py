@@ -15,8 +15,14 @@ import torch
 import torch.distributed as dist
 from fork_client import Preload
 
-from contract.harness_loop import labels_of, watch_windows
-from contract.harness_megatron import MegatronHarness, loss_func, made_up_model, tensors
+from contract.harness import watch_windows
+from contract.harness_megatron import (
+    MegatronHarness,
+    labels_of,
+    loss_func,
+    made_up_model,
+    tensors,
+)
 from contract.script import Ran, Script, Step
 
 __all__ = ["MegatronBridgeHarness"]
