@@ -1,9 +1,9 @@
 """Channel metrics in TRL's KTOTrainer: single answers, desirable or not.
 
-trl 0.29 to 1.5 return the losses and rewards of the answers from `kto_loss`, and ms-swift uses it,
-too. Newer TRL has one number per batch. There, the rewards follow from the log probabilities, and the
-losses from the rewards and the KL, by TRL's formula. The log probabilities are what both models
-return, or in older releases, what TRL's `selective_log_softmax` does.
+trl 0.29 and 1.5 return the losses and rewards of the answers from `kto_loss`, and ms-swift uses it,
+too. Newer TRL has one number per batch. There, the rewards follow from the log probabilities, and
+the losses from the rewards and the KL, by TRL's formula. In trl 1.16, both models return the log
+probabilities. In trl 1.9 and 1.12, they come from `selective_log_softmax`.
 """
 
 from __future__ import annotations
