@@ -31,6 +31,7 @@ PREFERENCE = (
 # Loops of one's own (accelerate among them), and Lightning.
 LOOPS = (
     "tests/trainers/loop/test_loop.py",
+    "tests/trainers/loop/test_loop_accelerate.py",
     "tests/trainers/loop/test_loop_packs.py",
     "tests/trainers/loop/test_loop_ranks.py",
     "tests/trainers/loop/test_loop_streams.py",

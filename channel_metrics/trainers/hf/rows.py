@@ -32,8 +32,9 @@ class NamesMixin(ChannelMetricsMixin):
 class RowsMixin(NamesMixin):
     """For frameworks that also pack."""
 
-    def _collator_kind(self, *args: Any) -> type[ChannelCollator]:
-        if super()._collator_kind(*args) is not ChannelCollator:
+    def _collator_kind(self, dataset: Any, description: str, known: bool) -> type[ChannelCollator]:
+        # As if the channels were known: to declare them does not help here.
+        if super()._collator_kind(dataset, description, True) is not ChannelCollator:
             raise ConfigError(
                 "one process sends its batches to the others (dispatch_batches), or rows are cut "
                 "along the sequence, but channel metrics need whole rows here; set "
