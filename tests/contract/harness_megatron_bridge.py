@@ -1,7 +1,8 @@
 """The session and the events of Megatron-Bridge, with losses that are made up.
 
-The loop fires the events of Bridge's own `CallbackManager` as `train` and `evaluate` of Bridge do,
-and runs a schedule of megatron-core. tests/megatron_bridge runs the loop of Bridge itself.
+The harness enters at `BridgeRun`: its loop fires the events of Bridge's own `CallbackManager` as
+`train` and `evaluate` of Bridge do, and runs a schedule of megatron-core. What comes before (the
+patch, `pretrain`, the datasets, the model) is cut away; tests/megatron_bridge run `pretrain` itself.
 """
 
 from __future__ import annotations

@@ -243,21 +243,15 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
 
 
 def _check_release(trainer: Any) -> None:
-    missing = [path for path in _PRIVATE if not _has(trainer, path)]
-    if missing:
-        package = sys.modules[_FOUND[0].partition(".")[0]]
-        raise UnsupportedVersionError(
-            f"{package.__name__} {package.__version__} has a Trainer without {', '.join(missing)}; "
-            "use lightning 2.6, or remove ChannelMetricsCallback."
-        )
-
-
-def _has(owner: Any, path: str) -> bool:
-    try:
-        attrgetter(path)(owner)
-    except AttributeError:
-        return False
-    return True
+    for path in _PRIVATE:
+        try:
+            attrgetter(path)(trainer)
+        except AttributeError as error:
+            package = sys.modules[_FOUND[0].partition(".")[0]]
+            raise UnsupportedVersionError(
+                f"{package.__name__} {package.__version__} has a Trainer without {path}; use "
+                "lightning 2.6, or remove ChannelMetricsCallback."
+            ) from error
 
 
 def _splits(stage: str, count: int) -> list[str]:
