@@ -1,7 +1,7 @@
 """Axolotl's trainer of supervised fine-tuning.
 
-The harness enters at the trainer: it makes one with rows as the plugin leaves them, and a sampler that
-takes them in order. What comes before (the plugin, the YAML file, the data) is cut away;
+The harness enters at the trainer: it makes one with rows as the plugin leaves them, and a sampler
+that takes them in order. What comes before (the plugin, the YAML file, the data) is cut away;
 tests/trainers/axolotl run `axolotl train`.
 """
 

@@ -2,7 +2,7 @@
 
 The harness enters at `BridgeRun`: its loop fires the events of Bridge's own `CallbackManager` as
 `train` and `evaluate` of Bridge do, and runs a schedule of megatron-core. What comes before (the
-patch, `pretrain`, the datasets, the model) is cut away; tests/megatron_bridge run `pretrain` itself.
+patch, `pretrain`, the datasets, the model) is cut away; tests/megatron_bridge run `pretrain`.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def test_a_stream_that_each_of_two_ranks_reads(run_of: RunOf, files: Path) -> No
     stream = {**WHOLE, "max_steps": 3, "streaming": True, "shuffle_merged_datasets": False}
     run = run_of(2, **stream, accelerator_config={"dispatch_batches": False})
     check(run.values, of_sft(files))
-    with pytest.raises(AssertionError, match="accelerator_config: {dispatch_batches: false}"):
+    with pytest.raises(AssertionError, match=r"accelerator_config: \{dispatch_batches: false\}"):
         run_of(2, **stream)
 
 
