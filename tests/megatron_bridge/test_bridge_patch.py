@@ -58,6 +58,41 @@ def without_a_function() -> str:
     return str(error.value)
 
 
+def packs_in_an_object_store(folder: Path) -> Any:
+    """Its client cannot be had here; Bridge asks it for files only."""
+    from megatron.bridge.data.packing import parquet
+    from megatron.core import msc_utils
+
+    from channel_metrics.trainers.megatron_bridge import packs
+
+    opened: list[str] = []
+
+    def open_in_store(path: str, mode: str) -> Any:
+        opened.append(mode)
+        return (folder / path.removeprefix("msc://store/")).open(mode)
+
+    msc_utils.msc = SimpleNamespace(open=open_in_store)
+    msc_utils.MultiStorageClientFeature.enable()
+    row = {"input_ids": [1, 2, 3], "loss_mask": [1, 1, 1], "seq_start_id": [0, 2]}
+    rows, path = (
+        [{**row, "channels": ["web", None]}, {**row, "channels": ["code"]}],
+        "msc://store/p",
+    )
+    packs.write_packed_parquet(parquet.write_packed_parquet, rows, path)
+    names = packs._names_of_packs(SimpleNamespace(_parquet_paths=[path]))
+    return names.to_pylist(), opened
+
+
+def test_packs_are_written_and_read_where_bridge_does(
+    launcher: BridgeLauncher, tmp_path: Path
+) -> None:
+    (tmp_path / "store").mkdir()
+    found = launcher.server.call(
+        packs_in_an_object_store, tmp_path / "store", ranks=1, folder=tmp_path / "job"
+    )
+    assert found == [([["web", None], ["code"]], ["wb", "rb", "wb", "rb"])]
+
+
 def test_apply_and_revert(launcher: BridgeLauncher, tmp_path: Path) -> None:
     assert launcher.server.call(patched_and_reverted, ranks=1, folder=tmp_path) == [[]]
 

@@ -19,6 +19,8 @@ __all__ = ["follow_cuts", "follow_labels", "patch_loop", "unfollow_cuts", "unpat
 _HOW_TO_CUT = ("max_seqlen", "local_cp_size", "hybrid_cp_group")
 
 _KEY = "megatron_cuts"
+# The keys of the loops that are patched: they share the functions that cut.
+_loops: set[str] = set()
 # Only some versions have the last two.
 _CUTS = (
     "get_batch_on_this_cp_rank",
@@ -82,15 +84,18 @@ def patch_loop(
         follow_cuts()
         wrap_all(bodies, key=key, version=version, remedy=remedy, everywhere_in=package)
     except UnsupportedVersionError:
-        unfollow_cuts()
+        unpatch_loop(key)
         raise
+    _loops.add(key)
     announce(f"channel metrics: patched {version}")
 
 
 def unpatch_loop(key: str) -> None:
     """Undo `patch_loop`."""
     swap.unwrap(key)
-    unfollow_cuts()
+    _loops.discard(key)
+    if not _loops:
+        unfollow_cuts()
 
 
 def follow_labels(cut: Callable[..., Any], batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import torch
+from megatron.core.msc_utils import MultiStorageClientFeature
 from torch.nn.utils.rnn import pad_sequence
 
 from channel_metrics.core.labels import UNLABELED_ID, channel_of
@@ -68,8 +69,17 @@ def write_packed_parquet(
     """Write packs to a file, with the names of their conversations."""
     original(rows, output_path, row_group_size)
     names = pyarrow.array([row.get(_COLUMN) for row in rows], _TYPE)
-    table = pyarrow.parquet.ParquetFile(output_path).read().append_column(_COLUMN, names)
-    pyarrow.parquet.write_table(table, output_path, row_group_size=row_group_size)
+    with _opened(output_path, "rb") as file:
+        table = pyarrow.parquet.ParquetFile(file).read().append_column(_COLUMN, names)
+    with _opened(output_path, "wb") as file:
+        pyarrow.parquet.write_table(table, file, row_group_size=row_group_size)
+
+
+def _opened(path: Any, mode: str) -> Any:
+    """A file where Bridge keeps packs: in an object store, if its client is on."""
+    if MultiStorageClientFeature.is_enabled():
+        return MultiStorageClientFeature.import_package().open(str(path), mode)
+    return open(path, mode)
 
 
 class PackedChannels(WrappedDataset):
@@ -115,8 +125,10 @@ def _names_of_packs(dataset: Any) -> Any:
 
     Raises `ConfigError` if the packs were prepared without channels.
     """
-    paths = getattr(dataset, "_parquet_paths", ())
-    columns = [pyarrow.parquet.ParquetFile(path).read([_COLUMN]).columns for path in paths]
+    columns = []
+    for path in getattr(dataset, "_parquet_paths", ()):
+        with _opened(path, "rb") as file:
+            columns.append(pyarrow.parquet.ParquetFile(file).read([_COLUMN]).columns)
     if all(columns):
         chunks = [chunk.cast(_TYPE) for (column,) in columns for chunk in column.chunks]
         names = pyarrow.chunked_array(chunks, _TYPE).combine_chunks()

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from hf_case_tools import COLLECTIVES, HF
+from collectives import watched
+from hf_case_tools import HF
 from hf_tools import PaddingCollator, tiny_model
 from loop_tools import RECORDS, check, model_loss, on_and_off, plain_oracle
 from rank_cases import Case, RanksOf, case
 from said import warnings_of_ours
 from torch.utils.data import DataLoader
 
-from channel_metrics import ChannelMetrics, ChannelMetricsError, evaluate, swap
+from channel_metrics import ChannelMetrics, ChannelMetricsError, evaluate
 
 two, one = case(HF, ranks=2), case(HF, ranks=1)
 
@@ -87,6 +87,7 @@ def test_accelerate(ranks_of: RanksOf, case: Case) -> None:
 def accelerate_collectives(folder: Path) -> Any:
     """For a run without metrics and one with: the collectives of each step and of each window."""
     found: list[dict[str, list[list[str]]]] = []
+    calls: list[str] = []
     for metrics in (None, ChannelMetrics()):
         accelerator = Accelerator(cpu=True)
         collate: Any = metrics.collator(PaddingCollator()) if metrics else PaddingCollator()
@@ -94,7 +95,7 @@ def accelerate_collectives(folder: Path) -> Any:
         loader: Any = DataLoader(records, batch_size=4, collate_fn=collate)
         model, loader = accelerator.prepare(tiny_model(), loader)
         steps, windows = [], []
-        with called_collectives() as calls:
+        with patch.multiple(dist, **watched(lambda name, *_, **__: calls.append(name))):
             for number, batch in enumerate(loader, start=1):
                 accelerator.backward(model_loss(metrics, model, batch))
                 steps.append(calls.copy())
@@ -105,21 +106,6 @@ def accelerate_collectives(folder: Path) -> Any:
                     calls.clear()
         found.append({"steps": steps, "windows": windows})
     return found
-
-
-@contextmanager
-def called_collectives() -> Iterator[list[str]]:
-    """The names of the collectives that Python calls, in order."""
-    calls: list[str] = []
-
-    def counting(original: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(original.__name__)
-        return original(*args, **kwargs)
-
-    with ExitStack() as stack:
-        for name in COLLECTIVES:
-            stack.enter_context(swap.wrapped(dist, name, counting))
-        yield calls
 
 
 def test_a_window_is_one_collective_and_a_step_none(ranks_of: RanksOf) -> None:
