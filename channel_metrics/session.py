@@ -196,21 +196,21 @@ class ChannelMetrics(Checkpoints):
         Raises:
             ChannelError: if the batch has no channels, see `collator`.
             UnsupportedVersionError: if the losses of single tokens cannot be read.
+            ConfigError: if the config has `sampler`, and no `MixedStream` follows it.
         """
+        if self.sampler is not None and not self.evaluating:
+            self.sampler.followed()
         return observe(self, model, batch, accelerator=accelerator)
 
     # ---- names -----------------------------------------------------------------------------
 
     def declare(self, dataset: Any, split: str, fields: Sequence[str] = ()) -> bool:
-        """Learn the channels of a dataset, if they can be read before training.
+        """Learn the channels of a dataset; tell whether it could be scanned before training.
 
         Args:
             dataset: a `datasets.Dataset` or a list of records; nothing else can be scanned.
             split: `train`, or another name of this set, for messages.
             fields: the fields that may hold the channel; by default those of the config.
-
-        Returns:
-            Whether the dataset could be scanned.
 
         Raises:
             ChannelError: no record of a training set has a channel; and as `declare_names`.
