@@ -61,7 +61,8 @@ class ChannelMetrics(Checkpoints):
         schema: what is counted; tokens by default.
         on_window: functions that get each closed `Window`, which is the same on all ranks. If one
             with a true attribute `is_display` fails, it is removed with a warning. If another one
-            fails, the run ends, because it may steer the training, and ranks must not differ.
+            fails, the run ends, because it may steer the training, and ranks must not differ. If
+            one returns a text, that is `stop(text)`.
 
     Attributes:
         stop_reason: why the run should end; empty if it should not. It is set when a window is
@@ -296,4 +297,4 @@ class ChannelMetrics(Checkpoints):
     def _tell(self, window: Window) -> None:
         # A trainer may log twice at one step: a window that holds nothing.
         if self.measuring and window.has_counts:
-            tell(window, self.on_window, self.warn_once)
+            tell(window, self.on_window, self.warn_once, self.stop)
