@@ -1,25 +1,32 @@
-"""Simulated runs for the observer of alerts, in which nothing is wrong.
+"""Simulated runs for the observer of alerts, in which nothing is wrong, and runs with one fault.
 
 Each window draws 64 records at the stated ratios: 1 to `channels` parts, the last one rare, so that
 it is absent from most windows. A record has 1 to 400 tokens or so: the standard deviation of the
 lengths is 1.3 times their mean. Losses are 2 nats with a noise of 0.02 per window and channel.
+
+In the runs with a fault, windows have 64 records, too. A channel ends, or its share is off.
 """
 
 from __future__ import annotations
 
 import random
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any
 
+from channel_metrics.acting import Budget
+from channel_metrics.alerting import KINDS, Alerts
 from channel_metrics.config import MetricsConfig
-from channel_metrics.observers.alerts import Alert, AlertObserver
+from channel_metrics.core.labels import UNLABELED
+from channel_metrics.observers.alerts import Alert, AlertObserver, rates
+from channel_metrics.observers.window_alerts import shares, starved
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.windows import Window
 
-__all__ = ["false_alerts"]
+__all__ = ["false_alerts", "share_delay", "starved_delay"]
 
 _RECORDS = 64
 _NOISE = 0.02
+_BEFORE = 300
 
 
 class _Kept(AlertObserver):
@@ -77,3 +84,37 @@ def _window(
         table=tuple(rows),
         totals={n: {"tokens_total": t, "samples_total": s} for n, (t, s) in totals.items()},
     )
+
+
+def starved_delay(run: int, channels: int, chance: float, rate: float) -> int:
+    """After how many windows without a channel this is found.
+
+    It was in each of 300 windows by this chance. The other channels are in all windows.
+    """
+    draw, presence = random.Random(f"starved {chance} {run}"), dict[str, list[int]]()
+    others = dict.fromkeys([UNLABELED, *(f"c{n}" for n in range(channels - 1))], 1.0)
+    for window in count():
+        is_there = not window or (window < _BEFORE and draw.random() < chance)
+        reasons = starved({**others, "last": float(is_there)}, rates(rate, KINDS)[1], presence)
+        if any(reason.text for reason in [*reasons]) and window >= _BEFORE:
+            return window - _BEFORE + 1
+    raise AssertionError
+
+
+def share_delay(run: int, target: float, off: float, rate: float, before: int) -> int | None:
+    """After how many windows it is found that a share is off its target; None after 10,000.
+
+    before: for so many windows, the records are drawn at the target.
+    """
+    draw, limit = random.Random(f"share {target} {off} {run}"), Alerts().share
+    budget, totals = Budget(ratios={"a": target, "b": 1 - target}), dict.fromkeys("ab", 0)
+    for window in range(before + 10_000):
+        own = target + (off if window >= before else 0)
+        found = sum(draw.random() < own for _ in range(_RECORDS))
+        totals["a"] += found
+        totals["b"] += _RECORDS - found
+        counts = {name: {"samples_total": total} for name, total in totals.items()}
+        reasons = shares(counts, lambda _: False, budget, limit, rates(rate, KINDS)[1])
+        if any(reason.text for reason in [*reasons]) and window >= before:
+            return window - before + 1
+    return None

@@ -8,6 +8,8 @@ Their noise has a standard deviation of 0.02 nats, and windows k apart correlate
 that is found counts as false, whatever the other losses do, so alerts are rarer still. For the
 delays, a level loss rises after 300 windows, at once.
 
+Delays of the alerts of absent channels and of shares: benchmarks/alarm_runs.py.
+
 The observer of alerts, with all its kinds: benchmarks/alarm_runs.py.
 """
 
@@ -17,12 +19,12 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.alarm_runs import false_alerts
+from benchmarks.alarm_runs import false_alerts, share_delay, starved_delay
 from benchmarks.timing import machine
 from channel_metrics.alerting import KINDS
 from channel_metrics.observers.alerts import rates
@@ -92,6 +94,8 @@ def main() -> None:
         "alerts": _observed(args),
         "rises": _rises(args),
         "delays": _delays(args),
+        "starved": _starved(args),
+        "share": _shares(args),
     }
     args.output.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -130,6 +134,30 @@ def _delays(args: argparse.Namespace) -> list[dict[str, Any]]:
             windows = [None if math.isinf(one) else one for one in found]
             rows.append({"rise": rise, "correlation": correlation, "windows": windows})
     return rows
+
+
+def _starved(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for chance in (1.0, 0.5, 0.2, 0.07):
+        found = [starved_delay(run, args.channels, chance, _RATE) for run in range(args.runs // 4)]
+        print(f"starved, was in {chance:.0%} of the windows: {_told(found)}")
+        rows.append({"part of windows": chance, "windows": found})
+    return rows
+
+
+def _shares(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for before in (0, _AT):
+        for target, off in ((0.5, 0.03), (0.5, 0.05), (0.5, 0.1), (0.1, 0.03), (0.1, 0.1)):
+            found = [share_delay(run, target, off, _RATE, before) for run in range(args.runs // 4)]
+            print(f"share {target:.0%}, off by {off:.0%} after {before} windows: {_told(found)}")
+            rows.append({"target": target, "off": off, "before": before, "windows": found})
+    return rows
+
+
+def _told(found: Sequence[int | None]) -> str:
+    known = [math.inf if one is None else one for one in found]
+    return f"{median(known):.0f} windows, at most {max(known):.0f}"
 
 
 if __name__ == "__main__":

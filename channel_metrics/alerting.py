@@ -145,7 +145,8 @@ class Outliers(Section):
     """So many with the highest and so many with the lowest loss, per channel, window and rank."""
 
     id_field: str = "id"
-    """The field of a record with its id, such as `meta.id`; empty: none."""
+    """The field of a record with its id, such as `meta.id`; `@index`: its place in the dataset of
+    a transformers Trainer; empty: none."""
 
     text_tokens: int = 64
     """The text of so many supervised tokens is written, if there is a tokenizer; 0: no text."""

@@ -61,7 +61,8 @@ class ChannelMetrics(Checkpoints):
         schema: what is counted; tokens by default.
         on_window: functions that get each closed `Window`, which is the same on all ranks. If one
             with a true attribute `is_display` fails, it is removed with a warning. If another one
-            fails, the run ends, because it may steer the training, and ranks must not differ.
+            fails, the run ends, because it may steer the training, and ranks must not differ. If
+            one returns a text, that is `stop(text)`.
 
     Attributes:
         stop_reason: why the run should end; empty if it should not. It is set when a window is
@@ -196,21 +197,21 @@ class ChannelMetrics(Checkpoints):
         Raises:
             ChannelError: if the batch has no channels, see `collator`.
             UnsupportedVersionError: if the losses of single tokens cannot be read.
+            ConfigError: if the config has `sampler`, and no `MixedStream` follows it.
         """
+        if self.sampler is not None and not self.evaluating:
+            self.sampler.followed()
         return observe(self, model, batch, accelerator=accelerator)
 
     # ---- names -----------------------------------------------------------------------------
 
     def declare(self, dataset: Any, split: str, fields: Sequence[str] = ()) -> bool:
-        """Learn the channels of a dataset, if they can be read before training.
+        """Learn the channels of a dataset; tell whether it could be scanned before training.
 
         Args:
             dataset: a `datasets.Dataset` or a list of records; nothing else can be scanned.
             split: `train`, or another name of this set, for messages.
             fields: the fields that may hold the channel; by default those of the config.
-
-        Returns:
-            Whether the dataset could be scanned.
 
         Raises:
             ChannelError: no record of a training set has a channel; and as `declare_names`.
@@ -296,4 +297,4 @@ class ChannelMetrics(Checkpoints):
     def _tell(self, window: Window) -> None:
         # A trainer may log twice at one step: a window that holds nothing.
         if self.measuring and window.has_counts:
-            tell(window, self.on_window, self.warn_once)
+            tell(window, self.on_window, self.warn_once, self.stop)

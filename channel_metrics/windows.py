@@ -144,12 +144,20 @@ class Evaluation(OpenWindow):
 
 
 def tell(
-    window: Window, observers: list[Callable[[Window], Any]], warn_once: Callable[..., None]
+    window: Window,
+    observers: list[Callable[[Window], Any]],
+    warn_once: Callable[..., None],
+    stop: Callable[[str], None],
 ) -> None:
-    """Call the observers. A display that fails is removed from them, with a warning."""
+    """Call the observers. A display that fails is removed from them, with a warning.
+
+    If one returns a text, the run should end, and the text is the reason.
+    """
     for observer in list(observers):
         try:
-            observer(window)
+            reason = observer(window)
+            if isinstance(reason, str) and reason:
+                stop(reason)
         except Exception as error:  # only a display may fail: others steer the training
             if not getattr(observer, "is_display", False):
                 raise

@@ -46,6 +46,22 @@ def test_a_function_gets_each_closed_window() -> None:
     assert own.SEEN == [3, 4] and own.shows.calls == 1
 
 
+def test_the_hook_of_the_page_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocks = (ROOT / "docs/acting.md").read_text().split("```python\n")[1:]
+    (hook,) = [block.split("```")[0] for block in blocks if "def hook" in block]
+    (tmp_path / "module_of_the_page.py").write_text(hook)
+    monkeypatch.syspath_prepend(tmp_path)
+    metrics = ChannelMetrics(MetricsConfig(on_window=("module_of_the_page:hook",)))
+    for step, (name, loss) in enumerate([("bbu", 2.5), ("a", 1.0), ("bbu", 1.5)], start=1):
+        assert not metrics.stop_reason
+        metrics.count(batch((name, 1, loss)))
+        metrics.close(step)
+    assert metrics.stop_reason == "the loss of bbu is below 2"
+    assert "the loss of bbu is below 2: this trainer goes on; end it yourself." in caplog.text
+
+
 def test_nothing_in_a_window_can_be_changed() -> None:
     metrics = ChannelMetrics(MetricsConfig(metrics=("loss",), axes={"kind": {"a": "x"}}))
     metrics.count(batch(("a", 2, 1.0)))

@@ -247,6 +247,8 @@ def test_what_does_not_fit() -> None:
     metrics.count(MicroBatch(token_losses=torch.ones(1, 1), channels=["b"]))
     with pytest.raises(ConfigError, match="but no dataset follows it"):
         metrics.close(1)
+    with pytest.raises(ConfigError, match="but no dataset follows it"):
+        session().observe(torch.nn.Module(), {})
     with pytest.raises(ConfigError, match="does not have; add sampler"):
         stream().follow(new())
     with pytest.raises(ConfigError, match="must name the sources of the stream, a, b, but names"):

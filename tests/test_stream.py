@@ -19,6 +19,7 @@ from session_tools import batch, new
 from typer.testing import CliRunner
 
 from channel_metrics import ConfigError, MetricsConfig
+from channel_metrics.analysis.rows import final_rows
 from channel_metrics.analysis.run import load_run
 from channel_metrics.cli.main import app
 from channel_metrics.core.schema import Column, Metric, Schema
@@ -54,6 +55,9 @@ def test_a_line_holds_values_and_sums(tmp_path: Path) -> None:
         "bbu_loss": 1.0, "bbu_tokens": 1.0, "bbu_ppl": math.e,
         "rru_loss": 2.0, "rru_tokens": 3.0, "rru_ppl": math.exp(2),
         "unlabeled_tokens": 1.0, "unlabeled_nonfinite": 1.0,
+        "bbu_tokens_total": 1, "bbu_samples_total": 1,
+        "rru_tokens_total": 3, "rru_samples_total": 1,
+        "unlabeled_tokens_total": 1, "unlabeled_samples_total": 1,
     }  # fmt: skip
     assert sums["rru"]["nll"] == 6.0 and sums["unlabeled"]["nonfinite"] == 1.0
     assert (evaluation["split"], evaluation["eval_code_loss"]) == ("code", 1000.0)
@@ -175,22 +179,44 @@ def test_lines_fit_the_schema_of_the_page(tmp_path: Path) -> None:
     (line,) = lines(tmp_path / "windows.jsonl")
     assert set(schema["required"]) <= set(line) and "worst_channel" in schema["properties"]
     assert (line["worst_channel"], line["worst_loss"]) == ("rru", 2.0)
-    assert load_run(tmp_path).channels() == ["bbu", "rru"], "a name is no value"
+    assert load_run(tmp_path).channels() == ["bbu", "rru", "unlabeled"], "a name is no value"
     for key, value in line.items():
         if key in schema["properties"]:
             assert isinstance(value, types[schema["properties"][key]["type"]]), key
         else:
-            assert schema["additionalProperties"] == {"type": ["number", "null"]}
-            assert value is None or isinstance(value, float), key
+            assert schema["additionalProperties"]["type"] == ["number", "null"]
+            assert value is None or isinstance(value, (float, int)), key
 
 
 def test_the_code_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs/stream.md").read_text()
     monkeypatch.chdir(tmp_path)
     run(Path("runs/a/windows.jsonl"), range(1, 4))
+    run(Path("runs/a/windows.jsonl"), range(2, 5))  # resumed behind step 1
     scope: dict[str, Any] = {}
     exec(text.split("```python\n")[1].split("```")[0], scope)
-    assert scope["total"] == 1 + 2 + 3
+    assert scope["total"] == 1 + 2 + 3 + 4
+
+
+def test_a_resume_from_the_middle_of_a_window_loses_no_tokens(tmp_path: Path) -> None:
+    """Windows of two steps, a checkpoint after step 3, and a crash after step 4."""
+    path = tmp_path / "windows.jsonl"
+
+    def steps(metrics: ChannelMetrics, numbers: range, save_at: int = 0) -> None:
+        for step in numbers:
+            metrics.count(batch(("bbu", 1, 1.0), ("rru", 3, 2.0)))
+            if step % 2 == 0:
+                metrics.close(step)
+            if step == save_at:
+                metrics.save(tmp_path / "checkpoint")
+
+    steps(new(stream=str(path), metrics=("loss", "tokens")), range(1, 5), save_at=3)
+    second = new(stream=str(path), metrics=("loss", "tokens"))
+    second.start(tmp_path / "checkpoint")
+    steps(second, range(4, 7))
+    assert [line["step"] for line in lines(path)] == [2, 4, 4, 6]
+    rows = {row.channel: row.tokens for row in final_rows(load_run(tmp_path))}
+    assert rows == {"bbu": 6, "rru": 18}
 
 
 @case(TORCH, ranks=2)

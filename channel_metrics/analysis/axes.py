@@ -16,6 +16,7 @@ import numpy as np
 
 from channel_metrics.analysis.readers.keys import GLOBAL, Key
 from channel_metrics.analysis.report.moving import values_at
+from channel_metrics.core.axis_settings import CHANNEL
 from channel_metrics.errors import ChannelMetricsError
 
 if TYPE_CHECKING:
@@ -24,7 +25,15 @@ if TYPE_CHECKING:
     from channel_metrics.analysis.run import Run
     from channel_metrics.analysis.store import Steps, Values
 
-__all__ = ["axis_of", "check_axis", "meanings_shown", "note_of", "with_axis", "without_labels"]
+__all__ = [
+    "axis_of",
+    "check_axis",
+    "labels_of_channels",
+    "meanings_shown",
+    "note_of",
+    "with_axis",
+    "without_labels",
+]
 
 # The axes of the groups that names such as `code/python` show.
 _TREES = ("tree", "tree_mean")
@@ -57,6 +66,23 @@ def without_labels(run: Run, declared: Container[str] = ()) -> Run:
         return run
     run.problems.note(note_of(axes))
     return replace(run, meanings=meanings_shown(meanings, axes), labels=labels)
+
+
+def labels_of_channels(run: Run) -> dict[str, set[str]]:
+    """{channel: labels such as `domain/target`} with which the channel is crossed.
+
+    With `cross: [[channel, domain]]`, a log has `channel.domain/bbu.target_loss`.
+    """
+    found: dict[str, set[str]] = defaultdict(set)
+    channels = sorted(run.channels(), key=len, reverse=True)
+    for name in {means.channel for means in run.labels.values()}:
+        axis, _, label = name.partition("/")
+        first, _, others = axis.partition(".")
+        for channel in channels if first == CHANNEL and others else ():
+            if label.startswith(f"{channel}."):
+                found[channel].add(f"{others}/{label.removeprefix(f'{channel}.')}")
+                break
+    return found
 
 
 def with_axis(run: Run, axis: str) -> Run:

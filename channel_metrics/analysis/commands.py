@@ -90,9 +90,8 @@ def add_commands(
         with reported():
             from channel_metrics.analysis.axes import with_axis
             from channel_metrics.analysis.judging.finding import is_worse
-            from channel_metrics.analysis.judging.told import findings_of
+            from channel_metrics.analysis.judging.told import judged
             from channel_metrics.analysis.readers.sources import OUTPUT_FOLDER
-            from channel_metrics.analysis.report.views import views_of
             from channel_metrics.analysis.run import folder_of
             from channel_metrics.extras import check_installed
 
@@ -100,8 +99,7 @@ def add_commands(
             loaded = _load(runs, format, channel)
             loaded = _with_estimates(loaded, samples, sample_data, batch_size)
             folder = output_dir or folder_of(runs[0]) / OUTPUT_FOLDER
-            views = views_of([with_axis(run, axis) for run in loaded] if axis else loaded)
-            found = [findings_of(view) for view in views]
+            views, found = judged([with_axis(run, axis) for run in loaded] if axis else loaded)
             files = _write(loaded, folder, with_csv=csv)
             if as_json:
                 _print_json(views, found, files)

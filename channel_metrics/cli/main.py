@@ -39,6 +39,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # with rich, the help takes twice as long
+    context_settings={"max_content_width": 120},
 )
 
 # The width of output that is not a terminal. No table is wider.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.extremes import id_words
@@ -23,10 +24,13 @@ from channel_metrics.data.reference import (
     Reference,
     reference_of,
 )
+from channel_metrics.errors import ChannelError
 
 __all__ = [
+    "INDEX",
     "RECORD_IDS_KEY",
     "Carried",
+    "Indexed",
     "carried_of",
     "split_carried",
     "split_roles",
@@ -36,6 +40,8 @@ __all__ = [
 
 # The batch key: int64 [N, ID_WORDS], see `id_words`.
 RECORD_IDS_KEY = "channel_record_ids"
+# As `id_field` of outliers: the place of a record in its dataset.
+INDEX = "@index"
 # In a name, what travels is behind two of these: "bbu", mark, "1.5 3" (nll, tokens), mark, id.
 _MARK = "\x03"
 # Behind this one are the roles of the tokens in runs, such as "0*3 2*9".
@@ -58,7 +64,8 @@ class Carried:
     @property
     def own_fields(self) -> tuple[str, ...]:
         """The fields of a record that nobody else needs."""
-        return self.reference.own_fields if self.reference else ()
+        of_id = (INDEX,) if self.id_field == INDEX else ()
+        return (*(self.reference.own_fields if self.reference else ()), *of_id)
 
     @property
     def roots(self) -> tuple[str, ...]:
@@ -74,9 +81,32 @@ class Carried:
 
     def _joined(self, record: Mapping[str, Any], names: list[str | None]) -> list[str | None]:
         count = len(names)
+        if self.id_field == INDEX and INDEX not in record:
+            raise ChannelError(
+                f"id_field of outliers is {INDEX!r}, but a record has only "
+                f"{', '.join(record)}: the Trainer of transformers knows the index in a "
+                "`datasets.Dataset`. Elsewhere, add a column with it, and name it as id_field."
+            )
         pairs = self.reference.pairs(record, count) if self.reference else [NO_PAIR] * count
         ids = _ids(look_up(record, self.id_field) if self.id_field else None, count)
         return [_with(*of_sequence) for of_sequence in zip(names, pairs, ids, strict=True)]
+
+
+class Indexed(Dataset[Any]):
+    """The records of a `datasets.Dataset`, each with its `INDEX`. Nothing is copied."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataset[index], INDEX: index}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        records = self.dataset.__getitems__(indices)
+        return [{**r, INDEX: index} for index, r in zip(indices, records, strict=True)]
 
 
 def carried_of(config: MetricsConfig) -> Carried | None:

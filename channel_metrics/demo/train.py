@@ -159,9 +159,7 @@ def _trainer(
     )
     if config.probe is not None:
         _probe(trainer, config.probe, tokenizer, config.max_length)
-    attached: Any = attach(trainer, config.metrics_of_run())
-    if stream is not None:
-        stream.follow(attached.channel_metrics)
+    attach(trainer, config.metrics_of_run())
     return trainer
 
 

@@ -86,6 +86,16 @@ class SamplerObserver:
         self._plan, self._lag = plan, lag
         self.begin()
 
+    def followed(self) -> Plan:
+        """The plan that this observer changes; raises `ConfigError` if there is none."""
+        if self._plan is None:
+            raise ConfigError(
+                "the config has `sampler`, but no dataset follows it; the training set must be a "
+                "MixedStream, in a loop of your own after MixedStream.follow(metrics); or remove "
+                "the setting."
+            )
+        return self._plan
+
     def begin(self) -> None:
         """Begin a run, or go on with one: the totals and notes of the session are those of it."""
         if self._plan is None:
@@ -121,12 +131,7 @@ class SamplerObserver:
         """Change the weights after a train window."""
         if window.split != "train":
             return
-        plan, counts = self._plan, self._counts()
-        if plan is None:
-            raise ConfigError(
-                "the config has `sampler`, but no dataset follows it; call "
-                "MixedStream.follow(metrics) before the training, or remove the setting."
-            )
+        plan, counts = self.followed(), self._counts()
         own, settings = self._session.totals.notes[_NOTE], self.settings
         position = counts.total()
         scores = self._checked(self._scores(window, own))

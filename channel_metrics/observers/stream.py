@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any, Protocol
 
+from channel_metrics.core.keys import KeyBook
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.schema import Schema, ratio
 from channel_metrics.observers.line_file import LineFile
@@ -22,6 +23,7 @@ __all__ = ["Session", "WindowStream", "line_of"]
 class Session(Protocol):
     """What the stream asks of a `ChannelMetrics`."""
 
+    keys: KeyBook
     ranks: Ranks
     schema: Schema
 
@@ -45,26 +47,45 @@ class WindowStream:
     def __call__(self, window: Window) -> None:
         """Append the window."""
         if self._session.ranks.rank == 0:
-            self._file.append(line_of(window, self._session.schema.unit))
+            self._file.append(line_of(window, self._session))
 
 
-def line_of(window: Window, unit: str) -> dict[str, Any]:
+def line_of(window: Window, session: Session) -> dict[str, Any]:
     """The line of a window, as plain values. A value that is not finite is null."""
     names = (UNLABELED, *window.names)
     values: dict[str, float] = dict(window.logs)
     whole = _whole_loss(window)
     if whole is not None:
         values.setdefault(f"{window.prefix}loss", whole)
+    values = _totals(window, session.keys) | values
     return {
         "channel_metrics": Window.version,
         "step": window.step,
         "split": window.split,
-        "unit": unit,
+        "unit": session.schema.unit,
         **({"worst_channel": window.worst_channel} if window.worst_channel else {}),
         **{key: value if math.isfinite(value) else None for key, value in values.items()},
         "columns": list(window.columns),
         "sums": {name: row for name, row in zip(names, window.table, strict=True) if any(row)},
     }
+
+
+def _totals(window: Window, keys: KeyBook) -> dict[str, float]:
+    """The counts of the whole run, of the channels in the window.
+
+    A checkpoint in the middle of a window keeps what was counted, but no line ever has it if the
+    run goes on from there.
+    """
+    if window.split != "train":
+        return {}
+    counted = zip((UNLABELED, *window.names[: window.num_channels]), window.table, strict=False)
+    found = {
+        keys.key(name, metric): count
+        for name, row in counted
+        if any(row)
+        for metric, count in window.totals.get(name, {}).items()
+    }
+    return {key: count for key, count in found.items() if key not in keys.clashes}
 
 
 def _whole_loss(window: Window) -> float | None:

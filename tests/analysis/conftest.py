@@ -45,6 +45,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "troubled": [troubled_run()],
         "two": [run_with(FOUR, name="base"), run_with(FOUR, name="other", seed=5)],
     }
+    runs["three"] = [*runs["two"], run_with(FOUR[1:], name="third", seed=7)]
     runs["rich"] = [rich_run(), rich_run("other", seed=3)]
     runs["resumed"] = [resumed_run()]
     runs["lacking"] = [run_with(FOUR, name="base"), run_with(FOUR[:3], name="other", seed=5)]

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -18,7 +15,6 @@ from typer.testing import CliRunner
 
 from analysis.analysis_tools import make_history, run_of, write_jsonl
 from channel_metrics.analysis.commands import Format
-from channel_metrics.analysis.progress import bar
 from channel_metrics.analysis.readers.sources import FORMATS
 from channel_metrics.analysis.rows import final_rows
 from channel_metrics.analysis.watch.screen import view_of
@@ -247,29 +243,3 @@ def test_an_unknown_format_lists_the_formats(run: Path) -> None:
         assert f"one of the formats {', '.join(FORMATS)}, but got 'foo'" in err
     # The help names them all, too, without loading the readers.
     assert get_args(Format)[1].help.endswith(f"has several: {', '.join(FORMATS)}.")
-
-
-def test_a_long_phase_shows_its_progress_in_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    with bar("writing metrics.parquet", 4000) as (advance, expect):
-        expect(100)
-        for _ in range(100):
-            advance(1)
-        time.sleep(0.2)
-    assert "writing metrics.parquet" in capfd.readouterr().err
-
-
-def test_the_help_takes_a_fifth_of_a_second() -> None:
-    """Of the processor, and twice that is allowed, because others may be using it."""
-    environ = os.environ | {"COLUMNS": "80"}
-    command = [sys.executable, "-m", "channel_metrics", "--help"]
-    seconds = []
-    for _ in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(command, check=True, capture_output=True, env=environ)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 0.4, seconds

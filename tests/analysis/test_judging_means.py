@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from paths import ROOT
 
 from analysis.analysis_tools import run_of
 from channel_metrics.analysis.judging.means import (
@@ -63,6 +64,26 @@ def test_the_rate_of_false_alarms(correlation: float, stated: float) -> None:
     alarms = [trend for trend in trends if trend.is_bad]
     assert len(trends) == 5 * NUM_RUNS
     assert len(alarms) <= stated * len(trends), (len(alarms), correlation)
+
+
+@pytest.mark.parametrize(
+    ("where", "rise", "count"),
+    [("third", 3, 20), ("third", 1, 100), ("third", 1, 400), ("tenth", 3, 400)],
+)
+def test_how_many_rises_are_missed(where: str, rise: int, count: int) -> None:
+    lines = (ROOT / "docs/report.md").read_text(encoding="utf-8").splitlines()
+    (cells,) = [line.split(" | ") for line in lines if f"| last {where} | {rise} | " in line]
+    stated = float(cells[2 + [20, 40, 100, 400].index(count)].split()[0])
+    generator = np.random.default_rng(5)
+    missed = 0
+    for _ in range(NUM_RUNS):
+        values = noise(generator, count, 0.3) * math.sqrt(1 - 0.3**2)
+        values[count - count // {"third": 3, "tenth": 10}[where] :] += rise
+        losses = enumerate((2 + 0.1 * values).tolist(), 1)
+        trends = trends_of(run_of([{"step": step, "a_loss": loss} for step, loss in losses]))
+        missed += not any(trend.is_bad for trend in trends)
+        assert rise == 1 or all(trend.state != "steady" for trend in trends)
+    assert 100 * missed / NUM_RUNS == pytest.approx(stated, abs=1)
 
 
 def test_the_rate_of_false_differences() -> None:

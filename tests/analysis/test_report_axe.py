@@ -25,10 +25,10 @@ def violations(report: Report) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("width", [1440, 390])
+@pytest.mark.parametrize("width", [1440, 768, 390])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_nothing(report: Report, files: dict[str, Path], theme: str, width: int) -> None:
-    for name in ("lacking", "hostile", "troubled"):
+    for name in ("lacking", "three", "hostile", "troubled"):
         report.open(files[name], theme=theme, width=width)
         assert violations(report) == [], name
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from analysis.analysis_tools import run_of, series_of
-from analysis.browser import END, Report, needs_browser
+from analysis.browser import END, ENTER, Report, needs_browser
 from analysis.labelled import AXES, PLAIN, history
 from analysis.report_page import Page, page_of
 from analysis.report_runs import run_with
-from channel_metrics.analysis.axes import with_axis
+from channel_metrics.analysis.axes import labels_of_channels, with_axis
 from channel_metrics.analysis.report import groupings
 from channel_metrics.analysis.report.html import write_report
 from channel_metrics.analysis.rows import final_rows
@@ -101,6 +101,25 @@ def test_texts_and_tables_follow_the_axis(report: Report, files: dict[str, Path]
     report.choose("#axis", "")
     assert [report.texts(selector) for selector in everywhere] == before
     assert report.complaints() == []
+
+
+@needs_browser
+def test_a_label_that_is_crossed_with_channels_filters_them(report: Report, tmp_path: Path) -> None:
+    names = ("bbu", "code/rust", "web/de")
+    log = history(names, axes=AXES, cross=(("channel", "domain"), ("channel", "lang")))
+    run = run_of(log)
+    assert labels_of_channels(run) == {
+        "bbu": {"domain/target", "lang/de", "lang/en"},
+        "code/rust": {"domain/target", "lang/de", "lang/en"},
+        "web/de": {"domain/unlabeled", "lang/de", "lang/en"},
+    }
+    write_report([run], tmp_path / "report.html")
+    report.open(tmp_path / "report.html")
+    report.click("#search")
+    report.keys("domain/target" + ENTER)
+    assert report.texts("#legend-count") == ["2 of 3 found, 2 of 3 drawn"]
+    assert names_of(report) == ["bbu", "code/rust"]
+    assert sorted(report.texts("#final tbody th")) == ["bbu", "code/rust"]
 
 
 def test_tiles_and_findings_of_labels(tmp_path: Path) -> None:

@@ -34,3 +34,4 @@ def test_badge(tmp_path: Path, errors: list[float], verdict: str, badge: str) ->
     page = (tmp_path / "report.html").read_text()
     assert f'<span class="badge">{badge}</span><p>self-check' in page
     assert ("mostly come close" in page) == (verdict == "uneven")
+    assert ("Whether that explains so much is not known" in page) == (verdict == "differs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from statistics import median
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from paths import ROOT
 
 from benchmarks import head, scale, step
 from benchmarks.__main__ import PARTS
+from benchmarks.alarm_runs import share_delay, starved_delay
 from benchmarks.pages import PAGES, filled
 from benchmarks.peers import found_package
 
@@ -45,6 +47,27 @@ def test_the_numbers_in_the_readme() -> None:
     ):
         cells = " | ".join(str(counts[variant][key]) for variant in variants)
         assert f"| {words} | {cells} |" in text
+
+
+def test_the_delays_of_alerts_in_the_docs() -> None:
+    def told(windows: list[int]) -> list[str]:
+        return [f"{median(windows):.0f}", f"{max(windows)}"]
+
+    text = (ROOT / "docs/acting.md").read_text(encoding="utf-8")
+    rows = [
+        [f"{r['part of windows']:.0%}", *told(r["windows"])] for r in RESULTS["alarms"]["starved"]
+    ]
+    of_share = RESULTS["alarms"]["share"]
+    last = RESULTS["alarms"]["starved"][-1]
+    assert starved_delay(0, 10, last["part of windows"], 0.05) == last["windows"][0]
+    assert share_delay(0, 0.5, 0.05, 0.05, 300) == of_share[6]["windows"][0]
+    half = len(of_share) // 2
+    for first, later in zip(of_share[:half], of_share[half:], strict=True):
+        assert (first["before"], later["before"]) == (0, 300)
+        shares = [f"{first['target']:.0%}", f"{first['target'] + first['off']:.0%}"]
+        rows.append([*shares, *told(first["windows"]), *told(later["windows"])])
+    for cells in rows:
+        assert f"| {' | '.join(cells)} |".replace("%", " %") in text
 
 
 def keys(rows: list[dict[str, Any]]) -> set[tuple[str, ...]]:

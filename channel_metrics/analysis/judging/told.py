@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from channel_metrics.analysis.judging import losses_told as losses
 from channel_metrics.analysis.judging.finding import Finding, bad
 from channel_metrics.analysis.judging.means import MIN_VALUES
-from channel_metrics.analysis.report.views import shown
+from channel_metrics.analysis.progress import phase
+from channel_metrics.analysis.report.views import shown, views_of
 
 if TYPE_CHECKING:
     from channel_metrics.analysis.report.views import RunView
+    from channel_metrics.analysis.run import Run
 
-__all__ = ["findings_of"]
+__all__ = ["findings_of", "judged"]
 
 # verdict: (level, badge, what the losses of the channels do with the trainer's)
 _CHECKED = {
@@ -26,6 +28,17 @@ _WHY_UNEVEN = (
     ". They are equal where a window is one step; over several, most trainers log the mean of the "
     "steps\u2019 means, which weighs tokens unevenly"
 )
+_WHY_DIFFERS = (
+    f"{_WHY_UNEVEN}. Whether that explains so much is not known: a loss with weights or further "
+    "terms, tokens without a channel, and tokens that are counted twice also give a difference"
+)
+
+
+def judged(runs: Sequence[Run]) -> tuple[list[RunView], list[list[Finding]]]:
+    """Runs as the report shows them, and the findings about each; the first is the baseline."""
+    with phase("judging the losses"):
+        views = views_of(runs)
+        return views, [findings_of(view) for view in views]
 
 
 def findings_of(view: RunView) -> list[Finding]:
@@ -97,6 +110,7 @@ def _self_check(view: RunView) -> Finding:
         text = f"self-check: unknown, because {reason}"
         return Finding(kind="check", level="unknown", text=text)
     level, word, do = _CHECKED[view.verdict]
+    why = {"exact": "", "differs": _WHY_DIFFERS}.get(view.verdict, _WHY_UNEVEN)
     return Finding(
         kind="check",
         level=level,
@@ -104,7 +118,7 @@ def _self_check(view: RunView) -> Finding:
         text=f"self-check: the losses of the channels, weighted by their tokens, {do} the "
         f"trainer\u2019s loss: over {check.windows:,} windows they differ by "
         f"{_tiny(check.median)} in the median, and by {_tiny(check.largest)} at most (step "
-        f"{check.step:,}){'' if view.verdict == 'exact' else _WHY_UNEVEN}",
+        f"{check.step:,}){why}",
     )
 
 

@@ -95,10 +95,9 @@ def add_report_command(
         with reported():
             from channel_metrics.analysis.axes import with_axis
             from channel_metrics.analysis.judging.finding import is_worse, lines_of
-            from channel_metrics.analysis.judging.told import findings_of
+            from channel_metrics.analysis.judging.told import judged
             from channel_metrics.analysis.progress import phase
             from channel_metrics.analysis.report.html import write_views
-            from channel_metrics.analysis.report.views import views_of
             from channel_metrics.analysis.run import folder_of
             from channel_metrics.extras import check_installed
 
@@ -107,8 +106,7 @@ def add_report_command(
             loaded = load(runs, format, channel)
             loaded = [with_axis(run, axis) for run in loaded] if axis else loaded
             file = output or folder_of(runs[0]) / REPORT_FILE
-            views = views_of(loaded)
-            found = [findings_of(view) for view in views]
+            views, found = judged(loaded)
             with phase(f"writing {file.name}"):
                 size = write_views(views, found, file, title=title)
             drawn: list[Path] = []

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from channel_metrics.analysis.axes import labels_of_channels
 from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.report.axes import axes_of, marks_of
 from channel_metrics.analysis.report.curves import Curve, curves_of
@@ -56,6 +57,7 @@ def page_data(groupings: Sequence[Grouping], limit: int) -> dict[str, Any]:
     _keep_first_tokens(curves)
     return {
         "channels": [shown(name) for grouping in groupings for name in grouping.names],
+        "labels": _labels(groupings),
         "label_axes": [grouping.title for grouping in groupings for _ in grouping.names],
         "runs": [view.name for view in views],
         "rows": rows,
@@ -72,6 +74,19 @@ def dump_json(value: Any) -> str:
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
+
+
+def _labels(groupings: Sequence[Grouping]) -> list[str]:
+    """For each name what the search finds it by, besides the name: the labels of a channel."""
+    found: dict[str, set[str]] = {}
+    for view in groupings[0].views:
+        for name, labels in labels_of_channels(view.run).items():
+            found.setdefault(name, set()).update(map(shown, labels))
+    return [
+        "" if grouping.axis else " ".join(sorted(found.get(name, ())))
+        for grouping in groupings
+        for name in grouping.names
+    ]
 
 
 def _drawn(grouping: Grouping, view: RunView, limit: int) -> Iterator[Curve]:

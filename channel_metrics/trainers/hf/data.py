@@ -8,7 +8,7 @@ from typing import Any
 from channel_metrics.core.labels import LabelTable, field_columns, field_roots
 from channel_metrics.core.token_axes import TokenColumn
 from channel_metrics.data.batch_channels import COLUMNS_KEY, BatchChannels
-from channel_metrics.data.carried import Carried
+from channel_metrics.data.carried import INDEX, Carried
 from channel_metrics.data.collator import BOUNDS_KEY, RECORDS_KEY, ChannelCollator
 from channel_metrics.errors import ChannelError
 from channel_metrics.session import ChannelMetrics
@@ -97,7 +97,7 @@ def wrap_collator(
     drop = remove_unused_columns or theirs
     of_tokens = [field for field, _ in columns]
     roots = (*field_roots([*fields, *of_tokens]), *(carried.roots if carried else ()))
-    strip = [root for root in roots if drop and root not in signature_columns]
+    strip = [r for r in roots if r == INDEX or (drop and r not in signature_columns)]
     return kind(
         base,
         fields=fields,

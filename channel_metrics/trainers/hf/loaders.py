@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from channel_metrics.data.carried import carried_of
+from channel_metrics.data.carried import INDEX, Indexed, carried_of
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.data.repeats import repeats_unseen
 from channel_metrics.data.scan import class_names, count_channels
@@ -87,9 +87,11 @@ class ChannelLoadersMixin(_TrainerBase):
         before = self._signature_columns
         self._signature_columns = [*before, *self.data_collator.roots]
         try:
-            return super()._remove_unused_columns(dataset, description=description)
+            kept = super()._remove_unused_columns(dataset, description=description)
         finally:
             self._signature_columns = before
+        carried = self.data_collator.carried
+        return Indexed(kept) if carried is not None and carried.id_field == INDEX else kept
 
     def _get_collator_with_removed_columns(
         self, data_collator: Callable[..., Any], description: str | None = None

@@ -10,6 +10,7 @@ import transformers
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, default_compute_objective
 
 from channel_metrics.core.totals import totals_path
+from channel_metrics.data.mixed_stream import MixedStream
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.callbacks import tell_callbacks
 from channel_metrics.trainers.hf.eval_keys import (
@@ -32,6 +33,7 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
         tell_callbacks(self)
         session = self.channel_metrics
         if session is not None:
+            self._follow(session)
             with session.guard.guarded():
                 called = inspect.signature(loop).bind(*args, **kwargs).arguments
                 checkpoint = called.get("resume_from_checkpoint") or None
@@ -41,6 +43,15 @@ class ChannelWindowsMixin(ChannelLoadersMixin):
                 check_best_metric(self, session)
                 check_stop_when(self, session)
         return loop(*args, **kwargs)
+
+    def _follow(self, session: ChannelMetrics) -> None:
+        """Let the training set follow the sampler; it is an error if nothing does."""
+        if session.sampler is None:
+            return
+        if isinstance(self.train_dataset, MixedStream):
+            self.train_dataset.follow(session)
+        elif not self.channel_whole_script:  # such a trainer may be left alone
+            session.sampler.followed()
 
     def _start(self, session: ChannelMetrics, checkpoint: Path | None) -> None:
         """Begin a run, and load the totals of its checkpoint."""

@@ -6,7 +6,8 @@ Patched are
   config, because ms-swift drops all columns that it does not know;
 - `Template.encode`, for an axis by template: the roles of its tokens travel with `channel`;
 - `SwiftSft._prepare_dataset`: it patches `__init__` of the trainer of `swift rlhf`, which few runs
-  import, and runs without channel metrics say so;
+  import, and runs without channel metrics say so; with the setting `sampler`, its training set
+  becomes a `MixedStream`;
 - `MegatronTrainer.__init__`, in runs that use it.
 """
 
@@ -37,6 +38,7 @@ from channel_metrics.trainers.hf.patch import attaching
 from channel_metrics.trainers.patching import announce, config_of_environment
 from channel_metrics.trainers.swift.data import CHANNEL_COLUMN
 from channel_metrics.trainers.swift.loss import check_loss_functions
+from channel_metrics.trainers.swift.mixed import mixed
 from channel_metrics.trainers.swift.roles import encode_with_roles
 from channel_metrics.trainers.swift.tasks import RLHF_TASKS, why_without_metrics
 
@@ -107,16 +109,21 @@ class _Preparing:
             _say(pipeline.args, reason)
         elif getattr(pipeline.args, "rlhf_type", None) is not None:
             _reach_rlhf(pipeline.args, self.config)
+        takes = isinstance(pipeline.args, SftArguments) and reason is None
+        takes = takes and not isinstance(pipeline.args, RLHFArguments)
         with FaultGuard(self.config.on_error).guarded():
             # Only the collator of `swift sft` and `swift pt` takes them off the names.
-            takes = isinstance(pipeline.args, SftArguments) and reason is None
-            takes = takes and not isinstance(pipeline.args, RLHFArguments)
             self.carried = carried_of(self.config) if takes else None
             self.with_roles = takes and ROLES_FIELD in token_fields(self.config.axes)
             if self.with_roles:
                 # datasets caches what the template has encoded, by the template's own values.
                 pipeline.template.channel_roles = True
-        return original(pipeline, *args, **kwargs)
+        prepared = original(pipeline, *args, **kwargs)
+        if takes and self.config.sampler:
+            # An error here always ends the run, since it decides what is trained on.
+            train, *others = prepared
+            return [mixed(train, pipeline.args), *others]
+        return prepared
 
     def encode(self, original: Any, template: Any, *args: Any, **kwargs: Any) -> Any:
         if self.with_roles:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from hf_tools import make_records, tiny_model, train
+from torch.utils.data import default_collate
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
-from channel_metrics import MetricsConfig
+from channel_metrics import ChannelError, ChannelMetrics, MetricsConfig
 from channel_metrics.demo.tiny import byte_tokenizer
 from channel_metrics.trainers.hf import attach
 
@@ -61,3 +63,43 @@ def test_ids_and_texts_are_those_of_the_records(
     for mine, theirs in zip(trainer.model.parameters(), off.model.parameters(), strict=True):
         assert torch.equal(mine, theirs), "the training is not changed"
     assert not (tmp_path / "off" / "outliers").exists()
+
+
+@pytest.mark.parametrize("removes", [True, False])
+def test_ids_are_the_places_in_the_dataset(tmp_path: Path, removes: bool) -> None:
+    records = make_records(64)
+
+    def run(folder: Path, outliers: dict[str, Any]) -> Any:
+        config = MetricsConfig(outliers=outliers)
+        return train(
+            folder,
+            records=records,
+            prepare=lambda trainer: attach(trainer, config),
+            trainer_arguments={
+                "data_collator": DataCollatorForSeq2Seq(byte_tokenizer()),
+                "eval_dataset": Dataset.from_list(make_records(9, seed=5)),
+            },
+            model=tiny_model(vocab_size=260),
+            remove_unused_columns=removes,
+            eval_strategy="steps",
+            eval_steps=4,
+        )
+
+    on = run(tmp_path, {"folder": str(tmp_path), "count": 2, "id_field": "@index"})
+    lines = [json.loads(line) for line in (tmp_path / "rank0.jsonl").read_text().splitlines()]
+    assert {line["split"] for line in lines} == {"train", "eval"}
+    for line in lines:
+        record = (make_records(9, seed=5) if line["split"] == "eval" else records)[int(line["id"])]
+        assert line["channel"] == record["channel"]
+        assert line["tokens"] == sum(token != -100 for token in record["labels"])
+    off = run(tmp_path / "off", {})
+    for mine, theirs in zip(on.model.parameters(), off.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs), "the training is not changed"
+
+
+def test_a_dataset_whose_index_is_not_known_is_an_error(tmp_path: Path) -> None:
+    config = MetricsConfig(outliers={"folder": str(tmp_path), "id_field": "@index"})
+    metrics = ChannelMetrics(config)
+    batch = metrics.collator(default_collate)([{"channel": "bbu", "labels": torch.ones(2)}])
+    with pytest.raises(ChannelError, match="but a record has only channel, labels: the Trainer"):
+        raise batch["channels"].error

@@ -16,7 +16,7 @@ from rank_cases import Case, RanksOf
 from sampler_tools import CONFIG, check_draws, sources, values, weights
 from transformers import TrainingArguments
 
-from channel_metrics import ChannelMetricsError, MetricsConfig, MixedStream
+from channel_metrics import ChannelMetricsError, ConfigError, MetricsConfig, MixedStream
 from channel_metrics.trainers.hf import attach
 
 ROWS = 4
@@ -32,7 +32,6 @@ def run(folder: Path, workers: int = 0, resume: Path | None = None, **arguments:
 
     def prepare(trainer: Any) -> None:
         attach(trainer, CONFIG)
-        stream.follow(trainer.channel_metrics)
         if resume is not None:
             trainer.train = partial(trainer.train, resume_from_checkpoint=str(resume))
 
@@ -90,6 +89,20 @@ def test_batches_that_the_trainer_skips_are_an_error(tmp_path: Path, whole: Any)
         run(tmp_path, resume=whole[0] / "checkpoint-5")
 
 
+def test_a_training_set_that_does_not_follow_is_an_error_before_the_first_step(
+    tmp_path: Path,
+) -> None:
+    steps: list[int] = []
+
+    def prepare(trainer: Any) -> None:
+        attach(trainer, CONFIG)
+        trainer.training_step = lambda *_: steps.append(1)
+
+    with pytest.raises(ConfigError, match="but no dataset follows it"):
+        train(tmp_path, prepare=prepare, records=sources()["bbu"])
+    assert not steps
+
+
 def on_ranks(folder: Path, workers: int, *, dispatch: bool) -> Any:
     stream = MixedStream(
         sources(fixed_records),
@@ -97,13 +110,9 @@ def on_ranks(folder: Path, workers: int, *, dispatch: bool) -> Any:
         lag=2 * LAG,
     )
 
-    def follow(trainer: Any) -> None:
-        stream.follow(trainer.channel_metrics)
-
     trainer = run_ranks(
         folder,
         config=CONFIG,
-        prepare=follow,
         records=stream,
         max_steps=8,
         logging_steps=1,

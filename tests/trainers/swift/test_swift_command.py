@@ -63,7 +63,12 @@ def commands(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Path]) ->
     reference = {"rlhf_type": "dpo", "ref_model": str(make_model(base / "reference", seed=1))}
     dpo = arguments(model, data["pairs"], base / "rlhf", **WHOLE | reference)
     ours = [sys.executable, "-m", "channel_metrics", "run", "--patch", "ms_swift"]
+    sampler = base / "sampler.yaml"
+    start_weights = ", ".join(f"{name}: 1" for name in CHANNELS)
+    sampler.write_text(METRICS + f"sampler: {{start: {{{start_weights}}}, rule: loss}}\n")
+    mix = arguments(model, data["plain"], base / "mix", max_steps=4, external_plugins=[str(PLUGIN)])
     started = {
+        "mix": start([str(SWIFT), "sft", *options(mix)], base, CHANNEL_METRICS_CONFIG=str(sampler)),
         "sft": start(
             [str(SWIFT), "sft", *options(sft | validation | given)],
             base,
@@ -153,6 +158,16 @@ def test_sft(commands: dict[str, Ended], data: dict[str, Path]) -> None:
         assert sum(entry[f"{name}_share"] for name in names) == pytest.approx(1, abs=1e-6)
     (evaluated, *_) = [entry for entry in ended.log if "eval_loss" in entry]
     assert sum(evaluated.get(f"eval_{name}_samples", 0) for name in CHANNELS) == 13
+
+
+def test_sft_with_a_sampler(commands: dict[str, Ended]) -> None:
+    """`swift sft` without a script: weights are logged, and they change."""
+    train = [entry for entry in commands["mix"].log if "loss" in entry]
+    weights = [[entry[f"{name}_weight"] for name in CHANNELS] for entry in train]
+    assert weights[0] == [0.25] * 4 and all(sum(w) == pytest.approx(1) for w in weights)
+    assert weights[1] != weights[0] and weights[2] != weights[1]
+    # Every step has two batches of four records.
+    assert sum(sums(train, "samples").values()) == 4 * 8
 
 
 def test_pt(commands: dict[str, Ended], data: dict[str, Path]) -> None:

@@ -14,17 +14,20 @@ from channel_metrics import MetricsConfig
 END = "<|endoftext|>"
 
 
-def lines_of(folder: Path, **options: Any) -> list[dict[str, Any]]:
+def lines_of(folder: Path, id_field: str = "id", **options: Any) -> list[dict[str, Any]]:
     records = [{**record, "id": n} for n, record in enumerate(text_records(96))]
-    config = MetricsConfig(outliers={"folder": str(folder / "outliers"), "count": 50})
+    config = MetricsConfig(
+        outliers={"folder": str(folder / "outliers"), "count": 50, "id_field": id_field}
+    )
     sft(folder, MySFT, records, channel_metrics=config, **options)
     path = folder / "outliers" / "rank0.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_padded_rows_have_ids(tmp_path: Path) -> None:
+@pytest.mark.parametrize("id_field", ["id", "@index"])
+def test_padded_rows_have_ids(tmp_path: Path, id_field: str) -> None:
     texts = {str(n): record["text"] for n, record in enumerate(text_records(96))}
-    lines = lines_of(tmp_path)
+    lines = lines_of(tmp_path, id_field)
     assert lines
     for line in lines:
         # The loss of the first token is none.

@@ -21,7 +21,7 @@ ROWS = 4
 BATCHES_AHEAD = (2 * 2 + 1) * 2
 
 
-def mixed(folder: Path, lag: int, **options: Any) -> Any:
+def mixed(folder: Path, lag: int, checkpoint: Path | None = None, **options: Any) -> Any:
     """Run the block of the page, with a window per step. lag: in batches of one rank."""
     (block,) = [
         block.split("```")[0]
@@ -39,7 +39,10 @@ def mixed(folder: Path, lag: int, **options: Any) -> Any:
         "records": Dataset.from_list(records),
         "config": CONFIG,
     }
-    exec(block.replace("lag=rows", f"lag={lag} * rows"), names)
+    block = block.replace("lag=rows", f"lag={lag} * rows")
+    if checkpoint is not None:
+        block = block.replace("train()", f"train(resume_from_checkpoint={str(checkpoint)!r})")
+    exec(block, names)
     return names["trainer"]
 
 
@@ -54,6 +57,15 @@ def test_the_page(tmp_path: Path) -> None:
     assert weights(found)[:2] == [0.5, 0.5] and 0.8 < weights(found)[2] < weights(found)[5]
     check_draws(found, ROWS, ROWS)
     assert trainer.channel_metrics.sampler._counts().total() == 6 * ROWS
+
+
+def test_resume_goes_on_with_the_draw(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4}
+    whole = of(mixed(tmp_path / "whole", 1, **given))
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    resumed = mixed(tmp_path / "resumed", 1, checkpoint, **given, ignore_data_skip=True)
+    assert of(resumed) == whole and len(whole) == 6
+    check_draws(of(resumed), ROWS, ROWS)
 
 
 @case(Preload(("trl_tools", "trl", "sampler_tools")), ranks=2)

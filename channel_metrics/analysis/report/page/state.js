@@ -58,7 +58,9 @@ const ordered = () => {
 };
 
 const matches = (channel) =>
-  DATA.channels[channel].toLocaleLowerCase().includes(state.query.toLocaleLowerCase().trim());
+  [DATA.channels[channel], DATA.labels[channel]].some((text) =>
+    text.toLocaleLowerCase().includes(state.query.toLocaleLowerCase().trim()),
+  );
 
 const showTop = () => {
   state.shown = new Set(ordered().slice(0, state.top));
