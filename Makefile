@@ -83,7 +83,7 @@ test-core: env # One process: the linters have the other core.
 		tests/test_config.py tests/test_session*.py tests/test_swap.py
 
 docs: env ## Build the docs site into site/; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: env ## Measure what it costs, beside others; writes benchmarks/results/ and docs/benchmarks.*
 	$(BIN)/python -m benchmarks
