@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from channel_metrics.cli.main import app
 from channel_metrics.demo.tiny import TinyModel, byte_tokenizer, tiny_model
+from channel_metrics.startup.sitecustomize import PATCHES
 
 TRAIN = """
 sources: {{a: {{path: data.jsonl}}}}
@@ -29,8 +30,8 @@ CASES = {
     ("check", 1): ("no_channels.jsonl",),
     ("check", 2): ("absent.jsonl",),
     ("doctor", 0): ("--patch", "hf_trainer", "--data", "data.jsonl"),
-    ("doctor", 1): ("--patch", "hf_trainer", "--data", "no_channels.jsonl"),
-    ("doctor", 2): ("--patch", "absent"),
+    ("doctor", 1): ("--patch", "absent"),
+    ("doctor", 2): ("--patch", "unknown"),
     ("analyze", 0): ("log.jsonl",),
     ("analyze", 1): ("worse.jsonl", "--fail-on", "worse"),
     ("analyze", 2): ("empty",),
@@ -78,6 +79,7 @@ def test_exit_code(
 ) -> None:
     command, code = case
     monkeypatch.chdir(folder)
+    monkeypatch.setitem(PATCHES, "absent", {"no_such_package": "no_such_patch"})
     result = CliRunner().invoke(app, [command, *arguments])
     assert result.exit_code == code, result.output
     # An error that is not ours has its traceback.
