@@ -75,7 +75,7 @@ lint: env ## ruff, mypy, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: env ## Linters, types over the tests too, and the tests of the core: below a minute
+check: env ## Linters, types over the tests too, and the tests of the core
 	@$(MAKE) --no-print-directory -j 2 --output-sync lint test-core
 
 test-core: env # One process: the linters have the other core.
