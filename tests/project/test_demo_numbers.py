@@ -16,7 +16,7 @@ EXAMPLE = ROOT / "docs/example_run"
 
 def last_of(folder: Path) -> dict[str, Any]:
     """The last log of the training in a run folder."""
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    history: list[dict[str, Any]] = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [entry for entry in history if "bbu_loss" in entry][-1]
 
 
