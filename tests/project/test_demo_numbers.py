@@ -16,8 +16,9 @@ EXAMPLE = ROOT / "docs/example_run"
 
 def last_of(folder: Path) -> dict[str, Any]:
     """The last log of the training in a run folder."""
-    history: list[dict[str, Any]] = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "bbu_loss" in entry][-1]
+    state = json.loads((folder / "trainer_state.json").read_text())
+    found: dict[str, Any] = [entry for entry in state["log_history"] if "bbu_loss" in entry][-1]
+    return found
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/TRAINING_PLAYBOOK.md"])
