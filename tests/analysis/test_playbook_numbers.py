@@ -27,7 +27,7 @@ ENTRIES = {
 
 def series(name: str, key: str) -> dict[int, float]:
     """{step: value} of a key in the log of a case."""
-    return {entry["step"]: entry[key] for entry in ENTRIES[name] if key in entry}
+    return {int(entry["step"]): entry[key] for entry in ENTRIES[name] if key in entry}
 
 
 def at(name: str, key: str, step: int) -> str:
