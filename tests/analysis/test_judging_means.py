@@ -64,6 +64,8 @@ def test_the_rate_of_false_alarms(correlation: float, stated: float) -> None:
     alarms = [trend for trend in trends if trend.is_bad]
     assert len(trends) == 5 * NUM_RUNS
     assert len(alarms) <= stated * len(trends), (len(alarms), correlation)
+    page = (ROOT / "docs/report.md").read_text(encoding="utf-8")
+    assert f"| {stated:.0%} | {len(alarms) / len(trends):.1%} |".replace("%", " %") in page
 
 
 @pytest.mark.parametrize(("count", "stated"), [(20, 24), (200, 10)])

@@ -49,6 +49,14 @@ def test_the_numbers_in_the_readme() -> None:
         assert f"| {words} | {cells} |" in text
 
 
+def test_the_numbers_in_the_reference() -> None:
+    text = " ".join((ROOT / "docs/REFERENCE.md").read_text(encoding="utf-8").split())
+    rows = {r["variant"]: r["operators_per_micro_batch"] for r in RESULTS["counts"]["rows"]}
+    accuracy, full = rows["ours, accuracy"], rows["ours, accuracy, 3 axes, error bars, bytes"]
+    assert f"with accuracy {accuracy} in place of {rows['ours']}, with error bars too" in text
+    assert f"bits per byte and three axes {full}, and none of them waits" in text
+
+
 def test_what_alerts_add_to_a_checkpoint() -> None:
     text = (ROOT / "docs/acting.md").read_text(encoding="utf-8")
     rows = RESULTS["acting"]["kept"]
