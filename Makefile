@@ -22,7 +22,7 @@ help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 15
 
 env: .venv/.stamp ## Create .venv (Python 3.11), at exact versions
-env-latest: .venv-latest/.stamp ## Create .venv-latest (newest releases), at exact versions
+env-latest: .venv-latest/.stamp ## Create .venv-latest (newer releases), at exact versions
 
 SOURCES := pyproject.toml scripts/make_env constraints/sources.txt constraints/vision.txt
 

@@ -50,7 +50,8 @@ def test_what_counts_as_better() -> None:
     ("metric", "mode"),
     [
         ("eval_loss", "min"), ("val_macro_loss", "min"), ("loss_of_channels", "min"),
-        ("eval_ppl", "min"), ("eval_bits_per_byte", "min"), ("eval_token_acc", "max"),
+        ("eval_ppl", "min"), ("eval_bits_per_byte", "min"), ("eval_bits_per_char", "min"),
+        ("eval_token_acc", "max"), ("eval_accuracy", "max"),
         ("eval_rewards/accuracies", "max"), ("reward", "max"), ("eval_rewards/margins", "max"),
     ],
 )  # fmt: skip

@@ -140,6 +140,20 @@ def test_a_tokenizer_that_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert caplog.text.count("outliers have no text, as the tokenizer failed: OverflowError") == 1
 
 
+class Surrogates:
+    def decode(self, tokens: list[int]) -> str:
+        return "a\ud800"
+
+
+def test_text_and_ids_that_no_file_can_have(tmp_path: Path) -> None:
+    metrics = watching(tmp_path)
+    metrics.read_tokenizer(Surrogates())
+    metrics.count(rows([1.0, 2.0], ["a", "a"]))
+    metrics.close(1)
+    assert [line["text"] for line in written(tmp_path)] == ["a?"] * 4
+    assert text_of_id(id_words("b\udc80")) == "b?"
+
+
 def test_steps_that_are_skipped_and_evaluations(tmp_path: Path) -> None:
     metrics = watching(tmp_path)
     for loss, discard in ((1.0, False), (9.0, True)):
@@ -247,6 +261,18 @@ def test_memory_does_not_grow_with_the_data() -> None:
     assert extremes._words.untyped_storage().nbytes() == extremes._words.numel() * 8
 
 
+@pytest.mark.parametrize("rows", [(2, 3), (3, 2)])
+def test_two_tables_that_know_different_numbers_of_rows(rows: tuple[int, int]) -> None:
+    tables = [Extremes(1, 0), Extremes(1, 0)]
+    for extremes, count in zip(tables, rows, strict=True):
+        sums = {"nll": torch.tensor([6.0 * count]), "tokens": torch.tensor([3.0])}
+        extremes.add(torch.tensor([count - 1]), sums, None, None, count)
+        extremes.found()
+    tables[0].merge(tables[1])
+    found = [(one.kind, one.row, one.loss, one.num_tokens) for one in tables[0].found()]
+    assert found == [(kind, r, 2.0 * r + 2, 3) for kind in ("highest", "lowest") for r in (1, 2)]
+
+
 def test_the_first_supervised_tokens() -> None:
     labels = torch.tensor([-100, 5, -100, 6, 7, 8, -100, 9, 1])
     bounds = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
@@ -254,6 +280,13 @@ def test_the_first_supervised_tokens() -> None:
     assert found.tolist() == [[5, -1], [-1, -1], [6, 7]]
     by_row = first_tokens(labels.view(3, 3), labels != -100, None, 2)
     assert by_row.tolist() == [[5, -1], [6, 7], [9, 1]]
+
+
+def test_a_micro_batch_without_tokens_has_no_first_ones() -> None:
+    nothing, bounds = torch.zeros(1, 0, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+    for cu_seqlens in (bounds, None):
+        found = first_tokens(nothing, nothing.bool(), cu_seqlens, 2)
+        assert found.tolist() == [[-1, -1]]
 
 
 @pytest.mark.parametrize("name", ["7", "x" * 64, "ä" * 32, None])

@@ -99,6 +99,14 @@ def test_what_a_rise_says() -> None:
     assert all(add(state, [3.0, 1.0, 0.0, 0.0]) is None for _ in range(40))
 
 
+def test_a_small_rise_is_seen_in_the_means_of_many_windows() -> None:
+    """A third of the standard deviation of their noise: the last scale, of 128 windows, tells."""
+    state, draw = new_state(0.05), random.Random(0)
+    losses = [2 + draw.gauss(0, 0.09) + (0.03 if window >= 1536 else 0) for window in range(2048)]
+    *before, last = (add(state, [loss, 1.0]) for loss in losses)
+    assert not any(before) and last is not None and last.windows == 512
+
+
 def test_the_state_does_not_grow() -> None:
     state, draw, sizes = new_state(1e-6), random.Random(0), []
     for window in range(1, 8001):

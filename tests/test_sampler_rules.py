@@ -63,10 +63,12 @@ def test_learning_speed() -> None:
     metrics = session(rule="speed", warmup=2)
     for step in range(1, 9):
         held = weights(metrics)
-        window(metrics, step, [1 + 8 * step**-0.4], [2 + 4 * step**-0.3])
+        window(metrics, step, [1 + 8 * step**-0.4] * 2, [2 + 4 * step**-0.3] * 2)
     points = metrics.totals.notes["sampler"]["points"]
     assert len(points["a"]) == 8 - 2 and held["a"] != 0.75
-    speeds = {name: speed(points[name], 8 * 2.0) or 0.0 for name in NAMES}
+    # Two tokens of each channel, and four of the run in each window.
+    assert points["a"][-1] == pytest.approx([2 * math.log(8 * 4), 2 * (1 + 8 * 8**-0.4), 2])
+    speeds = {name: speed(points[name], 8 * 4.0) or 0.0 for name in NAMES}
     assert weights(metrics) == in_proportion(
         {n: START[n] * math.sqrt(held[n] * (1 - held[n])) * speeds[n] for n in NAMES}
     )

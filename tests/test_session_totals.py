@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from rank_cases import TORCH, RanksOf, case
 from session_tools import batch, new, tokens
 
 from channel_metrics import ChannelMetricsError, MetricsConfig
@@ -51,6 +53,19 @@ def test_totals_are_saved_and_resumed(tmp_path: Path) -> None:
 def test_only_the_writer_writes(tmp_path: Path) -> None:
     trained(new()).save(tmp_path, is_writer=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@case(TORCH, ranks=2)
+def saved_by_default(folder: Path) -> list[str]:
+    """Each rank into a folder of its own."""
+    own = folder / f"of_rank{dist.get_rank()}"
+    own.mkdir(parents=True)
+    trained(new()).save(own)
+    return [path.name for path in own.iterdir()]
+
+
+def test_by_default_the_first_rank_writes(ranks_of: RanksOf) -> None:
+    assert ranks_of(saved_by_default) == [["channel_metrics.json"], []]
 
 
 def test_a_file_under_its_old_name_is_resumed(tmp_path: Path) -> None:

@@ -78,6 +78,18 @@ def test_keys_are_apart() -> None:
     swap.unwrap("second")
 
 
+def test_it_is_applied_while_all_of_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not swap.is_applied(KEY)
+    plain = Record.__init__
+    monkeypatch.setattr(Record, "__init__", plain)  # puts it back in the end
+    swap.wrap(Base, "size", saying("ours"), key=KEY)
+    swap.wrap(Record, "__init__", saying("ours"), key=KEY)
+    assert swap.is_applied(KEY) and not swap.is_applied("other")
+    monkeypatch.setattr(Record, "__init__", plain)
+    assert not swap.is_applied(KEY)
+    assert swap.is_wrapped(Base, "size", key=KEY)
+
+
 def test_an_inherited_method_is_looked_up_at_the_call_and_left_to_be_inherited() -> None:
     swap.wrap(Child, "size", saying("child"), key=KEY)
     assert Child().size() == ["child", "base"]

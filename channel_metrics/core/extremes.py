@@ -171,6 +171,9 @@ def first_tokens(labels: Tensor, mask: Tensor, cu_seqlens: Tensor | None, count:
         mask: bool, the supervised positions.
         cu_seqlens: int32 [N + 1]; without it, each row is a sequence.
     """
+    if not labels.numel():
+        num_sequences = len(labels) if cu_seqlens is None else len(cu_seqlens) - 1
+        return labels.new_full((num_sequences, count), _NO_TOKEN)
     labels, width = labels.reshape(-1), labels.shape[-1]
     if cu_seqlens is None:
         bounds = torch.arange(0, labels.numel() + 1, width, device=labels.device)
@@ -186,7 +189,8 @@ def first_tokens(labels: Tensor, mask: Tensor, cu_seqlens: Tensor | None, count:
 
 def id_words(name: str | None) -> list[int]:
     """The first 64 bytes of a record id, as int64; zeros if there is none."""
-    held = ("" if name is None else name).encode()[: 8 * ID_WORDS].ljust(8 * ID_WORDS, b"\0")
+    text = (name or "").encode(errors="replace")
+    held = text[: 8 * ID_WORDS].ljust(8 * ID_WORDS, b"\0")
     return [int.from_bytes(held[i : i + 8], "big", signed=True) for i in range(0, len(held), 8)]
 
 

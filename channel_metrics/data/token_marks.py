@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from channel_metrics.core.axis_settings import ROLES_FIELD
 from channel_metrics.core.boundaries import Boundaries
 from channel_metrics.core.names import bare, look_up
 from channel_metrics.core.token_axes import TokenColumn
@@ -85,10 +86,14 @@ def absent_columns(
 ) -> tuple[int, str]:
     """How many columns no record has, and a warning about them."""
     absent = [f for f, _ in columns if all(look_up(record, f) is None for record in records)]
+    why = (
+        "Only the patch ms_swift reads roles from a template, in `swift sft` and `swift pt`."
+        if absent == [ROLES_FIELD]
+        else "The column is missing, or the trainer dropped it when it made tokens of the records."
+    )
     return len(absent), (
         f"%d columns with labels of tokens ({', '.join(absent)}) are in none of its records, so "
-        "its tokens are counted as unlabeled on these axes. The column is missing, or the trainer "
-        "dropped it when it made tokens of the records."
+        f"its tokens are counted as unlabeled on these axes. {why}"
     )
 
 

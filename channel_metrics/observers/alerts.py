@@ -20,7 +20,7 @@ from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.totals import RunTotals
 from channel_metrics.observers import loss_alerts, window_alerts
 from channel_metrics.observers.line_file import LineFile
-from channel_metrics.observers.loss_alerts import LOSS_KINDS, loss_reasons, new_losses
+from channel_metrics.observers.loss_alerts import LOSS_KINDS, forget_loss, loss_reasons, new_losses
 from channel_metrics.observers.sending import Sender, to_trackio, to_wandb, webhook
 from channel_metrics.observers.window_alerts import Reason
 from channel_metrics.ranks.ranks import Ranks
@@ -157,6 +157,8 @@ class AlertObserver:
             last, goes_on = told.get(key, (-math.inf, False))
             if reason.text and not goes_on and number - last >= self.settings.cooldown:
                 told[key] = [number, True]
+                if reason.kind in LOSS_KINDS:
+                    forget_loss(notes["losses"], window.split, reason.channel)
                 self._tell(
                     Alert(reason.kind, reason.channel, window.split, window.step, reason.text)
                 )

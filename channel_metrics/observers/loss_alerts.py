@@ -16,7 +16,7 @@ from channel_metrics.core.schema import Schema
 from channel_metrics.observers.rises import Rise, add, forget, group_rate, new_state
 from channel_metrics.observers.window_alerts import Reason
 
-__all__ = ["LOSS_KINDS", "Session", "loss_reasons", "new_losses"]
+__all__ = ["LOSS_KINDS", "Session", "forget_loss", "loss_reasons", "new_losses"]
 
 LOSS_KINDS = ("forgetting", "overfitting")
 
@@ -81,8 +81,12 @@ def loss_reasons(
             partners.append(_mean(*trained.get(name, trained.get(_WHOLE, (0.0, 0.0)))))
         rise = add(tests[name], [total / count, count, *partners])
         if rise is not None and (kind := _kind(rise, kinds)):
-            forget(tests[name])
             yield Reason(kind, name, _text(rise, kind))
+
+
+def forget_loss(state: dict[str, Any], split: str, name: str) -> None:
+    """Begin anew with a loss whose rise was told. Until then, the rise is found again."""
+    forget(state["tests"][split][name])
 
 
 def _losses(sums: Mapping[str, Mapping[str, float]], session: Session) -> dict[str, Sum]:

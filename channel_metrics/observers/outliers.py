@@ -100,7 +100,8 @@ class OutlierFiles:
         }
         if self._session.tokenizer is not None and one.tokens:
             try:
-                line["text"] = self._session.tokenizer.decode(list(one.tokens))
+                text = self._session.tokenizer.decode(list(one.tokens))
+                line["text"] = text.encode(errors="replace").decode()
             except Exception as error:  # of any kind: tokenizers are not ours
                 self._session.warn_once("outliers have no text, as the tokenizer failed: %r", error)
         return line

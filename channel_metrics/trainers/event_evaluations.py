@@ -65,5 +65,5 @@ class EventEvaluations:
         for number, split in enumerate(splits):
             with self._session.evaluation(split, step, prefix=f"{split}_") as found:
                 yield number
-            if found.window is not None:
-                self._windows.append(found.window)
+            assert found.window is not None  # it was not discarded
+            self._windows.append(found.window)

@@ -108,18 +108,23 @@ def test_a_channel_that_ends_becomes_less_certain_from_there_on() -> None:
 
 
 def test_fits_that_disagree_make_the_band_wider(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Means of 0 and 2 that weigh 3 to 1, each with a variance of 1."""
-    shape = (8, 2)
-    fits = [Fit(np.log(3.0), 4.0, np.zeros(shape), np.ones(shape))]
-    fits += [Fit(0.0, 16.0, np.full(shape, 2.0), np.ones(shape))]
-    fits += [Fit(-np.inf, 1.0, np.full(shape, 99.0), np.ones(shape))] * 25
+    """Means of 0 and 2 * time, variances of 1 and 1 + time; they weigh 3 to 1. The second one has
+    a pace, so its knots are at other times."""
+    shape, unit = (8, 2), np.linspace(0, 1, 8)
+    time = np.stack([unit, unit], axis=1)
+    knots = (11**time - 1) / 10
+    without = Fit(-np.inf, 1.0, np.full(shape, 99.0), np.ones(shape))
+    fits = [without] * 27
+    fits[0] = Fit(np.log(3.0), 4.0, np.zeros(shape), np.ones(shape))
+    fits[9] = Fit(0.0, 16.0, 2 * knots, 1 + knots)
     waiting = iter(fits)
     monkeypatch.setattr(estimator, "fit_curves", lambda equations, walk: next(waiting))
     weights, _ = mixes(20, 0)
     data = estimator._Data(np.linspace(0, 1, 20), np.ones(20), weights[:, :2], np.ones(20), 1.0)
-    mean, variance, noise = estimator._average(data, 1.0, np.linspace(0, 1, 8))
-    assert mean == pytest.approx(np.full(shape, 0.5))
-    assert variance == pytest.approx(np.full(shape, 1 + 0.75 * 0.5**2 + 0.25 * 1.5**2))
+    mean, variance, noise = estimator._average(data, 1.0, unit)
+    assert mean == pytest.approx(0.5 * time)
+    wanted = 0.75 * (1 + (0.5 * time) ** 2) + 0.25 * (1 + time + (1.5 * time) ** 2)
+    assert variance == pytest.approx(wanted)
     assert noise == pytest.approx(0.75 * 2 + 0.25 * 4)
 
 

@@ -71,21 +71,21 @@ def test_two_runs_with_few_values_are_compared_by_their_last_common_ones() -> No
     assert found is not None
     assert (found.change, found.level, found.last_step) == (0.5, 2.0, 2)
     assert found.limit == pytest.approx(ONE_PERCENT * 0.05, rel=1e-3)
-    assert difference(few([3.0], 0.1), Series(np.arange(5, 7), np.ones(2))) is None
+    assert difference(few([3.0], 0.1), Series(np.arange(1, 3), np.ones(2))) is None, "no errors"
 
 
 def test_runs_with_other_steps_are_compared_at_the_last_one_that_both_have() -> None:
-    """The last values before step 9 are of steps 9 and 1: they are not compared."""
-    errors = np.array([0.03, 0.03])
-    one = Series(np.array([1, 9]), np.array([3.0, 2.0]), errors=errors)
-    other = Series(np.array([1, 10]), np.array([3.5, 1.9]), errors=errors)
+    """The last values before step 9 are of steps 9 and 4: they are not compared."""
+    one = Series(np.array([1, 2, 4, 9]), np.array([5, 4, 3.0, 2]), errors=np.array([1, 1, 0.03, 1]))
+    other = Series(np.array([1, 4, 10]), np.array([4, 3.5, 1.9]), errors=np.array([1, 0.04, 1]))
     for found, change, level in (
         (difference(one, other), -0.5, 3.5),
         (difference(other, one), 0.5, 3.0),
     ):
-        assert found is not None and found.last_step == 1
+        assert found is not None and found.last_step == 4
         assert (found.change, found.level) == (change, level)
-    assert difference(one, Series(np.array([2, 8]), np.ones(2), errors=errors)) is None
+        assert found.limit == pytest.approx(ONE_PERCENT * 0.05, rel=1e-3)
+    assert difference(one, Series(np.array([3, 8]), np.ones(2), errors=np.ones(2))) is None
 
 
 def test_the_error_is_read_off_the_upper_end_of_the_interval() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -106,8 +107,8 @@ def test_tiles_and_findings_of_labels(tmp_path: Path) -> None:
     """A label rises while each channel falls."""
     log = [
         {"step": s, "loss": 3 - s / 40, "a_loss": 3 - s / 40, "a_tokens": 100}
-        | {"lang/en_loss": 1 + s / 9, "lang/en_tokens": 50}
-        | {"lang/de_loss": 5 - s / 20 - s / 9, "lang/de_tokens": 50}
+        | {"lang/de_loss": 7 - s / 20 - s / 9, "lang/de_tokens": 50}
+        | {"lang/en_loss": s / 9 - 1, "lang/en_tokens": 50}
         for s in range(1, 41)
     ]
     run = run_of(log)
@@ -119,8 +120,15 @@ def test_tiles_and_findings_of_labels(tmp_path: Path) -> None:
         " ".join(Page(f"<div data-axis={part}").text.split()) for part in parts
     )
     assert "To look at0" in tiles and "Highest" not in tiles
-    assert "To look at1see findings" in tiles_of_lang and "Highest loss5.4444en" in tiles_of_lang
+    assert "To look at1see findings" in tiles_of_lang and "Highest loss3.4444en" in tiles_of_lang
+    assert "Lowest loss0.5556de" in tiles_of_lang
     assert "en: worse since step 2 (+4.22)" in found_of_lang and "worse since" not in found
+    # Their buttons isolate these labels.
+    data = Page("".join(parts)).data
+    for part, labels in ((parts[1], ["en", "de"]), (parts[3], ["en"])):
+        pressed = [int(number) for number in re.findall(r'data-isolate="(\d+)"', part)]
+        assert [data["channels"][number] for number in pressed] == labels
+        assert all(data["label_axes"][number] == "lang" for number in pressed)
 
 
 def test_a_report_without_labels_has_no_choice_of_an_axis(tmp_path: Path) -> None:

@@ -58,8 +58,11 @@ if __name__ == "__main__":
     spawned.join()
     print("finders", has_finder("forkserver"), has_finder("fork"))
     import transformers.trainer
-    from accelerate import debug_launcher
+    from accelerate import debug_launcher, notebook_launcher
     debug_launcher(main, ("fork",), num_processes=2)
+    # Any free port.
+    free = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    notebook_launcher(main, ("notebook",), num_processes=2, **free)
     sys.exit(spawned.exitcode)
 """
 
@@ -140,7 +143,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 
 @pytest.mark.parametrize(
-    "name", ["torchrun0", "torchrun1", "accelerate0", "deepspeed0", "spawn0", "fork0", "fork1"]
+    "name",
+    [
+        *("torchrun0", "torchrun1", "accelerate0", "deepspeed0"),
+        *("spawn0", "fork0", "fork1", "notebook0", "notebook1"),
+    ],
 )
 def test_every_process_has_the_patch_and_the_config(ran: Ran, name: str) -> None:
     if name == "deepspeed0" and "deepspeed" not in COMMANDS:

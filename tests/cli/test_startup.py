@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from paths import ROOT
+from paths import ROOT, python_path
 
 from channel_metrics import ChannelMetrics, MicroBatch, startup
 from channel_metrics.cli.children import missed
@@ -87,6 +87,31 @@ def test_a_run_without_a_trainer_says_so_once_and_leaves_nothing(tmp_path: Path,
         "transformers.trainer, which --patch hf_trainer waits for."
     )
     assert done.returncode == 0
+
+
+# Trains with records that name no channel; or is only about to.
+TRAINS = """
+import sys
+from pathlib import Path
+from hf_tools import make_records, train
+if sys.argv[1] == "train":
+    records = [{**record, "channel": None} for record in make_records(16)]
+    train(Path("run"), records=records)
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("import", "no channel was logged, because no trainer that --patch hf_trainer knows was"),
+        ("train", "no channel was logged. Either no record names one (`channel-metrics check`"),
+    ],
+)
+def test_the_last_line_says_what_a_run_did_not_meet(tmp_path: Path, does: str, said: str) -> None:
+    (tmp_path / "trains.py").write_text(TRAINS)
+    done = python(*RUN, "trains.py", does, cwd=tmp_path, PYTHONPATH=python_path())
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"channel metrics: {said}")
 
 
 def test_a_run_inside_a_run_is_reached_behind_the_sitecustomize_of_others(tmp_path: Path) -> None:

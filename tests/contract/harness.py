@@ -9,9 +9,11 @@ from fork_client import Preload
 from rank_cases import RanksOf
 from said import warnings_of_ours
 
+from channel_metrics import ChannelMetrics
+from channel_metrics.ranks.ranks import Ranks
 from contract.script import Harness, Ran, Script, faulty_count
 
-__all__ = ["Forking"]
+__all__ = ["Forking", "watch_windows"]
 
 
 class Forking(Harness):
@@ -47,3 +49,24 @@ class Forking(Harness):
     def __getstate__(self) -> dict[str, Any]:
         """What goes to the ranks, which fork none of their own."""
         return {name: value for name, value in vars(self).items() if name != "ranks_of"}
+
+
+def watch_windows(metrics: ChannelMetrics, ran: Ran) -> None:
+    """Keep the windows of a session, and how many all-reduces of ours came before each."""
+    calls = [0]
+    all_reduce = Ranks.all_reduce
+
+    class Counted(Ranks):
+        def all_reduce(self, values: Any) -> Any:
+            calls[0] += 1
+            return all_reduce(self, values)
+
+    ranks = metrics.ranks
+    metrics.ranks = Counted(ranks.group, ranks.device, ranks.alone)
+
+    def keep(window: Any) -> None:
+        ran.windows.append(window)
+        ran.collectives.append(calls[0])
+        calls[0] = 0
+
+    metrics.on_window.append(keep)

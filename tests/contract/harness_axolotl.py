@@ -1,4 +1,9 @@
-"""Axolotl's trainer of supervised fine-tuning, on records that are encoded already."""
+"""Axolotl's trainer of supervised fine-tuning.
+
+The harness enters at the trainer: it makes one with rows as the plugin leaves them, and a sampler
+that takes them in order. What comes before (the plugin, the YAML file, the data) is cut away;
+tests/trainers/axolotl run `axolotl train`.
+"""
 
 from __future__ import annotations
 

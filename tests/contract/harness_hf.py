@@ -14,8 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
 
 from channel_metrics.trainers.hf import attach
 from channel_metrics.trainers.hf.columns import NAMES_COLUMN
-from contract.harness import Forking
-from contract.harness_loop import watch_windows
+from contract.harness import Forking, watch_windows
 from contract.script import ROWS, Evaluation, OneSequence, Ran, Script, flat, role_of
 
 __all__ = [

@@ -15,9 +15,8 @@ from lightning_tools import Kept
 from torch.utils.data import DataLoader, IterableDataset
 
 from channel_metrics.trainers.lightning import ChannelMetricsCallback
-from contract.harness import Forking
+from contract.harness import Forking, watch_windows
 from contract.harness_hf import Records, collate, nll_of, nlls_of, tiny_qwen2, token_ids
-from contract.harness_loop import watch_windows
 from contract.script import ROWS, OneSequence, Ran, Script, flat
 
 __all__ = ["LightningHarness"]

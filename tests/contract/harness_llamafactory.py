@@ -1,4 +1,9 @@
-"""LLaMA-Factory's trainer of stage sft, on records that are encoded already."""
+"""LLaMA-Factory's trainer of stage sft.
+
+The harness enters at the trainer: it makes one with rows as the patched data loader leaves them,
+and a sampler that takes them in order. What comes before (the patch, the YAML file, the data
+loader) is cut away; tests/trainers/llamafactory run `llamafactory-cli train`.
+"""
 
 from __future__ import annotations
 

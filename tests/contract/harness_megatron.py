@@ -10,15 +10,17 @@ import torch
 import torch.distributed as dist
 from megatron_tools import MEGATRON
 
-from contract.harness import Forking
-from contract.harness_loop import ids_of, labels_of, losses_of, watch_windows
+from contract.harness import Forking, watch_windows
 from contract.script import Batch, Evaluation, OneSequence, Ran, Script, Step
 
 __all__ = ["MegatronHarness"]
 
 
 class MegatronHarness(Forking):
-    """Losses are made up, as those of the loop; a schedule takes them through a model."""
+    """Losses are made up: token t of sequence n has (n + t) % 7 + 0.5.
+
+    A schedule takes them through a model.
+    """
 
     name = "megatron"
     can = frozenset({"rerun", "skip", "peek", "ranks", "lies", "save", "fails"})
@@ -148,6 +150,21 @@ def made_up_model() -> Any:
             return losses + self.nothing
 
     return Model()
+
+
+def ids_of(sequence: OneSequence) -> list[int]:
+    return [(sequence.number + t) % 7 for t in range(sequence.tokens)]
+
+
+def labels_of(batch: Batch) -> torch.Tensor:
+    """The ids of the tokens, padded on the right."""
+    rows = [ids_of(sequence) for sequence in batch]
+    width = max(map(len, rows))
+    return torch.tensor([row + [-100] * (width - len(row)) for row in rows])
+
+
+def losses_of(sequence: OneSequence) -> list[float]:
+    return [token + 0.5 for token in ids_of(sequence)]
 
 
 def tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,8 @@
 """The session and the events of Megatron-Bridge, with losses that are made up.
 
-The loop fires the events of Bridge's own `CallbackManager` as `train` and `evaluate` of Bridge do,
-and runs a schedule of megatron-core. tests/megatron_bridge runs the loop of Bridge itself.
+The harness enters at `BridgeRun`: its loop fires the events of Bridge's own `CallbackManager` as
+`train` and `evaluate` of Bridge do, and runs a schedule of megatron-core. What comes before (the
+patch, `pretrain`, the datasets, the model) is cut away; tests/megatron_bridge run `pretrain`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,14 @@ import torch
 import torch.distributed as dist
 from fork_client import Preload
 
-from contract.harness_loop import labels_of, watch_windows
-from contract.harness_megatron import MegatronHarness, loss_func, made_up_model, tensors
+from contract.harness import watch_windows
+from contract.harness_megatron import (
+    MegatronHarness,
+    labels_of,
+    loss_func,
+    made_up_model,
+    tensors,
+)
 from contract.script import Ran, Script, Step
 
 __all__ = ["MegatronBridgeHarness"]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from fork_client import Preload
 
-from contract.harness_loop import watch_windows
+from contract.harness import watch_windows
 from contract.harness_megatron import MegatronHarness
 from contract.script import Batch, Evaluation, Ran, Script
 

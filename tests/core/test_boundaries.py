@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from boundary_tools import check, ints
 from torch import Tensor
 
 from channel_metrics.core.boundaries import (
-    Boundaries,
     boundaries_from_attention_mask,
     boundaries_from_batch,
     boundaries_from_position_ids,
@@ -20,21 +20,6 @@ from channel_metrics.core.boundaries import (
 )
 
 LOWEST = torch.finfo(torch.float32).min
-
-
-def ints(*values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def check(found: Boundaries, bounds: list[int], keep: list[int] | None = None) -> None:
-    assert found.cu_seqlens.dtype == torch.int32
-    assert found.cu_seqlens.tolist() == bounds
-    assert found.num_sequences == len(bounds) - 1
-    if keep is None:
-        assert found.keep is None
-    else:
-        assert found.keep is not None
-        assert found.keep.int().tolist() == keep
 
 
 def blocks(*rows: list[int], causal: bool) -> Tensor:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from boundary_tools import ints
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from channel_metrics import BoundaryError
 from channel_metrics.core.boundaries import (
@@ -21,10 +20,6 @@ from channel_metrics.core.boundaries import (
     boundaries_from_position_ids,
     boundaries_from_seq_idx,
 )
-
-
-def ints(*values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,7 @@ from channel_metrics.losses.chunked import chunked_cross_entropy
 from channel_metrics.losses.cross_entropy import HeadInputs
 from channel_metrics.losses.linear import Backend, linear_cross_entropy
 
-HAS_TORCH_LOSS = hasattr(F, "linear_cross_entropy")
-needs_torch_loss = pytest.mark.skipif(
-    not HAS_TORCH_LOSS,
-    reason="torch has linear_cross_entropy since 2.13; `make test` runs this",
-)
-ON_CPU = ["logits", "chunked", pytest.param("torch", marks=needs_torch_loss)]
+ON_CPU = ["logits", "chunked", "torch"]
 SIZES = [(1, 8, 5), (7, 16, 33), (64, 24, 131), (65, 8, 17)]
 
 
@@ -159,7 +154,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("backend", "whole"),
-    [("logits", True), ("chunked", False), pytest.param("torch", False, marks=needs_torch_loss)],
+    [("logits", True), ("chunked", False), ("torch", False)],
 )
 def test_the_logits_never_exist(backend: Backend, whole: bool) -> None:
     hidden, weight, _, target = make(64, 8, 512, torch.float32, False)
@@ -191,9 +186,7 @@ def test_refuses() -> None:
 def test_no_correctness_where_not_asked_for() -> None:
     hidden, weight, _, target = make(7, 16, 33, torch.float32, False)
     assert hidden is not None and weight is not None and target is not None
-    backends: list[Backend] = ["logits", "chunked"]
-    if HAS_TORCH_LOSS:
-        backends.append("torch")
+    backends: tuple[Backend, ...] = ("logits", "chunked", "torch")
     for backend in backends:
         _, tokens = linear_cross_entropy(
             hidden, weight, target, reduction="sum", backend=backend, with_correct=False

@@ -22,6 +22,7 @@ _TOOLS = (
     *("setuptools>=77", "hypothesis", "ipython", "pytest", "pytest-timeout", "tensorboard"),
     *("pydantic", "pyyaml", "rich", "typer"),
     *("pandas", "pyarrow"),
+    "requests",  # GRPO of trl 1.5 imports it, and does not ask for it
 )
 
 

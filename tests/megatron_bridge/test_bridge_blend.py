@@ -57,10 +57,32 @@ def test_a_blend(launcher: BridgeLauncher, data: Data, layout: str) -> None:
     assert [oracle.total_loss(log) for log in logs] == pytest.approx(lm_loss, rel=1e-5)
     assert [tokens(log) for log in logs] == [STEP_TOKENS] * 6
     assert "do not add up" not in "".join(rank.said for rank in run.ranks)
-    if layout not in ("tp2", "pp2"):  # shards and stages start from other weights
+    if layout not in ("tp2", "pp2"):  # these start from other weights, see below
         alone = train(launcher, data, "dp1")
         for log, wanted in zip(logs, oracle.logged(alone), strict=True):
             assert log == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    launcher: BridgeLauncher, data: Data, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Of three iterations on one process."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save = {"save": str(folder), "save_interval": 3, "ckpt_format": "torch_dist"}
+    train(launcher, data, "dp1", checkpoint=save, train={"exit_interval": 3})
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_shards_and_stages_go_on_as_one_process(
+    launcher: BridgeLauncher, data: Data, checkpoint: Path, layout: str
+) -> None:
+    """Each channel, from the same weights."""
+    run = train(launcher, data, layout, checkpoint={"load": str(checkpoint)})
+    alone = oracle.logged(train(launcher, data, "dp1"))
+    for log, wanted in zip(oracle.logged(run), alone[3:], strict=True):
+        assert log == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["dp1", "dp2"])

@@ -13,14 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from collectives import watched
 
 Result = Callable[[], Any]
-
-COLLECTIVES = (
-    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "barrier",
-    "broadcast", "broadcast_object_list", "gather", "gather_object", "reduce", "reduce_scatter",
-    "reduce_scatter_tensor",
-)  # fmt: skip
 
 
 def steps() -> Result:
@@ -80,18 +75,13 @@ def collectives() -> Result:
     """How often this rank called each collective, by name and size of the group: `all_reduce/2`."""
     counts: dict[str, int] = {}
 
-    def counted(name: str, call: Any) -> Any:
-        @functools.wraps(call)
-        def count(*args: Any, **kwargs: Any) -> Any:
-            group = kwargs.get("group", next((a for a in args if is_group(a)), None))
-            key = f"{name}/{dist.get_world_size(group)}"
-            counts[key] = counts.get(key, 0) + 1
-            return call(*args, **kwargs)
+    def count(name: str, *args: Any, **kwargs: Any) -> None:
+        group = kwargs.get("group", next((a for a in args if is_group(a)), None))
+        key = f"{name}/{dist.get_world_size(group)}"
+        counts[key] = counts.get(key, 0) + 1
 
-        return count
-
-    for name in COLLECTIVES:
-        setattr(dist, name, counted(name, getattr(dist, name)))
+    for name, call in watched(count).items():
+        setattr(dist, name, call)
     return lambda: counts
 
 

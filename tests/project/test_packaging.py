@@ -148,7 +148,8 @@ def test_no_extra_pins_or_caps_a_version(built: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["python", "torch", "transformers", "accelerate", "trl", "datasets", "lightning"]
+    "name",
+    ["python", "torch", "transformers", "accelerate", "trl", "peft", "datasets", "lightning"],
 )
 def test_the_lowest_promised_release_was_run(name: str) -> None:
     """`make matrix` has run it, without a failure."""
@@ -174,6 +175,18 @@ def test_the_lowest_promised_megatron_was_run() -> None:
     run = [Version(found) for found in re.findall(r"\d+\.\d+\.\d+", row)]
     assert promised and f"{min(run)}.".startswith(f"{promised[1]}.")
     assert f"from core {promised[1]} on" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("ms-swift", "main"), ("deepspeed", "main"), ("transformer-engine", "sources")],
+)
+def test_the_lowest_promised_release_is_that_of_make_test(name: str, file: str) -> None:
+    pattern = rf'"{name}(?:\[pytorch\])?>=([0-9.]+)"'
+    promised = re.search(pattern, (ROOT / "pyproject.toml").read_text())
+    pins = (ROOT / "constraints" / f"{file}.txt").read_text().replace("_", "-")
+    held = re.search(rf"^{name}==(.+)$", pins, re.MULTILINE)
+    assert promised and held and held[1].startswith(f"{promised[1]}.")
 
 
 @pytest.mark.parametrize(

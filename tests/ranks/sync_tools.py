@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from collectives import watched
 
 from channel_metrics import ChannelLossAccumulator
 from channel_metrics.core.schema import TOKENS
@@ -31,20 +32,13 @@ def alone(windows: list[Window]) -> dict[str, float]:
 class CountedCollectives:
     """Counts the calls of torch.distributed functions that talk to other ranks."""
 
-    NAMES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "barrier",
-             "all_gather_into_tensor", "broadcast_object_list", "gather_object")  # fmt: skip
-
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
-        for name in self.NAMES:
-            setattr(dist, name, self._counted(name, getattr(dist, name)))
+        for name, call in watched(self._count).items():
+            setattr(dist, name, call)
 
-    def _counted(self, name: str, function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls[name] += 1
-            return function(*args, **kwargs)
-
-        return call
+    def _count(self, name: str, *_: Any, **__: Any) -> None:
+        self.calls[name] += 1
 
     def take(self) -> dict[str, int]:
         taken, self.calls = dict(self.calls), Counter()

@@ -11,7 +11,7 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
-from channel_metrics.trainers.hf.rows import RowsMixin
+from channel_metrics.trainers.hf.rows import RowsMixin, WithoutNames
 
 __all__ = ["AxolotlMixin", "mixin_for"]
 
@@ -19,15 +19,15 @@ __all__ = ["AxolotlMixin", "mixin_for"]
 class AxolotlMixin(RowsMixin):
     """For `AxolotlTrainer`."""
 
+    data_collator: Any
     eval_data_collator: Any
 
     @contextmanager
     def _channel_collator(self, *args: Any) -> Iterator[None]:
-        """Inside this context, Axolotl's second collator, for evaluations, also adds channels."""
+        """Inside this context, Axolotl's second collator, for evaluations, is like the first."""
         before = self.eval_data_collator
         with super()._channel_collator(*args):
-            if isinstance(self.data_collator, ChannelCollator):
-                self.eval_data_collator = self.data_collator.around(before)
+            self.eval_data_collator = self.data_collator.around(before)
             try:
                 yield
             finally:
@@ -41,7 +41,7 @@ class AxolotlMixin(RowsMixin):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         # With `balance_labels`, Axolotl asks for the class of its collator.
         before = self.data_collator
-        if isinstance(before, ChannelCollator):
+        if isinstance(before, (ChannelCollator, WithoutNames)):
             self.data_collator = before.base
         try:
             return super()._get_train_sampler(*args, **kwargs)

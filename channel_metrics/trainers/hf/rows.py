@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -19,7 +21,7 @@ from channel_metrics.trainers.hf.columns import LENGTHS_COLUMN, NAMES_COLUMN
 from channel_metrics.trainers.hf.data import TokenBatchCollator
 from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
 
-__all__ = ["NamesMixin", "RowsCollator", "RowsMixin"]
+__all__ = ["NamesMixin", "RowsCollator", "RowsMixin", "WithoutNames"]
 
 
 class NamesMixin(ChannelMetricsMixin):
@@ -28,12 +30,42 @@ class NamesMixin(ChannelMetricsMixin):
     def start_channel_metrics(self, config: MetricsConfig) -> None:
         super().start_channel_metrics(config.reading(NAMES_COLUMN))
 
+    @contextmanager
+    def _channel_collator(self, *args: Any) -> Iterator[None]:
+        """As in the Trainer. Without metrics, too, its own collator must not get our columns."""
+        with super()._channel_collator(*args):
+            if not isinstance(self.data_collator, ChannelCollator):
+                self.data_collator = WithoutNames(self.data_collator)
+            yield
+
+
+@dataclass(frozen=True)
+class WithoutNames:
+    """A collator that drops the columns of the channels, after the metrics have ended."""
+
+    base: Callable[..., Any]
+
+    def around(self, base: Callable[..., Any]) -> WithoutNames:
+        """The same around another collator."""
+        return WithoutNames(base)
+
+    def __call__(self, features: Sequence[Any]) -> Any:
+        """Collate rows, or lists of them."""
+        return self.base([_without_names(feature) for feature in features])
+
+
+def _without_names(feature: Any) -> Any:
+    if isinstance(feature, list):
+        return [_without_names(record) for record in feature]
+    return {k: v for k, v in feature.items() if k not in (NAMES_COLUMN, LENGTHS_COLUMN)}
+
 
 class RowsMixin(NamesMixin):
     """For frameworks that also pack."""
 
-    def _collator_kind(self, *args: Any) -> type[ChannelCollator]:
-        if super()._collator_kind(*args) is not ChannelCollator:
+    def _collator_kind(self, dataset: Any, description: str, known: bool) -> type[ChannelCollator]:
+        # As if the channels were known: to declare them does not help here.
+        if super()._collator_kind(dataset, description, True) is not ChannelCollator:
             raise ConfigError(
                 "one process sends its batches to the others (dispatch_batches), or rows are cut "
                 "along the sequence, but channel metrics need whole rows here; set "

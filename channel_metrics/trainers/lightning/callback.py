@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from channel_metrics.data.batch_channels import take_channels
 from channel_metrics.data.collator import ChannelCollator
 from channel_metrics.data.repeats import real_records_of_sampler
 from channel_metrics.data.scan import learn_classes
-from channel_metrics.errors import ConfigError
+from channel_metrics.errors import ConfigError, UnsupportedVersionError
 from channel_metrics.extras import need
 from channel_metrics.observing import observe
 from channel_metrics.session import ChannelMetrics
@@ -40,6 +42,15 @@ _Real = tuple[int, int] | None
 # Keys that Lightning or most modules log.
 _RESERVED_KEYS = frozenset({"loss", "train_loss", "val_loss", "test_loss", "epoch", "step"})
 _STEPS = ("training_step", "validation_step", "test_step")
+# What this callback uses of the Trainer, and Lightning does not document.
+_PRIVATE = (
+    "_results",
+    "lightning_module._compiler_ctx",
+    "_logger_connector.log_metrics",
+    "fit_loop._should_accumulate",
+    "fit_loop.epoch_loop._batches_that_stepped",
+    "validate_loop._combined_loader",
+)
 # Lightning keeps what is logged by the name of the hook that logs it: our own name.
 _HOOK = "channel_metrics"
 _REMEDY = (
@@ -87,6 +98,7 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
     # ---- the run ---------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        _check_release(trainer)
         sampler = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
         if sampler.get("num_replicas", trainer.world_size) != trainer.world_size:
             raise ConfigError(
@@ -228,6 +240,18 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
         if trainer.state.fn == "fit":
             state = checkpoint["callbacks"].get(self.state_key)
             self.metrics.resume_state(state, str(trainer.ckpt_path))
+
+
+def _check_release(trainer: Any) -> None:
+    for path in _PRIVATE:
+        try:
+            attrgetter(path)(trainer)
+        except AttributeError as error:
+            package = sys.modules[_FOUND[0].partition(".")[0]]
+            raise UnsupportedVersionError(
+                f"{package.__name__} {package.__version__} has a Trainer without {path}; use "
+                "lightning 2.6, or remove ChannelMetricsCallback."
+            ) from error
 
 
 def _splits(stage: str, count: int) -> list[str]:

@@ -38,6 +38,8 @@ _OTHERS = (
     "max_attention_logit",
     "iteration-time",
     "throughput",
+    "throughput/tflops",
+    "throughput/tflops/device",
     "iter-energy/gpu",
     "power/gpu",
     *(f"mtp_{d}{way}_acceptance_rate" for d in range(1, 9) for way in ("", "_cumulative")),

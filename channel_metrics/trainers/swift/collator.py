@@ -48,6 +48,7 @@ class SwiftCollator(ChannelCollator):
             names = _names(batch, boundaries, self.classes)
             records: list[dict[str, Any]] = []
             if self.columns:
+                _refuse_packs(batch)
                 pairs = [split_roles(name) for (name,) in names]
                 names, records = [[name] for name, _ in pairs], [_record(of) for _, of in pairs]
             batch.update(self._added_keys(view, names, records))
@@ -60,6 +61,14 @@ def text_positions(batch: Mapping[str, Any]) -> Any:
     """The positions of the tokens. Multimodal models have them beside their own position ids."""
     positions = batch.get("text_position_ids")
     return batch.get("position_ids") if positions is None else positions
+
+
+def _refuse_packs(batch: Mapping[str, Any]) -> None:
+    if batch.get(GROUP_KEY) is not None:
+        raise ChannelError(
+            f"{GROUP_KEY} has one name per pack, so the roles of its sequences are not known; "
+            "leave out the axis by template, or use `--packing true`."
+        )
 
 
 def _record(roles: list[int] | None) -> dict[str, Any]:

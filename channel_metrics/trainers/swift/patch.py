@@ -113,6 +113,9 @@ class _Preparing:
             takes = takes and not isinstance(pipeline.args, RLHFArguments)
             self.carried = carried_of(self.config) if takes else None
             self.with_roles = takes and ROLES_FIELD in token_fields(self.config.axes)
+            if self.with_roles:
+                # datasets caches what the template has encoded, by the template's own values.
+                pipeline.template.channel_roles = True
         return original(pipeline, *args, **kwargs)
 
     def encode(self, original: Any, template: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,12 +1,14 @@
 """Channel metrics in TRL's KTOTrainer: single answers, desirable or not.
 
-trl 0.29 returns the losses and rewards of the answers from `kto_loss`, and ms-swift uses it, too.
-Newer TRL has one number per batch. There, the rewards follow from the log probabilities that both
-models return, and the losses from the rewards and the KL, by TRL's formula.
+trl 0.29 and 1.5 return the losses and rewards of the answers from `kto_loss`, and ms-swift uses it,
+too. Newer TRL has one number per batch. There, the rewards follow from the log probabilities, and
+the losses from the rewards and the KL, by TRL's formula. In trl 1.16, both models return the log
+probabilities. In trl 1.9 and 1.12, they come from `selective_log_softmax`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -21,6 +23,7 @@ from channel_metrics.core.schema import Column, Metric, Schema, Sums, ratio, rat
 from channel_metrics.data.batch_channels import BatchChannels
 from channel_metrics.errors import UnsupportedVersionError
 from channel_metrics.session import ChannelMetrics
+from channel_metrics.swap import wrapped
 from channel_metrics.trainers.trl.pairs import PairChannelMetricsMixin
 from channel_metrics.trainers.trl.records import BatchRecordsMixin, Call, kept_calls
 from channel_metrics.trainers.trl.samples import mean, sample_schema
@@ -117,10 +120,15 @@ class KTOChannelMetricsMixin(PairChannelMetricsMixin):
         with (
             kept_calls(self, "kto_loss") as calls,
             _kept_log_probs(model, reference) as (ours, theirs),
+            _kept_softmaxes(self) as softmaxes,
         ):
             result = compute()
         if calls:
             return result, _of_kto_loss(calls[0], inputs["label"])
+        if softmaxes:
+            # TRL has set to 0 what is not supervised.
+            log_probs, forwards = [one.sum(-1) for one in softmaxes], 1 + int(self.calculate_KL)
+            ours, theirs = log_probs[:forwards], log_probs[forwards:]
         if "ref_logps" in inputs:
             theirs = [inputs["ref_logps"]]
         # The first forward is for the KL. The reference comes last, also if it is the model
@@ -191,4 +199,26 @@ def _kept_log_probs(*models: Any) -> Iterator[tuple[list[Tensor], ...]]:
         for model, into in zip(models, kept, strict=True):
             hook = model.register_forward_hook(partial(keep, into))
             stack.callback(hook.remove)
+        yield kept
+
+
+@contextmanager
+def _kept_softmaxes(trainer: Any) -> Iterator[list[Tensor]]:
+    """What `selective_log_softmax` gives TRL's loss: of the model's forwards, then the reference's.
+
+    Not copied: TRL masks them afterwards, in place.
+    """
+    kept: list[Tensor] = []
+
+    def keep(original: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        kept.append(result.detach())
+        return result
+
+    own = next(c for c in type(trainer).__mro__ if c.__name__ == "KTOTrainer")
+    module = sys.modules[own.__module__]
+    if not hasattr(module, "selective_log_softmax"):
+        yield kept
+        return
+    with wrapped(module, "selective_log_softmax", keep):
         yield kept

@@ -14,7 +14,7 @@ from paths import ROOT
 
 from channel_metrics.demo.tiny import byte_tokenizer
 from channel_metrics.errors import ChannelError, ConfigError, UnsupportedVersionError
-from channel_metrics.trainers.hf.columns import NAMES_COLUMN, KeepsNames
+from channel_metrics.trainers.hf.columns import LENGTHS_COLUMN, NAMES_COLUMN, KeepsNames
 
 pytestmark = [ONLY_HERE, pytest.mark.filterwarnings("ignore")]
 
@@ -95,6 +95,16 @@ def test_rows_of_several_records(kind: str, side: str) -> None:
     )
     with pytest.raises(ChannelError, match="must hold the 5 tokens of its records"):
         collate(rows[0])
+
+
+def test_without_metrics_a_collator_gets_rows_without_channels() -> None:
+    from channel_metrics.trainers.hf.rows import WithoutNames
+
+    record = {"input_ids": [1], "labels": [1]}
+    ours = {**record, NAMES_COLUMN: ["a"], LENGTHS_COLUMN: [1]}
+    collate = WithoutNames(tuple)
+    assert collate([ours, [ours, ours]]) == (record, [record, record])
+    assert collate.around(list)([ours]) == [record]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,34 @@ def test_a_stream(run_of: RunOf, files: Path) -> None:
 
     run = run_of(**WHOLE, max_steps=6, streaming=True)
     check(run.values, of_sft(files))
+
+
+def test_a_stream_that_each_of_two_ranks_reads(run_of: RunOf, files: Path) -> None:
+    from axolotl_oracle import of_sft
+
+    # Without a seed, Axolotl shuffles each rank's stream in another way.
+    stream = {**WHOLE, "max_steps": 3, "streaming": True, "shuffle_merged_datasets": False}
+    run = run_of(2, **stream, accelerator_config={"dispatch_batches": False})
+    check(run.values, of_sft(files))
+    with pytest.raises(AssertionError, match=r"accelerator_config: \{dispatch_batches: false\}"):
+        run_of(2, **stream)
+
+
+def test_records_that_come_with_their_tokens(run_of: RunOf, files: Path, tmp_path: Path) -> None:
+    from axolotl_oracle import of_sft, records
+
+    for name in NAMES:
+        lines = [json.dumps(tokenized(record)) for record in records(files, name)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    tokens = [{"path": str(tmp_path / f"{name}.jsonl"), "ds_type": "json"} for name in NAMES]
+    check(run_of(**WHOLE, datasets=tokens).values, of_sft(files))
+
+
+def tokenized(record: dict[str, Any]) -> dict[str, list[int]]:
+    """The columns of a row for the trainer."""
+    asked, said = (list(part["text"].encode()) for part in record["segments"])
+    ids, labels = [*asked, *said], [-100] * len(asked) + said
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -14,6 +14,7 @@ import faults
 import pytest
 import torch
 import torch.distributed as dist
+from collectives import watched
 from datasets import Dataset
 from fork_client import Preload
 from hf_tools import PaddingCollator, Record, expected_metrics, make_records, tiny_model, train
@@ -48,18 +49,6 @@ NO_DISPATCH = {"dispatch_batches": False}
 SPLIT = {"split_batches": True}
 # A model that two tensor parallel ranks can divide evenly.
 TP_SIZES: dict[str, Any] = {"attention_dropout": 0.0, "num_key_value_heads": 2, "vocab_size": 62}
-COLLECTIVES = (
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_gather_object",
-    "all_reduce",
-    "barrier",
-    "broadcast",
-    "broadcast_object_list",
-    "gather",
-    "gather_object",
-    "reduce",
-)
 
 
 def fixed_records(count: int, seed: int = 0, width: int = 16, **arguments: Any) -> list[Record]:
@@ -159,15 +148,11 @@ def counted_collectives() -> Iterator[list[list[str]]]:
     windows: list[list[str]] = []
     inside = [False]
 
-    def wrap(name: str, original: Any) -> Any:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            if inside[0]:
-                windows[-1].append(name)
-            return original(*args, **kwargs)
+    def tell(name: str, *_: Any, **__: Any) -> None:
+        if inside[0]:
+            windows[-1].append(name)
 
-        return called
-
-    def watched(sync: Any, *args: Any, **kwargs: Any) -> Any:
+    def inside_of(sync: Any, *args: Any, **kwargs: Any) -> Any:
         windows.append([])
         inside[0] = True
         try:
@@ -175,8 +160,7 @@ def counted_collectives() -> Iterator[list[list[str]]]:
         finally:
             inside[0] = False
 
-    wrapped = {name: wrap(name, getattr(dist, name)) for name in COLLECTIVES}
-    with patch.multiple(dist, **wrapped), faults.around("sum over ranks", watched):
+    with patch.multiple(dist, **watched(tell)), faults.around("sum over ranks", inside_of):
         yield windows
 
 

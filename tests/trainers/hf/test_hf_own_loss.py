@@ -160,6 +160,10 @@ def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Te
     return loss
 
 
+def tripled_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    return 3 * own_loss(outputs, labels, num_items_in_batch)
+
+
 @ddp
 def with_own_loss(folder: Path) -> Any:
     """transformers divides it by the tokens of all ranks, and multiplies it by their number."""
@@ -167,12 +171,15 @@ def with_own_loss(folder: Path) -> Any:
     # So the mean of a rank is not that of all.
     for record in records[::2]:
         record["labels"] = [-100] * 3 + record["labels"][3:]
-    given = {"compute_loss_func": own_loss}
-    trainer = run(folder, records=records, trainer_arguments=given)
-    assert trainer.channel_scratch.compared
-    return told(trainer)
+    found = {}
+    for name, loss in (("own", own_loss), ("tripled", tripled_loss)):
+        trainer = run(folder, records=records, trainer_arguments={"compute_loss_func": loss})
+        found[name] = told(trainer)
+    return found
 
 
 def test_the_loss_of_a_rank_is_compared_as_transformers_scales_it(ranks_of: RanksOf) -> None:
     for rank in ranks_of(with_own_loss):
-        assert rank["processes"] == 2 and not rank["warned"]
+        assert rank["own"]["processes"] == 2 and not rank["own"]["warned"]
+        (said,) = rank["tripled"]["warned"]
+        assert said.startswith("compute_loss returned ")

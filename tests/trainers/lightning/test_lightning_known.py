@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_tools import OPTIONS, Module, loader, quiet, run
 from torch.utils.data import DataLoader, Subset
 
-from channel_metrics import ChannelError, ConfigError, MetricsConfig, Window
+from channel_metrics import (
+    ChannelError,
+    ConfigError,
+    MetricsConfig,
+    UnsupportedVersionError,
+    Window,
+)
 from channel_metrics.trainers.lightning import ChannelMetricsCallback
 
 pytestmark = quiet
@@ -64,6 +71,16 @@ def test_one_collator_for_two_orders_of_classes_is_refused() -> None:
     trainer = L.Trainer(callbacks=[callback], **(OPTIONS | {"logger": False}))
     with pytest.raises(ChannelError, match="number the classes of 'channel' in different ways"):
         trainer.fit(Module(), sets[0], sets[1])
+
+
+def test_a_release_without_a_name_that_is_used_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.loops.fit_loop import _FitLoop
+
+    monkeypatch.delattr(_FitLoop, "_should_accumulate")
+    with pytest.raises(UnsupportedVersionError) as error:
+        run(RECORDS)
+    said = f"lightning {version('lightning')} has a Trainer without fit_loop._should_accumulate"
+    assert str(error.value) == f"{said}; use lightning 2.6, or remove ChannelMetricsCallback."
 
 
 def test_an_entry_of_eval_channels_that_is_no_channel() -> None:

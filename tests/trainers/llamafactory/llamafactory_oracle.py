@@ -98,6 +98,17 @@ def of_packs(files: Path, size: int) -> Expected:
     return means(values)
 
 
+def of_texts(files: Path, size: int) -> Expected:
+    """Stage pt without packing: each text is cut to `size` tokens."""
+    values: list[tuple[str, float, int, int]] = []
+    for name in NAMES:
+        for record in records(files, name):
+            ids = [*record["text"].encode(), EOS][:size]
+            found = log_probs(files / "model", ids)
+            values.append((f"{name}_text", -float(found.sum()), len(found), 1))
+    return means(values)
+
+
 def of_blocks(files: Path, size: int) -> Expected:
     """Stage pt with packing: all texts one after the other, cut into blocks."""
     texts = [(f"{n}_text", [*r["text"].encode(), EOS]) for n in NAMES for r in records(files, n)]

@@ -81,6 +81,7 @@ class Command(Logged):
         model: the name of a model in `files`.
         patch: whether to run it with channel metrics.
         ranks: more than one are started by LLaMA-Factory itself.
+        cache: the folder of preprocessed data; None makes one of its own.
         config: of the metrics, YAML.
         arguments: of LLaMA-Factory, beside those that all runs have.
     """
@@ -93,6 +94,7 @@ class Command(Logged):
         model: str = "model",
         patch: bool = True,
         ranks: int = 1,
+        cache: Path | None = None,
         config: str = "metrics: [loss, tokens, samples]",
         **arguments: Any,
     ) -> None:
@@ -128,7 +130,7 @@ class Command(Logged):
         environ = {
             "PATH": os.pathsep.join([str(CLI.parent), os.environ.get("PATH", "")]),
             "PYTHONPATH": python_path(STUBS),
-            "HF_DATASETS_CACHE": str(folder / "cache"),
+            "HF_DATASETS_CACHE": str(cache or folder / "cache"),
             "NPROC_PER_NODE": str(ranks),
             **({"FORCE_TORCHRUN": "1"} if ranks > 1 else {}),
         }

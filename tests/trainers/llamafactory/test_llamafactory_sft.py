@@ -18,6 +18,10 @@ SPLIT = {"model": "dropout", "val_size": 0.25, "eval_strategy": "steps", "eval_s
 # All records fit into one step, so that none is repeated.
 RANKS = {"ranks": 2, "per_device_train_batch_size": 23, "gradient_accumulation_steps": 1}
 STREAM = {"streaming": True, "buffer_size": 8, "max_steps": 6, "dataloader_num_workers": 1}
+# These are 14 packs.
+PACKS = {"neat_packing": True, "per_device_train_batch_size": 7}
+STREAMS = {**STREAM, **RANKS, "max_steps": 1}
+HELD_OUT = {"val_size": 0.25, "eval_strategy": "epoch"}
 TEXTS = {"stage": "pt", "dataset": "code_text,chat_text", "cutoff_len": 32}
 COLUMN = {"config": "fields: [source]\nmetrics: [loss, tokens, samples]"}
 EXCESS = "metrics: [loss, tokens, samples, excess_loss]"
@@ -35,6 +39,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "off": {**SPLIT, "patch": False},
     "on, packed": LORA,
     "off, packed": {**LORA, "patch": False},
+    "val_size": {**EPOCH, **HELD_OUT},
+    "lora, packed": {**EPOCH, "neat_packing": True, "finetuning_type": "lora"},
+    "ranks, packed": {**EPOCH, **RANKS, **PACKS},
+    "texts": {**EPOCH, **TEXTS, "packing": False},
+    "streams": {**EPOCH, **STREAMS, "accelerator_config": {"dispatch_batches": False}},
+    "streams, dispatched": {**EPOCH, **STREAMS},
 }
 
 
@@ -127,3 +137,56 @@ def test_training_is_the_same_without_the_patch(ran: dict[str, Command], name: s
 
 def test_validation_is_split_from_all_channels(ran: dict[str, Command]) -> None:
     check_split(ran["on"], 12)
+
+
+def test_what_is_trained_and_what_is_held_out_is_the_whole(
+    ran: dict[str, Command], files: Path
+) -> None:
+    from llamafactory_oracle import of_sft
+
+    trained, held_out = ran["val_size"].values, ran["val_size"].evaluation
+    for name, (loss, tokens, samples) in of_sft(files).items():
+        parts = (trained, f"{name}_"), (held_out, f"eval_{name}_")
+        assert sum(found[f"{key}tokens"] for found, key in parts) == tokens
+        assert sum(found[f"{key}samples"] for found, key in parts) == samples
+        nll = sum(found[f"{key}loss"] * found[f"{key}tokens"] for found, key in parts)
+        assert nll == pytest.approx(loss * tokens, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lora, packed", "ranks, packed", "streams"])
+def test_combinations_count_the_same_records(
+    ran: dict[str, Command], files: Path, name: str
+) -> None:
+    from llamafactory_oracle import of_sft
+
+    check(ran[name].values, of_sft(files))
+
+
+def test_texts_alone(ran: dict[str, Command], files: Path) -> None:
+    from llamafactory_oracle import of_texts
+
+    check(ran["texts"].values, of_texts(files, 32))
+
+
+def test_a_stream_of_one_process_for_all_is_trained_without_metrics(
+    ran: dict[str, Command],
+) -> None:
+    run = ran["streams, dispatched"]
+    assert "dispatch_batches" in run.output
+    assert "loss" in run.values or "train_loss" in run.values
+    assert not any("code" in key for key in run.values)
+
+
+def test_data_that_another_run_has_tokenized(files: Path, tmp_path: Path) -> None:
+    """With the patch, they keep their channels. Its cache is not that of runs without it."""
+    from llamafactory_oracle import of_sft
+
+    shared: dict[str, Any] = {**EPOCH, "overwrite_cache": False, "cache": tmp_path / "cache"}
+    saved = {**shared, "tokenized_path": str(tmp_path / "tokenized")}
+    runs = {"off": {**shared, "patch": False}, "on": shared, "saves": saved, "loads": saved}
+    for name, given in runs.items():
+        run = Command(files, tmp_path / name, **given).end()
+        if name != "off":
+            check(run.values, of_sft(files))
+    assert "Loaded tokenized dataset from" in run.output
+    assert len(list((tmp_path / "cache").rglob("cache-*.arrow"))) > 1

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hf_case_tools import weights_hash
 from hf_tools import (
     VOCABULARY,
     PaddingCollator,
@@ -30,6 +31,7 @@ __all__ = [
     "model_loss",
     "no_trace",
     "observed",
+    "on_and_off",
     "oracle",
     "own_table",
     "plain_oracle",
@@ -195,3 +197,12 @@ def shifted_nll(logits: Tensor, labels: Tensor) -> Tensor:
 def shifted_hits(logits: Tensor, labels: Tensor) -> Tensor:
     """[B, S - 1]: whether each target was predicted."""
     return logits[:, :-1].argmax(-1) == labels[:, 1:]
+
+
+def on_and_off(run: Any) -> dict[str, Any]:
+    """Windows of a run with metrics, and the weights of a run with them and of one without."""
+    torch.manual_seed(7)
+    _, off = run(False)
+    torch.manual_seed(7)
+    logs, on = run(True)
+    return {"logs": logs, "on": weights_hash(on), "off": weights_hash(off)}

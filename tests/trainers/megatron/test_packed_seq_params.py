@@ -7,22 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from boundary_tools import check, ints
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.packed_seq_params import PackedSeqParams
-from torch import Tensor
 
 from channel_metrics import BoundaryError
 from channel_metrics.core.boundaries import (
-    Boundaries,
     boundaries_from_batch,
     boundaries_from_packed_seq_params,
     boundaries_from_position_ids,
 )
-
-
-def ints(*values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def packed(lengths: list[int] | None, padded: list[int] | None = None) -> PackedSeqParams:
@@ -31,17 +26,6 @@ def packed(lengths: list[int] | None, padded: list[int] | None = None) -> Packed
         cu_seqlens_q=None if lengths is None else ints(*lengths),
         cu_seqlens_q_padded=None if padded is None else ints(*padded),
     )
-
-
-def check(found: Boundaries, bounds: list[int], keep: list[int] | None = None) -> None:
-    assert found.cu_seqlens.dtype == torch.int32
-    assert found.cu_seqlens.tolist() == bounds
-    assert found.num_sequences == len(bounds) - 1
-    if keep is None:
-        assert found.keep is None
-    else:
-        assert found.keep is not None
-        assert found.keep.int().tolist() == keep
 
 
 @pytest.mark.parametrize(
@@ -95,7 +79,11 @@ def test_equal_those_of_position_ids(lengths: list[int], tail: int) -> None:
     other = boundaries_from_position_ids(positions, mask)
     assert found.cu_seqlens.tolist() == other.cu_seqlens.tolist() == padded.tolist()
     assert found.unpadded_cu_seqlens().tolist() == bounds.tolist()
-    assert (found.keep is None) == (tail == 0)
+    if tail:
+        assert found.keep is not None and other.keep is not None
+        assert found.keep.tolist() == other.keep.tolist() == mask[0].bool().tolist()
+    else:
+        assert found.keep is other.keep is None
 
 
 def test_another_default_device() -> None:

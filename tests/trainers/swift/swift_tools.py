@@ -14,8 +14,9 @@ import faults
 import pytest
 import torch
 import torch.distributed as dist
+from collectives import watched
 from fork_client import Preload
-from hf_case_tools import COLLECTIVES, weights_hash
+from hf_case_tools import weights_hash
 from said import warnings_of_ours
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -110,26 +111,23 @@ def timeless(entry: dict[str, Any]) -> dict[str, Any]:
 
 def both(given: dict[str, Any], metrics: MetricsConfig = ON) -> dict[str, Any]:
     """The run of ms-swift alone, and with our metrics; plain values."""
-    found = {"off": run(given, None), "on": run(given, metrics)}
-    for of_run in found.values():
-        del of_run["trainer"]
-    return found
+    return both_and_template(given, metrics)[0]
+
+
+def both_and_template(
+    given: dict[str, Any], metrics: MetricsConfig = ON, **alone: Any
+) -> tuple[dict[str, Any], Any]:
+    """What `both` gives, and the template. alone: other arguments for ms-swift alone."""
+    found = {"off": run(given | alone, None), "on": run(given, metrics)}
+    trainers = [of_run.pop("trainer") for of_run in found.values()]
+    return found, trainers[-1].template
 
 
 @contextmanager
 def counted_collectives() -> Iterator[Counter[str]]:
     """How often each collective of torch.distributed was called from Python."""
     counts: Counter[str] = Counter()
-
-    def wrap(name: str, original: Any) -> Any:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            counts[name] += 1
-            return original(*args, **kwargs)
-
-        return called
-
-    wrapped = {name: wrap(name, getattr(dist, name)) for name in COLLECTIVES}
-    with replaced.multiple(dist, **wrapped):
+    with replaced.multiple(dist, **watched(lambda name, *_, **__: counts.update([name]))):
         yield counts
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from rank_cases import Case, RanksOf, case
 from swift_files import arguments, make_data, make_model
-from swift_tools import SWIFT, needs_swift, run
+from swift_tools import SWIFT, both_and_template, needs_swift
 
 from channel_metrics import MetricsConfig
 
@@ -55,13 +55,9 @@ def trained(folder: Path, **overrides: Any) -> Found:
     options = arguments(model, data, folder, **one_step | overrides)
     outliers = {"folder": str(folder / "outliers"), "count": 1, "id_field": "number"}
     config = MetricsConfig(metrics=METRICS, axes=AXES, outliers=outliers)
-    off, on = run(options | {"enable_channel_loss": False}, None), run(options, config)
-    template = on.pop("trainer").template
-    del off["trainer"]
+    found, template = both_and_template(options, config, enable_channel_loss=False)
     lines = (folder / "outliers" / "rank0.jsonl").read_text().splitlines()
-    return {
-        "off": off,
-        "on": on,
+    return found | {
         "outliers": [json.loads(line) for line in lines],
         "records": one_by_one(model, template, records),
     }

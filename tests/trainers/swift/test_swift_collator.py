@@ -8,9 +8,12 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
+from channel_metrics.core.axis_settings import ROLES, ROLES_FIELD
 from channel_metrics.core.keys import ChannelTable
 from channel_metrics.core.labels import DEFAULT_FIELDS
+from channel_metrics.data.carried import with_roles
 from channel_metrics.data.scan import class_names
+from channel_metrics.data.token_marks import MARKS_KEY
 from channel_metrics.errors import ChannelError
 from channel_metrics.trainers.hf.columns import with_channel_column
 from channel_metrics.trainers.swift.collator import SwiftCollator
@@ -61,6 +64,22 @@ def test_numbers_are_names() -> None:
     assert collated(packed(2, 3) | {"channel": [7, None]})["channels"] == ["7", None]
 
 
+@pytest.mark.parametrize("channel", [["bbu", "rru"], ["bbu", None], None])
+def test_roles_travel_with_the_channel_and_are_taken_off_it(channel: Any) -> None:
+    """ms-swift gets its channels as they were."""
+    numbers = {role: 10 * number for number, role in enumerate(ROLES, start=1)}
+    batch = packed(2, 3)
+    if channel is not None:
+        of_tokens = [ROLES.index("user") + 1, 0, ROLES.index("assistant") + 1]
+        batch["channel"] = [channel[0], with_roles(channel[1], of_tokens)]
+    collator = SwiftCollator(lambda _: batch, strip=(), columns=((ROLES_FIELD, numbers),))
+    found: dict[str, Any] = collator([])
+    assert found.get("channel") == channel
+    assert found["channels"] == (channel or [None, None])
+    marks = [0] * 5 if channel is None else [0, 0, numbers["user"], 0, numbers["assistant"]]
+    assert found[MARKS_KEY].tolist() == [marks]
+
+
 def test_records_for_generation_pass() -> None:
     assert collated({"_data": [{"messages": []}]}) == {"_data": [{"messages": []}]}
 
@@ -98,6 +117,13 @@ def test_a_padded_tail_is_of_no_pack() -> None:
     batch = packed(2, 3, 1) | {"packed_group": ["rru"], "packed_segments": [5]}
     batch["labels"] = torch.tensor([[0, 1, 0, 1, 2, -100]])
     assert collated(batch)["channels"] == ["rru", "rru"]
+
+
+def test_packs_of_one_group_tell_no_roles() -> None:
+    batch = packed(2, 3) | {"packed_group": ["rru"], "packed_segments": [5]}
+    collator = SwiftCollator(lambda _: batch, strip=(), columns=((ROLES_FIELD, {}),))
+    with pytest.raises(ChannelError, match=r"one name per pack, so the roles .* are not known"):
+        collator([])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from gradient_tools import gradient_metrics
 from rank_cases import Case, RanksOf, case
 from swift_files import arguments, make_data, make_model
-from swift_tools import SWIFT, needs_swift, run
+from swift_tools import SWIFT, both_and_template, needs_swift
 
 from channel_metrics import MetricsConfig
 from channel_metrics.core.gradients import GRADIENTS
@@ -38,10 +38,8 @@ def trained(folder: Path, **overrides: Any) -> Found:
     data.write_text("".join(lines))
     one_step = {"gradient_accumulation_steps": NUM_RECORDS, "max_steps": 1}
     options = arguments(model, data, folder, **one_step | overrides)
-    off, on = run(options, None), run(options, CONFIG)
-    template = on.pop("trainer").template
-    del off["trainer"]
-    return {"off": off, "on": on, "expected": one_by_one(model, template, lines)}
+    found, template = both_and_template(options, CONFIG)
+    return found | {"expected": one_by_one(model, template, lines)}
 
 
 def one_by_one(path: Path, template: Any, lines: list[str]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from rank_cases import Case, RanksOf, case
 from swift_files import arguments, make_model
-from swift_tools import SWIFT, needs_swift, run
+from swift_tools import SWIFT, both_and_template, needs_swift
 
 from channel_metrics import MetricsConfig
 
@@ -60,10 +60,8 @@ def trained(folder: Path, *, tools: bool = True, **overrides: Any) -> Found:
     data.write_text("".join(json.dumps(record) + "\n" for record in data_set))
     one_step = {"gradient_accumulation_steps": NUM_RECORDS, "max_steps": 1, "max_length": 500}
     options = arguments(model, data, folder, **one_step | overrides)
-    off, on = run(options, None), run(options, CONFIG)
-    template = on.pop("trainer").template
-    del off["trainer"]
-    return {"off": off, "on": on, "expected": one_by_one(model, template, data_set)}
+    found, template = both_and_template(options, CONFIG)
+    return found | {"expected": one_by_one(model, template, data_set)}
 
 
 def roles_of(template: Any, ids: list[int]) -> list[str]:

@@ -22,7 +22,7 @@ from paths import ROOT
 from rank_cases import Case, RanksOf, case
 from swift_checks import check_training
 from swift_files import arguments
-from swift_tools import SWIFT, needs_swift, run
+from swift_tools import SWIFT, both_and_template, needs_swift
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from vision_tools import needs_vision
@@ -131,10 +131,7 @@ def trained(folder: Path, **overrides: Any) -> dict[str, Any]:
     options = given(folder, **overrides)
     # ms-swift alone needs the column `channel`.
     named = [str(Path(options["dataset"][0]).with_name(NAMED))]
-    found = {"off": run(options | {"dataset": named}, None), "on": run(options)}
-    template = found["on"]["trainer"].template
-    for of_run in (found["off"], found["on"]):
-        del of_run["trainer"]
+    found, template = both_and_template(options, dataset=named)
     # ms-swift's attention must not look for other parts of these rows.
     sequence_parallel.world_size = 1
     return found | {"expected": one_by_one(template, options)}

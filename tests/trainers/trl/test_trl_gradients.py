@@ -10,7 +10,7 @@ import torch
 from gradient_tools import gradient_metrics
 from transformers import Qwen2ForCausalLM
 from trl import SFTTrainer
-from trl_sft_tools import BFD, HAS_BOUNDS, OF_LETTER, MySFT, Seen, sft
+from trl_sft_tools import BFD, OF_LETTER, MySFT, Seen, sft
 from trl_tools import EOS, text_records
 
 from channel_metrics import MetricsConfig
@@ -59,8 +59,6 @@ def expected(model: Any, batches: list[dict[str, Any]]) -> dict[str, float]:
 def test_channels_equal_autograd(
     tmp_path: Path, trainer_class: Any, options: dict[str, Any]
 ) -> None:
-    if not HAS_BOUNDS and options:
-        pytest.skip("this trl gives padding-free rows no position ids")
     seen = Seen()
     if trainer_class is MySFT:
         options["channel_metrics"] = CONFIG

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated"),
     # trl 0.29 says where they are defined.
     pytest.mark.filterwarnings("ignore:The `KTO.*` is now located in:FutureWarning"),
-    pytest.mark.skipif(
-        Version(trl.__version__) < Version("0.29"), reason="refused, see test_trl_old"
-    ),
 ]
 
 
@@ -85,7 +83,8 @@ class Batches:
         inner = getattr(trainer, name)
 
         def keep(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            prefix = "completion_" if OLD else ""
+            # That of trl 0.29 and 1.5.
+            prefix = "completion_" if "completion_input_ids" in inputs else ""
             batch = Batch(rows(inputs, prefix), rows(inputs, f"KL_{prefix}"))
             self.seen[model.training].append(batch)
             return inner(model, inputs, *args, **kwargs)
@@ -97,7 +96,7 @@ def rows(inputs: Any, prefix: str) -> list[Answer]:
     if f"{prefix}input_ids" not in inputs:
         return []
     masks = inputs[f"{prefix}attention_mask"].bool()
-    if OLD:
+    if f"{prefix}labels" in inputs:
         of_answer = inputs[f"{prefix}labels"] != -100
     else:
         of_answer = inputs[f"{prefix}completion_mask"].bool()
@@ -198,11 +197,17 @@ def test_windows_are_means_over_the_answers_of_a_channel(
     assert not [message for message in caplog.messages if "add up" in message]
 
 
+def together(entry: dict[str, float]) -> float:
+    """The loss of all channels."""
+    names = [name for name in CHANNELS if f"{name}_loss" in entry]
+    return sum(entry[f"{name}_loss"] * entry[f"{name}_share"] for name in names)
+
+
 ADAPTERS: dict[str, Any] = {
     "none": None,
     "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
 }
-if not OLD:  # trl 0.29 itself cannot train it
+if Version(trl.__version__) >= Version("1.16"):  # trl 0.29, 1.5 and 1.9 cannot train it
     ADAPTERS["prompt"] = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
 
 
@@ -220,14 +225,12 @@ def test_training_is_the_same_and_the_losses_add_up(tmp_path: Path, adapter: str
         assert kept == {k: ours[k] for k in kept}
         if "loss" not in ours:
             continue
-        names = [name for name in CHANNELS if f"{name}_loss" in ours]
-        together = sum(ours[f"{name}_loss"] * ours[f"{name}_share"] for name in names)
-        assert together == pytest.approx(float(ours["loss"]), rel=1e-5)
+        assert together(ours) == pytest.approx(float(ours["loss"]), rel=1e-5)
     assert runs[1].state.log_history[1]["bbu_rewards/rejected"] != 0
     assert type(detach(runs[1])) is KTOTrainer
 
 
-@pytest.mark.skipif(not OLD, reason="newer TRL has no fused KTO loss")
+@pytest.mark.skipif(not OLD, reason="stands in for the fused loss of trl 0.29")
 def test_a_loss_without_single_answers_is_refused(tmp_path: Path) -> None:
     """As with Liger, whose kernels need a GPU, and which does not call the watched `kto_loss`."""
 
@@ -251,11 +254,28 @@ def test_the_loss_of_experts_belongs_to_no_answer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is in the loss of the batch, and in that of no channel: nothing is compared."""
-    model, reference = (
-        MixtralForCausalLM(MixtralConfig(**sizes(num_local_experts=2, output_router_logits=True)))
-        for _ in range(2)
+    sizes_of_experts = sizes(
+        num_local_experts=2, output_router_logits=True, router_aux_loss_coef=1.0
     )
-    trainer = kto(tmp_path, model=model, ref_model=reference, prepare=attach, max_steps=2)
+    model, reference = (MixtralForCausalLM(MixtralConfig(**sizes_of_experts)) for _ in range(2))
+    prepare = partial(attach, config=EVERYTHING)
+    trainer = kto(tmp_path, model=model, ref_model=reference, prepare=prepare, max_steps=2)
     assert trainer.aux_loss_enabled
-    assert "bbu_loss" in logs(trainer)[0]
+    (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert float(entry["loss"]) > together(entry) + 0.5
     assert "add up" not in caplog.text
+
+
+def test_another_formula_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def doubled(trainer: Any) -> None:
+        name = "get_batch_loss_metrics" if OLD else "_compute_loss"
+        inner = getattr(trainer, name)
+
+        def twice(*args: Any, **kwargs: Any) -> Any:
+            result = inner(*args, **kwargs)
+            return (2 * result[0], *result[1:]) if isinstance(result, tuple) else 2 * result
+
+        setattr(trainer, name, twice)
+
+    kto(tmp_path, prepare=attach, before=doubled, max_steps=2)
+    assert "own loss: the relative difference is 5.0e-01" in caplog.text

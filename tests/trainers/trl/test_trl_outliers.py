@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-from trl_sft_tools import BFD, HAS_BOUNDS, OF_LETTER, MySFT, sft
+from trl_sft_tools import BFD, OF_LETTER, MySFT, sft
 from trl_tools import text_records
 
 from channel_metrics import MetricsConfig
@@ -32,7 +31,6 @@ def test_padded_rows_have_ids(tmp_path: Path) -> None:
         assert line["text"].removesuffix(END) and texts[line["id"]][1:] in line["text"]
 
 
-@pytest.mark.skipif(not HAS_BOUNDS, reason="this trl gives no bounds of packed rows")
 def test_packed_rows_have_texts(tmp_path: Path) -> None:
     lines = lines_of(tmp_path, packing=True, packing_strategy=BFD, padding_free=True)
     assert lines

@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 from test_trl_sft import TEMPLATE
 from trl import SFTTrainer
-from trl_sft_tools import BFD, HAS_BOUNDS, HAS_SPLIT, OLD, SPLIT, MySFT, Seen, config, expected, sft
+from trl_sft_tools import BFD, OLD, SPLIT, MySFT, Seen, config, expected, sft
 from trl_tools import ALPHABETS, CHANNELS, tiny_model, token_records, windows
 
 from channel_metrics import ChannelError, MetricsConfig
@@ -73,10 +73,6 @@ def check(trainer: Any, seen: Seen, axis: str, names: dict[int, str]) -> None:
     ids=["padded", "padding-free", "bfd", "wrapped", "split"],
 )
 def test_roles_of_tokens(tmp_path: Path, trainer_class: Any, options: dict[str, Any]) -> None:
-    if options.get("packing_strategy") == SPLIT and not HAS_SPLIT:
-        pytest.skip("this trl does not split sequences")
-    if options.get("padding_free") and not HAS_BOUNDS:
-        pytest.skip("this trl gives padding-free rows no position ids")
     trainer, seen = run(tmp_path, records(), CONFIG, trainer_class, **options)
     check(trainer, seen, "role", OF_ROLE)
 

@@ -144,7 +144,7 @@ def test_the_chunked_loss_in_many_chunks(tmp_path: Path, monkeypatch: pytest.Mon
         assert chunked == pytest.approx(plain, rel=1e-6)
 
 
-@pytest.mark.skipif(HAS_BOUNDS, reason="for trl 0.19 to 0.21")
+@pytest.mark.skipif(HAS_BOUNDS, reason="for trl before 0.24")
 def test_padding_free_rows_without_position_ids_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedVersionError, match="puts no position ids into padding-free"):
         sft(tmp_path, MySFT, padding_free=True, max_length=None)
