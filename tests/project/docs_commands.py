@@ -107,6 +107,7 @@ def commands_in_text(page: str) -> list[str]:
     text = (ROOT / page).read_text(encoding="utf-8")
     text = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.DOTALL | re.MULTILINE)
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+    spans = [re.sub(r"^([A-Z_]+=\S+ )+", "", span) for span in spans]  # variables for the command
     words = r"[a-z.][\w./-]* .+"
     found = [one for one in spans if re.fullmatch(rf"{words}|\.ci/\w+|scripts/\w+", one)]
     return [one for one in found if one.split()[0] not in {*NO_PROGRAM, "..."}]

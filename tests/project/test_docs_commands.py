@@ -74,6 +74,7 @@ def test_the_targets_that_ci_runs() -> None:
 def test_a_command_in_the_text_is_found() -> None:
     assert "axolotl train config.yaml" in commands_in_text("docs/axolotl.md")
     assert ".ci/run" in commands_in_text("CONTRIBUTING.md")
+    assert any(c.startswith("make test-latest ") for c in commands_in_text("docs/megatron.md"))
     # No word is left over in the list of those that are no programs.
     text = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
     ours = NO_PROGRAM - set(keyword.kwlist) - {c.name for c in app.registered_commands}
