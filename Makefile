@@ -75,7 +75,7 @@ lint: env ## ruff, mypy, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: env ## Linters, types over the tests too, and the tests of the core: below a minute
+check: env ## Linters, types over the tests too, and the tests of the core
 	@$(MAKE) --no-print-directory -j 2 --output-sync lint test-core
 
 test-core: env # One process: the linters have the other core.
@@ -83,7 +83,7 @@ test-core: env # One process: the linters have the other core.
 		tests/test_config.py tests/test_session*.py tests/test_swap.py
 
 docs: env ## Build the docs site into site/; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: env ## Measure what it costs, beside others; writes benchmarks/results/ and docs/benchmarks.*
 	$(BIN)/python -m benchmarks

@@ -190,7 +190,7 @@ class Sampler(Section):
     """The channels, and their weights at first, relative to each other."""
 
     rule: Any = "loss"
-    """One of `RULES`, or a function, also by import path: `my_module:my_function`."""
+    """`fixed`, `loss`, `excess`, `speed`, or a function, also by import path: `my_module:rule`."""
 
     smoothing: float = 0.0
     """The part of the old weights that a new window leaves, from 0 to below 1."""

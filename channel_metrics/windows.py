@@ -125,7 +125,10 @@ class OpenWindow:
 class Evaluation(OpenWindow):
     """An evaluation that is open, or has just ended.
 
-    window: its values, after it has ended. None if an exception ended it, or if it was discarded.
+    Attributes:
+        window: its values, after it has ended. None if an exception ended it, or if it was
+            discarded.
+        discarded: whether `discard` was called.
     """
 
     def __init__(self, table: SumTable) -> None:

@@ -69,7 +69,7 @@ def part_of(name: str) -> str:
     if kind == "schema":
         return schema_of(_imported(argument))
     if kind == "interface":
-        return interface_of(argument)
+        return _linked(interface_of(argument))
     return PARTS[kind]()
 
 

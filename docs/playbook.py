@@ -1,14 +1,16 @@
 """The runs and pictures of the training playbook: `python docs/playbook.py [NAME ...]`.
 
 Each case trains the tiny model of the demo on the sources of configs/fused_data, with one change.
-It writes docs/playbook_NAME.svg, and prints the values that the page quotes. All cases together
-take about ten minutes on two CPU cores.
+It writes docs/playbook_NAME.svg, and the log into tests/analysis/logs, from which a test reads the
+values that the page quotes. All cases together take about ten minutes on two CPU cores.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,10 +24,8 @@ import torch
 import yaml
 
 from channel_metrics import swap
-from channel_metrics.analysis.judging.finding import lines_of
-from channel_metrics.analysis.judging.told import findings_of
-from channel_metrics.analysis.report.views import views_of
-from channel_metrics.analysis.run import load_run
+from channel_metrics.alerting import ALERTS_FILE
+from channel_metrics.analysis.run import RUN_FILE
 from channel_metrics.demo import train as demo
 from channel_metrics.demo.config import TrainConfig, load_config
 from channel_metrics.demo.mixture import Mixture
@@ -35,6 +35,7 @@ matplotlib.rcParams["svg.hashsalt"] = "channel_metrics"
 
 DOCS = Path(__file__).resolve().parent
 DATA = DOCS.parent / "configs" / "fused_data"
+LOGS = DOCS.parent / "tests" / "analysis" / "logs"
 COLORS = {"bbu": "#2a78d6", "rru": "#1baf7a", "lvis": "#eda100", "lang_chat": "#e34948"}
 
 Logs = list[dict[str, Any]]
@@ -94,14 +95,17 @@ def picture(name: str, panels: Sequence[tuple[str, Logs, Sequence[tuple[str, str
     plt.close(figure)
 
 
-def say(logs: Logs, *keys: str) -> None:
-    """Print the first, lowest and last value of each key."""
-    for key in keys:
-        steps, values = series(logs, key)
-        low = min(values)
-        first, last = f"{values[0]:.4g} at step {steps[0]}", f"{values[-1]:.4g} at step {steps[-1]}"
-        lowest = f"lowest {low:.4g} at step {steps[values.index(low)]}"
-        print(f"  {key}: {first}, {lowest}, {last}, {len(values)} points")
+def keep(name: str, logs: Logs, *others: str) -> None:
+    """Write the losses and tokens of a run, and `others`, as the log of this case."""
+    kept = re.compile("|".join((r"\w*loss", r"(?!eval)\w+_tokens", *others)))
+    lines = [
+        {key: round(value, 4) for key, value in entry.items() if kept.fullmatch(key)}
+        | {"step": entry["step"]}
+        for entry in logs
+        if "train_loss" not in entry
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (LOGS / f"playbook_{name}.jsonl").write_text(text)
 
 
 def channels(form: str, style: str = "-") -> list[tuple[str, str, str]]:
@@ -120,7 +124,7 @@ def healthy(case: Case) -> None:
             ("evaluation", logs, channels("eval_{}_loss", ".-")),
         ],
     )
-    say(logs, "loss", "bbu_loss", "rru_loss", "lvis_loss", "lang_chat_loss")
+    keep("healthy", logs, "lang_chat_samples")
 
 
 def forgetting(case: Case) -> None:
@@ -133,7 +137,7 @@ def forgetting(case: Case) -> None:
             ("evaluation", logs, channels("eval_{}_loss", ".-")),
         ],
     )
-    say(logs, "loss", *(f"eval_{name}_loss" for name in COLORS))
+    keep("forgetting", logs)
 
 
 def _two_runs(case: Case, steps: int = 120) -> Logs:
@@ -160,7 +164,7 @@ def imbalance(case: Case) -> None:
             ("evaluation", logs, channels("eval_{}_loss", ".-")),
         ],
     )
-    say(logs, "loss", "lang_chat_share", "lang_chat_loss", *(f"eval_{n}_loss" for n in COLORS))
+    keep("imbalance", logs)
 
 
 def broken(case: Case) -> None:
@@ -180,7 +184,7 @@ def broken(case: Case) -> None:
             ("evaluation (intact data)", logs, channels("eval_{}_loss", ".-")),
         ],
     )
-    say(logs, "loss", "rru_loss", "rru_token_acc", "eval_rru_loss", "bbu_loss")
+    keep("broken", logs, "rru_token_acc")
 
 
 def starved(case: Case) -> None:
@@ -201,8 +205,9 @@ def starved(case: Case) -> None:
             ("the loss of the run, and evaluation", logs, [("loss", "", "--"), *evaluated]),
         ],
     )
-    say(logs, "loss", "lvis_share", "lvis_loss", *(f"eval_{name}_loss" for name in COLORS))
-    print("\n".join(lines_of(findings_of(views_of([load_run(case.folder / "run")])[0]))))
+    keep("starved/log", logs, r"(?!eval)\w+_samples")
+    for file in (ALERTS_FILE, RUN_FILE):
+        shutil.copy(case.folder / "run" / file, LOGS / "playbook_starved")
 
 
 def _lvis_ends(
@@ -228,12 +233,9 @@ def template(case: Case) -> None:
     intact = Case(case.folder / "intact")
     intact.folder.mkdir()
     before = intact.run("masked")
-    for name, part in (("masked", before), ("unmasked", logs)):
-        tokens, samples = (series(part, f"lang_chat_{key}")[1] for key in ("tokens", "samples"))
-        print(f"  {name}: {sum(tokens) / sum(samples):.1f} supervised tokens per sample")
-        say(part, "lang_chat_share", "lang_chat_loss", "eval_lang_chat_loss")
     shares = channels("{}_share")
     picture("template", [("as it should be", before, shares), ("nothing masked", logs, shares)])
+    keep("template", logs, "lang_chat_samples")
 
 
 def overfitting(case: Case) -> None:
@@ -251,7 +253,7 @@ def overfitting(case: Case) -> None:
             ("the target", logs, both),
         ],
     )
-    say(logs, "loss", "eval_loss", "bbu_loss", "eval_bbu_loss", "eval_lvis_loss")
+    keep("overfitting", logs)
 
 
 def drift(case: Case) -> None:
@@ -261,7 +263,7 @@ def drift(case: Case) -> None:
     target = [("bbu_loss", "bbu", "-"), ("eval_bbu_loss", "bbu", ".--")]
     sources = [line for line in channels("eval_{}_loss", ".-") if line[1] != "bbu"]
     picture("drift", [("the target", logs, target), ("the sources", logs, sources)])
-    say(logs, "loss", "bbu_loss", *(f"eval_{name}_loss" for name in COLORS))
+    keep("drift", logs)
 
 
 CASES: dict[str, Callable[[Case], None]] = {

@@ -6,6 +6,7 @@ A page may list a trainer that is not installed.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +15,15 @@ ROOT = Path(__file__).resolve().parents[1]
 Definition = ast.ClassDef | ast.FunctionDef
 
 
-def interface_of(package: str) -> str:
-    """A list of all names in `__all__` of a package; methods stand below their class."""
-    return "\n".join(line for name in _all_of(_tree(package)) for line in _entry(package, name))
+def interface_of(given: str) -> str:
+    """A list of names, with what they do; attributes and methods stand below their class.
+
+    Args:
+        given: a package or module, for all names in its `__all__`; or some names after it.
+    """
+    package, *names = given.split()
+    names = names or _all_of(_tree(package))
+    return "\n".join(line for name in names for line in _entry(package, name))
 
 
 def _entry(package: str, name: str) -> Iterator[str]:
@@ -29,6 +36,7 @@ def _entry(package: str, name: str) -> Iterator[str]:
         return
     yield f"- **`{_signature(module, node)}`**: {_summary(node)}"
     if isinstance(node, ast.ClassDef) and not name.endswith("Mixin"):
+        yield from (f"    - `{one}`: {doc}" for one, doc in _attributes(node))
         methods: dict[str, ast.FunctionDef] = {}
         for method in _methods(module, node):
             methods.setdefault(method.name, method)  # the nearest class comes first
@@ -98,6 +106,14 @@ def _arguments(given: ast.arguments, *, bound: bool) -> str:
 def _summary(node: Definition) -> str:
     """The first paragraph of the docstring."""
     return (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _attributes(node: ast.ClassDef) -> list[tuple[str, str]]:
+    """The section `Attributes` of the docstring."""
+    _, _, after = (ast.get_docstring(node) or "").partition("\nAttributes:\n")
+    section = after.split("\n\n")[0]
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return [(name, " ".join(doc.split())) for name, doc in found]
 
 
 def _called(value: ast.expr) -> str:

@@ -64,6 +64,22 @@ def test_the_rate_of_false_alarms(correlation: float, stated: float) -> None:
     alarms = [trend for trend in trends if trend.is_bad]
     assert len(trends) == 5 * NUM_RUNS
     assert len(alarms) <= stated * len(trends), (len(alarms), correlation)
+    page = (ROOT / "docs/report.md").read_text(encoding="utf-8")
+    assert f"| {stated:.0%} | {len(alarms) / len(trends):.1%} |".replace("%", " %") in page
+
+
+@pytest.mark.parametrize(("count", "stated"), [(20, 24), (200, 10)])
+def test_it_is_not_usable_where_neighbours_correlate_by_090(count: int, stated: int) -> None:
+    generator = np.random.default_rng(3)
+    trends = [
+        trend for _ in range(300) for trend in trends_of(stationary_run(generator, count, 0.9))
+    ]
+    training = [trend for trend in trends if trend.split == "train"]
+    assert len(training) == 900
+    rate = sum(trend.is_bad for trend in training) / len(training)
+    assert rate == pytest.approx(stated / 100, abs=0.02)
+    page = (ROOT / "docs/report.md").read_text(encoding="utf-8")
+    assert f"{stated} % " in page.partition("correlate by\n0.9")[2][:300]
 
 
 @pytest.mark.parametrize(

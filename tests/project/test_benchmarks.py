@@ -8,13 +8,15 @@ from statistics import median
 from typing import Any
 
 import pytest
+import torch
 from paths import ROOT
 
-from benchmarks import head, scale, step
+from benchmarks import counts, head, scale, step
 from benchmarks.__main__ import PARTS
 from benchmarks.alarm_runs import share_delay, starved_delay
 from benchmarks.pages import PAGES, filled
 from benchmarks.peers import found_package
+from channel_metrics import ChannelMetrics, MetricsConfig, MicroBatch
 
 RESULTS = {
     path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("*.json")
@@ -68,6 +70,49 @@ def test_the_delays_of_alerts_in_the_docs() -> None:
         rows.append([*shares, *told(first["windows"]), *told(later["windows"])])
     for cells in rows:
         assert f"| {' | '.join(cells)} |".replace("%", " %") in text
+
+
+def test_the_numbers_in_the_reference() -> None:
+    text = " ".join((ROOT / "docs/REFERENCE.md").read_text(encoding="utf-8").split())
+    rows = {r["variant"]: r["operators_per_micro_batch"] for r in RESULTS["counts"]["rows"]}
+    accuracy, full = rows["ours, accuracy"], rows["ours, accuracy, 3 axes, error bars, bytes"]
+    assert f"with accuracy {accuracy} in place of {rows['ours']}, with error bars too" in text
+    assert f"bits per byte and three axes {full}, and none of them waits" in text
+
+
+def test_what_alerts_add_to_a_checkpoint() -> None:
+    text = (ROOT / "docs/acting.md").read_text(encoding="utf-8")
+    rows = RESULTS["acting"]["kept"]
+    assert len(rows) == 3
+    for row in rows:
+        assert f"{row['bytes'] / 1024:.1f} KB after {row['windows']:,}" in text
+
+
+def test_the_operators_of_token_axes() -> None:
+    by: dict[str, Any] = {
+        "role": {"by": "column", "field": "roles"},
+        "modality": {"by": "modality", "labels": {"image": [7]}},
+        "position": {"by": "position"},
+        "length": {"by": "length"},
+    }
+    text = (ROOT / "docs/axes.md").read_text(encoding="utf-8")
+    table = text.split("| axes | operators |\n|---|---|\n")[1].split("\n\n")[0]
+    rows = [row.strip("| ").split(" | ") for row in table.strip().splitlines()]
+    assert len(rows) == 5
+    for axes, number in rows:
+        chosen = {axis: by[axis] for axis in re.findall(r"`(\w+)`", axes)}
+        metrics = ChannelMetrics(MetricsConfig(channels=("a", "b"), axes=chosen, live_table=False))
+        batch = MicroBatch(
+            token_losses=torch.ones(64),
+            labels=torch.arange(64) % 9,
+            channels=torch.arange(4) % 2,
+            cu_seqlens=torch.arange(0, 65, 16, dtype=torch.int32),
+            marks=torch.ones(64, dtype=torch.int64) if "role" in chosen else None,
+        )
+        metrics.count(batch)
+        with counts._Operators() as seen:
+            metrics.count(batch)
+        assert seen.num_operators == int(number), axes
 
 
 def keys(rows: list[dict[str, Any]]) -> set[tuple[str, ...]]:

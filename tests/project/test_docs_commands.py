@@ -6,6 +6,7 @@ Commands of `channel-metrics` are in test_docs_blocks.py.
 from __future__ import annotations
 
 import importlib.util
+import keyword
 import os
 import re
 import shlex
@@ -13,105 +14,28 @@ import subprocess
 import sys
 from contextlib import chdir
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import yaml
+from docs_commands import (
+    BLOCKS,
+    BY_HAND,
+    BY_HAND_ONLY,
+    COMMANDS,
+    NO_PROGRAM,
+    NOT_RUN,
+    OTHER,
+    RUN_BY,
+    Command,
+    commands_in_text,
+)
 from fork_client import Preload
 from megatron_lm.launch import needs_megatron_training
 from rank_cases import Case, RanksOf, case
 from swift_tools import SWIFT, needs_swift
-from test_docs_blocks import ALL, PAGES, ROOT, Block, commands, first_line
+from test_docs_blocks import PAGES, ROOT, commands
 
-# {program: why its commands are not run as they stand}. Here each program reads them.
-NOT_RUN = {
-    "channel-metrics": "names files of the reader; tests/cli run every command",
-    "git": "needs the address of the repository",
-    "llamafactory-cli": "needs an environment of its own; make test-llamafactory runs it",
-    "make": ".ci/run runs what needs no checkout of another project",
-    "megatron": "needs CUDA; tests/trainers/swift_megatron run its functions",
-    "pip": "needs the network; .ci/run installs the same extras",
-    "python": "the tests below, and those in RUN_BY, run most of them; benchmarks take minutes",
-    "swift": "needs a model; tests/trainers/swift/test_swift_command.py runs it with one",
-    "torchrun": "needs a script; tests/cli/test_children.py and tests/megatron_lm run such ones",
-}
-# {script: the test that runs it}
-RUN_BY = {
-    "configs/one_mixture/prepare.py": "tests/project/test_one_mixture.py",
-    "configs/vision_mixture/generate.py": "tests/trainers/swift/test_swift_vision.py",
-    "docs/generate.py": "tests/project/test_generated_docs.py",
-}
-BY_HAND = {"docs/playbook.py": "it trains for minutes, and writes the pictures of the playbook"}
-# {(page, first line of a block): what it is, if not commands}
-OTHER = {
-    ("README.md", "{'loss': '0.5512', 'bbu_loss': '0.04067', 'bbu_token_acc': '0.9926', "): "a log",
-    ("docs/index.md", "{'loss': '0.5512', 'bbu_loss': '0.04067', "): "a log",
-    ("docs/TRAINING_PLAYBOOK.md", "{'loss': '0.5512', 'bbu_loss': '0.04067', "): "a log",
-    ("docs/TRAINING_PLAYBOOK.md", "alert at step 70: lvis: starved"): "a warning of the run",
-    ("docs/TRAINING_PLAYBOOK.md", "! lvis: alert at step 70: starved"): "what a command prints",
-    ("docs/porting.md", "trainer.py, line 301"): "an error",
-    ("docs/porting.md", "NotImplementedError: FlexAttention"): "an error",
-    ("docs/megatron_bridge.md", " iteration        2 channels | web_loss: "): "a log",
-    ("docs/megatron.md", " iteration        2 channels | web_loss: "): "a log",
-    ("docs/lightning.md", "metrics = ChannelMetricsCallback()"): "a part of its example",
-    ("docs/analysis.md", '{"step": 10, "id": "a-17"'): "a line of a file",
-    ("docs/report.md", "! lang_chat in eval: worse since step 60"): "what a command prints",
-    ("docs/scale.md", "72 bytes x (channels + 1) + 280 bytes"): "a formula",
-}
-READ_BY = {
-    "python": "test_docs_blocks.py",
-    "diff": "test_contributing.py",
-    "json": "test_the_record_of_the_playbook",
-    "yaml": "test_generated_docs.py, test_the_settings_of_a_probe, tests/trainers/axolotl",
-}
-
-
-class Command(NamedTuple):
-    """A command line in a page."""
-
-    page: str
-    program: str
-    arguments: list[str]
-
-
-def unfenced(page: str) -> list[Block]:
-    """The indented blocks of a page."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    text = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.DOTALL | re.MULTILINE)
-    found = re.findall(r"\n\n((?: {4}\S.*\n)+)(?=\n)", text)
-    blocks = (re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in found)
-    return [Block(page, 0, "text", block) for block in blocks if not block.startswith("- ")]
-
-
-def is_other(block: Block) -> bool:
-    return any(page == block.page and first_line(block).startswith(start) for page, start in OTHER)
-
-
-def lines(text: str) -> list[str]:
-    text = re.sub(r"\s#.*", "", text.replace("\\\n", " "))
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def command(page: str, line: str) -> Command:
-    program, *arguments = shlex.split(re.sub(r"\$\(which (\S+)\)", r"\1", line))
-    return Command(page, program, [item for item in arguments if item != "..."])
-
-
-BLOCKS = [block for block in ALL if block.language not in READ_BY]
-BLOCKS += [block for page in PAGES for block in unfenced(page)]
-IN_BLOCKS = [
-    command(block.page, line)
-    for block in BLOCKS
-    if not is_other(block)
-    for line in lines(block.text)
-]
-IN_TEXT = [
-    command(page, span)
-    for page in PAGES
-    for span in re.findall(r"`([^`\n]+)`", (ROOT / page).read_text(encoding="utf-8"))
-    if re.match(f"({'|'.join(NOT_RUN)}) [^`]", span)
-]
-COMMANDS = IN_BLOCKS + IN_TEXT
+from channel_metrics.cli.main import app
 
 
 def of(*programs: str) -> pytest.MarkDecorator:
@@ -137,6 +61,24 @@ def test_make(given: Command) -> None:
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     call = ["make", "--dry-run", *given.arguments]
     subprocess.run(call, cwd=ROOT, env=environ, check=True, capture_output=True)
+
+
+def test_the_targets_that_ci_runs() -> None:
+    scripts = [(ROOT / ".ci" / name).read_text() for name in ("run", "readme_commands")]
+    runs = re.findall(r"^(?:step)? *make ([\w-]+)", scripts[0], re.MULTILINE)
+    runs += re.findall(r"make ([\w-]+)", scripts[1].split('== "')[1].split('"')[0])
+    named = {given.arguments[0] for given in COMMANDS if given.program == "make"}
+    assert named - set(runs) == set(BY_HAND_ONLY)
+
+
+def test_a_command_in_the_text_is_found() -> None:
+    assert "axolotl train config.yaml" in commands_in_text("docs/axolotl.md")
+    assert ".ci/run" in commands_in_text("CONTRIBUTING.md")
+    assert any(c.startswith("make test-latest ") for c in commands_in_text("docs/megatron.md"))
+    # No word is left over in the list of those that are no programs.
+    text = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    ours = NO_PROGRAM - set(keyword.kwlist) - {c.name for c in app.registered_commands}
+    assert [word for word in ours if not re.search(rf"`\s*{word}\s", text)] == []
 
 
 @of("pip")
@@ -181,9 +123,10 @@ def test_torchrun(given: Command) -> None:
     assert given.arguments[ours + 1 : ours + 3] == ["channel_metrics", "run"]
 
 
-@of("llamafactory-cli")
-def test_llamafactory(given: Command) -> None:
-    assert given.arguments == ["train", "config.yaml"]
+@of("llamafactory-cli", "axolotl")
+def test_clis_of_other_environments(given: Command) -> None:
+    not_run = [["train"], ["preprocess"], ["evaluate"]]  # named in the text of docs/axolotl.md
+    assert given.arguments == ["train", "config.yaml"] or given.arguments in not_run
 
 
 def below(program: str) -> list[list[str]]:
@@ -257,22 +200,3 @@ def megatron(folder: Path) -> list[str]:
 @needs_megatron_training
 def test_megatron(ranks_of: RanksOf) -> None:
     assert ranks_of(megatron) == [[]]
-
-
-def test_the_settings_of_a_probe() -> None:
-    from channel_metrics.probes.probe import ProbeConfig
-
-    (block,) = [b for b in ALL if b.page == "docs/probe.md" and b.language == "yaml"]
-    section = yaml.safe_load(block.text)["probe"]
-    assert section.pop("sources") == {"canary": "canary.jsonl"}
-    assert ProbeConfig(**section).every == 20
-
-
-def test_the_record_of_the_playbook() -> None:
-    import json
-
-    from channel_metrics import MetricsConfig
-    from channel_metrics.core.labels import channel_of
-
-    (block,) = [b for b in ALL if b.page == "docs/TRAINING_PLAYBOOK.md" and b.language == "json"]
-    assert channel_of(json.loads(block.text), MetricsConfig().fields) == "bbu"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,14 @@ import yaml
 from schema_tools import EASY, registered
 
 from channel_metrics import MetricsConfig
+from channel_metrics.acting import Section
 from channel_metrics.analysis.readers.keys import _OF_SETTINGS
-from channel_metrics.core.axis_settings import TREE_MEAN
+from channel_metrics.core.axis_settings import COLUMN, LENGTH, MODALITY, POSITION, TREE_MEAN
 from channel_metrics.core.percentiles import BINS
 from channel_metrics.core.schema import TOKENS
 from channel_metrics.data.yaml import load_metrics_config
 from channel_metrics.demo.config import load_config
+from channel_metrics.trainers.megatron.arguments import add_arguments
 from docs.generate import PAGES, ROOT, generated, schema_of, settings_of
 from docs.signatures import interface_of
 
@@ -80,6 +84,33 @@ def test_the_files_on_the_page_of_settings_are_valid(tmp_path: Path) -> None:
     # Complete: `eval_domain` gives the channels of evaluations here.
     given = set(yaml.safe_load(run)["metrics"]) | {"eval_channels"}
     assert given == {field.name for field in dataclasses.fields(MetricsConfig)}
+
+
+def test_the_forms_of_axes_are_all_that_there_are() -> None:
+    page = (ROOT / "docs/config.md").read_text(encoding="utf-8")
+    section = page.split("\n### `axes`\n")[1].split("\n### ")[0]
+    forms = re.findall(r"`(\w+: (?:\{.*?\}|\[.*?\]|[\w.]+))`(?=,| \|)", section)
+    found = [MetricsConfig(axes=yaml.safe_load(form)).axes for form in forms]
+    sources = [source for axes in found for source in axes.values()]
+    by = {source.get("by") for source in sources if isinstance(source, Mapping)}
+    assert by == {None, POSITION, LENGTH, COLUMN, MODALITY} and "{by: template}" in section
+    assert sum(isinstance(source, tuple) for source in sources) == 2
+
+
+@pytest.mark.parametrize("page", ["docs/REFERENCE.md", "docs/config.md"])
+def test_every_option_of_megatron_is_there(page: str) -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    names = [one for action in add_arguments(parser)._actions for one in action.option_strings]
+    assert "--channels" in names
+    assert [name for name in names if f"`{name}`" not in text and f"`{name} " not in text] == []
+
+
+def test_the_settings_of_every_section_are_on_the_page() -> None:
+    page = (ROOT / "docs/config.md").read_text(encoding="utf-8")
+    for section in Section.__subclasses__():
+        part = f"<!-- generated: settings {section.__module__}:{section.__name__} -->"
+        assert part in page, section
 
 
 def test_every_environment_variable_is_in_the_reference() -> None:

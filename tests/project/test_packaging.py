@@ -20,8 +20,11 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 # What the tests need beside the package.
-FOLDERS = ("benchmarks", "configs", "constraints", "docs", "scripts", "tests")
-FILES = ("CHANGELOG.md", "Makefile")
+FOLDERS = (".ci", ".github", "benchmarks", "configs", "constraints", "docs", "scripts", "tests")
+FILES = (
+    *("CHANGELOG.md", "CITATION.cff", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "Makefile"),
+    *("SECURITY.md", "mkdocs.yml"),
+)
 BUILD = """
 import sys
 from setuptools import build_meta
