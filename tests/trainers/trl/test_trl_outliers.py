@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from trl_sft_tools import BFD, OF_LETTER, MySFT, sft
 from trl_tools import text_records
 
