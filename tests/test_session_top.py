@@ -156,7 +156,7 @@ def test_what_a_setting_follows_is_shown() -> None:
 
 
 @pytest.mark.parametrize("limits", [{"top": 1}, {"max_keys": 2}])
-def test_keys_that_a_trainer_follows_stay(limits: dict[str, int]) -> None:
+def test_keys_that_a_trainer_follows_stay(limits: dict[str, Any]) -> None:
     metrics = new(tree=1, **limits)
     for key in ("eval_x/c_loss", "eval_tree_mean/y_loss"):
         check_wanted(metrics, key, {"eval_": None}, "monitor")
