@@ -11,6 +11,7 @@ import torch.distributed as dist
 from channel_metrics import ChannelMetrics, MicroBatch
 from channel_metrics.ranks.ranks import Ranks
 from contract.harness import Forking
+from contract.labels import name_of
 from contract.script import Batch, OneSequence, Ran, Script
 
 __all__ = ["LoopHarness", "ids_of", "labels_of", "losses_of", "watch_windows"]
@@ -99,7 +100,7 @@ def _count(metrics: ChannelMetrics, batch: Batch, lies: bool) -> None:
     metrics.count(
         MicroBatch(
             token_losses=losses,
-            channels=[sequence.channel for sequence in batch],
+            channels=[name_of(sequence) for sequence in batch],
             loss_mask=mask,
             labels=labels_of(batch),
             reported_sum=losses.sum() * (1.5 if lies else 1.0),

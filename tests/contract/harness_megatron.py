@@ -12,6 +12,7 @@ from megatron_tools import MEGATRON
 
 from contract.harness import Forking
 from contract.harness_loop import ids_of, labels_of, losses_of, watch_windows
+from contract.labels import name_of
 from contract.script import Batch, Evaluation, OneSequence, Ran, Script, Step
 
 __all__ = ["MegatronHarness"]
@@ -121,7 +122,7 @@ class Loop:
         lie = 1.5 if self.script.lies and torch.is_grad_enabled() else 1.0
         counted = self.metrics.count(
             partial(loss_func, mask, lie),
-            channels=[sequence.channel for sequence in batch],
+            channels=[name_of(sequence) for sequence in batch],
             loss_mask=mask,
             labels=labels_of(batch),
         )

@@ -17,6 +17,7 @@ from fork_client import Preload
 
 from contract.harness_loop import labels_of, watch_windows
 from contract.harness_megatron import MegatronHarness, loss_func, made_up_model, tensors
+from contract.labels import name_of
 from contract.script import Ran, Script, Step
 
 __all__ = ["MegatronBridgeHarness"]
@@ -115,6 +116,6 @@ class Loop:
 def as_batch(sequences: Any) -> dict[str, Any]:
     """What a data loader of Bridge gives for rows with names."""
     losses, mask = tensors(sequences)
-    names = [sequence.channel for sequence in sequences]
+    names = [name_of(sequence) for sequence in sequences]
     labels = labels_of(sequences)
     return {"losses": losses, "loss_mask": mask, "labels": labels, "channels": names}

@@ -206,17 +206,16 @@ class SwiftGRPOHarness(SwiftPairHarness):
 
 class Prompts(Records):
     def __getitem__(self, index: int) -> dict[str, Any]:
-        channel = super().__getitem__(index)["channel"]
         number = self.sequences[index].number
         messages = [{"role": "user", "content": str(number)}]
-        return {"messages": messages, "number": number, "channel": channel}
+        return {"messages": messages, "number": number, **self.labels(index)}
 
 
 class Pairs(Records):
     """Pairs as ms-swift's template encodes them."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record: dict[str, Any] = {"channel": super().__getitem__(index)["channel"]}
+        record: dict[str, Any] = {**self.labels(index)}
         prompt, *answers = pair_of(self.sequences[index])
         for side, answer in zip(("chosen", "rejected"), answers, strict=True):
             record |= encoded(side, prompt, answer)
@@ -236,8 +235,8 @@ class Answers(Records):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         prompt, answer, desirable = answer_of(self.sequences[index])
-        channel = super().__getitem__(index)["channel"]
-        return {**encoded("chosen", prompt, answer), "label": desirable, "channel": channel}
+        labels = self.labels(index)
+        return {**encoded("chosen", prompt, answer), "label": desirable, **labels}
 
 
 def encoded(side: str, prompt: list[int], answer: list[int]) -> dict[str, Any]:
