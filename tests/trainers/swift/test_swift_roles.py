@@ -25,11 +25,14 @@ alone = case(SWIFT, ranks=1)
 CONFIG = MetricsConfig(
     metrics=("loss", "tokens"), axes={"role": {"by": "template"}}, live_table=False
 )
+ANSWERED = r"<\|im_start\|>user\n<tool_response>"
 PART = re.compile(
-    r"(?P<user><\|im_start\|>user\n.*?<\|im_end\|>\n<\|im_start\|>assistant\n)"
+    rf"(?P<ends_call><\|im_end\|>\n)(?={ANSWERED})"
+    rf"|(?P<tool>{ANSWERED}.*?<\|im_end\|>\n<\|im_start\|>assistant\n)"
+    r"|(?P<user><\|im_start\|>user\n.*?<\|im_end\|>\n<\|im_start\|>assistant\n)"
     r"|(?P<system><\|im_start\|>system\n.*?<\|im_end\|>\n)"
     r"|(?P<thinking><think>.*?</think>\n*)"
-    r"|(?P<assistant>.+?<\|im_end\|>\n?)",
+    rf"|(?P<assistant>.+?(?:(?=<\|im_end\|>\n{ANSWERED})|<\|im_end\|>\n?))",
     re.DOTALL,
 )
 NUM_RECORDS = 12
@@ -80,6 +83,9 @@ def one_by_one(path: Path, template: Any, data_set: list[Found]) -> dict[str, fl
     for record in data_set:
         limit, template.max_length = template.max_length, None
         whole = roles_of(template, template.encode({"messages": record["messages"]})["input_ids"])
+        # ms-swift gives the end of a call and what the tool returned as one part.
+        of_call = "tool" if template.loss_scale.base_strategy == "all" else "assistant"
+        whole = [of_call if role == "ends_call" else role for role in whole]
         template.max_length = limit
         encoded = template.encode({"messages": record["messages"]})
         ids, target = encoded["input_ids"], torch.tensor(encoded["labels"][1:])
@@ -114,21 +120,26 @@ def all_roles(folder: Path) -> Any:
 
 
 @alone
+def all_roles_with_tools(folder: Path) -> Any:
+    return trained(folder, loss_scale="all", enable_channel_loss=False)
+
+
+@alone
 def stream(folder: Path) -> Any:
     return trained(folder, streaming=True, per_device_train_batch_size=1)
 
 
-@pytest.mark.parametrize("of", [padded, packing, all_roles, stream])
+@pytest.mark.parametrize("of", [padded, packing, all_roles, all_roles_with_tools, stream])
 def test_against_a_loop_over_the_tokens(ranks_of: RanksOf, of: Case) -> None:
     (found,) = ranks_of(of)
     off, on = found["off"], found["on"]
     log = {key: value for key, value in on["log"][0].items() if key.startswith("role/")}
     assert log == pytest.approx(found["expected"], rel=1e-5)
-    roles = (
-        {"user", "system", "assistant", "thinking"}
-        if of is all_roles
-        else {"assistant", "thinking"}
-    )
+    roles = {"assistant", "thinking"}
+    if of in (all_roles, all_roles_with_tools):
+        roles |= {"user", "system"}
+    if of is all_roles_with_tools:
+        roles.add("tool")
     assert {key.split("/")[1].split("_")[0] for key in log} == roles
     assert {"bbu_loss", "rru_loss", "unlabeled_loss"} < on["log"][0].keys()
     assert not [text for text in on["told"] if "role" in text]
