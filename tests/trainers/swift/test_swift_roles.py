@@ -32,7 +32,8 @@ PART = re.compile(
     r"|(?P<user><\|im_start\|>user\n.*?<\|im_end\|>\n<\|im_start\|>assistant\n)"
     r"|(?P<system><\|im_start\|>system\n.*?<\|im_end\|>\n)"
     r"|(?P<thinking><think>.*?</think>\n*)"
-    rf"|(?P<assistant>.+?(?:(?=<\|im_end\|>\n{ANSWERED})|<\|im_end\|>\n?))",
+    rf"|(?P<assistant>.+?(?:(?=<\|im_end\|>\n{ANSWERED})|<\|im_end\|>\n?))"
+    r"|(?P<text>.+)",
     re.DOTALL,
 )
 NUM_RECORDS = 12
@@ -56,9 +57,13 @@ def records(*, tools: bool) -> list[Found]:
     return found
 
 
-def trained(folder: Path, *, tools: bool = True, **overrides: Any) -> Found:
+def trained(folder: Path, *, tools: bool = True, chat: bool = True, **overrides: Any) -> Found:
+    """chat: `swift sft`; else `swift pt`, in which the last message is the whole text."""
     folder.mkdir()
     data_set = records(tools=tools)
+    if not chat:
+        overrides["use_chat_template"] = False
+        data_set = [record | {"messages": record["messages"][-1:]} for record in data_set]
     model, data = make_model(folder / "model", attention_dropout=0.0), folder / "train.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in data_set))
     one_step = {"gradient_accumulation_steps": NUM_RECORDS, "max_steps": 1, "max_length": 500}
@@ -85,7 +90,8 @@ def one_by_one(path: Path, template: Any, data_set: list[Found]) -> dict[str, fl
         whole = roles_of(template, template.encode({"messages": record["messages"]})["input_ids"])
         # ms-swift gives the end of a call and what the tool returned as one part.
         of_call = "tool" if template.loss_scale.base_strategy == "all" else "assistant"
-        whole = [of_call if role == "ends_call" else role for role in whole]
+        meant = {"ends_call": of_call, "text": "assistant"}
+        whole = [meant.get(role, role) for role in whole]
         template.max_length = limit
         encoded = template.encode({"messages": record["messages"]})
         ids, target = encoded["input_ids"], torch.tensor(encoded["labels"][1:])
@@ -125,11 +131,16 @@ def all_roles_with_tools(folder: Path) -> Any:
 
 
 @alone
+def pretraining(folder: Path) -> Any:
+    return trained(folder, chat=False, enable_channel_loss=False)
+
+
+@alone
 def stream(folder: Path) -> Any:
     return trained(folder, streaming=True, per_device_train_batch_size=1)
 
 
-@pytest.mark.parametrize("of", [padded, packing, all_roles, all_roles_with_tools, stream])
+@pytest.mark.parametrize("of", [padded, packing, all_roles, all_roles_with_tools, pretraining, stream])
 def test_against_a_loop_over_the_tokens(ranks_of: RanksOf, of: Case) -> None:
     (found,) = ranks_of(of)
     off, on = found["off"], found["on"]
