@@ -23,9 +23,7 @@ from channel_metrics import MetricsConfig
 
 CHANNELS = ("bbu", "rru", "lvis")
 NUM_RECORDS = 12
-ON = MetricsConfig(
-    metrics=("loss", "samples", "share"), axes={"domain": "metadata._fusion_domain"}
-)
+ON = MetricsConfig(metrics=("loss", "samples", "share"), axes={"domain": "metadata._fusion_domain"})
 
 _shared: dict[str, Path] = {}
 

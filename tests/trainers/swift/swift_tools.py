@@ -64,8 +64,8 @@ def load_rlhf() -> None:
 
 
 def run(given: dict[str, Any], metrics: MetricsConfig | None = ON) -> dict[str, Any]:
-    """One `sft_main`, `pretrain_main` or `rlhf_main`: its log, a hash of its weights, its random numbers, the
-    collectives that it called, our warnings, and its trainer.
+    """One run of `swift sft`, `pt` or `rlhf`: its log, a hash of its weights, its random numbers,
+    the collectives that it called, our warnings, and its trainer.
 
     metrics: None is ms-swift alone.
     """
