@@ -136,7 +136,7 @@ def packing(folder: Path) -> Any:
 @alone
 def all_roles(folder: Path) -> Any:
     """ms-swift trains on all tokens, and cuts the end of long records off."""
-    cut = {"truncation_strategy": "right", "max_length": 150, "enable_channel_loss": False}
+    cut: Found = {"truncation_strategy": "right", "max_length": 150, "enable_channel_loss": False}
     return trained(folder, tools=False, padding_free=True, loss_scale="all", **cut)
 
 
