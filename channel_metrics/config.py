@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
-from channel_metrics.acting import refuse_unknown_keys
+from channel_metrics.acting import Sampler, StopWhen, refuse_unknown_keys
 from channel_metrics.alerting import AlertingConfig
 from channel_metrics.core.axis_settings import axes_of, axis_fields, check_axis_format, token_fields
 from channel_metrics.core.excess import EXCESS_LOSS
@@ -52,13 +52,14 @@ class MetricsConfig(AlertingConfig):
     top: int = 0
     """How many channels, and labels of each axis, are logged: those with the most tokens so far.
 
-    The others are added up in `others`. 0 logs all of them."""
+    The others are added up in `others`. Those that a setting or the trainer follows are logged
+    besides. 0 logs all of them."""
 
     max_keys: int = 10_000
     """How many log keys of channels and labels a run may have, because trackers get slow.
 
     Channels and labels that come up later are left out of the log, with one warning. They are
-    still counted. 0 sets no limit."""
+    still counted. Keys that the trainer or `stop_when` follows stay. 0 sets no limit."""
 
     axis_format: str = "{axis}/{label}"
     """What takes the place of `{channel}` in the log keys of an axis."""
@@ -173,6 +174,13 @@ class MetricsConfig(AlertingConfig):
         own = (self.reference_id,) if self.reference else ("ref_nll", "ref_tokens")
         of_tokens = token_fields(self.axes)
         return (*self.label_fields, *(own if self.with_reference else ()), *of_tokens)
+
+    @property
+    def followed(self) -> frozenset[str]:
+        """The channels, or `axis/label`, that a setting follows; `top` does not hide them."""
+        stop_when, sampler = StopWhen.of(self.stop_when), Sampler.of(self.sampler)
+        stops = [stop_when.channel] if stop_when else []
+        return frozenset([*stops, *(sampler.start if sampler else ()), *self.eval_channels])
 
     def reading(self, column: str) -> MetricsConfig:
         """This config for records whose joint names are in one column."""

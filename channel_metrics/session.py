@@ -276,8 +276,7 @@ class ChannelMetrics(Checkpoints):
                 if not final:
                     return window
                 self._outliers.write(table, window)
-                taken = self.keys.reserved | self.keys.clashes
-                return with_added(window, self._adding, taken, self.warn_once)
+                return with_added(window, self._adding, self._maker.limit, self.warn_once)
         return Window(split=split, step=step, prefix=prefix, final=final)
 
     def _begun(self) -> None:

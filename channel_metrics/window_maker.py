@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from statistics import fmean
 
 from torch import Tensor
 
+from channel_metrics.acting import StopWhen
 from channel_metrics.config import MetricsConfig
-from channel_metrics.core.axes import AxisBook, Projected, groups_of
-from channel_metrics.core.axis_settings import CHANNEL, TREE, TREE_MEAN, token_source
+from channel_metrics.core.axes import AxisBook, Moved, Projected
+from channel_metrics.core.axis_settings import TREE, TREE_MEAN, token_source
 from channel_metrics.core.excess import UNMATCHED
 from channel_metrics.core.gradients import GRADIENTS, gradient_values
 from channel_metrics.core.key_limit import KeyLimit
@@ -19,16 +19,15 @@ from channel_metrics.core.objectives import WEIGHTED, objective, worst_channel
 from channel_metrics.core.schema import Schema
 from channel_metrics.core.slopes import SLOPES, Slopes, points_of
 from channel_metrics.core.table import values_by_channel
+from channel_metrics.core.top import Top
 from channel_metrics.core.totals import RunTotals
+from channel_metrics.core.tree_means import TreeMeans
 from channel_metrics.errors import ConfigError, hint
 from channel_metrics.ranks.exchange import MISMATCH_TOLERANCE, GlobalSums
 from channel_metrics.run_marks import mark
 from channel_metrics.windows import Window
 
 __all__ = ["WindowMaker"]
-
-# The metrics of a channel whose mean over channels is logged.
-_MEANS = ("loss", "weighted_loss", "token_acc")
 
 Values = dict[str, dict[str, float]]
 Totals = dict[str, dict[str, int]]
@@ -49,12 +48,17 @@ class WindowMaker:
     ) -> None:
         self.config, self.schema, self.keys, self.warn_once = config, schema, keys, warn_once
         self.book = AxisBook(config.axes, config.cross, config.tree, config.axis_format)
-        self._limit = KeyLimit(keys, config.max_keys, warn_once)
+        self.limit = KeyLimit(keys, config.max_keys, warn_once)
+        self._top = Top(config.top, config.followed, self.book, keys, warn_once)
         self._metrics = schema.chosen(config.metrics)
+        self._tree_means = TreeMeans(config.tree, schema, self._metrics)
         extra = {one.name for one in schema.extra}.intersection(config.metrics)
         self._slopes = Slopes([one.name for one in SLOPES if one.name in extra])
         self._gradients = [one.name for one in GRADIENTS if one.name in extra]
         self._of_sequences = schema.of_sequences
+        stop_when = StopWhen.of(config.stop_when)
+        if stop_when is not None:
+            keys.watched.add(stop_when.metric)
         mark("session")
 
     def make(
@@ -76,8 +80,9 @@ class WindowMaker:
         """
         rows = self.book.project(found.names, found.sums)
         so_far = totals.by_row(self.book.rows)
-        adds_up = split == "train" and final
-        names, sums, num_channels = self._at_most_top(rows, so_far if adds_up else None)
+        moved = self._top.moved(rows, so_far, split, prefix)
+        kept = rows if moved is None else self.book.project(found.names, found.sums, moved)
+        names, sums, num_channels = kept
         values = values_by_channel(self.schema, names, sums, self._metrics, num_channels)
         of_axes = {name: values.pop(name) for name in names[num_channels:] if name in values}
         if set(values) - {UNLABELED}:
@@ -96,12 +101,12 @@ class WindowMaker:
             self._add_totals(so_far, values, of_axes)
             self._add_slopes(rows, so_far, totals, values, of_axes)
             if found.beside is not None:
-                self._add_gradients(found.names, found.beside, values, of_axes)
+                self._add_gradients(found.names, found.beside, moved, values, of_axes)
         self._drop_of_sequences(of_axes)
-        means = self._means_of_groups({**values, **of_axes})
+        means = self._means(rows, names[num_channels:], prefix)
         of_axes |= means
         self.learn([*names, *means], prefix)
-        logs = self._limit.logs({**values, **of_axes}, prefix)
+        logs = self.limit.logs({**values, **of_axes}, prefix)
         losses = self._losses(rows, split) if self.config.objectives else {}
         logs.update(self._objectives(losses, prefix))
         return Window(
@@ -174,43 +179,18 @@ class WindowMaker:
         for wrong in self._unknown_eval_channels(rows):
             raise ConfigError(wrong)
 
-    def _at_most_top(self, rows: Projected, totals: Totals | None) -> Projected:
-        """The rows that `top` allows, and `others`; without totals, those of this window."""
-        top = self.config.top
-        if not top:
-            return rows
-        if totals is None:
-            counted = rows.sums[1:, self.schema.column_names.index(self.schema.count)]
-            counts = dict(zip(rows.names, counted.tolist(), strict=True))
-        else:
-            count = f"{self.schema.count}_total"
-            counts = {row: of_row[count] for row, of_row in totals.items()}
-        kept = self.book.top(rows, counts, top)
-        left = sorted({*rows.names} - {*kept.names})
-        if left:
-            self.warn_once(
-                "%d channels or labels are more than `top` (%d) and counted in `others`: %s ...",
-                len(left),
-                top,
-                ", ".join(left[:5]),
-            )
-        return kept
-
-    def _means_of_groups(self, values: Values) -> Values:
-        """For each group of `tree` the means of its children, channels or groups."""
-        children: dict[str, list[dict[str, float]]] = {}
-        for row, of_row in values.items():
-            axis, name = self.book.labels.get(row, (CHANNEL, row))
-            parents = groups_of(name)[: self.config.tree]
-            if axis in (CHANNEL, TREE) and parents and len(parents) == name.count("/"):
-                children.setdefault(parents[-1], []).append(of_row)
+    def _means(self, rows: Projected, shown: Sequence[str], prefix: str) -> Values:
+        """The rows of `tree_mean`, of groups that are shown."""
+        means = {
+            group: (self.book.row(TREE_MEAN, group), of_group)
+            for group, of_group in self._tree_means.of(rows).items()
+        }
+        labels = [self.book.labels[row] for row in shown]
+        groups = {label for axis, label in labels if axis == TREE}
         return {
-            self.book.row(TREE_MEAN, group): {
-                metric: fmean(of_row[metric] for of_row in rows if metric in of_row)
-                for metric in _MEANS
-                if any(metric in of_row for of_row in rows)
-            }
-            for group, rows in children.items()
+            row: of_group
+            for group, (row, of_group) in means.items()
+            if group in groups or self._top.is_watched(row, prefix)
         }
 
     def _drop_counts(self, *groups: Values) -> None:
@@ -244,9 +224,11 @@ class WindowMaker:
             for row, of_row in values.items():
                 of_row.update(self._slopes.values(row))
 
-    def _add_gradients(self, joint: tuple[str, ...], exact: Tensor, *groups: Values) -> None:
+    def _add_gradients(
+        self, joint: tuple[str, ...], exact: Tensor, moved: Moved | None, *groups: Values
+    ) -> None:
         """Add what is logged of the sums of `GradientTable` under these joint names."""
-        names, sums, _ = self.book.project(joint, exact)
+        names, sums, _ = self.book.project(joint, exact, moved)
         total = exact[:, 2:].sum(0)
         found = gradient_values((UNLABELED, *names), sums, total, self._gradients)
         for values in groups:

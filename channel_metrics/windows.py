@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, NoReturn
 
+from channel_metrics.core.key_limit import KeyLimit
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.table import SumTable
 
@@ -171,14 +172,17 @@ def tell(
 def with_added(
     window: Window,
     adding: Iterable[Callable[[Window], Mapping[str, float]]],
-    reserved: Set[str],
+    limit: KeyLimit,
     warn_once: Callable[..., None],
 ) -> Window:
-    """The window with the values that observers add to its log; no key is logged twice."""
+    """The window with the values that observers add to its log, as far as `limit` allows.
+
+    No key is logged twice.
+    """
     for add in adding:
-        taken, more = reserved | window.logs.keys(), add(window)
+        taken, more = limit.taken | window.logs.keys(), add(window)
         for key in sorted(taken.intersection(more)):
             warn_once(f"{key!r} is the key of another value, so this one is left out.")
         new = {key: value for key, value in more.items() if key not in taken}
-        window = replace(window, logs={**window.logs, **new})
+        window = replace(window, logs={**window.logs, **limit.added(new)})
     return window

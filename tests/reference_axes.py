@@ -37,6 +37,18 @@ def reference_axis(records: Sequence[Record], *axes: str) -> Values:
     )
 
 
+def reference_top(records: Sequence[Record], shown: Iterable[str], *axes: str) -> Values:
+    """An axis of which some labels are shown; a record with any other one counts in `others`."""
+    kept = {*shown, "unlabeled"}
+    return _values(
+        records,
+        lambda record: (
+            label if label in kept else "others"
+            for label in map(".".join, product(*(record.on(axis) for axis in axes)))
+        ),
+    )
+
+
 def reference_tree(records: Sequence[Record], levels: int) -> Values:
     """{group: {metric: value}} over all tokens below each group: the micro mean."""
     return _values(records, lambda record: _groups(record.channel, levels))
@@ -45,12 +57,14 @@ def reference_tree(records: Sequence[Record], levels: int) -> Values:
 def reference_tree_means(records: Sequence[Record], levels: int) -> dict[str, float]:
     """{group: the mean of the losses of its children}, the macro mean.
 
-    Children are channels, and groups of the levels that are added up.
+    Children are channels and groups. Those of the last level may be groups of one level more.
     """
-    groups = reference_tree(records, levels)
-    named = [*reference_axis(records, "channel").items(), *groups.items()]
+    named = [
+        *reference_axis(records, "channel").items(),
+        *reference_tree(records, levels + 1).items(),
+    ]
     found = {}
-    for group in groups:
+    for group in reference_tree(records, levels):
         losses = [v["loss"] for name, v in named if name.rpartition("/")[0] == group]
         if losses:
             found[group] = math.fsum(losses) / len(losses)

@@ -93,7 +93,10 @@ def with_axis(run: Run, axis: str) -> Run:
     """
     check_axis(axis, run.axes, run.name)
     notes = [note for note in run.problems.notes if not note.endswith(_OPTION)]
-    notes.append(f"labels of the axis {axis} stand in place of the channels")
+    notes.append(
+        f"labels of the axis {axis} stand in place of the channels; the configured mix and the "
+        "self-check are left out, because they are about channels"
+    )
     if _overlap(run, axis):
         notes.append(f"labels of the axis {axis} overlap, so their shares add up to more than 1")
     return replace(

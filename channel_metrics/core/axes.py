@@ -28,10 +28,12 @@ from channel_metrics.errors import ChannelError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["OTHERS", "AxisBook", "Projected", "groups_of"]
+__all__ = ["OTHERS", "AxisBook", "Moved", "Projected", "groups_of"]
 
 # The row of what `top` leaves out.
 OTHERS = "others"
+# {row: the row that shows it; None if none does}. A row that is not in it shows itself.
+Moved = Mapping[str, str | None]
 
 
 class Projected(NamedTuple):
@@ -71,7 +73,8 @@ class AxisBook:
         self.labels: dict[str, tuple[str, str]] = {}
         # Axes on which a record has had several labels.
         self.overlaps: set[str] = set()
-        self._cached: tuple[tuple[str, ...], Any] | None = None
+        # {whether rows were moved: (names, moved rows, plan)}
+        self._plans: dict[bool, tuple[tuple[str, ...], Moved | None, Any]] = {}
 
     def rows(self, name: str | None) -> list[str]:
         """The rows of a joint name; the first one is its channel, or `unlabeled`.
@@ -107,36 +110,6 @@ class AxisBook:
             found.setdefault(axis, {})[label] = value
         return found
 
-    def top(self, found: Projected, counts: Mapping[str, float], top: int) -> Projected:
-        """Keep the `top` channels, and labels of each axis, with the highest counts.
-
-        The others are added up in the row `others`, and in one of each axis. `unlabeled` stays.
-        Raises `ChannelError` if a channel or a label is called `others`.
-        """
-        names, sums, num_channels = found
-        import torch  # the config and the commands do not wait for it
-
-        groups: dict[str, list[str]] = {}
-        for place, name in enumerate(names):
-            axis, label = (CHANNEL, name) if place < num_channels else self.labels[name]
-            if label == OTHERS:
-                raise ChannelError(
-                    f"{name!r} is the name of what `top` leaves out; rename this channel or label."
-                )
-            if label != UNLABELED:
-                groups.setdefault(axis, []).append(name)
-        target = {name: name for name in names}
-        for axis, members in groups.items():
-            ranked = sorted(members, key=lambda name: (-counts.get(name, 0), name))
-            others = OTHERS if axis == CHANNEL else self.row(axis, OTHERS)
-            target |= {name: name if i < top else others for i, name in enumerate(ranked)}
-        channels = dict.fromkeys(target[name] for name in names[:num_channels])
-        rows = [*channels, *dict.fromkeys(target[name] for name in names[num_channels:])]
-        place_of = {row: i for i, row in enumerate(rows, 1)}
-        targets = torch.tensor([0, *(place_of[target[name]] for name in names)], device="cpu")
-        added = sums.new_zeros(len(rows) + 1, sums.shape[1]).index_add_(0, targets, sums)
-        return Projected(tuple(rows), added, len(channels))
-
     def row(self, axis: str, label: str) -> str:
         """The name of the row of a label; raises `ChannelError` if another label has it."""
         row = self.form.format(axis=axis, label=label)
@@ -171,31 +144,40 @@ class AxisBook:
                 )
         return [*channels, *others]
 
-    def project(self, names: tuple[str, ...], sums: Tensor) -> Projected:
+    def project(
+        self, names: tuple[str, ...], sums: Tensor, moved: Moved | None = None
+    ) -> Projected:
         """Add up the sums of J joint names, float64 [J + 1, K] on the host, per row.
+
+        A joint name counts once in a row, also if several of its labels were moved there.
 
         Raises:
             ChannelError: as `names`.
         """
-        if not self.axes and not self.tree:
+        if not self.axes and not self.tree and not moved:
             return Projected(names, sums, len(names))
-        if self._cached is None or self._cached[0] != names:
-            self._cached = names, self._plan(names)
-        rows, sources, targets = self._cached[1]
+        cached = self._plans.get(bool(moved))
+        if cached is None or cached[:2] != (names, moved):
+            cached = self._plans[bool(moved)] = names, moved, self._plan(names, moved or {})
+        rows, sources, targets = cached[2]
         added = sums.new_zeros(len(rows) + 1, sums.shape[1])
         added.index_add_(0, targets, sums[sources])
         num_channels = sum(row not in self.labels for row in rows)
         return Projected(tuple(rows), added, num_channels)
 
-    def _plan(self, names: tuple[str, ...]) -> tuple[list[str], Tensor, Tensor]:
+    def _plan(self, names: tuple[str, ...], moved: Moved) -> tuple[list[str], Tensor, Tensor]:
         """The rows, and which joint name is added to which row."""
-        import torch
+        import torch  # the config and the commands do not wait for it
+
+        def shown(rows: Iterable[str]) -> list[str]:
+            found = dict.fromkeys(moved.get(row, row) for row in rows)
+            return [row for row in found if row is not None]
 
         of_unlabeled = self.rows(None)
-        rows = list(dict.fromkeys([*self.names(names), *of_unlabeled[1:]]))
+        rows = shown([*self.names(names), *of_unlabeled[1:]])
         place = {UNLABELED: 0, **{row: i for i, row in enumerate(rows, start=1)}}
-        pairs = [(0, place[row]) for row in of_unlabeled]
-        pairs += [(i, place[row]) for i, name in enumerate(names, 1) for row in self.rows(name)]
+        pairs = [(0, place[row]) for row in shown(of_unlabeled)]
+        pairs += [(i, place[row]) for i, n in enumerate(names, 1) for row in shown(self.rows(n))]
         sources, targets = torch.tensor(pairs, dtype=torch.int64, device="cpu").unbind(1)
         return rows, sources, targets
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 
 from channel_metrics.core.keys import KeyBook
 from channel_metrics.core.labels import UNLABELED
@@ -29,20 +29,41 @@ class KeyLimit:
         left = []
         for row, of_row in values.items():
             found = {self._keys.key(row, metric, prefix): v for metric, v in of_row.items()}
-            new = found.keys() - self._logged - self._keys.clashes
-            is_over = len(self._logged) + len(new) > self._limit > 0
-            if new and is_over and row != UNLABELED:
+            fitting = self._fitting(found, always=row == UNLABELED)
+            if found.keys() - fitting.keys() - self._keys.clashes:
                 left.append(row)
-            else:
-                self._logged |= new
-            logs.update((key, value) for key, value in found.items() if key in self._logged)
+            logs |= fitting
+        self._say("channels or labels", left)
+        return {key: value for key, value in logs.items() if key not in self._keys.clashes}
+
+    @property
+    def taken(self) -> Set[str]:
+        """Keys that observers may not add."""
+        return self._keys.reserved | self._keys.clashes
+
+    def added(self, values: Mapping[str, float]) -> dict[str, float]:
+        """What fits of {log key: value} that observers add."""
+        logs: dict[str, float] = {}
+        for key, value in values.items():
+            logs |= self._fitting({key: value})
+        self._say("values of settings such as `budget`", [key for key in values if key not in logs])
+        return logs
+
+    def _fitting(self, found: dict[str, float], *, always: bool = False) -> dict[str, float]:
+        """What is logged of the values of one row: all, or what was logged before."""
+        new = found.keys() - self._logged - self._keys.clashes
+        if not always and len(self._logged) + len(new) > self._limit > 0:
+            new &= self._keys.watched
+        self._logged |= new
+        return {key: value for key, value in found.items() if key in self._logged}
+
+    def _say(self, what: str, left: list[str]) -> None:
         if left:
             self._warn_once(
-                "the run has more than %d log keys (`max_keys`), so %d channels or labels are left "
+                f"the run has more than %d log keys (`max_keys`), so %d {what} are left "
                 "out of the log, and more may follow: %s ... All are still counted. Set `top`, or "
                 "take fewer metrics or axes.",
                 self._limit,
                 len(left),
                 ", ".join(left[:5]),
             )
-        return {key: value for key, value in logs.items() if key not in self._keys.clashes}

@@ -67,6 +67,10 @@ class KeyBook:
         rewrite: how the trainer's writers change a key (those of ms-swift turn "/" into "_").
             Keys that are equal afterwards are one key.
 
+    Attributes:
+        watched: keys that something waits for, so that neither `top` nor `max_keys` may leave
+            them out.
+
     Raises:
         ConfigError: for a format that gives two metrics one key.
     """
@@ -83,6 +87,7 @@ class KeyBook:
         check_key_format(key_format)
         self.key_format, self.schema, self.reserved = key_format, schema, frozenset(reserved)
         self.clashes: set[str] = set()
+        self.watched: set[str] = set()
         self._objectives, self._rewrite, self._known = tuple(objectives), rewrite, set[str]()
         # {name as it is written: channel}
         self._names: dict[str, str] = {}
@@ -96,6 +101,13 @@ class KeyBook:
             return prefix + metric_key(self.key_format, channel, metric)
         name = own.unlabeled if channel == UNLABELED else sanitize(channel)
         return prefix + own.key.format(channel=name)
+
+    def is_watched(self, channel: str, prefix: str = "") -> bool:
+        """Whether `watched` has a key of this channel, in the split with this prefix."""
+        likely = {key for key in self.watched if sanitize(channel) in key}
+        return bool(likely) and not likely.isdisjoint(
+            self.key(channel, metric, prefix) for metric in self.schema.metric_names
+        )
 
     def learn(
         self, channels: Iterable[str] = (), prefix: str | None = None

@@ -63,7 +63,9 @@ def check_sets(
 def check_wanted(
     session: ChannelMetrics, wanted: str, sets: Mapping[str, set[str] | None], setting: str
 ) -> set[str]:
-    """Refuse a key of a channel that will not be logged. Other keys may be the script's own.
+    """Refuse a key of a channel that will not be logged, and keep it in the log if it will be.
+
+    Other keys may be the script's own.
 
     Args:
         session: the metrics.
@@ -102,6 +104,7 @@ def check_wanted(
             refused = f"{name!r} is not among `metrics` of the config; add it there."
     if refused and wanted not in logged:
         raise ConfigError(f"{setting} is {wanted!r}, but {refused}")
+    session.keys.watched.add(wanted)
     return logged
 
 

@@ -153,6 +153,7 @@ def test_an_axis_in_place_of_the_channels(tmp_path: Path) -> None:
     entries = history(PLAIN, axes=AXES)
     run = run_of(entries)
     shown = with_axis(run, "domain")
+    assert any("self-check are left out" in note for note in shown.problems.notes)
     assert shown.channels() == ["target", "unlabeled"]
     assert shown.series("target", "loss")[1].tolist() == [e["domain/target_loss"] for e in entries]
     rows = {row.channel: row for row in final_rows(shown)}

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +139,41 @@ def test_a_run_that_was_killed_goes_on(folder: Path, result: Path, tmp_path: Pat
     before = out.read_text()
     assert invoke(folder / "model", folder / "data.jsonl", "--output", out)[0] == 0
     assert out.read_text() == before
+
+
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch, *args: object) -> str:
+    """What the command writes to stderr, which is a terminal."""
+    ours, theirs = pty.openpty()
+    with ThreadPoolExecutor(1) as threads, os.fdopen(ours, "rb", 0) as screen:
+        seen = threads.submit(lambda: b"".join(iter(partial(read_from, screen), b"")))
+        with os.fdopen(theirs, "w") as stderr, monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", stderr)
+            patch.setenv("TERM", "xterm")
+            app(["reference", *map(str, args)], standalone_mode=False)
+        return seen.result(timeout=20).decode()
+
+
+def read_from(screen: Any) -> bytes:
+    try:
+        found: bytes = screen.read(4096)
+    except OSError:  # so Linux tells that nobody writes any more
+        return b""
+    return found
+
+
+def test_a_terminal_shows_how_far_it_is(
+    folder: Path, result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a resume; only where stderr is a terminal."""
+    out = tmp_path / "half.jsonl"
+    arguments = folder / "model", folder / "data.jsonl", "--output", out, "--batch-size", 3
+    out.write_text("".join(result.read_text().splitlines(keepends=True)[:17]))
+    shown = on_a_terminal(monkeypatch, *arguments)
+    done = [int(count) for count in re.findall(r"(\d+)/40", shown)]
+    assert "data.jsonl" in shown and done == sorted(done) and done[-1] == 40
+    out.unlink()
+    code, said = invoke(*arguments)
+    assert code == 0 and "/40" not in said and "data.jsonl" not in said
 
 
 def test_it_does_not_go_on_with_other_data_or_another_model(

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from channel_metrics import ChannelMetricsError, ConfigError, MetricsConfig
+from channel_metrics.core.names import split_name
+from contract.labels import AXES, check_window, check_windows
 from contract.script import (
     ERROR_BARS,
     Evaluation,
     Harness,
     Script,
     check_error_bars,
-    check_values,
     expected,
     flat,
     measure,
@@ -26,7 +27,6 @@ from contract.script import (
     steps,
     train_windows,
     unit,
-    window_sequences,
 )
 
 CASES: dict[str, Callable[[Harness, Path], None]] = {}
@@ -44,7 +44,7 @@ def case(*needs: str) -> Callable[..., Callable[[Harness, Path], None]]:
 
 
 def config(**given: Any) -> MetricsConfig:
-    settings: dict[str, Any] = {"metrics": ALL, "live_table": False, **given}
+    settings: dict[str, Any] = {"metrics": ALL, "axes": AXES, "live_table": False, **given}
     return MetricsConfig(**settings)
 
 
@@ -53,9 +53,8 @@ def windows_add_up(harness: Harness, folder: Path) -> None:
     chosen = config(metrics=(*ALL, *ERROR_BARS))
     script = Script(config=chosen, steps=steps("aabb", "abab", "bb-a", "aaaa"))
     found = ran(harness, script, folder)
-    wanted = [expected(harness, window) for window in window_sequences(script)]
-    for values, of_window in zip(train_windows(found), wanted, strict=True):
-        check_values(values, of_window)
+    check_windows(harness, found, script)
+    for values in train_windows(found):
         check_error_bars(harness, values)
     for logs, values in zip(found.logs, train_windows(found), strict=True):
         for channel, of_channel in values.items():
@@ -78,8 +77,8 @@ def absent_channel_is_absent_and_its_totals_go_on(harness: Harness, folder: Path
 def unlabeled_is_in_plain_sight(harness: Harness, folder: Path) -> None:
     script = Script(config=config(), steps=steps("a-", "--"), every=2)
     found = ran(harness, script, folder)
+    check_windows(harness, found, script)
     (values,) = train_windows(found)
-    check_values(values, expected(harness, window_sequences(script)[0]))
     assert list(values) == ["a", "unlabeled"] and f"unlabeled_{measure(harness)}" in found.logs[0]
 
 
@@ -108,26 +107,21 @@ def evaluation_has_its_own_window_and_no_totals(harness: Harness, folder: Path) 
     )
     found = ran(harness, script, folder)
     (evaluated,) = found.evaluations
+    (window,) = [one for one in found.windows if one.split != "train"]
     if measure(harness) == "loss":
         of_a, of_b = (evaluated[f"eval_{channel}_loss"] for channel in "ab")
         objectives = [(of_a + of_b) / 2, max(of_a, of_b), (3 * of_a + of_b) / 4]
         assert [evaluated[f"eval_{name}"] for name in names] == pytest.approx(objectives)
         assert "macro_loss" in found.logs[0]
-        (of_evaluation,) = [one for one in found.windows if one.split != "train"]
-        assert of_evaluation.worst_channel == ("a" if of_a > of_b else "b")
+        assert window.worst_channel == ("a" if of_a > of_b else "b")
     else:
         assert not {f"eval_{name}" for name in names} & set(evaluated)
-    wanted = expected(harness, flat(script.evaluations[0].batches))
-    check_values(
-        {
-            channel: {metric: evaluated[f"eval_{channel}_{metric}"] for metric in metrics}
-            for channel, metrics in wanted.items()
-        },
-        wanted,
-    )
+    check_window(harness, window, flat(script.evaluations[0].batches))
+    for row, values in {**window.values, "lang/de": window.axes["lang"]["de"]}.items():
+        logged = {metric: evaluated[f"eval_{row}_{metric}"] for metric in values}
+        assert logged == pytest.approx(values)
     assert not any(key.endswith("_total") for key in evaluated)
-    for values, window in zip(train_windows(found), window_sequences(script), strict=True):
-        check_values(values, expected(harness, window))
+    check_windows(harness, found, script)
 
 
 @case("fails")
@@ -145,8 +139,7 @@ def evaluation_that_raises_is_dropped(harness: Harness, folder: Path) -> None:
     wanted = expected(harness, flat(script.evaluations[1].batches))
     counted = unit(harness)
     assert evaluated[f"eval_a_{counted}"] == wanted["a"][counted]
-    for values, window in zip(train_windows(found), window_sequences(script), strict=True):
-        check_values(values, expected(harness, window))
+    check_windows(harness, found, script)
 
 
 @case()
@@ -193,7 +186,9 @@ def totals_are_saved_and_resumed(harness: Harness, folder: Path) -> None:
     totals = {f"{unit(harness)}_total", "samples_total"}
     for name in "ab":
         sizes = [size(harness, s) for s in seen if s.channel == name]
-        assert stored[name][f"{unit(harness)}_total"] == sum(sizes)
+        # The totals stand under the joint names of channels and languages.
+        own = [of_name for joint, of_name in stored.items() if split_name(joint)[0] == name]
+        assert sum(one[f"{unit(harness)}_total"] for one in own) == sum(sizes)
     second = ran(
         harness,
         Script(config=config(), steps=every, every=6, resume=first.checkpoint),
@@ -225,19 +220,13 @@ def a_damaged_file_is_named(harness: Harness, folder: Path) -> None:
 @case("rerun")
 def a_step_that_is_run_again_counts_once(harness: Harness, folder: Path) -> None:
     script = Script(config=config(), steps=steps("ab", "aa", "bb", "ab"), reruns=frozenset({2, 3}))
-    for values, window in zip(
-        train_windows(ran(harness, script, folder)), window_sequences(script), strict=True
-    ):
-        check_values(values, expected(harness, window))
+    check_windows(harness, ran(harness, script, folder), script)
 
 
 @case("skip")
 def a_step_that_is_skipped_does_not_count(harness: Harness, folder: Path) -> None:
     script = Script(config=config(), steps=steps("ab", "aa", "bb", "ab"), skips=frozenset({2}))
-    for values, window in zip(
-        train_windows(ran(harness, script, folder)), window_sequences(script), strict=True
-    ):
-        check_values(values, expected(harness, window))
+    check_windows(harness, ran(harness, script, folder), script)
 
 
 @case("peek")
@@ -245,9 +234,9 @@ def a_log_in_mid_window_has_ratios_only(harness: Harness, folder: Path) -> None:
     script = Script(config=config(), steps=steps("ab", "aa"), peeks=frozenset({1}))
     found = ran(harness, script, folder)
     (peeked,) = found.peeked
-    assert {"a_loss", "a_share", "b_loss", "b_share"} == set(peeked)
-    (values,) = train_windows(found)
-    check_values(values, expected(harness, window_sequences(script)[0]))
+    rows = ("a", "b", "kind/x", "lang/en", "lang/unlabeled")
+    assert {f"{row}_{metric}" for row in rows for metric in ("loss", "share")} == set(peeked)
+    check_windows(harness, found, script)
 
 
 @case()
@@ -290,8 +279,8 @@ def ranks_agree_with_one_all_reduce(harness: Harness, folder: Path) -> None:
     for found in per_rank:
         assert found.error is None, found.error
         assert train_windows(found) == train_windows(per_rank[0])
-    for values, window in zip(train_windows(per_rank[0]), window_sequences(script), strict=True):
-        check_values(values, expected(harness, window))
+    check_windows(harness, per_rank[0], script)
+    for values in train_windows(per_rank[0]):
         check_error_bars(harness, values)
     # The first window meets the names, the second a new one; the third is the steady state.
     for found in per_rank:

@@ -15,6 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
 from channel_metrics.trainers.hf import attach
 from channel_metrics.trainers.hf.columns import NAMES_COLUMN
 from contract.harness import Forking, watch_windows
+from contract.labels import labels_of_record, name_of
 from contract.script import ROWS, Evaluation, OneSequence, Ran, Script, flat, role_of
 
 __all__ = [
@@ -42,17 +43,21 @@ class Records(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.sequences)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if index == self.fails_at:
-            raise RuntimeError("an evaluation that fails")
-        sequence = self.sequences[index]
+        sequence, labels = self.sequences[index], self.labels(index)
         ids = token_ids(sequence)
         return {
             "input_ids": ids,
             "labels": [-100, *ids[1:]],
-            "channel": sequence.channel,
+            **labels,
             "roles": [role_of(token) for token in ids],
             "id": sequence.number,
         }
+
+    def labels(self, index: int) -> dict[str, str | None]:
+        """The fields of a record that hold its labels."""
+        if index == self.fails_at:
+            raise RuntimeError("an evaluation that fails")
+        return labels_of_record(self.sequences[index])
 
 
 class NamedRecords(Records):
@@ -62,8 +67,8 @@ class NamedRecords(Records):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = super().__getitem__(index)
-        record[NAMES_COLUMN] = record.pop("channel")
-        return record
+        del record["channel"], record["lang"]
+        return {**record, NAMES_COLUMN: name_of(self.sequences[index])}
 
 
 class HFHarness(Forking):

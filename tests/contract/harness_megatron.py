@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_tools import MEGATRON
 
 from contract.harness import Forking, watch_windows
+from contract.labels import name_of
 from contract.script import Batch, Evaluation, OneSequence, Ran, Script, Step
 
 __all__ = ["MegatronHarness"]
@@ -123,7 +124,7 @@ class Loop:
         lie = 1.5 if self.script.lies and torch.is_grad_enabled() else 1.0
         counted = self.metrics.count(
             partial(loss_func, mask, lie),
-            channels=[sequence.channel for sequence in batch],
+            channels=[name_of(sequence) for sequence in batch],
             loss_mask=mask,
             labels=labels_of(batch),
         )

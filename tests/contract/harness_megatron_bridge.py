@@ -24,6 +24,7 @@ from contract.harness_megatron import (
     made_up_model,
     tensors,
 )
+from contract.labels import name_of
 from contract.script import Ran, Script, Step
 
 __all__ = ["MegatronBridgeHarness"]
@@ -122,6 +123,6 @@ class Loop:
 def as_batch(sequences: Any) -> dict[str, Any]:
     """What a data loader of Bridge gives for rows with names."""
     losses, mask = tensors(sequences)
-    names = [sequence.channel for sequence in sequences]
+    names = [name_of(sequence) for sequence in sequences]
     labels = labels_of(sequences)
     return {"losses": losses, "loss_mask": mask, "labels": labels, "channels": names}

@@ -17,6 +17,7 @@ from torch.utils.data import SequentialSampler
 
 from channel_metrics.trainers.hf import attach
 from contract.harness_hf import HFHarness, Records, generated_together, tiny_qwen2
+from contract.labels import name_of
 from contract.pairs import (
     BETA,
     REFERENCE_SEED,
@@ -67,6 +68,9 @@ class SwiftHarness(HFHarness):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def records(self, sequences: list[OneSequence], fails_at: int | None = None) -> Records:
+        return Encoded(sequences, fails_at)
 
     def save_models(self) -> None:
         """The models that the runs load."""
@@ -204,19 +208,25 @@ class SwiftGRPOHarness(SwiftPairHarness):
         return trainer
 
 
-class Prompts(Records):
+class Encoded(Records):
+    """As the preprocessing with the patch leaves them: the labels are joined in `channel`."""
+
+    def labels(self, index: int) -> dict[str, str | None]:
+        return {**super().labels(index), "channel": name_of(self.sequences[index])}
+
+
+class Prompts(Encoded):
     def __getitem__(self, index: int) -> dict[str, Any]:
-        channel = super().__getitem__(index)["channel"]
         number = self.sequences[index].number
         messages = [{"role": "user", "content": str(number)}]
-        return {"messages": messages, "number": number, "channel": channel}
+        return {"messages": messages, "number": number, **self.labels(index)}
 
 
-class Pairs(Records):
+class Pairs(Encoded):
     """Pairs as ms-swift's template encodes them."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record: dict[str, Any] = {"channel": super().__getitem__(index)["channel"]}
+        record: dict[str, Any] = {**self.labels(index)}
         prompt, *answers = pair_of(self.sequences[index])
         for side, answer in zip(("chosen", "rejected"), answers, strict=True):
             record |= encoded(side, prompt, answer)
@@ -231,13 +241,13 @@ class RewardPairs(Pairs):
         return {key: value for key, value in pair.items() if not key.endswith("labels")}
 
 
-class Answers(Records):
+class Answers(Encoded):
     """Single answers as ms-swift's template encodes them."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         prompt, answer, desirable = answer_of(self.sequences[index])
-        channel = super().__getitem__(index)["channel"]
-        return {**encoded("chosen", prompt, answer), "label": desirable, "channel": channel}
+        labels = self.labels(index)
+        return {**encoded("chosen", prompt, answer), "label": desirable, **labels}
 
 
 def encoded(side: str, prompt: list[int], answer: list[int]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from fork_client import Preload
 
 from contract.harness import watch_windows
 from contract.harness_megatron import MegatronHarness
+from contract.labels import name_of
 from contract.script import Batch, Evaluation, Ran, Script
 
 __all__ = ["SwiftMegatronHarness"]
@@ -72,7 +73,7 @@ def as_swift_has_it(batch: Batch) -> dict[str, Any]:
     for row, sequence in enumerate(batch):
         for t in range(sequence.tokens):
             labels[row, t + 1] = (sequence.number + t) % 7
-    channels = [sequence.channel for sequence in batch]
+    channels = [name_of(sequence) for sequence in batch]
     return {"input_ids": labels.clamp(min=0), "labels": labels, "channel": channels}
 
 

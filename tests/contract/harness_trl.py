@@ -68,7 +68,7 @@ class SFTInOrder(InOrder, SFTTrainer):
 
 class Rows(Records):
     # Newer TRL asks for them before an evaluation.
-    column_names = ("input_ids", "labels", "channel", "roles", "id")
+    column_names = ("input_ids", "labels", "channel", "lang", "roles", "id")
 
 
 class PairHarness(HFHarness):
@@ -166,10 +166,10 @@ class Pairs(Records):
     """Records of the preference format."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        channel = super().__getitem__(index)["channel"]
+        labels = self.labels(index)
         prompt, chosen, rejected = pair_of(self.sequences[index])
         ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-        return {**ids, "channel": channel}
+        return {**ids, **labels}
 
 
 class RewardPairs(Pairs):
@@ -185,7 +185,7 @@ class Answers(Records):
     """Single answers, as trl 0.29 prepares them and as newer TRL does."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = {"channel": super().__getitem__(index)["channel"]}
+        record: dict[str, Any] = {**self.labels(index)}
         prompt, answer, record["label"] = answer_of(self.sequences[index])
         newer = {"prompt_ids": prompt, "completion_ids": answer}
         older = {

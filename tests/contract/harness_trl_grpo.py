@@ -52,6 +52,5 @@ class Prompts(Records):
     """Prompts in tokens that the model knows."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        channel = super().__getitem__(index)["channel"]
         number = self.sequences[index].number
-        return {"prompt": str(number), "number": number, "channel": channel}
+        return {"prompt": str(number), "number": number, **self.labels(index)}

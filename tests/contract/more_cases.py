@@ -15,6 +15,7 @@ from reference import bucket
 from channel_metrics import ChannelError, ConfigError
 from channel_metrics.core.names import joint_name
 from contract.cases import CASES, NEEDS, case, config
+from contract.labels import KINDS, by
 from contract.script import (
     Evaluation,
     Harness,
@@ -33,7 +34,6 @@ from contract.script import (
 
 __all__ = ["CASES", "NEEDS"]
 
-KINDS = {"a": "x", "b": "x", "c": "y"}
 # {letter of the script: channel, language}
 LABELS: dict[str, tuple[str | None, str | None]] = {
     "a": ("a", "en"),
@@ -44,7 +44,7 @@ LABELS: dict[str, tuple[str | None, str | None]] = {
     "": (None, None),
 }
 NAMES = {
-    letter: joint_name(channel, [] if language is None else [("lang", language)]) or ""
+    letter: joint_name(channel, [] if language is None else [("tongue", language)]) or ""
     for letter, (channel, language) in LABELS.items()
 }
 LETTERS = {name: letter for letter, name in NAMES.items()}
@@ -54,7 +54,7 @@ LETTERS = {name: letter for letter, name in NAMES.items()}
 def labels_on_two_axes(harness: Harness, folder: Path) -> None:
     """One axis follows from the channel, the other one stands in the joint names."""
     script = Script(
-        config=config(axes={"kind": KINDS, "lang": ()}, cross=(("channel", "lang"),)),
+        config=config(axes={"kind": KINDS, "tongue": ()}, cross=(("channel", "tongue"),)),
         steps=renamed(steps("abcd", "dea-", "aabb", "ceba"), NAMES),
         evaluations=(Evaluation(1, renamed(steps("adce", first=40), NAMES)[0]),),
     )
@@ -63,18 +63,18 @@ def labels_on_two_axes(harness: Harness, folder: Path) -> None:
     for window, sequences in zip(windows, window_sequences(script), strict=True):
         check_values(window.values, by(harness, sequences, channel))
         check_values(window.axes["kind"], by(harness, sequences, kind))
-        check_values(window.axes["lang"], by(harness, sequences, language))
-        check_values(window.axes["channel.lang"], by(harness, sequences, both))
+        check_values(window.axes["tongue"], by(harness, sequences, language))
+        check_values(window.axes["channel.tongue"], by(harness, sequences, both))
         assert window.logs[f"kind/x_{how}"] == window.axes["kind"]["x"][how]
-        crossed = window.axes["channel.lang"]["a.en"]
-        assert window.logs["channel.lang/a.en_share"] == crossed["share"]
+        crossed = window.axes["channel.tongue"]["a.en"]
+        assert window.logs["channel.tongue/a.en_share"] == crossed["share"]
     everything = by(harness, [s for w in window_sequences(script) for s in w], language)
-    assert windows[-1].axes["lang"]["en"]["samples_total"] == everything["en"]["samples"]
+    assert windows[-1].axes["tongue"]["en"]["samples_total"] == everything["en"]["samples"]
     (evaluation,) = [window for window in found.windows if window.split != "train"]
     of_evaluation = list(script.evaluations[0].batches[0] + script.evaluations[0].batches[1])
-    check_values(evaluation.axes["lang"], by(harness, of_evaluation, language))
-    de = evaluation.axes["lang"]["de"][how]
-    assert found.evaluations[0][f"eval_lang/de_{how}"] == pytest.approx(de)
+    check_values(evaluation.axes["tongue"], by(harness, of_evaluation, language))
+    de = evaluation.axes["tongue"]["de"][how]
+    assert found.evaluations[0][f"eval_tongue/de_{how}"] == pytest.approx(de)
 
 
 @case()
@@ -185,13 +185,6 @@ def a_loss_that_lies_is_told_once(harness: Harness, folder: Path) -> None:
     found = ran(harness, script, folder)
     said = [message for message in found.warnings if "do not add up" in message]
     assert len(said) == 1
-
-
-def by(
-    harness: Harness, sequences: list[OneSequence], label: Callable[[OneSequence], str | None]
-) -> dict[str, dict[str, float]]:
-    """What a window holds per label, by counting one sequence after the other."""
-    return expected(harness, [replace(one, channel=label(one)) for one in sequences])
 
 
 def channel(sequence: OneSequence) -> str | None:

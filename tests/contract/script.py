@@ -28,9 +28,12 @@ ROWS = 2
 
 @dataclass(frozen=True)
 class OneSequence:
-    """One sequence: its channel, its supervised tokens, and a number that gives its content."""
+    """One sequence: its channel, its supervised tokens, and a number that gives its content.
 
-    channel: str | None
+    Two that differ in the channel only are equal, so that their losses are computed once.
+    """
+
+    channel: str | None = field(compare=False)
     tokens: int
     number: int
 

@@ -71,8 +71,13 @@ def check(run: Run) -> None:
 def test_each_conversation_has_its_channel(
     launcher: BridgeLauncher, data: Data, root: str, layout: str, packs: bool
 ) -> None:
-    run = launcher.train(layout, settings(data, root, packs=packs), observe=SEEN)
+    axes = "axes: {again: channel, kind: {web: text}}\n"
+    run = launcher.train(layout, settings(data, root, packs=packs), observe=SEEN, config=axes)
     check(run)
+    for metric in ("loss", "tokens"):
+        for name in ("web", "code", "unlabeled"):
+            assert run.scalars[f"again/{name}_{metric}"] == run.scalars[f"{name}_{metric}"]
+        assert run.scalars[f"kind/text_{metric}"] == run.scalars[f"web_{metric}"]
     assert {key for key in run.scalars if key.startswith("eval_web")} >= {"eval_web_loss"}
 
 

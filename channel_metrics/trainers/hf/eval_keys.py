@@ -57,11 +57,12 @@ def check_best_metric(trainer: Any, session: ChannelMetrics) -> None:
         ConfigError: no evaluation will log this metric.
     """
     wanted, sets = trainer.args.metric_for_best_model, _sets(trainer)
-    # The script's own `compute_metrics` may log any key.
-    if not wanted or not sets or trainer.compute_metrics is not None:
+    if not wanted:
         return
     wanted = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
-    if wanted in session.keys.reserved:
+    session.keys.watched.add(wanted)
+    # The script's own `compute_metrics` may log any key.
+    if not sets or trainer.compute_metrics is not None or wanted in session.keys.reserved:
         return
     if wanted.endswith(WEIGHTED) and trainer.args.greater_is_better:
         raise ConfigError(

@@ -111,13 +111,14 @@ def encode_with_roles(original: Any, template: Any, inputs: Any, *args: Any, **k
 
 @contextmanager
 def _roles_as_scale(template: Any) -> Iterator[_RoleScale]:
-    meta, name, is_binary = template.template_meta, template._loss_scale, None
+    meta = template.template_meta
+    name, is_binary = template._loss_scale, template.is_binary_loss_scale
     scale = _RoleScale(
         template.loss_scale.base_strategy,
         prompt=_count(meta.prompt),
         separator=_count(meta.chat_sep),
     )
-    is_binary, template.is_binary_loss_scale = template.is_binary_loss_scale, None
+    template.is_binary_loss_scale = None
     template._loss_scale, template._loss_scale_cache[_NAME] = _NAME, scale
     try:
         yield scale

@@ -125,9 +125,17 @@ def test_the_best_model_is_chosen_by_a_channel(tmp_path: Path) -> None:
     assert [e["eval_bbu_loss"] for e in state if "eval_bbu_loss" in e] == [3.0, 1.0, 2.0]
 
 
-@pytest.mark.parametrize("key", ["eval_bbu_loss", "eval_macro_loss"])
+@pytest.mark.parametrize(
+    "key",
+    ["eval_bbu_loss", "eval_macro_loss", "eval_worst_loss", "eval_weighted_loss_of_channels"],
+)
 def test_the_best_model_is_chosen_by_the_measured_loss(tmp_path: Path, key: str) -> None:
-    config = MetricsConfig(metrics=("loss", "macro_loss"))
+    """Also with `top`, which would hide `bbu` from the first two evaluations."""
+    config = MetricsConfig(
+        metrics=("loss", "macro_loss", "worst_loss", "weighted_loss_of_channels"),
+        channel_weights={"bbu": 1, "lang_chat": 3},
+        top=1,
+    )
     trainer = evaluated(
         tmp_path,
         prepare=lambda trainer: attach(trainer, config),

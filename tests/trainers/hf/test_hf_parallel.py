@@ -6,7 +6,7 @@ The slicing and the layouts alone are in `test_hf_row_cuts.py`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from channel_metrics import MetricsConfig
 
 COUNTS = MetricsConfig(metrics=("loss", "tokens", "token_acc", "share", "entropy"))
-# Labels of single tokens are cut with the rows.
+# Labels of single tokens are cut with the rows; that of a record is a part of its name.
 IMAGES = list(range(0, 61, 4))
 ROLES = replace(
     COUNTS,
     axes={
         "role": {"by": "column", "field": "roles"},
         "kind": {"by": "modality", "labels": {"image": IMAGES}},
+        "lang": "meta.lang",
     },
 )
 
@@ -61,8 +62,16 @@ def role_of(token: int) -> str | None:
     return ("user", "assistant", None)[token % 3]
 
 
+def language_of(ids: Sequence[int]) -> str | None:
+    return ("en", "de", None)[sum(ids) % 3]
+
+
 def with_roles(records: list[Record]) -> list[Record]:
-    return [{**one, "roles": [role_of(token) for token in one["input_ids"]]} for one in records]
+    found = []
+    for one in records:
+        roles = [role_of(token) for token in one["input_ids"]]
+        found.append({**one, "roles": roles, "meta": {"lang": language_of(one["input_ids"])}})
+    return found
 
 
 def check_roles(
@@ -72,8 +81,12 @@ def check_roles(
     held_out: list[Record],
     seen: list[list[Any]],
 ) -> None:
-    """As `check`, for the labels of single tokens; their entropy is one more sum of the same."""
+    """As `check`, for the further axes; their entropy is one more sum of the same."""
     table = token_table(model, records)
+    of_language = {
+        ids: (f"lang/{language_of(ids) or 'unlabeled'}", tokens)
+        for ids, (_, tokens) in table.items()
+    }
     targets = {tuple(r["input_ids"]): [t for t in r["labels"][1:] if t != -100] for r in records}
     by_label: dict[str, Callable[[int], str]] = {
         "role": lambda token: role_of(token) or "unlabeled",
@@ -81,7 +94,7 @@ def check_roles(
     }
 
     def expected(batches: list[Any], prefix: str) -> dict[str, float]:
-        found: dict[str, float] = {}
+        found = expected_metrics(of_language, batches, prefix=prefix)
         for axis, label_of in by_label.items():
             # Each token alone is a record of the oracle, with its label as the channel.
             alone = {}
@@ -95,7 +108,8 @@ def check_roles(
         return {
             key: value
             for key, value in entry.items()
-            if key.startswith((f"{prefix}role/", f"{prefix}kind/")) and "entropy" not in key
+            if key.startswith(tuple(f"{prefix}{axis}/" for axis in ROLES.axes))
+            and "entropy" not in key
         }
 
     of_held_out = expected([[r["input_ids"] for r in held_out]], "eval_")

@@ -147,14 +147,15 @@ def test_callbacks_monitor_the_values(tmp_path: Path) -> None:
         tmp_path, monitor="bbu_loss", every_n_train_steps=2, filename="train-{step}"
     )
     of_all = ModelCheckpoint(tmp_path, monitor="val_macro_loss", filename="of_all-{epoch}")
+    of_worst = ModelCheckpoint(tmp_path, monitor="val_worst_loss", filename="worst-{epoch}")
     # A threshold that no loss is below: it stops after the first validation.
     stop = EarlyStopping(monitor="val_bbu_loss", patience=1, min_delta=100.0)
     found = run(
         RECORDS,
         held_out=[HELD_OUT],
         module=Module(still_model(), 1e-2),
-        callbacks=[best, of_train, of_all, stop],
-        config=MetricsConfig(metrics=("loss", "tokens", "macro_loss")),
+        callbacks=[best, of_train, of_all, of_worst, stop],
+        config=MetricsConfig(metrics=("loss", "tokens", "macro_loss", "worst_loss")),
         enable_checkpointing=True,
         max_epochs=9,
     )
@@ -163,11 +164,13 @@ def test_callbacks_monitor_the_values(tmp_path: Path) -> None:
     assert best.best_model_score == pytest.approx(min(losses), rel=1e-6)
     assert f"val_bbu_loss={min(losses):.4f}" in best.best_model_path
     validations = [window for window in found.windows if window.split != "train"]
-    macro = [
-        statistics.fmean(v["loss"] for name, v in window.values.items() if name != "unlabeled")
+    of_channels = [
+        [v["loss"] for name, v in window.values.items() if name != "unlabeled"]
         for window in validations
     ]
-    assert of_all.best_model_score == pytest.approx(min(macro), rel=1e-6)
+    macro = min(map(statistics.fmean, of_channels))
+    assert of_all.best_model_score == pytest.approx(macro, rel=1e-6)
+    assert of_worst.best_model_score == pytest.approx(min(map(max, of_channels)), rel=1e-6)
     assert of_train.best_model_score == pytest.approx(
         min(logs["bbu_loss"] for logs in found.logs("train")[:-1] if "bbu_loss" in logs), rel=1e-6
     )

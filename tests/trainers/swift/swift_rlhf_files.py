@@ -23,7 +23,7 @@ from channel_metrics import MetricsConfig
 
 CHANNELS = ("bbu", "rru", "lvis")
 NUM_RECORDS = 12
-ON = MetricsConfig(metrics=("loss", "samples", "share"))
+ON = MetricsConfig(metrics=("loss", "samples", "share"), axes={"domain": "metadata._fusion_domain"})
 
 _shared: dict[str, Path] = {}
 
@@ -36,7 +36,8 @@ def write_records(folder: Path) -> None:
         channel = CHANNELS[min(index % 4, 2)]
         messages = [{"role": "user", "content": f"{channel} {index}"}]
         good, bad = (" ".join(rng.choices(["see", "go", channel], k=k)) for k in (3, 2))
-        metadata = {"metadata": {"_fusion_source": channel}}
+        domain = ("target", "source", None)[index % 3]
+        metadata = {"metadata": {"_fusion_source": channel, "_fusion_domain": domain}}
         pair = {"messages": [*messages, said(good)], "rejected_response": f"{bad} no"}
         pairs.append(pair | {"margin": 0.25 * (index % 3)} | metadata)
         answers.append(
@@ -122,7 +123,9 @@ def one_by_one(template: Any, given: dict[str, Any]) -> list[dict[str, Any]]:
     for line in Path(given["dataset"][0]).read_text().splitlines():
         record = json.loads(line)
         encoded = template.encode(record)
-        values: dict[str, Any] = {"channel": record["metadata"]["_fusion_source"]}
+        metadata = record["metadata"]
+        values: dict[str, Any] = {"channel": metadata["_fusion_source"]}
+        values["domain"] = metadata["_fusion_domain"]
         values |= {key: record[key] for key in ("label", "margin") if key in record}
         for side, prefix in sides.items():
             ids = torch.tensor([encoded[f"{prefix}_input_ids"]])

@@ -65,13 +65,20 @@ def load_rlhf() -> None:
 
 
 def run(given: dict[str, Any], metrics: MetricsConfig | None = ON) -> dict[str, Any]:
-    """One `sft_main` or `rlhf_main`: its log, a hash of its weights, its random numbers, the
-    collectives that it called, our warnings, and its trainer.
+    """One run of `swift sft`, `pt` or `rlhf`: its log, a hash of its weights, its random numbers,
+    the collectives that it called, our warnings, and its trainer.
 
     metrics: None is ms-swift alone.
     """
     import channel_metrics.patches.ms_swift as patch
-    from swift import RLHFArguments, SftArguments, rlhf_main, sft_main
+    from swift import (
+        PretrainArguments,
+        RLHFArguments,
+        SftArguments,
+        pretrain_main,
+        rlhf_main,
+        sft_main,
+    )
     from swift.pipelines.train.sft import SwiftSft
 
     kept: list[Any] = []
@@ -89,6 +96,8 @@ def run(given: dict[str, Any], metrics: MetricsConfig | None = ON) -> dict[str, 
         with counted_collectives() as collectives, warnings_of_ours() as told:
             if "rlhf_type" in given:
                 rlhf_main(RLHFArguments(**given))
+            elif given.get("use_chat_template") is False:
+                pretrain_main(PretrainArguments(**given))
             else:
                 sft_main(SftArguments(**given))
     finally:

@@ -135,7 +135,7 @@ def _itself(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: 
     return value.repeat_interleave(groups, dim=1).transpose(1, 2).contiguous(), None
 
 
-def _sequence_parallel(folder: Path, *args: Any, **overrides: Any) -> Any:
+def _sequence_parallel(folder: Path, *args: Any, runs: Any = both, **overrides: Any) -> Any:
     from swift.sequence_parallel import sequence_parallel
 
     # Packs under sequence parallelism need flash attention. With this one a token sees only itself,
@@ -143,7 +143,7 @@ def _sequence_parallel(folder: Path, *args: Any, **overrides: Any) -> Any:
     AttentionInterface.register("itself", _itself)
     options = ranks_given(folder, *args, sequence_parallel_size=2, **overrides)
     try:
-        found = both(options)
+        found = runs(options)
         ranks = (sequence_parallel.sp_world_size, sequence_parallel.rp_world_size)
         return found | {"ranks": ranks}
     finally:
@@ -175,6 +175,30 @@ def ring(folder: Path) -> Any:
     # Its groups are made once per process.
     SequenceParallel._global_inited = False
     return _sequence_parallel(folder, "react", 1, attn_impl="itself", padding_free=True)
+
+
+def by_domain(options: dict[str, Any]) -> dict[str, Any]:
+    """Runs with the domain as an axis, and as the channel."""
+    field = "metadata._fusion_domain"
+    configs = {"axis": replace(ON, axes={"domain": field}), "alone": replace(ON, fields=(field,))}
+    return {name: windows(run(options, config)["log"]) for name, config in configs.items()}
+
+
+@in_parts
+def labels(folder: Path) -> Any:
+    options = {"attn_impl": "itself", "padding_free": True, "enable_channel_loss": False}
+    return _sequence_parallel(folder, "fused", runs=by_domain, **options)
+
+
+def test_labels_from_a_column_with_ulysses(ranks_of: RanksOf) -> None:
+    domains = ("target_", "source_", "unlabeled_")
+    for found in ranks_of(labels):
+        for entry, alone in zip(found["axis"], found["alone"], strict=True):
+            of_axis = {key: v for key, v in entry.items() if key.startswith("domain/")}
+            wanted = {f"domain/{key}": v for key, v in alone.items() if key.startswith(domains)}
+            assert of_axis == wanted
+        keys = {key for entry in found["axis"] for key in entry}
+        assert {"domain/target_loss", "domain/source_tokens", "bbu_loss"} <= keys
 
 
 @pytest.mark.parametrize("case", [ddp, zero2, zero2_lora, ulysses_padding_free, ring])

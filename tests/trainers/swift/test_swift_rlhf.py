@@ -219,7 +219,18 @@ ORACLES: dict[Case, Callable[[list[Record]], dict[str, float]]] = {
 
 
 def check(entry: dict[str, float], records: list[Record], expected: Any, prefix: str = "") -> None:
-    for name in CHANNELS:
+    """The channels, and the labels on the axis `domain`."""
+    domains = [{**record, "channel": f"domain/{record['domain']}"} for record in records]
+    entry = {key.replace("domain/unlabeled", "domain/None"): v for key, v in entry.items()}
+    check_names(entry, records, expected, prefix, CHANNELS)
+    names = ("domain/target", "domain/source", "domain/None")
+    check_names(entry, domains, expected, prefix, names)
+
+
+def check_names(
+    entry: dict[str, float], records: list[Record], expected: Any, prefix: str, names: Any
+) -> None:
+    for name in names:
         mine = [record for record in records if record["channel"] == name]
         if not mine:
             assert not any(key.startswith(f"{prefix}{name}_") for key in entry)

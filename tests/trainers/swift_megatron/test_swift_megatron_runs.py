@@ -141,6 +141,22 @@ def test_a_stream_with_the_channel_in_a_nested_field(runs: Runs) -> None:
     assert "loss_None" in keys
 
 
+AXES = {"again": "metadata._fusion_source", "domain": "metadata._fusion_domain"}
+LABELS = Case("labels", "cp2", PACKED, ON | {"axes": AXES}, data="fused")
+
+
+def test_labels_from_columns_that_ms_swift_drops(runs: Runs) -> None:
+    """One axis is read from the field of the channel, so its values are those of the channels."""
+    logs, domains = runs.logs(LABELS), ("target", "source", "unlabeled")
+    keys = {key for log in logs for key in log}
+    for log in logs:
+        again = {key: value for key, value in log.items() if key.startswith("again/")}
+        assert again and again == {key: log[key.removeprefix("again/")] for key in again}
+        by_domain = [log.get(f"domain/{name}_tokens", 0) for name in domains]
+        assert sum(by_domain) == sum(log.get(f"{n}_tokens", 0) for n in (*CHANNELS, "unlabeled"))
+    assert {f"domain/{name}_loss" for name in domains} <= keys
+
+
 # The first iteration is always logged; the checkpoint comes in the middle of the next window.
 SAVING = {
     "train_iters": 4,

@@ -6,6 +6,7 @@ Which label a token has can be read from its letter, so the oracle needs no colu
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,23 @@ ROLES = {ord(letter): ("user", "assistant", None)[ord(letter) % 3] for letter in
 CONFIG = MetricsConfig(
     channels=CHANNELS, axes={"role": {"by": "column", "field": "roles"}}, live_table=False
 )
+# Records of two channels have one label, and those of the last channel have none.
+LANGUAGES = dict(zip(CHANNELS, ("en", "de", "en", None), strict=True))
+OF_LANGUAGE = {
+    ord(letter): f"lang/{LANGUAGES[name] or 'unlabeled'}"
+    for name, letters in ALPHABETS.items()
+    for letter in letters
+}
 OF_ROLE = {letter: f"role/{role or 'unlabeled'}" for letter, role in ROLES.items()}
 
 
 def records(count: int = 96) -> list[dict[str, Any]]:
     return [
-        {**record, "roles": [ROLES[token] for token in record["input_ids"]]}
+        {
+            **record,
+            "roles": [ROLES[token] for token in record["input_ids"]],
+            "lang": LANGUAGES[record["channel"]],
+        }
         for record in token_records(count)
     ]
 
@@ -72,9 +84,13 @@ def check(trainer: Any, seen: Seen, axis: str, names: dict[int, str]) -> None:
     ],
     ids=["padded", "padding-free", "bfd", "wrapped", "split"],
 )
-def test_roles_of_tokens(tmp_path: Path, trainer_class: Any, options: dict[str, Any]) -> None:
-    trainer, seen = run(tmp_path, records(), CONFIG, trainer_class, **options)
+def test_labels_of_tokens_and_of_records(
+    tmp_path: Path, trainer_class: Any, options: dict[str, Any]
+) -> None:
+    chosen = replace(CONFIG, axes={**CONFIG.axes, "lang": "lang"})
+    trainer, seen = run(tmp_path, records(), chosen, trainer_class, **options)
     check(trainer, seen, "role", OF_ROLE)
+    check(trainer, seen, "lang", OF_LANGUAGE)
 
 
 def test_a_stream_is_packed_with_roles(tmp_path: Path) -> None:
