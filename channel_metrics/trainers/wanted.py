@@ -11,7 +11,7 @@ from channel_metrics.data.scan import count_channels
 from channel_metrics.errors import ConfigError, hint
 from channel_metrics.session import ChannelMetrics
 
-__all__ = ["check_sets", "check_stop_when", "check_wanted"]
+__all__ = ["check_sets", "check_stop_when", "check_wanted", "rows_of"]
 
 
 def _channels_in(session: ChannelMetrics, dataset: Any) -> set[str] | None:
@@ -20,9 +20,24 @@ def _channels_in(session: ChannelMetrics, dataset: Any) -> set[str] | None:
     None if it cannot be scanned, see `count_channels`.
     """
     counts = count_channels(dataset, session.config.label_fields)
-    if counts is None:
+    if counts is not None:
+        session.declare_names(sorted(name for name in counts if name is not None))
+    return rows_of(session, counts)
+
+
+def rows_of(session: ChannelMetrics, counts: Mapping[str | None, int] | None) -> set[str] | None:
+    """What is logged of a dataset: its channels, `unlabeled` included, and labels of axes.
+
+    Args:
+        session: the metrics.
+        counts: of `count_channels`.
+
+    Returns:
+        None if it is not known: the dataset cannot be scanned, or its records have no channel
+        while the config declares some, which the script's own collator may then give.
+    """
+    if counts is None or (session.config.channels and not any(counts)):
         return None
-    session.declare_names(sorted(name for name in counts if name is not None))
     return session.rows(counts)
 
 

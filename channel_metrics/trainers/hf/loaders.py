@@ -27,6 +27,7 @@ from channel_metrics.trainers.hf.parallel import (
     check_keeps_rows,
     layout_of,
 )
+from channel_metrics.trainers.wanted import rows_of
 
 __all__ = ["ChannelLoadersMixin"]
 
@@ -158,7 +159,7 @@ class ChannelLoadersMixin(_TrainerBase):
     def channel_names(self, session: ChannelMetrics, dataset: Any) -> set[str] | None:
         """The channels of a dataset, `unlabeled` included; None if it cannot be scanned."""
         counts = count_channels(dataset, session.config.label_fields)
-        return None if counts is None else session.rows(counts)
+        return rows_of(session, counts)
 
     def _with_channels(self, session: ChannelMetrics, dataset: Any, description: str) -> Any:
         """The trainer's own collator, wrapped for a data loader of `dataset`."""

@@ -12,6 +12,7 @@ from channel_metrics.data.scan import count_channels
 from channel_metrics.errors import ChannelError
 from channel_metrics.session import ChannelMetrics
 from channel_metrics.trainers.hf.mixin import ChannelMetricsMixin
+from channel_metrics.trainers.wanted import rows_of
 
 __all__ = ["CHANNEL_COLUMN", "ColumnMixin", "records_of", "wrapped_collator"]
 
@@ -47,7 +48,7 @@ class ColumnMixin(ChannelMetricsMixin):
     def channel_names(self, session: ChannelMetrics, dataset: Any) -> set[str] | None:
         """The channels of a dataset; None if it cannot be scanned."""
         counts = count_channels(records_of(dataset), (CHANNEL_COLUMN,))
-        return None if counts is None else session.rows(counts)
+        return rows_of(session, counts)
 
 
 def wrapped_collator(

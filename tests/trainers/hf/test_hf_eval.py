@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from hf_tools import (
+    PaddingCollator,
     Record,
     channel_logs,
     expected_metrics,
@@ -190,6 +191,31 @@ def test_stop_when_is_checked_before_training(tmp_path: Path) -> None:
                 prepare=lambda trainer, config=config: attach(trainer, config),
                 trainer_arguments={"eval_dataset": Dataset.from_list(held_out)},
             )
+
+
+def test_channels_that_only_the_users_collator_knows(tmp_path: Path) -> None:
+    """The records have none, so the config declares them; keys that wait for them are let be."""
+    padded = PaddingCollator()
+
+    def collate(features: list[Any]) -> dict[str, Any]:
+        return {**padded(features), "channels": [("bbu", "rru")[f["origin"]] for f in features]}
+
+    records = [{**r, "origin": n % 2} for n, r in enumerate(make_records(16))]
+    unnamed = Dataset.from_list(records).remove_columns("channel")
+    waiting = {"channel": "rru", "metric": "eval_loss", "patience": 9}
+    config = MetricsConfig(channels=("bbu", "rru"), stop_when=waiting)
+    trainer = train(
+        tmp_path,
+        records=unnamed,
+        prepare=lambda trainer: attach(trainer, config),
+        trainer_arguments={"data_collator": collate, "eval_dataset": unnamed},
+        eval_strategy="steps",
+        eval_steps=2,
+        metric_for_best_model="eval_bbu_loss",
+        remove_unused_columns=False,
+    )
+    logged = {key for entry in trainer.state.log_history for key in entry}
+    assert {"bbu_loss", "rru_loss", "eval_bbu_loss", "eval_rru_loss"} < logged
 
 
 def test_eval_channels_filter(tmp_path: Path) -> None:
