@@ -67,7 +67,8 @@ PADDED, PACKED = [0, 4, 8, 12], [0, 4, 5, 8]
 LEFT = tokenizer("left")
 FREE = TrlCollator(pad_token_id=0, padding_free=True, pad_to_multiple_of=16)
 # trl 0.22 masks the pads at the end; then they stand in the last sequence, and are not counted.
-PACKED_TO_16 = [0, 4, 5, 16] if "attention_mask" in FREE([{"input_ids": [1]}]) else PACKED
+PADS_ARE_MASKED = FREE([{"input_ids": [1]}]).get("attention_mask", torch.ones(0)).numel() == 16
+PACKED_TO_16 = [0, 4, 5, 16] if PADS_ARE_MASKED else PACKED
 _KNOWN = inspect.signature(DataCollatorWithFlattening.__init__).parameters
 # Older releases lack some of the options.
 FLATTENING = [
