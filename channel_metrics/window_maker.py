@@ -57,7 +57,8 @@ class WindowMaker:
         self._gradients = [one.name for one in GRADIENTS if one.name in extra]
         self._of_sequences = schema.of_sequences
         stop_when = StopWhen.of(config.stop_when)
-        if stop_when is not None:
+        # Where it names a channel, this one is always shown, see `MetricsConfig.followed`.
+        if stop_when is not None and not stop_when.channel:
             keys.watched.add(stop_when.metric)
         mark("session")
 

@@ -155,18 +155,20 @@ def tell(
 ) -> None:
     """Call the observers. A display that fails is removed from them, with a warning.
 
-    If one returns a text, the run should end, and the text is the reason.
+    If another one returns a text, the run should end, and the text is the reason.
     """
     for observer in list(observers):
         try:
             reason = observer(window)
-            if isinstance(reason, str) and reason:
-                stop(reason)
         except Exception as error:  # only a display may fail: others steer the training
             if not getattr(observer, "is_display", False):
                 raise
             observers.remove(observer)
             warn_once(f"{observer!r} failed, and shows nothing from now on: {error!r}")
+            continue
+        # A display may be on one rank only.
+        if isinstance(reason, str) and reason and not getattr(observer, "is_display", False):
+            stop(reason)
 
 
 def with_added(

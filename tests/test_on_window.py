@@ -31,6 +31,13 @@ class Shows:
 shows = Shows()
 
 
+class Tells:
+    is_display = True
+
+    def __call__(self, window: Window) -> str:
+        return f"shown at {window.step}"
+
+
 def keep(window: Window) -> None:
     SEEN.append(window.step)
 
@@ -44,6 +51,15 @@ def test_a_function_gets_each_closed_window() -> None:
         metrics.close(step)
     own = sys.modules["test_on_window"]
     assert own.SEEN == [3, 4] and own.shows.calls == 1
+
+
+def test_what_a_display_returns_ends_nothing() -> None:
+    """It may be on one rank only, and the others would wait."""
+    metrics = ChannelMetrics(MetricsConfig())
+    metrics.on_window.append(Tells())
+    metrics.count(batch(("a", 1, 1.0)))
+    metrics.close(1)
+    assert not metrics.stop_reason
 
 
 def test_the_hook_of_the_page_ends_the_run(

@@ -87,6 +87,14 @@ def test_its_loss_is_that_of_all_tokens(settings: dict[str, Any], tmp_path: Path
     assert train["loss"] == evaluation["eval_loss"] == 7 / 4
 
 
+def test_with_top_it_has_the_sums_only(tmp_path: Path) -> None:
+    """Totals of channels in `others` would count twice, or grow at once when they are shown."""
+    run(tmp_path / "w.jsonl", range(1, 4), top=1)
+    for line in lines(tmp_path / "w.jsonl"):
+        assert not [key for key in line if key.endswith("_total")]
+        assert len(line["sums"]) > 1
+
+
 def test_kill_9_in_the_middle_of_a_line(tmp_path: Path) -> None:
     path = tmp_path / "windows.jsonl"
     script = f"import test_stream; test_stream.die_in_line(3, {str(path)!r})"

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import channel_metrics
+from channel_metrics.acting import Budget, Sampler, Section, StopWhen, goals
+from channel_metrics.alerting import Alerts, Outliers
 from channel_metrics.cli.children import check_patches
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.labels import channels_of, winning_field
@@ -32,6 +34,14 @@ __all__ = ["PATCH_MODULES", "Report", "diagnose"]
 Report = dict[str, Any]
 
 # {name that `--patch` takes: the module that is named after it}
+# Settings of the config that are mappings, and where their own defaults stand.
+_SECTIONS: dict[str, type[Section]] = {
+    "budget": Budget,
+    "stop_when": StopWhen,
+    "sampler": Sampler,
+    "alerts": Alerts,
+    "outliers": Outliers,
+}
 PATCH_MODULES = {name: list(modules.values())[-1] for name, modules in PATCHES.items()}
 
 # Distributions whose versions matter.
@@ -153,7 +163,11 @@ def _config(path: Path | None) -> Report:
         config = load_metrics_config(chosen) if chosen else MetricsConfig()
     except ChannelMetricsError as error:
         return {"from": source, "error": str(error)}
-    return {"from": source, "values": asdict(config)}
+    values = asdict(config)
+    for name, section in _SECTIONS.items():
+        found = section.of(values[name])
+        values[name] = {} if found is None else asdict(found)
+    return {"from": source, "values": {**values, "stop_at": goals(config.stop_at)}}
 
 
 def _data(path: Path, fields: Sequence[str]) -> Report:

@@ -60,7 +60,7 @@ class Top:
         groups: dict[str, list[str]] = {}
         for name in rows.names:
             axis, label = self._book.labels.get(name, (CHANNEL, name))
-            if label == OTHERS:
+            if label == OTHERS and axis != TREE:
                 raise ChannelError(
                     f"{name!r} is the name of what `top` leaves out; rename this channel or label."
                 )

@@ -57,7 +57,8 @@ def line_of(window: Window, session: Session) -> dict[str, Any]:
     whole = _whole_loss(window)
     if whole is not None:
         values.setdefault(f"{window.prefix}loss", whole)
-    values = _totals(window, session.keys) | values
+    if not session.config.top:  # which moves channels into `others`, and their totals with them
+        values = _totals(window, session.keys) | values
     return {
         "channel_metrics": Window.version,
         "step": window.step,
@@ -84,6 +85,7 @@ def _totals(window: Window, keys: KeyBook) -> dict[str, float]:
         for name, row in counted
         if any(row)
         for metric, count in window.totals.get(name, {}).items()
+        if count
     }
     return {key: count for key, count in found.items() if key not in keys.clashes}
 

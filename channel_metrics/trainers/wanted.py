@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from channel_metrics.acting import StopWhen
+from channel_metrics.core.names import split_name
 from channel_metrics.core.objectives import OBJECTIVES
 from channel_metrics.data.scan import count_channels
 from channel_metrics.errors import ConfigError, hint
@@ -36,7 +37,9 @@ def rows_of(session: ChannelMetrics, counts: Mapping[str | None, int] | None) ->
         None if it is not known: the dataset cannot be scanned, or its records have no channel
         while the config declares some, which the script's own collator may then give.
     """
-    if counts is None or (session.config.channels and not any(counts)):
+    if counts is None:
+        return None
+    if session.config.channels and not any(split_name(name)[0] for name in counts if name):
         return None
     return session.rows(counts)
 

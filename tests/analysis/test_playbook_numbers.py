@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from statistics import fmean
 
 import pytest
 from paths import ROOT
@@ -160,6 +161,10 @@ def drift() -> Iterator[str]:
         key = f"eval_{channel}_loss"
         high = max(value for step, value in series(name, key).items() if step > 60)
         yield f"from {at(name, key, 60)} to {high:.2f}, and ends at {last(name, key):.2f}"
+    of_channels = [series(name, f"eval_{one}_loss") for one in ("bbu", "rru", "lvis", "lang_chat")]
+    losses = {step: [of[step] for of in of_channels] for step in of_channels[0]}
+    yield f"`eval_macro_loss`, picks step {min(losses, key=lambda step: fmean(losses[step]))}:"
+    yield f"`eval_worst_loss`, picks step {min(losses, key=lambda step: max(losses[step]))},"
 
 
 CASES = (healthy, forgetting, imbalance, broken, starved, template, overfitting, drift)

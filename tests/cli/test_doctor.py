@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from paths import ROOT
 from typer.testing import CliRunner
 
 from channel_metrics import __version__
+from channel_metrics.alerting import Alerts
 from channel_metrics.cli.main import app
 from channel_metrics.startup.sitecustomize import PATCHES
 
@@ -45,7 +47,9 @@ def doctor(*args: object) -> tuple[int, str]:
 
 def test_json_has_versions_config_and_the_fields_of_the_data(tmp_path: Path, data: Path) -> None:
     config = tmp_path / "metrics.yaml"
-    config.write_text("metrics: [loss]\neval_channels: [bbu]\n")
+    config.write_text(
+        "metrics: [loss]\neval_channels: [bbu]\nstop_at: {bbu_tokens: 2e9}\nalerts: {rate: 0.1}\n"
+    )
     code, out = doctor("--patch", "absent", "--config", config, "--data", data, "--json")
     report = json.loads(out)
     versions = report["versions"]
@@ -55,6 +59,9 @@ def test_json_has_versions_config_and_the_fields_of_the_data(tmp_path: Path, dat
     assert report["config"]["from"] == str(config)
     assert report["config"]["values"]["metrics"] == ["loss"]
     assert report["config"]["values"]["key_format"] == "{channel}_{metric}", "the defaults, too"
+    assert report["config"]["values"]["stop_at"] == {"bbu_tokens": 2e9}
+    assert report["config"]["values"]["alerts"] == asdict(Alerts(rate=0.1))
+    assert report["config"]["values"]["budget"] == {}
     assert report["data"][str(data)] == {
         "records": 4,
         "fields": {"channel": 1, "metadata._fusion_source": 2},

@@ -94,6 +94,12 @@ class ChannelLoadersMixin(_TrainerBase):
         carried = self.data_collator.carried
         return Indexed(kept) if carried is not None and carried.id_field == INDEX else kept
 
+    def _get_train_sampler(self, *args: Any) -> Any:
+        return super()._get_train_sampler(*map(_without_index, args))
+
+    def _get_eval_sampler(self, *args: Any) -> Any:
+        return super()._get_eval_sampler(*map(_without_index, args))
+
     def _get_collator_with_removed_columns(
         self, data_collator: Callable[..., Any], description: str | None = None
     ) -> Callable[..., Any]:
@@ -182,3 +188,8 @@ class ChannelLoadersMixin(_TrainerBase):
             columns=session.token_axes.columns,
             carried=carried_of(session.config),
         )
+
+
+def _without_index(dataset: Any) -> Any:
+    """What transformers knows, which reads the lengths in a column of a `datasets.Dataset`."""
+    return dataset.dataset if isinstance(dataset, Indexed) else dataset

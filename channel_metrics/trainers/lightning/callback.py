@@ -160,6 +160,8 @@ class ChannelMetricsCallback(*_BASES):  # type: ignore[misc]  # bases that are f
     # ---- training --------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.metrics.sampler is not None:
+            self.metrics.sampler.followed()
         with self.metrics.guard.guarded():
             train = _datasets(trainer.train_dataloader)
             held = _datasets(trainer.val_dataloaders) if trainer.enable_validation else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,17 @@ import torch
 from datasets import Dataset
 from hf_tools import make_records, tiny_model, train
 from torch.utils.data import default_collate
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, TrainingArguments
 
 from channel_metrics import ChannelError, ChannelMetrics, MetricsConfig
 from channel_metrics.demo.tiny import byte_tokenizer
 from channel_metrics.trainers.hf import attach
 
+STRATEGY: dict[str, Any] = (
+    {"train_sampling_strategy": "group_by_length"}
+    if "train_sampling_strategy" in {one.name for one in fields(TrainingArguments)}
+    else {"group_by_length": True}
+)
 COLLATORS: dict[str, Any] = {
     "padded": lambda: DataCollatorForSeq2Seq(byte_tokenizer()),
     "flattened": DataCollatorWithFlattening,
@@ -95,6 +101,33 @@ def test_ids_are_the_places_in_the_dataset(tmp_path: Path, removes: bool) -> Non
     off = run(tmp_path / "off", {})
     for mine, theirs in zip(on.model.parameters(), off.model.parameters(), strict=True):
         assert torch.equal(mine, theirs), "the training is not changed"
+
+
+def test_batches_by_length_are_those_without_an_index(tmp_path: Path) -> None:
+    """transformers reads the lengths in a column of the dataset itself."""
+
+    def batches(folder: Path, outliers: dict[str, Any]) -> list[list[int]]:
+        seen: list[list[int]] = []
+        padded = DataCollatorForSeq2Seq(byte_tokenizer())
+
+        def collate(features: list[Any]) -> Any:
+            seen.append([feature.pop("length") for feature in features])
+            kept = [{key: f[key] for key in ("input_ids", "labels")} for f in features]
+            return padded(kept)
+
+        train(
+            folder,
+            records=[{**r, "length": n * 5 % 11} for n, r in enumerate(make_records(32))],
+            prepare=lambda trainer: attach(trainer, MetricsConfig(outliers=outliers)),
+            trainer_arguments={"data_collator": collate},
+            model=tiny_model(vocab_size=260),
+            remove_unused_columns=False,
+            **STRATEGY,
+        )
+        return seen
+
+    on = batches(tmp_path / "on", {"folder": str(tmp_path), "id_field": "@index"})
+    assert on == batches(tmp_path / "off", {})
 
 
 def test_a_dataset_whose_index_is_not_known_is_an_error(tmp_path: Path) -> None:
