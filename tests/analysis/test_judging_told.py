@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -86,6 +87,49 @@ def test_a_channel_without_a_finite_token_has_no_loss_in_the_log() -> None:
             del entry["web_loss"]
             entry["web_nonfinite"] = 100
     assert bad_in(run_of(history))[0].startswith("web: NaN since step 90; the last number was")
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity"])
+def test_a_loss_that_json_lacks_is_read_from_a_text(tmp_path: Path, text: str) -> None:
+    history = nan_history()
+    for entry in history:
+        entry |= {key: text for key, value in entry.items() if math.isnan(value)}
+    run = load_run(write_jsonl(tmp_path / "logging.jsonl", history))
+    word = "NaN" if text == "NaN" else "infinite"
+    assert [line.split(";")[0] for line in bad_in(run)[:2]] == [
+        f"web: {word} since step 101",
+        f"the whole run: {word} since step 101",
+    ]
+
+
+def test_losses_that_are_null_are_counted(tmp_path: Path) -> None:
+    """Null may also mean that there is no value, as in a table that was written as JSON."""
+    entries = [
+        {"step": step, "loss": 1.0 if step <= 3 else None, "note": None} for step in range(1, 9)
+    ]
+    said = "5 losses are null in the log, which may mean NaN or no value; they are left out"
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+    for path in (write_jsonl(tmp_path / "a.jsonl", entries), tmp_path / "trainer_state.json"):
+        assert load_run(path).problems.notes == [said]
+
+
+@pytest.mark.parametrize("is_logged", [True, False])
+def test_an_evaluation_that_became_nan_shows_no_last_number(
+    tmp_path: Path, is_logged: bool
+) -> None:
+    """It is logged as NaN, or absent with the count of its tokens, as this library does it."""
+    lost = {"eval_web_loss": math.nan} if is_logged else {"eval_web_nonfinite": 7}
+    history = run_with_log(
+        training(40, {"web": lambda s: 2 - s / 40, "code": lambda s: 1.0}),
+        [{"step": 20, "eval_web_loss": 1.25, "eval_code_loss": 1.5}],
+        [{"step": 40, "eval_code_loss": 1.5} | lost],
+    )
+    (view,) = views_of([history])
+    shown = {row.row.channel: row.row.eval_loss for row in view.rows}
+    assert math.isnan(shown["web"]) and shown["code"] == 1.5
+    page = text_of([history], tmp_path)
+    row = next(part for part in page.split("<tr data-channel=")[1:] if "web</" in part)
+    assert row.split("</tr>")[0].count(">NaN</td>") == 1 and "1.2500" not in row.split("</tr>")[0]
 
 
 def test_one_nan_that_passes_is_told_with_its_step() -> None:
