@@ -131,7 +131,8 @@ def test_values_before_a_resume_are_counted_without_channels(tmp_path: Path) -> 
     entries = [{"step": s, "loss": 1.0, "epoch": s / 9} for s in (*range(1, 7), *range(3, 9))]
     notes = load_run(write_jsonl(tmp_path / "logging.jsonl", entries)).problems.notes
     assert notes == [
-        "the log goes back to step 3, as after a resume: 8 values that were logged before are left out"
+        "the log goes back to step 3, as after a resume: 8 values that were logged before are left "
+        "out"
     ]
 
 
