@@ -18,7 +18,7 @@ __all__ = ["PAGES", "filled", "write_pages"]
 Results = dict[str, Any]
 Row = dict[str, Any]
 
-PAGES = ("acting.md", "benchmarks.md", "fused_losses.md", "scale.md")
+PAGES = ("acting.md", "benchmarks.md", "fused_losses.md", "report.md", "scale.md")
 _PART = re.compile(r"(<!-- benchmarks: (.+?) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 LARGE, SMALL = 65_536, 8_192
 SWIFT, MEGATRON = "ms-swift, HF", "ms-swift, Megatron"
@@ -221,6 +221,18 @@ def outliers_table(found: Results) -> str:
     return _table((*heads, "more at its end"), rows)
 
 
+def missed_table(found: Results) -> str:
+    """How many rises the findings miss, by the number of values."""
+    runs, rows = found["missed"]["runs"], found["missed"]["rows"]
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for row in rows:
+        of_case = cells.setdefault((f"last {row['where']}", str(row["rise"])), {})
+        of_case[row["values"]] = f"{100 - 100 * row['states'].get('worse', 0) / runs:g} %"
+    first, *others = next(iter(cells.values()))
+    heads = ("where the rise begins", "rise", f"{first} values", *map(str, others))
+    return _table(heads, [(*case, *line.values()) for case, line in cells.items()])
+
+
 def _more(row: Row, key: str = "") -> tuple[str, str]:
     off, on = row[f"{key}off_us"], row[f"{key}on_us"]
     return _ms(off / 1000), _ms((on - off) / 1000)
@@ -235,6 +247,7 @@ PARTS: dict[str, Callable[[Results], str]] = {
     "latency": latency_table,
     "alerts": alerts_table,
     "outliers": outliers_table,
+    "missed rises": missed_table,
 }
 
 

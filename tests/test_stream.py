@@ -19,6 +19,7 @@ from session_tools import batch, new
 from typer.testing import CliRunner
 
 from channel_metrics import ConfigError, MetricsConfig
+from channel_metrics.analysis.judging.told import judged
 from channel_metrics.analysis.rows import final_rows
 from channel_metrics.analysis.run import load_run
 from channel_metrics.cli.main import app
@@ -75,6 +76,28 @@ def test_a_half_line_is_dropped_at_the_next_start(tmp_path: Path, size: int) -> 
     path.write_bytes(b"x" * size)
     run(path, range(1, 2))
     assert [line["step"] for line in lines(path)] == [1]
+
+
+def test_a_run_that_became_nan_is_not_called_fine(tmp_path: Path) -> None:
+    """Its log stands beside the stream, which is read first."""
+    metrics = new(stream=str(tmp_path / "windows.jsonl"))
+    for step in range(1, 61):
+        bbu, rru = (2 - step / 100, 3 - step / 100) if step <= 30 else (math.nan, math.nan)
+        metrics.count(batch(("bbu", 1, bbu), ("rru", 1, rru)))
+        metrics.close(step)
+    with metrics.evaluation("eval", 60):
+        metrics.count(batch(("bbu", 1, math.nan)))
+    *train, evaluation = lines(tmp_path / "windows.jsonl")
+    assert [line["loss"] for line in train[29:32]] == [pytest.approx(2.2), None, None]
+    assert evaluation["eval_loss"] is None
+    (view,), (findings,) = judged([load_run(tmp_path)])
+    told = [found.line for found in findings]
+    last = "NaN since step 31; the last number was 2.2000 at step 30; first in bbu, rru, at step 31"
+    assert f"the whole run: {last}" in told
+    assert not any(found.kind == "trend" and found.level == "good" for found in findings)
+    assert view.lost is not None and view.lost.channel == "" and str(view.whole.last_loss) == "nan"
+    watched = CliRunner().invoke(app, ["watch", str(tmp_path), "--once", "--json"])
+    assert [row["loss"] for row in json.loads(watched.output)["channels"]] == [None, None]
 
 
 @pytest.mark.parametrize("settings", [{"top": 1}, {"axes": {"kind": {"bbu": "x"}}}])

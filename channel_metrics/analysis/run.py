@@ -220,17 +220,23 @@ def _run_of(
         raise ChannelMetricsError(f"expected values in {origin}, but there are none.{first}")
     channels = [*channels]
     meanings = decode_keys(store.keys, [*channels, UNLABELED] if channels else ())
-    # Only channels are counted: trainers repeat their own values, such as the epoch.
-    repeated = sum(store.num_repeated(key) for key, means in meanings.items() if means.channel)
     if store.resumes:
+        before = sum(len(store.overwritten(key)[0]) for key in store.keys)
         steps = ", ".join(f"{step:,}" for step in store.resumes[:_MAX_RESUMES])
         more = "" if len(store.resumes) <= _MAX_RESUMES else " and later"
         problems.note(
-            f"the log goes back to step {steps}{more}, as after a resume: {repeated} values of "
-            "channels that were logged before are left out"
+            f"the log goes back to step {steps}{more}, as after a resume: {before:,} values that "
+            "were logged before are left out"
         )
-    elif repeated:
+    # Only channels are counted: trainers repeat their own values, such as the epoch.
+    repeated = sum(store.num_repeated(key) for key, means in meanings.items() if means.channel)
+    if repeated:
         problems.note(f"{repeated} values were logged twice for one step; the last counts")
+    if problems.null_losses:
+        problems.note(
+            f"{problems.null_losses:,} losses are null in the log, which may mean NaN or no value; "
+            "they are left out"
+        )
     run = Run(
         name=name,
         origin=origin,

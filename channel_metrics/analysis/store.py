@@ -210,10 +210,9 @@ class SeriesStore:
         return self._series(self._aside or self._kept, key if self._aside else None)
 
     def num_repeated(self, key: str | Key) -> int:
-        """The number of readings of `key` that later ones replace."""
+        """The number of readings of `key` that later ones of the same step replace."""
         first, end = self._kept.bounds[key]
-        aside = self._aside.bounds[key] if self._aside else (0, 0)
-        return int(end - first) - len(self.series(key)[0]) + int(aside[1] - aside[0])
+        return int(end - first) - len(self.series(key)[0])
 
     def _series(self, columns: _Columns, key: str | Key | None) -> tuple[Steps, Values]:
         first, end = (0, 0) if key is None else columns.bounds[key]
@@ -251,7 +250,7 @@ class JoinedStore(SeriesStore):
         return self._store_of[key].overwritten(key)
 
     def num_repeated(self, key: str | Key) -> int:
-        """The number of readings of `key` that later ones replace, in the store that has it."""
+        """The number of readings of `key` that later ones replace, in its store."""
         return self._store_of[key].num_repeated(key)
 
 

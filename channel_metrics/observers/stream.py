@@ -91,9 +91,14 @@ def _totals(window: Window, keys: KeyBook) -> dict[str, float]:
 
 
 def _whole_loss(window: Window) -> float | None:
-    """nll / tokens of all channels, also of those that are not logged."""
+    """nll / tokens of all channels, also of those that are not logged.
+
+    NaN if none of the tokens has a finite loss; None if there are no tokens.
+    """
     if not {"nll", "tokens", "nonfinite"} <= {*window.columns}:
         return None
     added = map(sum, zip(*window.table[: window.num_channels + 1], strict=True))
     sums = dict(zip(window.columns, added, strict=True))
+    if sums["tokens"] and sums["tokens"] == sums["nonfinite"]:
+        return math.nan
     return ratio(sums["nll"], sums["tokens"] - sums["nonfinite"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from analysis.analysis_tools import Entry, run_of
 from channel_metrics.analysis.judging.finding import Finding, lines_of
 from channel_metrics.analysis.judging.told import findings_of
+from channel_metrics.analysis.report.html import write_report
 from channel_metrics.analysis.report.views import views_of
 from channel_metrics.analysis.run import Run, load_run
 
@@ -62,3 +64,25 @@ def run_with_log(*histories: Sequence[Entry], **more: Any) -> Run:
 def playbook(name: str) -> Run:
     """A run of docs/playbook.py."""
     return load_run(LOGS / f"playbook_{name}.jsonl")
+
+
+def nan_history(web_from: int = 101) -> list[Entry]:
+    """200 steps; the loss of the whole run is NaN from 101 on, that of web from another step."""
+    history = training(200, {"web": lambda s: 2.2 - s / 200, "code": lambda s: 1.5 - s / 400})
+    for entry in history:
+        if entry["step"] >= web_from:
+            entry["web_loss"] = math.nan
+        if entry["step"] > 100:
+            entry["loss"] = math.nan
+    return history
+
+
+def text_of(runs: list[Run], folder: Path) -> str:
+    """The page of a report."""
+    write_report(runs, folder / "report.html")
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def between(text: str, begin: str, end: str) -> str:
+    """What stands between two marks."""
+    return text.split(begin, 1)[1].split(end, 1)[0]

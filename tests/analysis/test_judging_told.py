@@ -1,4 +1,4 @@
-"""Runs that became NaN, runs that are compared, and what the commands say and return."""
+"""Runs that are compared, and what the commands say and return."""
 
 from __future__ import annotations
 
@@ -12,104 +12,22 @@ import pytest
 from typer.testing import CliRunner
 
 from analysis.analysis_tools import Entry, make_history, run_of, write_jsonl
-from analysis.judging_tools import bad_in, found_in, run_with_log, told_in, training
+from analysis.judging_tools import (
+    bad_in,
+    between,
+    found_in,
+    nan_history,
+    run_with_log,
+    text_of,
+    told_in,
+    training,
+)
 from analysis.report_runs import run_with
 from channel_metrics.analysis.judging.finding import lines_of, shortened
-from channel_metrics.analysis.judging.nonfinite import nonfinite_of
 from channel_metrics.analysis.judging.versus import Versus, versus_of
-from channel_metrics.analysis.report.html import write_report
 from channel_metrics.analysis.report.views import views_of
 from channel_metrics.analysis.run import Run, load_run
 from channel_metrics.cli.main import app
-
-
-def nan_history(web_from: int = 101) -> list[Entry]:
-    """200 steps; the loss of the whole run is NaN from 101 on, that of web from another step."""
-    history = training(200, {"web": lambda s: 2.2 - s / 200, "code": lambda s: 1.5 - s / 400})
-    for entry in history:
-        if entry["step"] >= web_from:
-            entry["web_loss"] = math.nan
-        if entry["step"] > 100:
-            entry["loss"] = math.nan
-    return history
-
-
-def text_of(runs: list[Run], folder: Path) -> str:
-    write_report(runs, folder / "report.html")
-    return (folder / "report.html").read_text(encoding="utf-8")
-
-
-def between(text: str, begin: str, end: str) -> str:
-    return text.split(begin, 1)[1].split(end, 1)[0]
-
-
-def test_a_run_that_became_nan(tmp_path: Path) -> None:
-    history = nan_history()
-    run = load_run(write_jsonl(tmp_path / "logging.jsonl", history))
-    web, whole = bad_in(run)[:2]
-    assert web == (
-        f"web: NaN since step 101; the last number was {history[99]['web_loss']:.4f} at step 100"
-    )
-    assert whole == (
-        f"the whole run: NaN since step 101; the last number was {history[99]['loss']:.4f} at step "
-        "100; first in web, at step 101"
-    )
-    fine = [finding.line for finding in found_in(run) if finding.level == "good"]
-    assert not any("web" in line or "whole" in line for line in fine)
-
-
-def test_the_first_tile_says_nan(tmp_path: Path) -> None:
-    history = nan_history()
-    page = text_of([run_of(history)], tmp_path)
-    tile = between(page, 'aria-label="At a glance">', "</li>")
-    assert 'class="label">Loss of the whole run<' in tile and 'class="big">NaN<' in tile
-    assert f"since step 101; {history[99]['loss']:.4f} at step 100" in tile
-    row = between(page, '<tr data-channel="0">', "</tr>")
-    assert 'data-value="">NaN</td>' in row and "web" in row
-    assert page.count('data-kind="nan"') == 2
-
-
-def test_the_channel_that_was_nan_first() -> None:
-    run = run_of(nan_history(web_from=90))
-    assert [(item.channel, item.first_step) for item in nonfinite_of(run)] == [
-        ("web", 90),
-        ("", 101),
-    ]
-    assert bad_in(run)[1].endswith("first in web, at step 90")
-
-
-def test_a_channel_without_a_finite_token_has_no_loss_in_the_log() -> None:
-    # As this library logs it: the loss is absent, and the tokens are counted.
-    history = nan_history(web_from=90)
-    for entry in history:
-        if math.isnan(entry["web_loss"]):
-            del entry["web_loss"]
-            entry["web_nonfinite"] = 100
-    assert bad_in(run_of(history))[0].startswith("web: NaN since step 90; the last number was")
-
-
-def test_one_nan_that_passes_is_told_with_its_step() -> None:
-    history = training(200, {"web": lambda s: 2.2 - s / 200})
-    history[49]["web_loss"] = math.nan
-    run = run_of(history)
-    assert bad_in(run) == ["web: NaN in 1 value, first at step 50"]
-    assert "not worse, because it is at its lowest" in told_in(run)
-
-
-def test_a_gradient_that_stays_nan_is_told_where_the_loss_hides_it() -> None:
-    history = training(200, {"web": lambda s: 2.2 - s / 200})
-    for entry in history:
-        entry["grad_norm"] = math.nan if entry["step"] > 100 else 1.0
-    assert bad_in(run_of(history))[0].startswith("the gradient norm: NaN since step 101")
-
-
-def test_an_infinite_loss_is_called_so() -> None:
-    history = [
-        {"step": s, "a_loss": math.inf if s > 7 else 1.0, "a_tokens": 1} for s in range(1, 9)
-    ]
-    assert bad_in(run_of(history)) == [
-        "a: infinite since step 8; the last number was 1.0000 at step 7"
-    ]
 
 
 def compared(seed: int, factor: float = 1.0, steps: int = 200, name: str = "first") -> Run:

@@ -184,6 +184,14 @@ def test_forgetting_in_the_playbook() -> None:
     assert trend_of(playbook("forgetting"), "bbu", "eval").state == "steady"
 
 
+def test_the_whole_run_does_not_overfit_where_its_channels_are_forgotten() -> None:
+    (line,) = (text for text in bad_in(playbook("forgetting")) if text.startswith("the whole run"))
+    assert line == (
+        "the whole run in eval: forgetting of lang_chat, lvis, rru: no lower than 2.5962 at step "
+        "60, while its ratio to the training loss more than doubled"
+    )
+
+
 def test_the_lines_in_the_docs_are_those_of_the_forgetting_run() -> None:
     page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
     (block,) = (part for part in page.split("```") if part.startswith("text\n! "))

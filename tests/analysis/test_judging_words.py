@@ -66,6 +66,33 @@ def test_a_loss_that_became_nan_twice_is_lost_since_the_second_time() -> None:
     assert lost.text.endswith("at step 10")
 
 
+@pytest.mark.parametrize("other", [1.0, -1.0])
+def test_the_whole_run_is_told_what_its_channels_are(other: float) -> None:
+    """A gets few tokens after step 120; B falls in evaluation, or rises though it is trained on."""
+    log = training(240, {"A": lambda s: 3 - s / 120, "B": lambda s: 3 - s / 120})
+    for entry in log:
+        entry["A_tokens"] = 100 if entry["step"] <= 120 else 5
+        if (step := entry["step"]) % 10 == 0:
+            entry |= {
+                "eval_A_loss": 2 + abs(step - 120) / 60,
+                "eval_loss": 2 + abs(step - 120) / 90,
+            }
+            entry["eval_B_loss"] = 3 - step / 240 if other > 0 else entry["eval_loss"]
+    (line,) = (t for t in bad_in(run_with_log(log)) if t.startswith("the whole run in eval: worse"))
+    assert line.endswith(": forgetting of A" if other > 0 else ": overfitting")
+
+
+@pytest.mark.parametrize("first", [0.0, 2.0])
+def test_a_loss_of_exactly_zero_is_no_comfort(first: float) -> None:
+    log: list[Entry] = [{"step": s, "loss": first if s <= 20 else 0.0} for s in range(1, 121)]
+    text = told_in(run_with_log(log))
+    zeros = 100 if first else 120
+    assert f"nothing was counted: the whole run (0 in the last {zeros} values)" in text
+    assert "not worse" not in text
+    few: list[Entry] = [{"step": s, "loss": max(0.0, 15 - s)} for s in range(1, 20)]
+    assert "not worse" in told_in(run_with_log(few)), "5 zeros"
+
+
 @pytest.mark.parametrize(("later", "is_forgotten"), [(30, False), (20, True)])
 def test_forgetting_is_less_than_half_of_the_former_share(later: int, is_forgotten: bool) -> None:
     log: list[Entry] = []

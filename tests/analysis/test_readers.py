@@ -127,6 +127,15 @@ def test_many_broken_lines_are_all_counted_and_a_few_shown(tmp_path: Path) -> No
     assert len(run.problems.examples) == 20
 
 
+def test_values_before_a_resume_are_counted_without_channels(tmp_path: Path) -> None:
+    entries = [{"step": s, "loss": 1.0, "epoch": s / 9} for s in (*range(1, 7), *range(3, 9))]
+    notes = load_run(write_jsonl(tmp_path / "logging.jsonl", entries)).problems.notes
+    assert notes == [
+        "the log goes back to step 3, as after a resume: 8 values that were logged before are left "
+        "out"
+    ]
+
+
 def test_a_line_without_end_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("channel_metrics.analysis.readers.lines.MAX_LINE_BYTES", 100)
     path = tmp_path / "a"

@@ -42,6 +42,17 @@ def test_values_that_are_not_finite() -> None:
     assert "a nan" in line_of(view)
 
 
+def test_a_channel_without_a_finite_token_is_nan() -> None:
+    """Its loss is absent then, and the log counts the tokens."""
+    readings = [(step, f"{name}_loss", 1.5) for step in (1, 2) for name in ("a", "b", "c")]
+    readings += [(2, "c_nonfinite", 1.0), (3, "a_nonfinite", 7.0), (3, "b_loss", 1.25)]
+    readings += [(step, f"{name}_tokens", 9.0) for step in (1, 2, 3) for name in ("a", "b")]
+    rows = {row.name: row for row in view_of(traces_of(readings)).rows}
+    assert math.isnan(rows["a"].loss or 0.0) and (rows["a"].step, rows["a"].change) == (3, None)
+    assert (rows["b"].loss, rows["c"].loss, rows["c"].step) == (1.25, 1.5, 2)
+    assert "a nan" in line_of(view_of(traces_of(readings)))
+
+
 def test_sparklines() -> None:
     assert sparkline([], width=5) == ""
     assert sparkline([2.0, 2.0], width=5) == "▁▁"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from channel_metrics.analysis.judging.finding import Finding, bad, listed, subject_of
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["not_finite", "not_worse", "unknown", "worse", "worse_than_first"]
 
 _UNKNOWN = {
+    "zero": "a loss of exactly 0 may also mean that nothing was counted",
     "few": f"there are fewer than {MIN_VALUES} values",
     "noisy": "noise can explain a rise or hide one, or only the end rose",
     "estimated": "the losses are estimates",
@@ -43,18 +44,19 @@ def worse(view: RunView) -> Iterator[Finding]:
     """Losses that rose, and evaluations that left the training loss behind; the largest first."""
     found = [trend for trend in view.trends if trend.is_bad]
     for trend in sorted(found, key=lambda trend: -trend.rise.change):
-        rise = trend.rise
+        rise, forgotten = trend.rise, _forgotten(trend, found)
+        kind = "worse" if forgotten else trend.state
         if trend.state == "overfitting":
             text = (
-                f"overfitting: no lower than {rise.low:.4f} at step {rise.low_step:,}, while "
-                f"its ratio to the training loss more than doubled"
+                f"{forgotten or 'overfitting'}: no lower than {rise.low:.4f} at step "
+                f"{rise.low_step:,}, while its ratio to the training loss more than doubled"
             )
         else:
             text = (
                 f"worse since step {rise.low_step:,} ({_nats(rise.last - rise.low)}{_bar(trend)}), "
-                f"from {rise.low:.4f} to {rise.last:.4f}{_context(trend)}"
+                f"from {rise.low:.4f} to {rise.last:.4f}{_context(trend, forgotten)}"
             )
-        yield bad(trend.state, trend.channel, trend.split, text)
+        yield bad(kind, trend.channel, trend.split, text)
     if found:
         yield from _by_chance(len(view.trends))
 
@@ -133,16 +135,30 @@ def _first_channels(view: RunView) -> str:
     return f"; first in {listed(first)}, at step {step:,}"
 
 
-def _context(trend: Trend) -> str:
+def _forgotten(trend: Trend, found: Sequence[Trend]) -> str:
+    """Why the whole run is worse, if each channel that is worse in this split was forgotten."""
+    channels = [other for other in found if other.channel and other.split == trend.split]
+    if trend.channel or trend.split == "train" or not all(map(_is_forgotten, channels)):
+        return ""
+    names = [subject_of(other.channel) for other in channels]
+    return f"forgetting of {listed(names)}" if names else ""
+
+
+def _is_forgotten(trend: Trend) -> bool:
+    return trend.shares is not None and trend.shares[1] < trend.shares[0] / 2
+
+
+def _context(trend: Trend, forgotten: str) -> str:
     """What training did in the meantime, and what this means."""
     if trend.split == "train":
         return _while("the loss of the whole run", trend.whole)
-    if trend.shares is not None and trend.shares[1] < trend.shares[0] / 2:
+    if trend.shares is not None and _is_forgotten(trend):
         before, since = (f"{share:.1%}" for share in trend.shares)
         return f"; it had {since} of the training since then, and {before} before: forgetting"
     if trend.in_mix:
         fell = trend.training is not None and trend.training < 0
-        return _while("the training loss", trend.training) + (": overfitting" if fell else "")
+        why = f": {forgotten or 'overfitting'}"
+        return _while("the training loss", trend.training) + (why if fell else "")
     return _while("the training loss of the whole run", trend.whole) + "; it is not trained on"
 
 
@@ -163,6 +179,8 @@ def _compared(view: RunView, *, is_known: bool) -> list[str]:
 
 def _doubt(trend: Trend) -> str:
     rise = trend.rise
+    if trend.state == "zero":
+        return f"0 in the last {trend.num_zeros:,} values"
     if trend.num_values == 1:
         return "1 value"
     since = f"{_nats(rise.last - rise.low)} since step {rise.low_step:,}"

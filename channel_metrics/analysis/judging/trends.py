@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from channel_metrics.analysis.judging.means import Rise, Series, rise_of
+from channel_metrics.analysis.judging.means import MIN_VALUES, Rise, Series, rise_of
 from channel_metrics.analysis.readers.keys import GLOBAL
 from channel_metrics.analysis.report.curves import splits_of
 from channel_metrics.analysis.report.moving import values_at
@@ -37,7 +37,7 @@ _PART = 1 / 18
 # they are further away, and then the error is taken for larger than it is.
 _ENDS = 1.96
 
-State = Literal["worse", "overfitting", "steady", "few", "noisy", "estimated"]
+State = Literal["worse", "overfitting", "steady", "zero", "few", "noisy", "estimated"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +52,13 @@ class Trend:
 
     state: State
     """`worse`; `overfitting`: it has stopped falling, and training went on; `steady`: not worse.
-    `few`, `noisy` and `estimated` say why this cannot be told."""
+    `zero`, `few`, `noisy` and `estimated` say why this cannot be told."""
 
     num_values: int
     """The number of finite values."""
+
+    num_zeros: int
+    """How many of the last values are exactly 0."""
 
     rise: Rise
     """Its rise."""
@@ -127,12 +130,16 @@ class _Judge:
         """The trend of a loss that has finite values."""
         own = losses_of(self._run, channel, split)
         rise = rise_of(own)
+        num_zeros = int(np.logical_and.accumulate(own.values[::-1] == 0).sum())
         trained = losses_of(self._run, channel, "train")
         partner = trained if len(trained[0]) else self._whole
         is_evaluated = split != "train"
         if loss_metric(self._run, channel, split) == "loss_estimate":
             # Its values are smooth, so its noise cannot be read off them.
             state: State = "estimated"
+        elif num_zeros >= MIN_VALUES:
+            # Trainers log 0 for NaN, or where no token is supervised.
+            state = "zero"
         else:
             is_stuck = is_evaluated and _leaves_training(own, partner, rise)
             state = _state(rise, is_stuck)
@@ -141,6 +148,7 @@ class _Judge:
             split=split,
             state=state,
             num_values=len(own.values),
+            num_zeros=num_zeros,
             rise=rise,
             in_mix=bool(len(trained[0])) or not self._run.channels("train"),
             training=_change(partner, rise.low_step) if is_evaluated else None,

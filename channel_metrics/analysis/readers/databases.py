@@ -20,7 +20,6 @@ __all__ = ["MLFLOW_DB", "TRACKIO", "read_mlflow_database", "read_trackio_databas
 
 _SUFFIXES = (".db", ".sqlite", ".sqlite3")
 _PATTERNS = tuple(f"*{suffix}" for suffix in _SUFFIXES)
-_NO_JSON = ("NaN", "Infinity", "-Infinity")
 _BYTES_PER_ROW = 64
 _SHOWN = 8
 
@@ -46,9 +45,7 @@ def read_trackio_database(
         progress(len(text))
         record = parse_object(text, path, number, problems) or {}
         step = step_of(record | {"_step": calls})
-        # Numbers that JSON does not have are written as texts.
-        values = {key: float(v) if v in _NO_JSON else v for key, v in record.items()}
-        yield from readings_of(values, calls if step is None else step)
+        yield from readings_of(record, calls if step is None else step, problems)
 
 
 def _rows(

@@ -51,6 +51,10 @@ _LINES_TO_LOOK_AT = 200
 # NeMo Automodel writes `validation.jsonl`, or one such file for each of several sets.
 _VALIDATION = re.compile(r"validation(?:_(?P<set>[^.]+))?\.jsonl")
 _BETWEEN = re.compile(r"[\s,]*")
+# JSON has no such numbers, so some programs write texts.
+_NO_JSON = ("NaN", "Infinity", "-Infinity")
+# Each line of our own stream has this key. Only there, null always stands for a number.
+_OURS = "channel_metrics"
 
 
 def read_jsonl_log(path: Path, problems: Problems, progress: Progress) -> Iterator[Reading]:
@@ -74,15 +78,24 @@ def read_json_line(line: str, path: Path, number: int, problems: Problems) -> It
         if step is None:
             problems.add(path, number, f"has no step ({', '.join(STEP_KEYS[:4])})")
         else:
-            yield from readings_of(record, step)
+            yield from readings_of(record, step, problems)
 
 
-def readings_of(record: Mapping[str, Any], step: int) -> Iterator[Reading]:
-    """The numbers of one log entry, without the step itself."""
+def readings_of(
+    record: Mapping[str, Any], step: int, problems: Problems | None = None
+) -> Iterator[Reading]:
+    """The numbers of one log entry, without the step itself. problems: counts losses of null."""
     for key, value in record.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and key not in STEP_KEYS and key not in _ENDS:
+        if key in STEP_KEYS or key in _ENDS:
+            continue
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
             yield step, key, _as_float(value)
+        elif isinstance(value, str) and value in _NO_JSON:
+            yield step, key, float(value)
+        elif value is None and _OURS in record:
+            yield step, key, math.nan
+        elif value is None and problems and str(key).endswith("loss"):
+            problems.null_losses += 1
 
 
 def step_of(record: Mapping[str, Any]) -> int | None:

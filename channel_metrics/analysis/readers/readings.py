@@ -51,6 +51,9 @@ class Problems:
     notes: list[str] = field(default_factory=list)
     """What users should know about the numbers; not a problem."""
 
+    null_losses: int = 0
+    """Losses that are null in JSON. This may stand for NaN, or for no value."""
+
     def add(self, where: Path | str, number: int | None, reason: str) -> None:
         """Count one place. number: the line, from 1, if there are lines."""
         self.count += 1

@@ -27,7 +27,7 @@ def read_trainer_state(path: Path, problems: Problems, progress: Progress) -> It
         if step is None:
             problems.add(path, None, f"entry {number} of log_history is no object with a step")
         else:
-            yield from readings_of(entry, step)
+            yield from readings_of(entry, step, problems)
 
 
 def _entries(path: Path, problems: Problems, progress: Progress) -> Iterator[Any]:

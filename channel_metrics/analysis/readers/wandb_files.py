@@ -28,7 +28,7 @@ def read_wandb_file(path: Path, problems: Problems, progress: Progress) -> Itera
                 problems.add(path, None, f"record {number} has no step")
             else:
                 named = {k: v for k, v in entry.items() if not k.startswith("_")}
-                yield from readings_of(named, step)
+                yield from readings_of(named, step, problems)
 
 
 def _history_entry(history: Any, path: Path, number: int, problems: Problems) -> dict[str, Any]:

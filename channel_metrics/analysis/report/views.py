@@ -280,7 +280,9 @@ def _channel(
 
 def _without_lost(row: ChannelRow, lost: Collection[tuple[str, str]]) -> ChannelRow:
     """The row, without the last number of a loss that was lost."""
-    return replace(row, last_loss=math.nan) if (row.channel, row.split) in lost else row
+    if (row.channel, row.split) in lost:
+        row = replace(row, last_loss=math.nan)
+    return replace(row, eval_loss=math.nan) if (row.channel, "eval") in lost else row
 
 
 def _span(run: Run) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -190,7 +190,6 @@ def _name(row: Row, view: View) -> str:
 def _style(row: Row, view: View) -> str:
     if row.loss is not None and not math.isfinite(row.loss):
         return "red"
-    # A channel that was not in the last window shows its older values.
     return "dim" if row.name and row.step != view.step else ""
 
 
@@ -236,6 +235,10 @@ def _row(by_key: Mapping[Key, Trace], split: str, name: str, share: float | None
     nothing = Trace()
     loss = by_key.get(Key(split, name, "loss"), nothing)
     accuracy = by_key.get(Key(split, name, "token_acc"), nothing)
+    bad = by_key.get(Key(split, name, "nonfinite"), nothing)
+    # If none of its tokens has a finite loss, the log has no loss.
+    if name and bad.last and (bad.step or 0) > (loss.step or 0):
+        loss = replace(loss, last=math.nan, step=bad.step)
     steps = [trace.step for trace in (loss, accuracy) if trace.step is not None]
     return Row(
         name=name,
