@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any, Protocol
 
+from channel_metrics.config import MetricsConfig
 from channel_metrics.core.keys import KeyBook
 from channel_metrics.core.labels import UNLABELED
 from channel_metrics.core.schema import Schema, ratio
@@ -23,6 +24,7 @@ __all__ = ["Session", "WindowStream", "line_of"]
 class Session(Protocol):
     """What the stream asks of a `ChannelMetrics`."""
 
+    config: MetricsConfig
     keys: KeyBook
     ranks: Ranks
     schema: Schema
