@@ -107,7 +107,7 @@ def test_a_change_of_the_mix_is_no_fall(fall: float) -> None:
 
 def test_a_mix_of_an_evaluation_is_no_rise_of_the_whole() -> None:
     """Only the number of its tokens changes, and then a channel joins; training falls."""
-    state, reasons, kind = new_losses(), list[Reason](), "overfitting"
+    state, reasons = new_losses(), list[Reason]()
     for step in range(120):
         noise = random.Random(step).gauss
         look(state, "train", b=4 - 0.01 * step)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from channel_metrics.acting import Budget
 from channel_metrics.alerting import ALERTS_FILE, Alerts
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.labels import UNLABELED
@@ -119,7 +118,7 @@ class AlertObserver:
         session: Session,
     ) -> None:
         self.settings, self._session = settings, session
-        self._budget = Budget.of(config.budget)
+        self._budget = config.mixture
         self._kinds = settings.chosen(config.budget)
         self._rates = rates(settings.rate, self._kinds)
         beside = Path(config.stream).parent / ALERTS_FILE if config.stream else None
