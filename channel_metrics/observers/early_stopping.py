@@ -94,6 +94,8 @@ class EarlyStopping:
     def _say_unknown(self, window: Window) -> None:
         """Warn of a name that no window has had: of the channel, or of the metric."""
         wanted = self.settings
+        if _NOTE in self._session.totals.notes:
+            return
         if wanted.channel and self._metric(window) and self._row not in window.names:
             said = f"stop_when names {wanted.channel!r}, which no record has had so far; %s"
             self._session.warn_once(said, hint(self._row, window.names))
@@ -102,7 +104,7 @@ class EarlyStopping:
         is_second = window.split in self._evaluated
         if window.split != "train":
             self._evaluated.add(window.split)
-        if is_second and _NOTE not in self._session.totals.notes:
+        if is_second:
             of = f" of {wanted.channel}" if wanted.channel else ""
             self._session.warn_once(
                 f"stop_when waits for {wanted.metric!r}{of}, which no window has had so far; "
