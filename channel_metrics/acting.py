@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, get_args
 
 from channel_metrics.errors import ConfigError, hint
@@ -133,6 +133,12 @@ class Budget(Section):
             )
         if self.unit not in ("samples", "tokens"):
             raise ConfigError(f"unit of budget must be samples or tokens, but is {self.unit!r}.")
+
+    def by_row(self, row_of: Callable[[str], str]) -> Budget:
+        """This budget with the row of each channel or label; `until` has names of totals."""
+        sources = (self.ratios, self.records, self.tokens)
+        ratios, records, tokens = ({row_of(n): v for n, v in of.items()} for of in sources)
+        return replace(self, ratios=ratios, records=records, tokens=tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
-from channel_metrics.acting import Sampler, StopWhen, refuse_unknown_keys
+from channel_metrics.acting import Budget, Sampler, StopWhen, refuse_unknown_keys
 from channel_metrics.alerting import AlertingConfig
+from channel_metrics.core.axes import AxisBook
 from channel_metrics.core.axis_settings import axes_of, axis_fields, check_axis_format, token_fields
 from channel_metrics.core.excess import EXCESS_LOSS
 from channel_metrics.core.faults import OnError
@@ -181,6 +182,16 @@ class MetricsConfig(AlertingConfig):
         stop_when, sampler = StopWhen.of(self.stop_when), Sampler.of(self.sampler)
         stops = [stop_when.channel] if stop_when else []
         return frozenset([*stops, *(sampler.start if sampler else ()), *self.eval_channels])
+
+    @property
+    def mixture(self) -> Budget | None:
+        """What `budget` says, by rows, see `row_of`; None without this setting."""
+        budget = Budget.of(self.budget)
+        return budget and budget.by_row(self.row_of)
+
+    def row_of(self, name: str) -> str:
+        """The row of a channel or label, as `AxisBook.row_of`: of `axis/label` by `axis_format`."""
+        return AxisBook(self.axes, self.cross, self.tree, self.axis_format).row_of(name)
 
     def reading(self, column: str) -> MetricsConfig:
         """This config for records whose joint names are in one column."""

@@ -143,6 +143,23 @@ def test_time_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [log["eta_hours"] for log in found[1:]] == [2.0, 1.75]
 
 
+def test_the_soonest_of_several_goals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `stop_at`, and of `until` for a channel without a goal there."""
+    for reversed_ in (False, True):
+        clock = iter([0.0, 3600.0])
+        monkeypatch.setattr("channel_metrics.session.time", lambda clock=clock: next(clock))
+        stop_at = {"a_tokens": 100, "a_samples": 1000}
+        until = {"a_tokens": 21, "b_samples": 6, "b_tokens": 4, "tokens": 44}
+        if reversed_:
+            stop_at, until = (dict(reversed(of.items())) for of in (stop_at, until))
+        metrics = new(metrics=("loss",), stop_at=stop_at, budget={"until": until})
+        for step in (1, 2):
+            metrics.count(batch(("a", 10, 1.0), ("b", 1, 1.0)))
+            logs = metrics.close(step).logs
+        hours = {key: value for key, value in logs.items() if key.endswith("eta_hours")}
+        assert hours == {"a_eta_hours": 8.0, "b_eta_hours": 2.0, "eta_hours": 2.0}
+
+
 def test_epochs_over_tokens_and_a_total_that_ends_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

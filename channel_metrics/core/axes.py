@@ -68,6 +68,7 @@ class AxisBook:
     ) -> None:
         self.axes, self.cross, self.form = dict(axes), [tuple(names) for names in cross], form
         self.tree = tree
+        self._crossed = [".".join(names) for names in self.cross]
         self._of_records = {a: one for a, one in self.axes.items() if not token_source(one)}
         # {row: (axis, label)}
         self.labels: dict[str, tuple[str, str]] = {}
@@ -94,9 +95,9 @@ class AxisBook:
             if len(set(labels)) > 1:
                 self.overlaps.add(axis)
         rows = [self.row(axis, label) for axis in self._of_records for label in found[axis]]
-        for axes in self.cross:
+        for axes, crossed in zip(self.cross, self._crossed, strict=True):
             combined = product(*(found[axis] for axis in axes))
-            rows += [self.row(".".join(axes), ".".join(labels)) for labels in combined]
+            rows += [self.row(crossed, ".".join(labels)) for labels in combined]
         for group in groups_of(channel or "")[: self.tree]:
             rows.append(self.row(TREE, group))
             self.row(TREE_MEAN, group)  # no channel may have this name
@@ -120,6 +121,12 @@ class AxisBook:
                 f"{axis!r} would both be called {row!r}; choose another axis_format."
             )
         return row
+
+    def row_of(self, name: str) -> str:
+        """The row of a channel, or of a label that a setting calls `axis/label`."""
+        axis, _, label = name.partition("/")
+        known = [*self.axes, *self._crossed, *([TREE, TREE_MEAN] if self.tree else [])]
+        return self.form.format(axis=axis, label=label) if label and axis in known else name
 
     def names(self, names: Iterable[str]) -> list[str]:
         """All rows of these joint names but `unlabeled`: first the channels, then the axes'.

@@ -32,7 +32,11 @@ class Top:
         keys: KeyBook,
         warn_once: Callable[..., None],
     ) -> None:
-        self._limit, self._always, self._warn_once = limit, frozenset(always), warn_once
+        self._limit, self._always, self._warn_once = (
+            limit,
+            frozenset(map(book.row_of, always)),
+            warn_once,
+        )
         self._book, self._keys = book, keys
 
     def moved(
@@ -76,8 +80,7 @@ class Top:
 
     def is_watched(self, row: str, prefix: str) -> bool:
         """Whether something waits for a value of this row."""
-        label = "/".join(self._book.labels.get(row, (row,)))
-        return label in self._always or self._keys.is_watched(row, prefix)
+        return row in self._always or self._keys.is_watched(row, prefix)
 
     def _others(self, axis: str) -> str | None:
         if axis == TREE:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from channel_metrics.acting import Budget
 from channel_metrics.alerting import ALERTS_FILE, Alerts
 from channel_metrics.config import MetricsConfig
 from channel_metrics.core.labels import UNLABELED
@@ -96,7 +95,8 @@ class AlertObserver:
     """An observer that watches for alerts. All ranks watch; the first one tells.
 
     An alert of one kind about one channel is told once, and again only after its reason has gone
-    and the cooldown is over. What is remembered stands in the checkpoints, beside the totals.
+    and the cooldown is over. A rise of a loss is found once, so one that is found in the cooldown
+    is kept until its end. What is remembered stands in the checkpoints, beside the totals.
 
     Args:
         config: its `alerts`, `budget` and `stream`.
@@ -118,7 +118,7 @@ class AlertObserver:
         session: Session,
     ) -> None:
         self.settings, self._session = settings, session
-        self._budget = Budget.of(config.budget)
+        self._budget = config.mixture
         self._kinds = settings.chosen(config.budget)
         self._rates = rates(settings.rate, self._kinds)
         beside = Path(config.stream).parent / ALERTS_FILE if config.stream else None
@@ -148,22 +148,30 @@ class AlertObserver:
         notes: dict[str, Any] = self._session.totals.notes.setdefault(_NOTE, fresh)
         number = notes["windows"].get(window.split, 0) + 1
         notes["windows"][window.split] = number
-        # {kind and channel: [window of the last alert, whether its reason goes on]}
+        # {kind and channel: [window of the last alert, whether its reason goes on, a rise to tell]}
         told: dict[str, list[Any]] = notes["told"].setdefault(window.split, {})
-        seen = set()
+        seen, cooldown = set(), self.settings.cooldown
         for reason in self._reasons(window, notes):
-            key = f"{reason.kind} {reason.channel}"
+            key, is_rise = f"{reason.kind} {reason.channel}", reason.kind in LOSS_KINDS
             seen.add(key)
-            last, goes_on = told.get(key, (-math.inf, False))
-            if reason.text and not goes_on and number - last >= self.settings.cooldown:
-                told[key] = [number, True]
-                if reason.kind in LOSS_KINDS:
-                    forget_loss(notes["losses"], window.split, reason.channel)
+            last, goes_on, _ = told.get(key, (-math.inf, False, ""))
+            if not reason.text or goes_on:
+                continue
+            if is_rise:
+                forget_loss(notes["losses"], window.split, reason.channel)
+            if number - last >= cooldown:
+                told[key] = [number, True, ""]
                 self._tell(
                     Alert(reason.kind, reason.channel, window.split, window.step, reason.text)
                 )
+            elif is_rise:
+                told[key][2] = f"{reason.text}; found at step {window.step}"
         for key, of_key in told.items():
             of_key[1] = of_key[1] and key in seen
+            if of_key[2] and number - of_key[0] >= cooldown:
+                kind, _, channel = key.partition(" ")
+                self._tell(Alert(kind, channel, window.split, window.step, of_key[2]))
+                of_key[:] = number, False, ""
 
     def _reasons(self, window: Window, notes: dict[str, Any]) -> Iterator[Reason]:
         settings, kinds, schema = self.settings, self._kinds, self._session.schema

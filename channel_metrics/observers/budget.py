@@ -7,10 +7,12 @@ The values are added to the log of each train window, under the keys of metrics:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 from channel_metrics.acting import Budget, goals
+from channel_metrics.config import MetricsConfig
 from channel_metrics.core.keys import KeyBook
 from channel_metrics.core.schema import Schema
 from channel_metrics.errors import ConfigError, hint
@@ -24,6 +26,7 @@ Totals = Mapping[str, Mapping[str, int]]
 class Session(Protocol):
     """What these observers ask of a `ChannelMetrics`."""
 
+    config: MetricsConfig
     keys: KeyBook
     schema: Schema
 
@@ -60,7 +63,7 @@ class Goal:
                 f"{', '.join(counts)} for all channels."
             )
         self._total = f"{name}_total"
-        self.channel = key.removesuffix(name).removesuffix("_")
+        self.channel = session.config.row_of(key.removesuffix(name).removesuffix("_"))
 
     def now(self, totals: Totals) -> int:
         """The total so far."""
@@ -68,6 +71,11 @@ class Goal:
             return totals.get(self.channel, {}).get(self._total, 0)
         rows = (of for row, of in totals.items() if not self._session.is_label(row))
         return sum(of_row[self._total] for of_row in rows)
+
+
+def _say_unknown(session: Session, what: str, name: str, known: Iterable[str]) -> None:
+    said = f"{what} {name!r}, which no record has had so far; %s"
+    session.warn_once(said, hint(name, list(known)))
 
 
 def goals_of(given: Mapping[str, object], session: Session, where: str = "stop_at") -> list[Goal]:
@@ -96,10 +104,8 @@ class StopAt:
                     f"{window.step}"
                 )
             elif goal.channel and goal.channel not in window.names:
-                self._session.warn_once(
-                    f"{goal.key} of stop_at names {goal.channel!r}, which no record has had so "
-                    f"far; {hint(goal.channel, window.names)}"
-                )
+                what = f"{goal.key} of stop_at names"
+                _say_unknown(self._session, what, goal.channel, window.names)
 
 
 class BudgetValues:
@@ -107,13 +113,14 @@ class BudgetValues:
 
     Args:
         settings: what the mixture should be; None if only the time to go is wanted.
-        goals: of `stop_at`; those of the settings are added.
+        goals: of `stop_at`. Those of the settings count for channels that have none here.
         session: gives the keys.
     """
 
     def __init__(self, settings: Budget | None, goals: list[Goal], session: Session) -> None:
         self._settings, self._session = settings or Budget(), session
-        self._goals = [*goals, *goals_of(self._settings.until, session, "until of budget")]
+        self._until = goals_of(self._settings.until, session, "until of budget")
+        self._goals = _by_channel(self._until) | _by_channel(goals)
         self._unit = f"{self._settings.unit}_total"
         units = [self._settings.unit] if self._settings.ratios else []
         counted = [name.removesuffix("_total") for name in session.schema.run_metrics]
@@ -130,9 +137,20 @@ class BudgetValues:
         """{log key: value} of a window; nothing of an evaluation."""
         if window.split != "train" or not window.has_counts:
             return {}
+        self._say_unknown(window)
         found = [*self._shares(window.totals), *self._epochs(window.totals)]
         logs = {self._session.keys.key(row, metric): value for row, metric, value in found}
         return logs | self._hours(window)
+
+    def _say_unknown(self, window: Window) -> None:
+        for setting in ("ratios", "records", "tokens"):
+            for row in getattr(self._settings, setting):
+                if row not in window.totals:
+                    _say_unknown(self._session, f"{setting} of budget name", row, window.totals)
+        for goal in self._until:
+            if goal.channel and goal.channel not in window.totals:
+                what = f"{goal.key} in until of budget names"
+                _say_unknown(self._session, what, goal.channel, window.totals)
 
     def _shares(self, totals: Totals) -> Iterator[tuple[str, str, float]]:
         ratios = self._settings.ratios
@@ -149,26 +167,29 @@ class BudgetValues:
             total = "samples_total" if unit == "records" else "tokens_total"
             for row, of_source in getattr(self._settings, unit).items():
                 yield row, "source_epochs", totals.get(row, {}).get(total, 0) / of_source
-                if row not in totals:
-                    self._session.warn_once(
-                        f"{unit} of budget name {row!r}, which no record has had so far; "
-                        f"{hint(row, list(totals))}"
-                    )
 
     def _hours(self, window: Window) -> dict[str, float]:
-        """How long each goal will take at the mean speed of this process."""
-        now = {goal.key: goal.now(window.totals) for goal in self._goals}
+        """How long the next goal will take, of each channel, at the mean speed of this process."""
+        goals = [goal for of_channel in self._goals.values() for goal in of_channel]
+        now = {goal.key: goal.now(window.totals) for goal in goals}
         if self._first is None or window.time <= self._first[0]:
             self._first = window.time, now
             return {}
         began, before = self._first
-        found = {}
-        for goal in self._goals:
+        found: dict[str, float] = {}
+        for goal in goals:
             speed = (now[goal.key] - before[goal.key]) / (window.time - began)
             if speed > 0:
-                left = max(goal.end - now[goal.key], 0.0)
-                found[self._key(goal)] = left / speed / 3600
+                key, left = self._key(goal), max(goal.end - now[goal.key], 0.0)
+                found[key] = min(left / speed / 3600, found.get(key, math.inf))
         return found
 
     def _key(self, goal: Goal) -> str:
         return self._session.keys.key(goal.channel, "eta_hours") if goal.channel else "eta_hours"
+
+
+def _by_channel(goals: Iterable[Goal]) -> dict[str, list[Goal]]:
+    found: dict[str, list[Goal]] = {}
+    for goal in goals:
+        found.setdefault(goal.channel, []).append(goal)
+    return found

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from channel_metrics.acting import RULES, Budget, Sampler, StopWhen
+from channel_metrics.acting import RULES, Sampler, StopWhen
 from channel_metrics.alerting import Alerts
 from channel_metrics.config import MetricsConfig
 from channel_metrics.errors import ConfigError
@@ -44,7 +44,7 @@ def adding_of(
     found: list[Callable[[Window], dict[str, float]]] = []
     if config.budget or config.stop_at:
         goals = goals_of(config.stop_at, session)
-        found.append(BudgetValues(Budget.of(config.budget), goals, session))
+        found.append(BudgetValues(config.mixture, goals, session))
     return found if sampler is None else [*found, sampler.logs]
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from channel_metrics.acting import StopWhen
+from channel_metrics.config import MetricsConfig
+from channel_metrics.core.schema import Schema
 from channel_metrics.core.totals import RunTotals
+from channel_metrics.errors import hint
 from channel_metrics.windows import Window
 
 __all__ = ["EarlyStopping", "Session"]
@@ -17,10 +21,15 @@ _NOTE = "stop_when"
 class Session(Protocol):
     """What this observer asks of a `ChannelMetrics`."""
 
+    config: MetricsConfig
+    schema: Schema
     totals: RunTotals
 
     def stop(self, reason: str) -> None:
         """Ask for the end of the run."""
+
+    def warn_once(self, message: str, *values: object) -> None:
+        """Warn."""
 
 
 class EarlyStopping:
@@ -32,11 +41,14 @@ class EarlyStopping:
 
     def __init__(self, settings: StopWhen, session: Session) -> None:
         self.settings, self._session = settings, session
+        self._row = session.config.row_of(settings.channel)
+        self._evaluated: set[str] = set()
 
     def __call__(self, window: Window) -> None:
         """Look at a window that has the value."""
         value = self._value(window)
         if value is None:
+            self._say_unknown(window)
             return
         wanted, notes = self.settings, self._session.totals.notes
         own: dict[str, Any] = notes.setdefault(_NOTE, {"best": None, "step": None, "bad": 0})
@@ -56,13 +68,45 @@ class EarlyStopping:
             )
 
     def _value(self, window: Window) -> float | None:
-        metric = self.settings.metric
         if not self.settings.channel:
-            return window.logs.get(metric)
-        if not metric.startswith(window.prefix):
-            return None
-        axis, _, label = self.settings.channel.partition("/")
-        of_channel = window.values.get(self.settings.channel) or window.axes.get(axis, {}).get(
-            label, {}
+            return window.logs.get(self.settings.metric)
+        metric = self._metric(window)
+        return self._values(window).get(metric) if metric else None
+
+    def _metric(self, window: Window) -> str:
+        """The metric that is wanted of a channel in this window; empty if it is that of others."""
+        metric = self.settings.metric
+        name = metric.removeprefix(window.prefix) if metric.startswith(window.prefix) else ""
+        return name if name in self._session.schema.metric_names else ""
+
+    def _values(self, window: Window) -> Mapping[str, float]:
+        """{metric: value} of the channel or label."""
+        if self._row in window.values:
+            return window.values[self._row]
+        row_of = self._session.config.row_of
+        rows = (
+            (row_of(f"{axis}/{label}"), values)
+            for axis, of_axis in window.axes.items()
+            for label, values in of_axis.items()
         )
-        return of_channel.get(metric.removeprefix(window.prefix))
+        return next((values for row, values in rows if row == self._row), {})
+
+    def _say_unknown(self, window: Window) -> None:
+        """Warn of a name that no window has had: of the channel, or of the metric."""
+        wanted = self.settings
+        if _NOTE in self._session.totals.notes:
+            return
+        if wanted.channel and self._metric(window) and self._row not in window.names:
+            said = f"stop_when names {wanted.channel!r}, which no record has had so far; %s"
+            self._session.warn_once(said, hint(self._row, window.names))
+            return
+        # At the second evaluation on one set, all sets have been evaluated.
+        is_second = window.split in self._evaluated
+        if window.split != "train":
+            self._evaluated.add(window.split)
+        if is_second:
+            of = f" of {wanted.channel}" if wanted.channel else ""
+            self._session.warn_once(
+                f"stop_when waits for {wanted.metric!r}{of}, which no window has had so far; "
+                "compare it with the keys of the log."
+            )

@@ -35,7 +35,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Block", "Rise", "add", "forget", "group_rate", "merged", "new_state", "tail"]
+__all__ = ["Block", "Rise", "add", "forget", "group_rate", "merged", "new_state", "short", "tail"]
 
 # Pairs of means that are compared: the last ones, and those before them.
 _LAST, _BEFORE = 2, 6
@@ -99,7 +99,7 @@ def add(state: dict[str, Any], block: Block) -> Rise | None:
             break
         merged_pair = merged(first, block)
         # The tests take both means of a pair for equally sure.
-        pair = [_short((first[0] + block[0]) / 2), *merged_pair[2:]]
+        pair = [short((first[0] + block[0]) / 2), *merged_pair[2:]]
         scale["pairs"] = [*scale["pairs"], pair][-_LAST - _BEFORE :]
         _add_square(scale, (block[0] - first[0]) ** 2)
         found = found or _tested(state["rate"], number, scale)
@@ -116,7 +116,7 @@ def forget(state: dict[str, Any]) -> None:
 def merged(first: Block, second: Block) -> Block:
     """The mean of two means: of the loss by weight, of each partner where it is known."""
     weight = first[1] + second[1]
-    loss = _short((first[0] * first[1] + second[0] * second[1]) / weight)
+    loss = short((first[0] * first[1] + second[0] * second[1]) / weight)
     return [loss, weight, *map(_mean, zip(first[2:], second[2:], strict=True))]
 
 
@@ -200,9 +200,9 @@ def _change(before: Sequence[float | None], last: Sequence[float | None]) -> flo
 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return _short(sum(known) / len(known)) if known else None
+    return short(sum(known) / len(known)) if known else None
 
 
-def _short(value: float) -> float:
+def short(value: float) -> float:
     """A value with seven digits, for small checkpoints."""
     return float(f"{value:.7g}")

@@ -139,7 +139,7 @@ def check_stop_when(session: ChannelMetrics, sets: Mapping[str, set[str] | None]
     settings = StopWhen.of(session.config.stop_when)
     if settings is None:
         return
-    key, channel = settings.metric, settings.channel
+    key, channel = settings.metric, session.config.row_of(settings.channel)
     if channel:
         prefix = max((p for p in sets if key.startswith(p)), key=len)
         key, names = session.keys.key(channel, key.removeprefix(prefix), prefix), sets[prefix]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from statistics import median
 from typing import Any
@@ -70,6 +71,24 @@ def test_the_delays_of_alerts_in_the_docs() -> None:
         rows.append([*shares, *told(first["windows"]), *told(later["windows"])])
     for cells in rows:
         assert f"| {' | '.join(cells)} |".replace("%", " %") in text
+
+
+def test_the_rises_of_losses_in_the_docs() -> None:
+    text = (ROOT / "docs/acting.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^\|.*correlation.*0\.3 \| 0\.5 \|\n\|[-|]+\n((?:\|.*\n)+)", text, re.M)
+    columns = [0.0, 0.3, 0.5]
+    wanted: list[dict[str, list[str]]] = [{}, {}]
+    names = {"level": "level losses", "falling": "losses that fall from 8 to 2"}
+    for place, row in enumerate(RESULTS["alarms"]["rises"]):
+        assert row["correlation"] == columns[place % 3]
+        wanted[0].setdefault(names[row["losses"]], []).append(f"{row['runs with a rise']}")
+    for place, row in enumerate(RESULTS["alarms"]["delays"]):
+        assert row["correlation"] == columns[place % 3]
+        found = median(math.inf if one is None else one for one in row["windows"])
+        told = "not found" if math.isinf(found) else f"{found:.0f}"
+        wanted[1].setdefault(f"{row['rise']}", []).append(told)
+    rows = ["".join(f"| {' | '.join([k, *v])} |\n" for k, v in of.items()) for of in wanted]
+    assert tables == rows
 
 
 def test_the_numbers_in_the_reference() -> None:
