@@ -151,7 +151,8 @@ def _apply_patch(name: str) -> None:
 def _start() -> None:
     """What the start of a Python process below `channel-metrics run` does."""
     names = os.environ.get(PATCHES_VARIABLE)
-    if names and sys.version_info >= (3, 10):  # noqa: UP036 - any Python may be here
+    # Any Python may be here.
+    if names and sys.version_info >= (3, 10):
         finder.watch(names.split(","))
 
 
