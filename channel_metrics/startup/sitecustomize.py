@@ -150,8 +150,10 @@ def _apply_patch(name: str) -> None:
 
 def _start() -> None:
     """What the start of a Python process below `channel-metrics run` does."""
-    if sys.version_info >= (3, 10):  # noqa: UP036 - any Python may be here
-        finder.watch(filter(None, os.environ.get(PATCHES_VARIABLE, "").split(",")))
+    names = os.environ.get(PATCHES_VARIABLE)
+    # Any Python may be here.
+    if names and sys.version_info >= (3, 10):
+        finder.watch(names.split(","))
 
 
 def _import_hidden() -> None:

@@ -250,9 +250,18 @@ def test_the_sitecustomize_of_others_is_called_as_before(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("flag", ["-S", "-E", "-I"])
 def test_a_python_that_ignores_the_environment_goes_on(tmp_path: Path, flag: str) -> None:
-    done = python(flag, "-c", CHILD, cwd=tmp_path, PYTHONPATH=str(STARTUP))
+    environ = {"PYTHONPATH": str(STARTUP), PATCHES_VARIABLE: "hf_trainer"}
+    done = python(flag, "-c", CHILD, cwd=tmp_path, **environ)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[:2] == ["[]", "0"]
+
+
+@pytest.mark.parametrize("patches", [None, ""])
+def test_without_its_variable_the_hook_does_nothing(tmp_path: Path, patches: str | None) -> None:
+    environ = {} if patches is None else {PATCHES_VARIABLE: patches}
+    done = python("-c", CHILD, cwd=tmp_path, PYTHONPATH=str(STARTUP), **environ)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["[]", "0", "[]"]
 
 
 def test_a_python_without_channel_metrics_says_so_only_if_it_trains(tmp_path: Path) -> None:

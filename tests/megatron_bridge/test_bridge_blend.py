@@ -78,8 +78,9 @@ def checkpoint(
 def test_shards_and_stages_go_on_as_one_process(
     launcher: BridgeLauncher, data: Data, checkpoint: Path, layout: str
 ) -> None:
-    """Each channel, from the same weights."""
-    run = train(launcher, data, layout, checkpoint={"load": str(checkpoint)})
+    """Each channel, from the same weights; with `finetune`, which needs a checkpoint."""
+    load = {"checkpoint": {"load": str(checkpoint)}, "finetune": {"in place of": "pretrain"}}
+    run = train(launcher, data, layout, **load)
     alone = oracle.logged(train(launcher, data, "dp1"))
     for log, wanted in zip(oracle.logged(run), alone[3:], strict=True):
         assert log == pytest.approx(wanted, rel=1e-5)
@@ -184,3 +185,24 @@ def test_names_of_the_config(launcher: BridgeLauncher, data: Data) -> None:
     run = launcher.train("dp1", blend(data), config=config, check=False)
     assert "ConfigError" in run.failure and "got 2 names (one, two)" in run.failure
     assert "but the blend has 3 data sets" in run.failure
+
+
+def test_a_blend_per_split(launcher: BridgeLauncher, data: Data) -> None:
+    """Each split has data sets of its own."""
+    path = dict(zip(oracle.NAMES, data.weighted()[1::2], strict=True))
+    sets = {"blend_per_split": [[[path["web"], path["code"]], None], [[path["math"]], None], None]}
+    run = launcher.train("dp1", {"dataset": sets}, config=METRICS, observe=SEEN)
+    assert {key.split("_")[0] for log in oracle.logged(run) for key in log} == {"web", "code"}
+    for number, log in enumerate(oracle.logged(run)):
+        check(log, windows.expected(run, "train", number * 4, (number + 1) * 4))
+    assert {key for key in run.scalars if key.endswith("_loss") and "eval_" in key} == {
+        "eval_math_loss"
+    }
+
+
+def test_mock_data(launcher: BridgeLauncher, data: Data) -> None:
+    run = launcher.train("dp1", {"dataset": {}}, config=METRICS)
+    assert list(run.scalars["mock_tokens"].values()) == [STEP_TOKENS] * 6
+    assert list(run.scalars["mock_loss"].values()) == pytest.approx(
+        list(run.scalars["lm loss"].values()), rel=1e-5
+    )

@@ -32,6 +32,7 @@ from megatron.bridge.training.config import (
     TrainingConfig,
     ValidationConfig,
 )
+from megatron.bridge.training.finetune import finetune
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -147,5 +148,7 @@ def main() -> None:
     made = config(chosen, args.tensorboard_dir, args.data_cache_path)
     if chosen.get("positional"):
         pretrain(made, forward_step, [Remembering()])
+    elif chosen.get("finetune"):
+        finetune(made, forward_step)
     else:
         pretrain(config=made, forward_step_func=forward_step)

@@ -13,8 +13,8 @@ import pytest
 
 from megatron_lm import oracle, windows
 from megatron_lm.data import Data
-from megatron_lm.launch import Launcher, checkout, needs_megatron_training
-from megatron_lm.test_channels_layouts import check_against_megatron
+from megatron_lm.launch import Launcher, Run, checkout, needs_megatron_training
+from megatron_lm.test_channels_layouts import METRICS, check_against_megatron
 
 pytestmark = needs_megatron_training
 
@@ -25,18 +25,35 @@ OURS = "a script of the tests"
 SCRIPTS = ["pretrain_hybrid.py", "pretrain_mamba.py"] if checkout() else [OURS]
 
 
-@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_hybrid_model(
-    launcher: Launcher, data: Data, tmp_path: Path, layout: str, name: str
-) -> None:
+def train(launcher: Launcher, data: Data, folder: Path, layout: str, name: str) -> Run:
     path = Path(*checkout(), name).resolve()
     if name == OURS:
-        path = windows.script_with(tmp_path, "hybrid", HYBRID)
+        path = windows.script_with(folder, "hybrid", HYBRID)
     pattern = "*-|*-" if layout == "pp2" else "*-*-"
     model = ("--hybrid-layer-pattern", pattern, "--spec", "megatron_lm.hybrid_spec", "hybrid_stack")
-    args = (*data.blend(), *model, "--channels", *oracle.NAMES)
-    run = launcher.run(layout, *args, patch=True, script=path)
+    args = (*data.blend(), *model, "--channels", *oracle.NAMES, *METRICS)
+    seen = (oracle.sample_order, oracle.token_losses)
+    return launcher.run(layout, *args, patch=True, script=path, observe=seen)
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scripts")
+
+
+@pytest.mark.parametrize("layout", ["dp1", "dp2", "tp2", "pp2"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_hybrid_model(
+    launcher: Launcher, data: Data, scripts: Path, layout: str, name: str
+) -> None:
+    """Each channel, against a loop over the tokens, or against one process."""
+    run = train(launcher, data, scripts, layout, name)
     check_against_megatron(run)
-    assert set(run.scalars) >= {f"{name}_token_acc" for name in oracle.NAMES}
     assert "HybridModel: pp_rank" in run.ranks[0].said
+    if layout in ("dp1", "pp2"):  # the last rank has all losses, in the order of the samples
+        seen = run.ranks[-1].seen
+        wanted = oracle.naive(seen["sample_order"], seen["token_losses"])
+    else:
+        wanted = oracle.logged(train(launcher, data, scripts, "dp1", name))
+    for log, expected in zip(oracle.logged(run), wanted, strict=True):
+        assert log == pytest.approx(expected, rel=1e-5)

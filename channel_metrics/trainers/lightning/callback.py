@@ -44,6 +44,7 @@ _RESERVED_KEYS = frozenset({"loss", "train_loss", "val_loss", "test_loss", "epoc
 _STEPS = ("training_step", "validation_step", "test_step")
 # What this callback uses of the Trainer, and Lightning does not document.
 _PRIVATE = (
+    "__class__._evaluation_loop",  # its value is an error outside of evaluations
     "_results",
     "lightning_module._compiler_ctx",
     "_logger_connector.log_metrics",

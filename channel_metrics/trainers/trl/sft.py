@@ -222,7 +222,7 @@ def prepare_dataset(
 
 
 def _check_position_ids(collator: Any) -> None:
-    """Refuse padding-free rows of older trl (0.19, 0.21) that have no position ids."""
+    """Refuse padding-free rows of trl below 0.24 that have no position ids."""
     # Newer trl always returns them in such rows; the option has another meaning there.
     if Version(trl.__version__) >= Version("0.24") or not getattr(collator, "padding_free", False):
         return

@@ -66,6 +66,21 @@ def test_padded_rows_and_test_datasets(run_of: RunOf, files: Path) -> None:
     check(run.evaluation, of_sft(files), "eval_")
 
 
+def test_entries_with_the_same_name_share_a_channel(
+    run_of: RunOf, files: Path, tmp_path: Path
+) -> None:
+    from axolotl_oracle import of_sft
+
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes((files / "code.jsonl").read_bytes())
+    named = [{**entry, "name": "both"} for entry in entries(files)]
+    run = run_of(**WHOLE, datasets=[*named, {"path": str(copy), "type": "input_output"}])
+    alone = of_sft(files)
+    tokens, samples = (sum(values[at] for values in alone.values()) for at in (1, 2))
+    nll = sum(loss * count for loss, count, _ in alone.values())
+    check(run.values, {"both": (nll / tokens, int(tokens), int(samples)), "copy": alone["code"]})
+
+
 @pytest.mark.parametrize("settings", [{}, {"multipack_real_batches": True}])
 def test_sample_packing(run_of: RunOf, files: Path, settings: dict[str, Any]) -> None:
     from axolotl_oracle import of_sft

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -131,3 +132,10 @@ def rewards(files: Path, record: dict[str, Any], beta: float = 0.1) -> Iterator[
         asked, said = record["asked"][0]["value"], record[kind]["value"]
         policy, other = (answer(files / name, asked, said).sum() for name in ("model", "other"))
         yield beta * float(policy - other)
+
+
+def dpo_loss(files: Path, record: dict[str, Any], ftx: float) -> float:
+    """Of one pair. ftx: the weight of the mean loss of the chosen answer's tokens."""
+    chosen, rejected = rewards(files, record)
+    said = answer(files / "model", record["asked"][0]["value"], record["chosen"]["value"])
+    return math.log1p(math.exp(rejected - chosen)) - ftx * float(said.mean())

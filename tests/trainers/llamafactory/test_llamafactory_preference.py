@@ -31,6 +31,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, files: Path) -> dict[str, Comm
         "kto": {**against, **ANSWERS, "stage": "kto"},
         "rm": {**PAIRS, "stage": "rm"},
     }
+    runs |= {f"{stage}_ranks": {**runs[stage], "ranks": 2} for stage in ("dpo", "kto")}
     return {name: Command(files, folder / name, **given).end() for name, given in runs.items()}
 
 
@@ -43,42 +44,52 @@ def evaluation(command: Command) -> dict[str, Any]:
     return entry
 
 
-def test_rewards_of_pairs(ran: dict[str, Command], files: Path) -> None:
-    from llamafactory_oracle import records, rewards
+@pytest.mark.parametrize("run", ["dpo", "dpo_ranks"])
+def test_losses_and_rewards_of_pairs(ran: dict[str, Command], files: Path, run: str) -> None:
+    from llamafactory_oracle import dpo_loss, records, rewards
 
-    trained, evaluated = ran["dpo"].values, evaluation(ran["dpo"])
+    trained, evaluated = ran[run].values, evaluation(ran[run])
     for name in (f"{name}_pairs" for name in NAMES):
         pairs = [tuple(rewards(files, record)) for record in records(files, name[:-6])]
         chosen, rejected = (mean(list(side)) for side in zip(*pairs, strict=True))
+        loss = mean([dpo_loss(files, record, ftx=0.5) for record in records(files, name[:-6])])
         for prefix, found in (("", trained), ("eval_", evaluated)):
             key = f"{prefix}{name}_"
             assert found[f"{key}samples"] == 24
+            assert found[f"{key}loss"] == pytest.approx(loss, rel=1e-5)
             assert found[f"{key}rewards/chosen"] == pytest.approx(chosen, abs=1e-5)
             assert found[f"{key}rewards/rejected"] == pytest.approx(rejected, abs=1e-5)
+            assert found[f"{key}rewards/margins"] == pytest.approx(chosen - rejected, abs=1e-5)
             right = mean([float(a > b) for a, b in pairs])
             assert found[f"{key}rewards/accuracies"] == pytest.approx(right)
 
 
-@pytest.mark.parametrize("stage", ["dpo", "kto"])
-def test_losses_add_up_to_that_of_the_stage(ran: dict[str, Command], stage: str) -> None:
-    found = evaluation(ran[stage])
-    kind = {"dpo": "pairs", "kto": "kto"}[stage]
+@pytest.mark.parametrize("run", ["dpo", "dpo_ranks", "kto", "kto_ranks"])
+def test_losses_add_up_to_that_of_the_stage(ran: dict[str, Command], run: str) -> None:
+    found = evaluation(ran[run])
+    kind = "pairs" if run.startswith("dpo") else "kto"
     assert sum(found[f"eval_{name}_{kind}_share"] for name in NAMES) == pytest.approx(1)
     # Both sets have 24 records, and all batches have one size.
     loss = mean([found[f"eval_{name}_{kind}_loss"] for name in NAMES])
     assert loss == pytest.approx(found["eval_loss"], rel=1e-5)
 
 
-def test_rewards_of_answers(ran: dict[str, Command], files: Path) -> None:
+@pytest.mark.parametrize("run", ["kto", "kto_ranks"])
+def test_rewards_of_answers(ran: dict[str, Command], files: Path, run: str) -> None:
     from llamafactory_oracle import records, rewards
 
-    found = ran["kto"].values
+    trained, evaluated = ran[run].values, evaluation(ran[run])
     for name in NAMES:
         of: dict[bool, list[float]] = {True: [], False: []}
         for record in records(files, name):
             of[record["good"]].append(next(rewards(files, record)))
-        assert found[f"{name}_kto_rewards/chosen"] == pytest.approx(mean(of[True]), abs=1e-5)
-        assert found[f"{name}_kto_rewards/rejected"] == pytest.approx(mean(of[False]), abs=1e-5)
+        chosen, rejected = mean(of[True]), mean(of[False])
+        wanted = {"chosen": chosen, "rejected": rejected, "margins": chosen - rejected}
+        for prefix, found in (("", trained), ("eval_", evaluated)):
+            assert found[f"{prefix}{name}_kto_samples"] == 24
+            for key, value in wanted.items():
+                logged = found[f"{prefix}{name}_kto_rewards/{key}"]
+                assert logged == pytest.approx(value, abs=1e-5)
 
 
 def test_another_stage_is_left_alone_with_one_line(ran: dict[str, Command]) -> None:

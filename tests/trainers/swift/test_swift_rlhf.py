@@ -6,136 +6,35 @@ began with. The same training with and without the metrics must agree bit for bi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rank_cases import Case, RanksOf, case
 from swift_checks import check_training
-from swift_rlhf_files import CHANNELS, NUM_RECORDS, both, given
+from swift_rlhf_files import CHANNELS, NUM_RECORDS, both, given, shared
+from swift_rlhf_oracles import (
+    BETA,
+    CENTER,
+    GAMMA,
+    RPO,
+    Record,
+    of_apo_unpaired,
+    of_cpo,
+    of_dpo,
+    of_kto,
+    of_orpo,
+    of_rm,
+    of_rpo,
+    of_simpo,
+)
 from swift_tools import SWIFT, needs_swift
 
 pytestmark = needs_swift
 alone = case(SWIFT, ranks=1)
 on_two = case(SWIFT, ranks=2)
-
-Record = dict[str, Any]
-BETA, CENTER, RPO, GAMMA = 0.1, 0.05, 0.5, 0.3
-
-
-def log_sigmoid(value: float) -> float:
-    return -math.log1p(math.exp(-value))
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def of_rewards(chosen: list[float], rejected: list[float]) -> dict[str, float]:
-    pairs = list(zip(chosen, rejected, strict=True))
-    return {
-        "rewards/chosen": mean(chosen),
-        "rewards/rejected": mean(rejected),
-        "rewards/margins": mean([c - r for c, r in pairs]),
-        "rewards/accuracies": mean([float(c > r) for c, r in pairs]),
-    }
-
-
-def of_dpo(records: list[Record]) -> dict[str, float]:
-    chosen, rejected = (
-        [BETA * (r[f"policy {side}"] - r[f"reference {side}"]) for r in records]
-        for side in ("chosen", "rejected")
-    )
-    losses = [-log_sigmoid(c - r) for c, r in zip(chosen, rejected, strict=True)]
-    return of_rewards(chosen, rejected) | {"loss": mean(losses)}
-
-
-def nll_of(records: list[Record]) -> float:
-    tokens: float = sum(r["tokens chosen"] for r in records)
-    log_probs: float = sum(r["policy chosen"] for r in records)
-    return -log_probs / tokens
-
-
-def of_rpo(records: list[Record]) -> dict[str, float]:
-    """Half of an apo_zero loss, twice that of sigmoid, and the nll of the chosen answers."""
-    one = of_dpo(records)
-    apo = []
-    for r in records:
-        c, j = (BETA * (r[f"policy {s}"] - r[f"reference {s}"]) for s in ("chosen", "rejected"))
-        apo.append(1 - 1 / (1 + math.exp(-c)) + 1 / (1 + math.exp(-j)))
-    rewards = {key: 2.5 * value for key, value in one.items() if key.startswith("rewards/")}
-    rewards["rewards/accuracies"] = one["rewards/accuracies"]
-    nll = nll_of(records)
-    loss = 2 * one["loss"] + 0.5 * mean(apo) + RPO * nll
-    return rewards | {"loss": loss, "nll_loss": nll}
-
-
-def of_orpo(records: list[Record]) -> dict[str, float]:
-    chosen, rejected = (
-        [r[f"policy {side}"] / r[f"tokens {side}"] for r in records]
-        for side in ("chosen", "rejected")
-    )
-    odds = [
-        log_sigmoid(c - r - math.log1p(-math.exp(c)) + math.log1p(-math.exp(r)))
-        for c, r in zip(chosen, rejected, strict=True)
-    ]
-    rewards = of_rewards([BETA * c for c in chosen], [BETA * r for r in rejected])
-    nll = nll_of(records)
-    return rewards | {"nll_loss": nll, "loss": nll - BETA * mean(odds)}
-
-
-def of_cpo(records: list[Record]) -> dict[str, float]:
-    """The hinge loss on sums of log probabilities, and half the nll."""
-    sides = ([BETA * r[f"policy {side}"] for r in records] for side in ("chosen", "rejected"))
-    chosen, rejected = sides
-    nll = nll_of(records)
-    hinges = [max(0.0, 1 - c + j) for c, j in zip(chosen, rejected, strict=True)]
-    return of_rewards(chosen, rejected) | {"nll_loss": nll, "loss": 0.5 * nll + mean(hinges)}
-
-
-def of_simpo(records: list[Record]) -> dict[str, float]:
-    """On means per token, without nll."""
-    chosen, rejected = (
-        [BETA * r[f"policy {side}"] / r[f"tokens {side}"] for r in records]
-        for side in ("chosen", "rejected")
-    )
-    losses = [-log_sigmoid(c - j - GAMMA) for c, j in zip(chosen, rejected, strict=True)]
-    return of_rewards(chosen, rejected) | {"loss": mean(losses)}
-
-
-def of_rm(records: list[Record]) -> dict[str, float]:
-    chosen, rejected = ([r[f"reward {side}"] for r in records] for side in ("chosen", "rejected"))
-    losses = [
-        -log_sigmoid(c - j - r["margin"]) + CENTER * (c + j) ** 2
-        for c, j, r in zip(chosen, rejected, records, strict=True)
-    ]
-    return of_rewards(chosen, rejected) | {"loss": mean(losses)}
-
-
-def of_kto(records: list[Record]) -> dict[str, float]:
-    """The rewards. The loss has the KL of a batch in it."""
-    rewards: dict[bool, list[float]] = {True: [], False: []}
-    for r in records:
-        rewards[r["label"]].append(BETA * (r["policy answer"] - r["reference answer"]))
-    found = {}
-    for name, label in (("chosen", True), ("rejected", False)):
-        if rewards[label]:
-            found[f"rewards/{name}"] = mean(rewards[label])
-    if len(found) == 2:
-        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-    return found
-
-
-def of_apo_unpaired(records: list[Record]) -> dict[str, float]:
-    """Here the loss of an answer follows from its reward."""
-    losses = []
-    for r in records:
-        reward = BETA * (r["policy answer"] - r["reference answer"])
-        sigmoid = 1 / (1 + math.exp(-reward))
-        losses.append(1 - sigmoid if r["label"] else 0.5 * sigmoid)
-    return of_kto(records) | {"loss": mean(losses)}
 
 
 @alone
@@ -190,6 +89,15 @@ def rm(folder: Path) -> Any:
 @alone
 def kto(folder: Path) -> Any:
     return both(given(folder, "kto", beta=BETA))
+
+
+@alone
+def kto_in_one_batch(folder: Path) -> Any:
+    """Its KL is the one that ms-swift logs. With the models exchanged, it is not 0."""
+    base = shared(folder)
+    models = {"model": str(base / "reference"), "ref_model": str(base / "model")}
+    whole = {"per_device_train_batch_size": NUM_RECORDS, "gradient_accumulation_steps": 1}
+    return both(given(folder, "kto", beta=BETA, **whole) | models)
 
 
 @alone
@@ -264,6 +172,13 @@ def test_evaluation(ranks_of: RanksOf, of: Case) -> None:
     (found,) = ranks_of(of)
     (first, *_) = [entry for entry in found["on"]["log"] if "eval_loss" in entry]
     check(first, found["records"][:5], ORACLES[of], "eval_")
+
+
+def test_the_kl_of_a_batch_is_in_the_losses_of_kto(ranks_of: RanksOf) -> None:
+    (found,) = ranks_of(kto_in_one_batch)
+    (first, *_) = [entry for entry in found["on"]["log"] if "loss" in entry]
+    assert first["kl"] > 0.1
+    check(first, found["records"], partial(of_kto, kl=first["kl"]))
 
 
 @pytest.mark.parametrize("of", [dpo, dpo_lora, orpo, rm])

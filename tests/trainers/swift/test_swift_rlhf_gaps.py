@@ -65,6 +65,8 @@ def without(folder: Path) -> Any:
     reasons["parallel"] = why_without_metrics(args)
     args.sequence_parallel_size, args.rlhf_type, args.multi_turn_scheduler = 1, "grpo", "math_tip"
     reasons["turns"] = why_without_metrics(args)
+    args.rlhf_type, args.task_type = None, "seq_cls"
+    reasons["classes"] = why_without_metrics(args)
     return found | {"reasons": reasons}
 
 
@@ -78,6 +80,7 @@ def test_runs_without_metrics_say_so(ranks_of: RanksOf) -> None:
     assert found["reasons"] == {
         "dpo": None,
         "parallel": "rlhf_type dpo has them only with sequence_parallel_size 1",
+        "classes": "this is task_type seq_cls",
         "turns": "rlhf_type grpo has them only without multi_turn_scheduler",
     }
 

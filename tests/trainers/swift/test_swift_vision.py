@@ -27,8 +27,6 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from vision_tools import needs_vision
 
-from channel_metrics import MetricsConfig
-
 pytestmark = [needs_swift, needs_vision]
 VISION = Preload(("vision_tools:load_torchvision", *SWIFT.names))
 alone = case(VISION, ranks=1)
@@ -231,16 +229,19 @@ def test_against_a_loop_over_the_records(ranks_of: RanksOf, of: Case) -> None:
 
 @alone
 def example(folder: Path) -> Any:
-    """The commands of the example: generate.py, then `swift sft swift.yaml`, in this folder."""
+    """The commands of the example, in this folder: generate.py, then `swift sft`."""
     import channel_metrics.patches.ms_swift as patch
     from swift import sft_main
     from swift.cli import main as swift_cli
 
     folder.mkdir()
-    script, command = generate(), [str(CONFIGS / "swift.yaml"), "--use_cpu", "true"]
+    settings = folder / "metrics.yaml"
+    settings.write_text("metrics: [loss, samples]\n")
+    plugin = ["--external_plugins", str(ROOT / "patches" / "ms_swift.py")]
+    script, command = generate(), [str(CONFIGS / "swift.yaml"), *plugin, "--use_cpu", "true"]
     patch.revert()
     swift_cli.parse_yaml_args(command)
-    patch.apply(MetricsConfig(metrics=("loss", "samples")))
+    os.environ["CHANNEL_METRICS_CONFIG"] = str(settings)
     try:
         with chdir(folder):
             script.main(script.FOLDER)
