@@ -23,6 +23,7 @@ from contract.script import (
     check_values,
     expected,
     measure,
+    train_windows,
     unit,
     window_sequences,
 )
@@ -85,7 +86,8 @@ def check_tree(harness: Harness, window: Window, sequences: Sequence[OneSequence
     if measure(harness) != "loss":
         assert "tree_mean" not in window.axes
         return
-    losses = [of["loss"] for name, of in expected(harness, sequences).items() if "/" in name]
+    channels = expected(harness, sequences)
+    losses = [values["loss"] for name, values in channels.items() if "/" in name]
     means = window.axes["tree_mean"]
     assert means == {"g": {"loss": pytest.approx(sum(losses) / len(losses), rel=1e-5)}}
 
@@ -98,8 +100,8 @@ def check_slopes(harness: Harness, found: Ran, script: Script) -> None:
             if unit(harness) == "tokens":
                 points.setdefault(name, []).append((int(values["tokens"]), values["loss"]))
     wanted = {name: 1e6 * line[0] for name, of in points.items() if (line := slope(of))}
-    values = [window.values for window in found.windows if window.split == "train"][-1]
-    slopes = {name: of["loss_slope"] for name, of in values.items() if "loss_slope" in of}
+    last = train_windows(found)[-1]
+    slopes = {name: of["loss_slope"] for name, of in last.items() if "loss_slope" in of}
     assert slopes == pytest.approx(wanted, rel=1e-3)
     assert bool(wanted) == (unit(harness) == "tokens")
 
