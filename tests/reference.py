@@ -205,10 +205,7 @@ def values_of(sums: Sums, all_tokens: int) -> dict[str, float]:
         values["entropy"] = math.fsum(sums.entropies) / len(sums.entropies)
     if sums.excess_tokens:
         values["excess_loss"] = math.fsum(sums.excess) / sums.excess_tokens
-    means = sorted(y / n for n, y in sums.of_sequences if n)
-    for percent in (10, 50, 90) if means else ():
-        exact = means[math.ceil(percent / 100 * len(means)) - 1]
-        values[f"loss_p{percent}"] = min(max(exact, 2.0**-10), 2.0**5)
+    values |= percentiles(sums.of_sequences)
     values |= error_bars("loss", sums.of_sequences, math.inf)
     values |= error_bars("token_acc", sums.hits_of_sequences, 1.0)
     if sums.nonfinite + sums.nonfinite_weights:
@@ -243,6 +240,16 @@ def error_bars(
         half, found = 1 - 0.025 ** (1 / m), {}
     found[f"{metric}_low"] = max(mean - half, 0.0)
     found[f"{metric}_high"] = min(mean + half, highest)
+    return found
+
+
+def percentiles(sequences: Sequence[tuple[int, float]]) -> dict[str, float]:
+    """Percentiles of the mean loss per sequence; sequences: (tokens, nll) of each."""
+    means = sorted(y / n for n, y in sequences if n)
+    found = {}
+    for percent in (10, 50, 90) if means else ():
+        exact = means[math.ceil(percent / 100 * len(means)) - 1]
+        found[f"loss_p{percent}"] = min(max(exact, 2.0**-10), 2.0**5)
     return found
 
 

@@ -26,6 +26,7 @@ from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.windows import Window
 
 LOGGED = ("loss", "tokens", "samples", "share", "loss_se", "loss_low", "loss_high")
+PERCENTILES = ("loss_p10", "loss_p50", "loss_p90")
 OBJECTIVES = ("macro_loss", "worst_loss", "weighted_loss_of_channels")
 LEVELS, WEIGHTS = 2, {"a": 2.0, "b/c": 1.0}
 SETTINGS: dict[str, Any] = {
@@ -33,7 +34,7 @@ SETTINGS: dict[str, Any] = {
     "cross": [["channel", "topic"], ["lang", "topic"]],
     "tree": LEVELS,
     "channel_weights": WEIGHTS,
-    "metrics": (*LOGGED, *OBJECTIVES),
+    "metrics": (*LOGGED, *PERCENTILES, *OBJECTIVES),
 }
 NUM_WINDOWS, NUM_RANKS, NUM_BATCHES = 2, 3, 2
 
@@ -126,9 +127,10 @@ def check(window: Window, records: Sequence[Record]) -> None:
 def close_to(found: Any, wanted: dict[str, dict[str, float]]) -> None:
     assert found.keys() == wanted.keys()
     for label, values in wanted.items():
-        logged = {name: value for name, value in values.items() if name in LOGGED}
-        # A variance near 0 is a difference of sums of squares.
-        assert found[label] == pytest.approx(logged, rel=1e-9, abs=1e-5), label
+        # A variance near 0 is a difference of sums of squares. Half a bin is less than 4.5 %.
+        logged = {n: pytest.approx(v, 1e-9, 1e-5) for n, v in values.items() if n in LOGGED}
+        logged |= {n: pytest.approx(v, 0.045) for n, v in values.items() if n in PERCENTILES}
+        assert found[label] == logged, label
 
 
 RECORDS = st.builds(

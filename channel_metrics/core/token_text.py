@@ -7,6 +7,7 @@
 | byte fallback beside it (Llama 2, Gemma) | may be one byte, `<0xE4>` |
 
 A character may be spread over several tokens. It belongs to the token that holds its first byte.
+SentencePiece puts a space before a text. It counts with the first token, though a decode drops it.
 """
 
 from __future__ import annotations

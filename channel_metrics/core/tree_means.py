@@ -45,11 +45,8 @@ class TreeMeans:
             parents = groups_of(name)
             if 0 < len(parents) <= self._levels:
                 children.setdefault(parents[-1], []).append(of_row)
-        return {
-            group: {
-                metric.name: fmean(of_row[metric.name] for of_row in of if metric.name in of_row)
-                for metric in self._metrics
-                if any(metric.name in of_row for of_row in of)
-            }
-            for group, of in children.items()
-        }
+        found = {}
+        for group, of in children.items():
+            lists = {m.name: [row[m.name] for row in of if m.name in row] for m in self._metrics}
+            found[group] = {name: fmean(of_name) for name, of_name in lists.items() if of_name}
+        return found

@@ -36,7 +36,7 @@ class LineFile:
         left = text.encode()
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            while left:  # mostly one write, so no reader sees half a line
+            while left:  # normally one write
                 left = left[os.write(file, left) :]
         finally:
             os.close(file)

@@ -11,13 +11,14 @@ import pytest
 
 from channel_metrics import ChannelMetricsError, ConfigError, MetricsConfig
 from channel_metrics.core.names import split_name
-from contract.labels import AXES, check_window, check_windows
+from contract.labels import AXES, check_slopes, check_tree, check_window, check_windows
 from contract.script import (
     ERROR_BARS,
+    PERCENTILES,
     Evaluation,
     Harness,
     Script,
-    check_error_bars,
+    check_spread,
     expected,
     flat,
     measure,
@@ -27,6 +28,7 @@ from contract.script import (
     steps,
     train_windows,
     unit,
+    window_sequences,
 )
 
 CASES: dict[str, Callable[[Harness, Path], None]] = {}
@@ -50,12 +52,12 @@ def config(**given: Any) -> MetricsConfig:
 
 @case()
 def windows_add_up(harness: Harness, folder: Path) -> None:
-    chosen = config(metrics=(*ALL, *ERROR_BARS))
+    chosen = config(metrics=(*ALL, *ERROR_BARS, *PERCENTILES))
     script = Script(config=chosen, steps=steps("aabb", "abab", "bb-a", "aaaa"))
     found = ran(harness, script, folder)
     check_windows(harness, found, script)
     for values in train_windows(found):
-        check_error_bars(harness, values)
+        check_spread(harness, values)
     for logs, values in zip(found.logs, train_windows(found), strict=True):
         for channel, of_channel in values.items():
             for metric, value in of_channel.items():
@@ -272,16 +274,19 @@ def on_error_can_be_forced(harness: Harness, folder: Path) -> None:
 def ranks_agree_with_one_all_reduce(harness: Harness, folder: Path) -> None:
     """A channel that one rank alone has seen, and one that is new in the last window."""
     letters = ("aabb", "aaab", "abab", "aacc", "abab", "abab")
-    chosen = config(metrics=(*ALL, *ERROR_BARS))
-    script = Script(config=chosen, steps=steps(*letters), every=2)
+    names = {"a": "g/a", "b": "g/b", "c": "c"}
+    chosen = config(metrics=(*ALL, *ERROR_BARS, *PERCENTILES, "loss_slope"), tree=1)
+    script = Script(config=chosen, steps=renamed(steps(*letters), names), every=2)
     per_rank = harness.run(script, folder, ranks=2)
     assert len(per_rank) == 2
     for found in per_rank:
         assert found.error is None, found.error
         assert train_windows(found) == train_windows(per_rank[0])
     check_windows(harness, per_rank[0], script)
-    for values in train_windows(per_rank[0]):
-        check_error_bars(harness, values)
+    for window, sequences in zip(per_rank[0].windows, window_sequences(script), strict=True):
+        check_spread(harness, window.values)
+        check_tree(harness, window, sequences)
+    check_slopes(harness, per_rank[0], script)
     # The first window meets the names, the second a new one; the third is the steady state.
     for found in per_rank:
         assert found.collectives[0] <= 4 and found.collectives[1] <= 4

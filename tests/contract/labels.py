@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
+from reference import slope
+
 from channel_metrics import Window
 from channel_metrics.core.names import MARK, joint_name
 from contract.script import (
@@ -19,12 +22,25 @@ from contract.script import (
     Script,
     check_values,
     expected,
+    measure,
+    train_windows,
+    unit,
     window_sequences,
 )
 
-__all__ = ["AXES", "KINDS", "by", "check_window", "check_windows", "labels_of_record", "name_of"]
+__all__ = [
+    "AXES",
+    "KINDS",
+    "by",
+    "check_slopes",
+    "check_tree",
+    "check_window",
+    "check_windows",
+    "labels_of_record",
+    "name_of",
+]
 
-KINDS = {"a": "x", "b": "x", "c": "y"}
+KINDS = {"a": "x", "b": "x", "c": "y", "g/a": "x", "g/b": "x"}
 AXES: dict[str, Any] = {"kind": KINDS, "lang": "lang"}
 
 
@@ -61,6 +77,33 @@ def check_window(harness: Harness, window: Window, sequences: Sequence[OneSequen
     check_values(window.values, expected(harness, sequences))
     check_values(window.axes["kind"], by(harness, sequences, kind_of))
     check_values(window.axes["lang"], by(harness, sequences, language_of))
+
+
+def check_tree(harness: Harness, window: Window, sequences: Sequence[OneSequence]) -> None:
+    """The group `g`: over all its tokens, and the mean of its channels."""
+    of_group = by(harness, sequences, lambda one: "g" if "/" in (one.channel or "") else None)
+    check_values(window.axes["tree"], {"g": of_group["g"]})
+    if measure(harness) != "loss":
+        assert "tree_mean" not in window.axes
+        return
+    channels = expected(harness, sequences)
+    losses = [values["loss"] for name, values in channels.items() if "/" in name]
+    means = window.axes["tree_mean"]
+    assert means == {"g": {"loss": pytest.approx(sum(losses) / len(losses), rel=1e-5)}}
+
+
+def check_slopes(harness: Harness, found: Ran, script: Script) -> None:
+    """The slopes of the last train window: of the channels that have tokens in three of them."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for sequences in window_sequences(script):
+        for name, values in expected(harness, sequences).items():
+            if unit(harness) == "tokens":
+                points.setdefault(name, []).append((int(values["tokens"]), values["loss"]))
+    wanted = {name: 1e6 * line[0] for name, of in points.items() if (line := slope(of))}
+    last = train_windows(found)[-1]
+    slopes = {name: of["loss_slope"] for name, of in last.items() if "loss_slope" in of}
+    assert slopes == pytest.approx(wanted, rel=1e-3)
+    assert bool(wanted) == (unit(harness) == "tokens")
 
 
 def by(

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from reference import error_bars
+from reference import error_bars, percentiles
 
 from channel_metrics import MetricsConfig, Window
 from channel_metrics.core.table import SumTable
 from channel_metrics.counting import Counting
 
 ERROR_BARS = ("loss_se", "loss_low", "loss_high")
+PERCENTILES = ("loss_p10", "loss_p50", "loss_p90")
 
 ROWS = 2
 """Sequences in each micro-batch: trainers want batches of one size."""
@@ -191,7 +192,7 @@ def size(harness: Harness, sequence: OneSequence) -> int:
 
 def expected(harness: Harness, sequences: Iterable[OneSequence]) -> dict[str, dict[str, float]]:
     """{channel: loss (or reward), share, samples, and where tokens are counted, these and the
-    error bars of the loss} of a window, by counting one after the other."""
+    spread of the loss} of a window, by counting one after the other."""
     by_channel: dict[str, list[OneSequence]] = {}
     for sequence in sequences:
         by_channel.setdefault(sequence.channel or "unlabeled", []).append(sequence)
@@ -202,23 +203,29 @@ def expected(harness: Harness, sequences: Iterable[OneSequence]) -> dict[str, di
             "share": counted[name] / sum(counted.values()),
             "samples": len(of_channel),
             unit(harness): counted[name],
-            **_error_bars(harness, of_channel),
+            **_spread(harness, of_channel),
         }
         for name, of_channel in by_channel.items()
     }
 
 
-def _error_bars(harness: Harness, sequences: Iterable[OneSequence]) -> dict[str, float]:
+def _spread(harness: Harness, sequences: Iterable[OneSequence]) -> dict[str, float]:
     if unit(harness) != "tokens":
         return {}
-    return error_bars("loss", [(size(harness, one), harness.nll(one)) for one in sequences])
+    sums = [(size(harness, one), harness.nll(one)) for one in sequences]
+    return error_bars("loss", sums) | percentiles(sums)
 
 
-def check_error_bars(harness: Harness, values: dict[str, dict[str, float]]) -> None:
-    """A trainer of tokens logs them where a channel has two sequences, others never."""
+def check_spread(harness: Harness, values: dict[str, dict[str, float]]) -> None:
+    """A trainer of tokens logs percentiles, and error bars where a channel has two sequences.
+
+    Others log neither.
+    """
     for of_channel in values.values():
-        has = unit(harness) == "tokens" and of_channel["samples"] > 1
-        assert set(ERROR_BARS) & set(of_channel) == (set(ERROR_BARS) if has else set())
+        wanted = set(PERCENTILES) if unit(harness) == "tokens" else set()
+        if wanted and of_channel["samples"] > 1:
+            wanted |= set(ERROR_BARS)
+        assert {*ERROR_BARS, *PERCENTILES} & set(of_channel) == wanted
 
 
 def window_sequences(script: Script) -> list[list[OneSequence]]:
@@ -240,12 +247,13 @@ def role_of(token: int) -> str | None:
 def check_values(found: dict[str, dict[str, float]], wanted: dict[str, dict[str, float]]) -> None:
     """The same channels, and equal values of the metrics that both have.
 
-    The error bars of few short sequences magnify the rounding of the losses.
+    The error bars of few short sequences magnify the rounding of the losses. Percentiles are exact
+    to half a bin, which is 4.5 %.
     """
     assert set(found) == set(wanted)
     for channel, values in found.items():
         for metric in set(values) & set(wanted[channel]):
-            rtol = 1e-3 if metric in ERROR_BARS else 1e-5
+            rtol = 1e-3 if metric in ERROR_BARS else 0.045 if metric in PERCENTILES else 1e-5
             assert values[metric] == pytest.approx(wanted[channel][metric], rel=rtol), channel
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -33,6 +34,28 @@ def test_they_are_exact_to_half_a_bin(splits: int) -> None:
         exact = sorted(means)[math.ceil(percent / 100 * len(means)) - 1]
         assert abs(math.log2(found[f"a_loss_p{percent}"] / exact)) <= 1 / 16
     assert found["a_loss_p10"] < found["a_loss_p50"] < found["a_loss_p90"]
+
+
+def test_packs_have_those_of_padded_rows() -> None:
+    """Sequences of one to four tokens, in one flattened row."""
+    lengths = [1 + number % 4 for number in range(40)]
+    rng = random.Random(2)
+    rows = [[rng.lognormvariate(0.5, 1.0) for _ in range(length)] for length in lengths]
+    padded = torch.zeros(40, 4, dtype=torch.float64)
+    mask = torch.zeros(40, 4)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+    channels = ["a", "b"] * 20
+    found = ChannelLossAccumulator(["a", "b"], metrics=METRICS).update(
+        torch.tensor([loss for row in rows for loss in row], dtype=torch.float64),
+        channels=channels,
+        cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)]),
+    )
+    wanted = ChannelLossAccumulator(["a", "b"], metrics=METRICS).update(
+        padded, channels=channels, loss_mask=mask
+    )
+    assert found.compute() == wanted.compute() and len(found.compute()) == 6
 
 
 def test_the_ends_are_those_of_the_histogram() -> None:

@@ -183,6 +183,18 @@ def test_supervised_text_of_several_turns(kind: str) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_space_before_a_text_counts(kind: str) -> None:
+    """If all of a text is supervised: SentencePiece writes a space that the decode drops."""
+    tokenizer = tokenizer_of(kind)
+    ids = [tokenizer.bos_token_id, *tokenizer.encode("the quick", add_special_tokens=False)]
+    assert decoded(tokenizer, ids) == "the quick"
+    num_bytes, num_chars = (
+        int(sizes.sum()) for sizes in text_sizes(tokenizer).of(torch.tensor(ids))
+    )
+    assert num_bytes == num_chars == len("the quick") + (kind != "byte_level")
+
+
 def _known(kind: str) -> list[str]:
     """Words that the tokenizer can write; only one of the kinds has tokens for all bytes."""
     tokenizer = tokenizer_of(kind)
