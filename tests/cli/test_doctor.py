@@ -60,7 +60,8 @@ def test_json_has_versions_config_and_the_fields_of_the_data(tmp_path: Path, dat
     assert report["config"]["values"]["metrics"] == ["loss"]
     assert report["config"]["values"]["key_format"] == "{channel}_{metric}", "the defaults, too"
     assert report["config"]["values"]["stop_at"] == {"bbu_tokens": 2e9}
-    assert report["config"]["values"]["alerts"] == asdict(Alerts(rate=0.1))
+    alerts = json.loads(json.dumps(asdict(Alerts(rate=0.1))))
+    assert report["config"]["values"]["alerts"] == alerts
     assert report["config"]["values"]["budget"] == {}
     assert report["data"][str(data)] == {
         "records": 4,
