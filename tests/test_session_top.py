@@ -134,7 +134,7 @@ def test_means_of_children_are_of_all_channels(caplog: pytest.LogCaptureFixture)
     }
     assert window.sums("tree/y")["tokens"] == 2
     said = [record.getMessage() for record in caplog.records]
-    assert "1 groups of names are more than `top` (1) and not logged: tree/y ..." in said
+    assert "`top` (1) leaves these groups of names out of the log: tree/y ..." in said
     with metrics.evaluation("eval", 1) as found:
         metrics.count(batch(*counts))
     assert found.window is not None
@@ -203,7 +203,7 @@ def test_top_adds_the_others_up(caplog: pytest.LogCaptureFixture) -> None:
     # What had the most tokens so far stays, also if another channel leads in one window.
     metrics.count(batch(("c", 1, 4.0), ("a", 1, 1.0)))
     assert list(metrics.close(2).values) == ["a", "others"]
-    assert sum("are more than `top`" in record.getMessage() for record in caplog.records) == 1
+    assert sum("`top` (2) counts these" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_an_open_window_shows_what_leads_in_it() -> None:

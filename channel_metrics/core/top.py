@@ -88,19 +88,10 @@ class Top:
         return OTHERS if axis == CHANNEL else self._book.row(axis, OTHERS)
 
     def _say(self, moved: Moved) -> None:
-        added = sorted(row for row, other in moved.items() if other is not None)
-        if added:
-            self._warn_once(
-                "%d channels or labels are more than `top` (%d) and counted in `others`: %s ...",
-                len(added),
-                self._limit,
-                ", ".join(added[:5]),
-            )
-        groups = sorted(row for row, other in moved.items() if other is None)
-        if groups:
-            self._warn_once(
-                "%d groups of names are more than `top` (%d) and not logged: %s ...",
-                len(groups),
-                self._limit,
-                ", ".join(groups[:5]),
-            )
+        for is_added, what in (
+            (True, "counts these channels or labels in `others`"),
+            (False, "leaves these groups of names out of the log"),
+        ):
+            rows = sorted(row for row, other in moved.items() if (other is not None) == is_added)
+            if rows:
+                self._warn_once(f"`top` (%d) {what}: %s ...", self._limit, ", ".join(rows[:5]))

@@ -32,6 +32,7 @@ from channel_metrics.config import MetricsConfig
 from channel_metrics.core.axis_settings import ROLES_FIELD, token_fields
 from channel_metrics.core.faults import FaultGuard
 from channel_metrics.data.carried import Carried, carried_of
+from channel_metrics.errors import ConfigError
 from channel_metrics.trainers.hf import check_trainer
 from channel_metrics.trainers.hf.columns import with_channel_column
 from channel_metrics.trainers.hf.patch import attaching
@@ -105,6 +106,11 @@ class _Preparing:
         # `megatron sft` prepares its data as `swift sft` does; by then its trainer is imported.
         _reach_megatron(self.config)
         reason = why_without_metrics(pipeline.args)
+        if reason is not None and self.config.sampler:
+            raise ConfigError(
+                "the setting `sampler` follows channel metrics, which this run does not have: "
+                f"{reason}; leave it out."
+            )
         if reason is not None:
             _say(pipeline.args, reason)
         elif getattr(pipeline.args, "rlhf_type", None) is not None:

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import faults
+import pytest
 from rank_cases import RanksOf, case
 from swift_rlhf_files import CHANNELS, NUM_RECORDS, given, shared
 from swift_tools import SWIFT, needs_swift, run
+
+from channel_metrics import ConfigError, MetricsConfig
 
 pytestmark = needs_swift
 alone = case(SWIFT, ranks=1)
@@ -58,7 +61,10 @@ def without(folder: Path) -> Any:
     found = {"gkd": [run(options, None), run(options)]}
     for of_run in found["gkd"]:
         del of_run["trainer"]
-    reasons = {}
+    follows = MetricsConfig(sampler={"start": {"bbu": 1, "rru": 1}, "rule": "loss"})
+    with pytest.raises(ConfigError) as error:
+        run(options, follows)
+    reasons: dict[str, str | None] = {"sampler": str(error.value)}
     args = RLHFArguments(**sequences)
     reasons["dpo"] = why_without_metrics(args)
     args.sequence_parallel_size = 2
@@ -78,6 +84,8 @@ def test_runs_without_metrics_say_so(ranks_of: RanksOf) -> None:
     assert told.startswith("no channel metrics in this run")
     assert "dpo, orpo, cpo, rm, kto, grpo, and this is rlhf_type gkd." in told
     assert found["reasons"] == {
+        "sampler": "the setting `sampler` follows channel metrics, which this run does not have: "
+        "this is rlhf_type gkd; leave it out.",
         "dpo": None,
         "parallel": "rlhf_type dpo has them only with sequence_parallel_size 1",
         "classes": "this is task_type seq_cls",
