@@ -33,7 +33,6 @@ __all__ = ["PATCH_MODULES", "Report", "diagnose"]
 
 Report = dict[str, Any]
 
-# {name that `--patch` takes: the module that is named after it}
 # Settings of the config that are mappings, and where their own defaults stand.
 _SECTIONS: dict[str, type[Section]] = {
     "budget": Budget,
@@ -42,6 +41,7 @@ _SECTIONS: dict[str, type[Section]] = {
     "alerts": Alerts,
     "outliers": Outliers,
 }
+# {name that `--patch` takes: the module that is named after it}
 PATCH_MODULES = {name: list(modules.values())[-1] for name, modules in PATCHES.items()}
 
 # Distributions whose versions matter.

@@ -32,12 +32,8 @@ class Top:
         keys: KeyBook,
         warn_once: Callable[..., None],
     ) -> None:
-        self._limit, self._always, self._warn_once = (
-            limit,
-            frozenset(map(book.row_of, always)),
-            warn_once,
-        )
-        self._book, self._keys = book, keys
+        self._limit, self._always = limit, frozenset(map(book.row_of, always))
+        self._book, self._keys, self._warn_once = book, keys, warn_once
 
     def moved(
         self, rows: Projected, totals: Mapping[str, Mapping[str, int]], split: str, prefix: str

@@ -94,11 +94,11 @@ class ChannelLoadersMixin(_TrainerBase):
         carried = self.data_collator.carried
         return Indexed(kept) if carried is not None and carried.id_field == INDEX else kept
 
-    def _get_train_sampler(self, *args: Any) -> Any:
-        return super()._get_train_sampler(*map(_without_index, args))
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._get_train_sampler(*map(_without_index, args), **kwargs)
 
-    def _get_eval_sampler(self, *args: Any) -> Any:
-        return super()._get_eval_sampler(*map(_without_index, args))
+    def _get_eval_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._get_eval_sampler(*map(_without_index, args), **kwargs)
 
     def _get_collator_with_removed_columns(
         self, data_collator: Callable[..., Any], description: str | None = None
