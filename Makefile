@@ -4,13 +4,17 @@ SHELL := bash
 .PHONY: help env env-latest env-llamafactory env-axolotl demo demo-megatron test test-core \
 	test-latest test-llamafactory test-axolotl test-upstream matrix lint check docs bench clean
 
+# Many processes import the same modules, so they keep what they have compiled.
+export PYTHONDONTWRITEBYTECODE :=
+
 BIN := .venv/bin
 BIN_LATEST := .venv-latest/bin
 BIN_LLAMAFACTORY := .venv-llamafactory/bin
 BIN_AXOLOTL := .venv-axolotl/bin
 # Two test processes: the multi-process tests start more of their own. By file, because the runs that
-# a file shares would else be started in both.
-PYTEST := -m pytest -n 2 --dist loadfile --durations=15 --durations-min=5
+# a file shares would else be started in both. Folder by folder, because the files of one share a
+# process that has imported what they need.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 --durations-min=5
 # Tests run on the CPU, offline, with one thread per process.
 TEST_ENV := DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 # Options for pytest: make test ARGS="-k boundaries"

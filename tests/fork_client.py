@@ -90,7 +90,13 @@ class Server:
             raise
 
     def call(
-        self, function: Callable[..., Any], *args: Any, ranks: int, folder: Path, meet: bool = True
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        ranks: int,
+        folder: Path,
+        meet: bool = True,
+        imports: Iterable[str] = (),
     ) -> list[Any]:
         """`function(*args)` on each of some ranks that have met over gloo.
 
@@ -99,6 +105,7 @@ class Server:
             args: the same on all ranks; pickled, as is what the function returns.
             folder: where the ranks start; made here.
             meet: without it, a rank is alone and knows of no torchrun.
+            imports: modules to import before the fork; they stay for later jobs.
 
         Returns:
             What the function returned, by rank.
@@ -109,7 +116,12 @@ class Server:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CALL).write_bytes(pickle.dumps((function, args)))
         answer = self.ask(
-            folder, "fork_client:run_call", ranks=ranks, timeout=CALL_SECONDS, meet=meet
+            folder,
+            "fork_client:run_call",
+            ranks=ranks,
+            timeout=CALL_SECONDS,
+            meet=meet,
+            imports=imports,
         )
         if any(answer["codes"]):
             # The first to end is the cause; others only miss it.
@@ -146,7 +158,7 @@ class Server:
 
     def _start(self) -> subprocess.Popen[str]:
         # Nothing may come from an earlier run.
-        caches = ("HF_DATASETS_CACHE", "MODELSCOPE_CACHE")
+        caches = ("HF_HOME", "HF_DATASETS_CACHE", "MODELSCOPE_CACHE")
         settings = {name: str(self.folder / "cache") for name in caches}
         # No threads before a fork: pyarrow's allocator starts one.
         settings["JE_ARROW_MALLOC_CONF"] = "background_thread:false"

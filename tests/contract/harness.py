@@ -19,8 +19,7 @@ __all__ = ["Forking", "watch_windows"]
 class Forking(Harness):
     """Runs scripts in forked ranks; with one rank and `is_here`, in this process."""
 
-    # One server for all that import no swift and no Megatron.
-    preload = Preload(("contract.harness_trl", "contract.harness_lightning"))
+    preload = Preload(("hf_case_tools",))  # `hf_case_tools.HF`, which Megatron does not need
     is_here = True
     first = 1
     ranks_of: RanksOf
@@ -30,7 +29,13 @@ class Forking(Harness):
         if ranks == 1 and self.is_here:
             return [self.run_here(script, folder)]
         return self.ranks_of.call(
-            self.preload, self.run_here, script, folder, ranks=ranks, folder=folder
+            self.preload,
+            self.run_here,
+            script,
+            folder,
+            ranks=ranks,
+            folder=folder,
+            imports=[type(self).__module__],
         )
 
     def run_here(self, script: Script, folder: Path) -> Ran:

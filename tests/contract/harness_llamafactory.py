@@ -24,9 +24,7 @@ class LlamaFactoryHarness(HFHarness):
     """Its runs are forked from a process that finds the stub of torchaudio."""
 
     name = "llamafactory"
-    preload = Preload(
-        ("llamafactory.train.sft.trainer", "contract.harness_hf"), first=(str(STUBS),)
-    )
+    preload = Preload(("llamafactory.train.sft.trainer",), first=(str(STUBS),))
     is_here = False
 
     def records(self, *args: Any) -> Records:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fork_client import Preload
+from megatron_bridge.launch import BRIDGE
 
 from contract.harness import watch_windows
 from contract.harness_megatron import (
@@ -35,7 +35,7 @@ class MegatronBridgeHarness(MegatronHarness):
 
     name = "megatron_bridge"
     can = frozenset({"rerun", "skip", "ranks", "lies", "save"})
-    preload = Preload(("megatron_bridge.cpu:prepare",))
+    preload = BRIDGE
 
     def train(self, script: Script, folder: Path, ran: Ran) -> None:
         Loop(script, folder, ran).train()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from fork_client import Preload
 from swift_tools import SWIFT
 from torch.utils.data import SequentialSampler
 
@@ -60,7 +59,7 @@ class SwiftHarness(HFHarness):
 
     name = "swift"
     can = HFHarness.can - {"columns", "ids"}
-    preload = Preload((*SWIFT.names, "swift_tools:load_rlhf"))
+    preload = SWIFT
     is_here = False
     mode = "train"
     model = "causal"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fork_client import Preload
+from swift_megatron_launch import SWIFT_MEGATRON
 
 from contract.harness import watch_windows
 from contract.harness_megatron import MegatronHarness
@@ -24,13 +24,7 @@ class SwiftMegatronHarness(MegatronHarness):
 
     name = "swift_megatron"
     can = frozenset({"ranks", "lies", "save", "fails"})
-    preload = Preload(
-        (
-            "swift_megatron_cpu:install",
-            "swift.megatron.trainers",
-            "channel_metrics.trainers.swift_megatron",
-        )
-    )
+    preload = SWIFT_MEGATRON
 
     def train(self, script: Script, folder: Path, ran: Ran) -> None:
         from channel_metrics.trainers.swift_megatron import attach

@@ -28,10 +28,13 @@ SCRIPT = Path(__file__).with_name("pretrain_tiny.py")
 ON = ("--patch", "megatron_bridge")
 
 
-class BridgeLauncher(Launcher):
-    """Runs in one folder, from one server, which has Megatron-Bridge imported."""
+BRIDGE = Preload(("megatron_bridge.cpu:prepare",))
 
-    preload = Preload(("megatron_bridge.cpu:prepare",))
+
+class BridgeLauncher(Launcher):
+    """Runs in one folder."""
+
+    preload = BRIDGE
 
     def train(
         self,

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rank_cases import RanksOf
 
 from channel_metrics import ConfigError
-from megatron_bridge.launch import BridgeLauncher, needs_megatron_bridge
+from megatron_bridge.launch import BRIDGE, needs_megatron_bridge
 
 pytestmark = needs_megatron_bridge
 
@@ -83,22 +84,19 @@ def packs_in_an_object_store(folder: Path) -> Any:
     return names.to_pylist(), opened
 
 
-def test_packs_are_written_and_read_where_bridge_does(
-    launcher: BridgeLauncher, tmp_path: Path
-) -> None:
-    (tmp_path / "store").mkdir()
-    found = launcher.server.call(
-        packs_in_an_object_store, tmp_path / "store", ranks=1, folder=tmp_path / "job"
-    )
+def test_packs_are_written_and_read_where_bridge_does(ranks_of: RanksOf, tmp_path: Path) -> None:
+    store, job = tmp_path / "store", tmp_path / "job"
+    store.mkdir()
+    found = ranks_of.call(BRIDGE, packs_in_an_object_store, store, ranks=1, folder=job)
     assert found == [([["web", None], ["code"]], ["wb", "rb", "wb", "rb"])]
 
 
-def test_apply_and_revert(launcher: BridgeLauncher, tmp_path: Path) -> None:
-    assert launcher.server.call(patched_and_reverted, ranks=1, folder=tmp_path) == [[]]
+def test_apply_and_revert(ranks_of: RanksOf, tmp_path: Path) -> None:
+    assert ranks_of.call(BRIDGE, patched_and_reverted, ranks=1, folder=tmp_path) == [[]]
 
 
-def test_another_version_is_refused(launcher: BridgeLauncher, tmp_path: Path) -> None:
-    (said,) = launcher.server.call(without_a_function, ranks=1, folder=tmp_path)
+def test_another_version_is_refused(ranks_of: RanksOf, tmp_path: Path) -> None:
+    (said,) = ranks_of.call(BRIDGE, without_a_function, ranks=1, folder=tmp_path)
     assert "training.train.get_forward_backward_func" in said and "use 0.6" in said
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
+from rank_cases import RanksOf
 
 from megatron_lm.data import Data
 from megatron_lm.launch import Launcher
@@ -17,11 +16,9 @@ def launcher_class() -> type[Launcher]:
 
 @pytest.fixture(scope="session")
 def launcher(
-    launcher_class: type[Launcher], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Launcher]:
-    launcher = launcher_class(tmp_path_factory.mktemp("megatron"))
-    yield launcher
-    launcher.close()
+    launcher_class: type[Launcher], tmp_path_factory: pytest.TempPathFactory, ranks_of: RanksOf
+) -> Launcher:
+    return launcher_class(tmp_path_factory.mktemp("megatron"), ranks_of)
 
 
 @pytest.fixture(scope="session")

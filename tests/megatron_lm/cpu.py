@@ -24,9 +24,11 @@ import os
 import sys
 import time
 import types
+from argparse import ArgumentParser
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +145,12 @@ def install() -> None:
 
 
 def install_megatron() -> None:
-    """The two places of Megatron itself that need help."""
+    """The two places of Megatron itself that need help, and two that take most of a short run."""
     import megatron.core.datasets.utils
     import megatron.training.initialize
+    from megatron.core.dist_checkpointing.strategies import filesystem_async as saving
+    from megatron.training.argument_utils import ArgumentGroupFactory as Factory
+    from megatron.training.arguments import add_megatron_arguments
 
     # It runs `make`, for which the wheel has no Makefile and a checkout needs a compiler.
     use_compiled_helpers()
@@ -153,6 +158,12 @@ def install_megatron() -> None:
     # It draws as many random numbers as the layout has shards. On a GPU they come from another
     # generator than the weights do; here the weights would depend on the layout.
     replace(megatron.training.initialize, {"_warmup_jit_function": nothing})
+    # Each rank starts a process for its first checkpoint. Spawned, that would import all again.
+    replace(saving, {"get_write_results_queue": partial(saving.get_write_results_queue, "fork")})
+    # Each rank parses the source of each class whose fields are options.
+    read = cache(partial(Factory._get_field_docstrings, Factory.__new__(Factory)))
+    replace(Factory, {"_get_field_docstrings": lambda self, source: read(source)})
+    add_megatron_arguments(ArgumentParser(allow_abbrev=False))
 
 
 def replace(owner: Any, names: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from rank_cases import RanksOf
 from rich.console import Console
 
 from channel_metrics.analysis.report.command import report_of_training
@@ -47,12 +48,13 @@ def main(folder: Path) -> int:
         for split in ("train", "valid")
     ]
     print(f"training on {' '.join(names)}: 4 ranks, TP 2 x PP 2, one minute or two", flush=True)
-    launcher = Launcher(folder)
+    ranks_of = RanksOf(folder)
+    launcher = Launcher(folder, ranks_of)
     try:
         args = (*TRAINING.split(), *blends[0], *blends[1], "--channels", *names)
         run = launcher.run("tp2_pp2", *args, patch=True, timeout=500, check=False)
     finally:
-        launcher.close()
+        ranks_of.close()
     if run.failure:
         print(run.failure, file=sys.stderr)
         return 1

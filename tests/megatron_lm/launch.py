@@ -6,8 +6,8 @@
     run = launcher.run("tp2", *data.blend(), "--channels", patch=True, observe=(observe.weights,))
     run.ranks[0].seen["weights"]
 
-The same run asked for twice happens once. The first run of a launcher imports Megatron, which
-takes some ten seconds; each further one a few.
+The same run asked for twice happens once. The first run imports Megatron, which takes some ten
+seconds; each further one a few.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fork_client import Preload, Server
+from fork_client import Preload
+from rank_cases import RanksOf
 
 from megatron_lm.layouts import BASE, LAYOUTS, Layout
 from megatron_lm.logs import Line, parse_lines, read_scalars
@@ -118,14 +119,12 @@ class Run:
 
 
 class Launcher:
-    """Runs in one folder, from one server, which starts with the first run."""
+    """Runs in one folder."""
 
     preload = Preload(("megatron_lm.script:prepare",), first=checkout())
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        environ = (("HF_HOME", str(folder / "huggingface")), ("HF_HUB_OFFLINE", "1"))
-        self.server = Server(replace(self.preload, environ=environ), folder)
+    def __init__(self, folder: Path, ranks_of: RanksOf) -> None:
+        self.folder, self.ranks_of = folder, ranks_of
         self.done: dict[str, Run] = {}
 
     def run(
@@ -161,9 +160,6 @@ class Launcher:
         }
         return self._once(job, check)
 
-    def close(self) -> None:
-        self.server.close()
-
     @property
     def next_folder(self) -> Path:
         """Where the next run will be."""
@@ -184,7 +180,7 @@ class Launcher:
         places = ["--tensorboard-dir", str(folder / "tensorboard")]
         places += ["--data-cache-path", str(self.folder / "cache")]
         job = {**job, "folder": folder, "args": [*job["args"], *places]}
-        answer = self.server.ask(main="megatron_lm.script:rank_main", **job)
+        answer = self.ranks_of.server(self.preload).ask(main="megatron_lm.script:rank_main", **job)
         ranks = []
         for index, code in enumerate(answer["codes"]):
             out, err = ((folder / f"rank{index}.{end}").read_text() for end in ("out", "err"))

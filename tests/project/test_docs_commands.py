@@ -29,9 +29,9 @@ from docs_commands import (
     Command,
     commands_in_text,
 )
-from fork_client import Preload
-from megatron_lm.launch import needs_megatron_training
+from megatron_lm.launch import Launcher, needs_megatron_training
 from rank_cases import Case, RanksOf, case
+from swift_megatron_launch import SWIFT_MEGATRON
 from swift_tools import SWIFT, needs_swift
 from test_docs_blocks import PAGES, ROOT, commands
 
@@ -65,7 +65,7 @@ def test_make(given: Command) -> None:
 
 def test_the_targets_that_ci_runs() -> None:
     scripts = [(ROOT / ".ci" / name).read_text() for name in ("run", "readme_commands")]
-    runs = re.findall(r"^(?:step)? *make ([\w-]+)", scripts[0], re.MULTILINE)
+    runs = re.findall(r"^(?:step|begin) make ([\w-]+)", scripts[0], re.MULTILINE)
     runs += re.findall(r"make ([\w-]+)", scripts[1].split('== "')[1].split('"')[0])
     named = {given.arguments[0] for given in COMMANDS if given.program == "make"}
     assert named - set(runs) == set(BY_HAND_ONLY)
@@ -168,7 +168,7 @@ def swift(folder: Path) -> list[str]:
     return unknown_to_swift("swift", classes)
 
 
-@case(Preload(("swift_megatron_cpu:install",)), ranks=1)
+@case(SWIFT_MEGATRON, ranks=1)
 def megatron_of_swift(folder: Path) -> list[str]:
     from swift.megatron.arguments import MegatronSftArguments
 
@@ -181,7 +181,7 @@ def test_swift(ranks_of: RanksOf, reads: Case) -> None:
     assert ranks_of(reads) == [[]]
 
 
-@case(Preload(("megatron_lm.cpu:install",)), ranks=1)
+@case(Launcher.preload, ranks=1)
 def megatron(folder: Path) -> list[str]:
     import argparse
 

@@ -11,21 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from fork_client import Preload
+from hf_case_tools import ddp
 from hf_tools import make_records, tiny_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning_tools import Module, Run, check, flattened, quiet, run, still_model, weights
 from packaging.version import Version
-from rank_cases import RanksOf, case
+from rank_cases import RanksOf
 
 from channel_metrics import MetricsConfig
 from channel_metrics.ranks.ranks import Ranks
 from channel_metrics.trainers.lightning import ChannelMetricsCallback
 
 pytestmark = quiet
-
-two = case(Preload(("lightning_tools", "tensorboard")), ranks=2)
 
 RECORDS = make_records(32)
 HELD_OUT = make_records(8, seed=1)
@@ -37,7 +35,7 @@ def on_ranks(records: Any = RECORDS, **options: Any) -> Run:
     return run(records, **(given | options))
 
 
-@two
+@ddp
 def windows(folder: Path) -> Any:
     """Every rank knows other channels: records in turn, one kind for each rank."""
     records = [
@@ -90,7 +88,7 @@ def test_two_ranks_give_the_values_of_all(ranks_of: RanksOf) -> None:
     assert not first["advice"]
 
 
-@two
+@ddp
 def bits(folder: Path) -> Any:
     found = [
         on_ranks(
@@ -111,7 +109,7 @@ def test_training_is_the_same_bit_for_bit(ranks_of: RanksOf) -> None:
     assert ranks_of(bits) == [True, True]
 
 
-@two
+@ddp
 def resumed(folder: Path) -> Any:
     """A checkpoint in the middle of a window, resumed."""
     kept = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
@@ -144,7 +142,7 @@ def test_a_checkpoint_in_mid_window_has_the_tokens_of_all_ranks(ranks_of: RanksO
     assert first["end"] == {n: first["stored"][n] + rest[n] for n in first["stored"]}
 
 
-@two
+@ddp
 def a_fault_on_one_rank(folder: Path) -> Any:
     def when(call: int, *_: Any) -> bool:
         return dist.get_rank() == 1 and call == 3
@@ -169,7 +167,7 @@ def test_a_fault_on_one_rank_ends_the_metrics_of_all(ranks_of: RanksOf) -> None:
         assert found == {"same": True, "windows": [2], "off": True}
 
 
-@two
+@ddp
 def uneven(folder: Path) -> Any:
     """Two evaluation sets, padded and packed; rank 1 repeats a record of both."""
     found = on_ranks(RECORDS[:8], held_out=[HELD_OUT[:5], HELD_OUT[:1]])

@@ -7,12 +7,12 @@ from typing import Any
 
 import lightning.pytorch as L
 import pytest
-from fork_client import Preload
+from hf_case_tools import ddp
 from hf_tools import PaddingCollator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning_tools import OPTIONS, Module, quiet
-from rank_cases import Case, RanksOf, case
+from rank_cases import Case, RanksOf
 from sampler_tools import CONFIG, check_draws, sources, values
 from torch.utils.data import DataLoader
 
@@ -20,7 +20,6 @@ from channel_metrics import ChannelMetricsError, MixedStream
 from channel_metrics.trainers.lightning import ChannelMetricsCallback
 
 pytestmark = quiet
-two = case(Preload(("lightning_tools", "sampler_tools")), ranks=2)
 ROWS = 4
 # Two workers are two batches ahead each, and Lightning one.
 LAG = (2 * 2 + 1) * ROWS
@@ -74,12 +73,12 @@ def on_ranks(workers: int) -> Any:
     return fit(workers, 2 * LAG, strategy=strategy, devices=2)
 
 
-@two
+@ddp
 def without_workers(folder: Path) -> Any:
     return on_ranks(0)
 
 
-@two
+@ddp
 def with_workers(folder: Path) -> Any:
     return on_ranks(2)
 

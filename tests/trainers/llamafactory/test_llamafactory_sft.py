@@ -15,8 +15,14 @@ pytestmark = [ONLY_HERE, pytest.mark.timeout(900)]
 EACH = {"eval_dataset": "code,chat", "eval_on_each_dataset": True}
 LORA = {"model": "dropout", "neat_packing": True, "finetuning_type": "lora"}
 SPLIT = {"model": "dropout", "val_size": 0.25, "eval_strategy": "steps", "eval_steps": 2}
-# All records fit into one step, so that none is repeated.
-RANKS = {"ranks": 2, "per_device_train_batch_size": 23, "gradient_accumulation_steps": 1}
+
+
+def on_two(rows: int) -> dict[str, Any]:
+    """All rows fit into one step of two ranks, so that none is repeated."""
+    return {"ranks": 2, "per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 1}
+
+
+RANKS = on_two(46)
 STREAM = {"streaming": True, "buffer_size": 8, "max_steps": 6, "dataloader_num_workers": 1}
 # These are 14 packs.
 PACKS = {"neat_packing": True, "per_device_train_batch_size": 7}
@@ -45,6 +51,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "texts": {**EPOCH, **TEXTS, "packing": False},
     "streams": {**EPOCH, **STREAMS, "accelerator_config": {"dispatch_batches": False}},
     "streams, dispatched": {**EPOCH, **STREAMS},
+    "ranks, val_size": {**EPOCH, **on_two(34), **HELD_OUT},
+    "ranks, each": {**EPOCH, **RANKS, **EACH, "eval_strategy": "epoch"},
+    "ranks, pt": {**EPOCH, **on_two(40), **TEXTS},
+    "ranks, texts": {**EPOCH, **on_two(48), **TEXTS, "packing": False},
 }
 
 
@@ -107,18 +117,22 @@ def test_a_stream_counts_the_same_records(ran: dict[str, Command], files: Path) 
     check(ran["streaming"].values, of_sft(files))
 
 
-def test_blocks_of_texts(ran: dict[str, Command], files: Path) -> None:
+@pytest.mark.parametrize("name", ["pt", "ranks, pt"])
+def test_blocks_of_texts(ran: dict[str, Command], files: Path, name: str) -> None:
     from llamafactory_oracle import of_blocks
 
-    check(ran["pt"].values, of_blocks(files, 32))
+    check(ran[name].values, of_blocks(files, 32))
 
 
-def test_each_evaluation_set_has_its_channel(ran: dict[str, Command], files: Path) -> None:
+@pytest.mark.parametrize("name", ["padded", "ranks, each"])
+def test_each_evaluation_set_has_its_channel(
+    ran: dict[str, Command], files: Path, name: str
+) -> None:
     from llamafactory_oracle import of_sft
 
     wanted = of_sft(files)
-    (code,) = (entry for entry in ran["padded"].log if "eval_code_runtime" in entry)
-    (chat,) = (entry for entry in ran["padded"].log if "eval_chat_runtime" in entry)
+    (code,) = (entry for entry in ran[name].log if "eval_code_runtime" in entry)
+    (chat,) = (entry for entry in ran[name].log if "eval_chat_runtime" in entry)
     check(code, {"code": wanted["code"]}, "eval_code_")
     check(chat, {"chat": wanted["chat"]}, "eval_chat_")
 
@@ -139,12 +153,13 @@ def test_validation_is_split_from_all_channels(ran: dict[str, Command]) -> None:
     check_split(ran["on"], 12)
 
 
+@pytest.mark.parametrize("run", ["val_size", "ranks, val_size"])
 def test_what_is_trained_and_what_is_held_out_is_the_whole(
-    ran: dict[str, Command], files: Path
+    ran: dict[str, Command], files: Path, run: str
 ) -> None:
     from llamafactory_oracle import of_sft
 
-    trained, held_out = ran["val_size"].values, ran["val_size"].evaluation
+    trained, held_out = ran[run].values, ran[run].evaluation
     for name, (loss, tokens, samples) in of_sft(files).items():
         parts = (trained, f"{name}_"), (held_out, f"eval_{name}_")
         assert sum(found[f"{key}tokens"] for found, key in parts) == tokens
@@ -162,10 +177,11 @@ def test_combinations_count_the_same_records(
     check(ran[name].values, of_sft(files))
 
 
-def test_texts_alone(ran: dict[str, Command], files: Path) -> None:
+@pytest.mark.parametrize("name", ["texts", "ranks, texts"])
+def test_texts_alone(ran: dict[str, Command], files: Path, name: str) -> None:
     from llamafactory_oracle import of_texts
 
-    check(ran["texts"].values, of_texts(files, 32))
+    check(ran[name].values, of_texts(files, 32))
 
 
 def test_a_stream_of_one_process_for_all_is_trained_without_metrics(

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from channel_metrics import MetricsConfig
 
-SWIFT = Preload(("swift_tools:use_cpu",))
+SWIFT = Preload(("swift_tools:use_cpu", "swift_tools:load_rlhf"))
 # Triton decides when a kernel is defined whether it will be interpreted.
 INTERPRETED = Preload(SWIFT.names, (("TRITON_INTERPRET", "1"),))
 needs_swift = pytest.mark.skipif(

@@ -16,20 +16,23 @@ from swift_files import make_data, make_model
 
 FOLDER = Path(__file__).parent
 RUN_SECONDS = 60
-# What a run imports on its way.
-NAMES = (
-    "swift.megatron.pipelines",
-    "swift.megatron.arguments",
-    "swift.megatron.trainers",
-    "swift.pipelines",
-    "swift.trainers",
-    "megatron.core.dist_checkpointing",
-    "megatron.core.transformer.experimental_attention_variant.dsa",
-    "matplotlib.pyplot",
-    "tensorboard.backend.event_processing.event_accumulator",
-    "torch.utils.tensorboard",
-    "transformers.models.qwen2",
-    "channel_metrics.trainers.swift_megatron",
+# With what a run imports on its way.
+SWIFT_MEGATRON = Preload(
+    (
+        "swift_megatron_cpu:install",
+        "swift.megatron.pipelines",
+        "swift.megatron.arguments",
+        "swift.megatron.trainers",
+        "swift.pipelines",
+        "swift.trainers",
+        "megatron.core.dist_checkpointing",
+        "megatron.core.transformer.experimental_attention_variant.dsa",
+        "matplotlib.pyplot",
+        "tensorboard.backend.event_processing.event_accumulator",
+        "torch.utils.tensorboard",
+        "transformers.models.qwen2",
+        "channel_metrics.trainers.swift_megatron",
+    )
 )
 OBSERVERS = ("collectives", "logs", "end", "tokens", "used")
 BASE = {
@@ -140,7 +143,7 @@ def pair(name: str, layout: str, *given: dict[str, Any], **rest: Any) -> Pair:
 class Runs(Launcher):
     """The launcher of `megatron_lm`, for cases of ms-swift."""
 
-    preload = Preload(("swift_megatron_cpu:install", *NAMES))
+    preload = SWIFT_MEGATRON
 
     def ranks(self, case: Case) -> list[dict[str, Any]]:
         """{observer: what it saw} per rank; a rank that failed is raised here."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
+from rank_cases import RanksOf
 from swift_files import CHANNELS
 from swift_megatron_checks import check_against_naive, check_training, naive, present, seen_tokens
 from swift_megatron_launch import ON, PACKED, PADDED, Case, Pair, Runs, pair
@@ -55,12 +55,10 @@ STEPS, MICRO_BATCHES, CHECKPOINTS = 3, 12, 1
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def runs(tmp_path_factory: pytest.TempPathFactory, ranks_of: RanksOf) -> Runs:
     if importlib.util.find_spec("mcore_bridge") is None:
         pytest.fail("ms-swift's Megatron side needs mcore-bridge; constraints/main.txt has it")
-    runs = Runs(tmp_path_factory.mktemp("swift_megatron"))
-    yield runs
-    runs.close()
+    return Runs(tmp_path_factory.mktemp("swift_megatron"), ranks_of)
 
 
 @pytest.mark.parametrize("pair", LAYOUTS)

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
+from rank_cases import RanksOf
 from swift_files import CHANNELS
 from swift_megatron_launch import ON, PADDED, Case, Runs
 from swift_tools import needs_swift
@@ -20,10 +19,8 @@ RLHF = Case("rlhf", "dp1", PADDED | PAIRS, ON, data="pairs")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    runs = Runs(tmp_path_factory.mktemp("swift_megatron_gaps"))
-    yield runs
-    runs.close()
+def runs(tmp_path_factory: pytest.TempPathFactory, ranks_of: RanksOf) -> Runs:
+    return Runs(tmp_path_factory.mktemp("swift_megatron_gaps"), ranks_of)
 
 
 def test_a_loss_function_that_lies_is_told_once(runs: Runs) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from rank_cases import RanksOf
 from swift_files import CHANNELS
 from swift_megatron_checks import (
     check_against_naive,
@@ -24,12 +24,10 @@ pytestmark = needs_swift
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def runs(tmp_path_factory: pytest.TempPathFactory, ranks_of: RanksOf) -> Runs:
     if importlib.util.find_spec("mcore_bridge") is None:
         pytest.fail("ms-swift's Megatron side needs mcore-bridge; constraints/main.txt has it")
-    runs = Runs(tmp_path_factory.mktemp("swift_megatron"))
-    yield runs
-    runs.close()
+    return Runs(tmp_path_factory.mktemp("swift_megatron"), ranks_of)
 
 
 ONE_PACK = Case("one_pack", "cp2", script="swift_megatron_one_pack.py")

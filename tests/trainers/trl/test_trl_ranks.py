@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from fork_client import Preload
-from rank_cases import RanksOf, case
+from hf_case_tools import ddp
+from rank_cases import RanksOf
 from test_trl_grpo import COUNTED, Scores, grpo
 from test_trl_grpo import expected as expected_rewards
 from test_trl_kto import Batch, Batches, kto, kto_records
@@ -28,7 +28,7 @@ EVALUATED: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 4}
 METRICS = MetricsConfig(metrics=("loss", "tokens", "samples"))
 
 
-@case(Preload(("trl_tools", "trl")), ranks=2)
+@ddp
 def all_trainers(folder: Path) -> dict[str, Any]:
     # transformers and trl warn of what the single-process tests ignore one by one.
     warnings.simplefilter("ignore")

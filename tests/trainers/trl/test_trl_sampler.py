@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from fork_client import Preload
+from hf_case_tools import ddp
 from paths import ROOT
-from rank_cases import RanksOf, case
+from rank_cases import RanksOf
 from sampler_tools import CONFIG, check_draws, values, weights
 from trl import SFTConfig
 from trl_tools import arguments, text_records, tiny_model
@@ -68,7 +68,7 @@ def test_resume_goes_on_with_the_draw(tmp_path: Path) -> None:
     check_draws(of(resumed), ROWS, ROWS)
 
 
-@case(Preload(("trl_tools", "trl", "sampler_tools")), ranks=2)
+@ddp
 def with_workers(folder: Path) -> list[dict[str, float]]:
     warnings.simplefilter("ignore")  # transformers and trl warn of what the test above ignores
     return of(
