@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-import deepspeed.comm.torch
 from accelerate.state import PartialState
+
+# The attribute `deepspeed.comm.torch` is torch itself.
+BACKEND: Any = import_module("deepspeed.comm.torch")
 
 
 def without_shared_memory() -> None:
     """Shared memory collectives are compiled at first use; without them DeepSpeed takes gloo."""
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    BACKEND.build_shm_op = lambda: None
 
 
 def use_cpu() -> None:
