@@ -148,8 +148,7 @@ class ChannelCollator:
         collate = Once(self._base_batch)
         try:
             return self._with_channels(collate, features)
-        except Exception as error:
-            # Of `base`, it is raised. Of ours, whatever it is, the main process decides if it can.
+        except Exception as error:  # whatever it is, the main process decides if it can
             if error is collate.error or sends_only_tensors(self):
                 raise
             batch = collate.result if collate.called else self._base_batch(features)

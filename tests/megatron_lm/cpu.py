@@ -159,6 +159,7 @@ def install_megatron() -> None:
     # generator than the weights do; here the weights would depend on the layout.
     replace(megatron.training.initialize, {"_warmup_jit_function": nothing})
     # Each rank starts a process for its first checkpoint. Spawned, that would import all again.
+    # `test_channels_resume` has a run with a spawned one.
     replace(saving, {"get_write_results_queue": partial(saving.get_write_results_queue, "fork")})
     # Each rank parses the source of each class whose fields are options.
     read = cache(partial(Factory._get_field_docstrings, Factory.__new__(Factory)))

@@ -41,6 +41,14 @@ def checkpoint(launcher: Launcher, data: Data, tmp_path_factory: pytest.TempPath
     return folder
 
 
+def spawned_process() -> oracle.Result:
+    """As in Megatron itself, and not as in `cpu`: the process for a checkpoint is spawned."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async as saving
+
+    saving.get_write_results_queue = saving.get_write_results_queue.func
+    return lambda: saving._results_queue is not None
+
+
 def totals(run: Run) -> dict[str, float]:
     """At the last iteration."""
     return {key: curve[ITERATIONS] for key, curve in run.scalars.items() if key.endswith("_total")}
@@ -69,6 +77,15 @@ def test_the_open_window_is_in_the_checkpoint(checkpoint: Path, whole: Run) -> N
         for metric in ("tokens", "samples"):
             wanted = whole.scalars[f"{name}_{metric}_total"][4]
             assert saved["channels"][name][f"{metric}_total"] == wanted
+
+
+def test_a_spawned_process_says_nothing(launcher: Launcher, data: Data, tmp_path: Path) -> None:
+    """It imports the script, and finds the patch in its environment."""
+    save = ("--save", str(tmp_path), "--save-interval", "2", "--exit-interval", "2")
+    args = (*data.blend(), *CHANNELS, *save)
+    (rank,) = launcher.run("dp1", *args, patch=True, observe=(spawned_process,)).ranks
+    assert rank.seen["spawned_process"]
+    assert (rank.out + rank.err).count("channel metrics: patched") == 1
 
 
 @pytest.mark.parametrize("layout", ["dp1", "dp2", "tp2", "pp2", "pp2_vpp2", "tp2_pp2"])

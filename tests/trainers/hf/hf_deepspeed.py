@@ -16,6 +16,7 @@ BACKEND: Any = import_module("deepspeed.comm.torch")
 
 def without_shared_memory() -> None:
     """Shared memory collectives are compiled at first use; without them DeepSpeed takes gloo."""
+    assert callable(BACKEND.build_shm_op)
     BACKEND.build_shm_op = lambda: None
 
 
